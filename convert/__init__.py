@@ -1,0 +1,1 @@
+"""Maps between checkpoint layouts: numpy in, numpy out, no framework."""

@@ -1,0 +1,68 @@
+"""The closed set of array layouts, each with its exact inverse.
+
+A layout is a pure rearrangement: no arithmetic, so there and back is bit-equal. It works on the
+arrays of one rule at once, because some formats fuse several parameters into one array. Where it
+can be, the result is a view: nothing is copied until a framework takes the array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Arrays = list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the arrays of a foreign format become canonical ones, and back.
+
+    `to_canonical` takes the foreign arrays of one rule in the rule's order and returns the
+    canonical ones; `to_foreign` is its inverse. `ranks` are the numbers of dimensions that the
+    foreign and the canonical arrays have, or None where any will do.
+    """
+
+    name: str
+    to_canonical: Callable[[Arrays], Arrays]
+    to_foreign: Callable[[Arrays], Arrays]
+    foreign_rank: int | None = None
+    canonical_rank: int | None = None
+
+
+def _each(function: Callable[[np.ndarray], np.ndarray]) -> Callable[[Arrays], Arrays]:
+    return lambda arrays: [function(array) for array in arrays]
+
+
+KEEP = Layout("keep", _each(lambda x: x), _each(lambda x: x))
+
+TRANSPOSE = Layout("transpose", _each(lambda x: x.T), _each(lambda x: x.T), 2, 2)
+"""Dense kernel (in, out) of JAX <-> dense weight (out, in) of PyTorch."""
+
+HWIO = Layout(
+    "hwio",
+    _each(lambda x: x.transpose(3, 2, 0, 1)),
+    _each(lambda x: x.transpose(2, 3, 1, 0)),
+    4,
+    4,
+)
+"""Convolution kernel (H, W, in, out) of JAX <-> convolution weight (out, in, H, W) of PyTorch."""
+
+
+def _split3(arrays: Arrays) -> Arrays:
+    if arrays[0].shape[0] % 3:
+        raise ValueError(f"the first side of {arrays[0].shape} must be a multiple of 3")
+    return np.split(arrays[0], 3, axis=0)
+
+
+FUSED_QKV = Layout("fused query, key, value", _split3, lambda arrays: [np.concatenate(arrays)])
+"""One array (3 D, ...) <-> query, key and value (D, ...) in this order, as timm stores them."""
+
+
+def result_shapes(
+    function: Callable[[Arrays], Arrays], shapes: Sequence[tuple[int, ...]]
+) -> list[tuple[int, ...]]:
+    """The shapes a layout function gives, without touching any data."""
+    nothing = [np.broadcast_to(np.zeros((), np.int8), shape) for shape in shapes]
+    return [array.shape for array in function(nothing)]

@@ -1,0 +1,195 @@
+"""From a name to canonical tensors that fit a model: what `from_pretrained` of both twins does."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.detect import detect_format
+from convert.rules import MappedTensor, to_canonical
+from vit_common.checkpoint import Checkpoint, open_checkpoint
+from vit_common.config import ViTConfig, as_config
+from vit_common.errors import CheckpointError
+from vit_common.hub import find_weights
+from vit_common.parameters import BASE_PREFIX, HEAD_PARAMETERS
+
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+@dataclass
+class Loaded:
+    """Weights for a model, still in their file.
+
+    Attributes:
+        tensors: canonical name -> tensor, with the model's own `vit.` prefix, in the model's order.
+        missing: names the file does not have; the caller draws them anew.
+        path: the file they come from.
+        format: name of its format.
+    """
+
+    tensors: dict[str, MappedTensor]
+    missing: list[str]
+    path: Path
+    format: str
+    checkpoint: Checkpoint
+
+    def close(self) -> None:
+        """Close the file; tensors not read by now cannot be read any more."""
+        self.checkpoint.close()
+
+
+def read_config(
+    name_or_path: Any, config: Any, hub: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[ViTConfig, dict[str, Any]]:
+    """The configuration of a model to load, and the options that are not fields of it.
+
+    Args:
+        name_or_path: where the weights are; `config.json` is looked for there, or beside a file.
+        config: a configuration (all options are then left over), or where to read it, or None.
+        hub: options of the Hub.
+        options: overrides of fields, mixed with others.
+
+    Raises:
+        MissingFileError, ConfigError: as `ViTConfig.from_pretrained`.
+    """
+    if config is not None and not isinstance(config, (str, os.PathLike)):
+        return as_config(config), dict(options)
+    if config is None:
+        local = Path(name_or_path)
+        config = local.parent if local.is_file() else name_or_path
+    return ViTConfig.from_pretrained(config, return_unused_kwargs=True, **hub, **options)
+
+
+def load_parameters(
+    name_or_path: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    model: str,
+    prefer: tuple[str, ...] | None = None,
+    allow_missing: bool = False,
+    ignore_mismatched_sizes: bool = False,
+    **hub: Any,
+) -> Loaded:
+    """Open the weights of a directory, file or Hub repository and fit them to a model.
+
+    Args:
+        name_or_path: directory, weights file, index of shards, or "owner/name".
+        shapes: what the model needs, canonical name -> shape (`parameter_shapes`).
+        model: name of the model's class, for messages.
+        prefer: file names to look for before the others.
+        allow_missing: take a file that lacks parameters of the network itself.
+        ignore_mismatched_sizes: leave out parameters whose shape differs, as if missing.
+        **hub: options of the Hub.
+
+    Warns:
+        UserWarning: once, naming what is newly drawn, left aside or not matching.
+
+    Raises:
+        MissingFileError: there is no such file.
+        CheckpointError: it is corrupt or of another architecture; parameters of the network are
+            missing; shapes do not match; weights are not floating point.
+    """
+    path = find_weights(name_or_path, prefer=prefer, **hub)
+    checkpoint = open_checkpoint(path)
+    try:
+        return _fit(checkpoint, path, shapes, model, allow_missing, ignore_mismatched_sizes)
+    except CheckpointError as error:
+        checkpoint.close()
+        if str(path) in str(error):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _fit(checkpoint, path, shapes, model, allow_missing, ignore_mismatched_sizes) -> Loaded:
+    table = detect_format(checkpoint)
+    mapped = to_canonical(checkpoint, table)
+    found = mapped.tensors
+    tensors: dict[str, MappedTensor] = {}
+    missing, mismatched = [], []
+    for name, shape in shapes.items():
+        tensor = found.pop(name.removeprefix(BASE_PREFIX), None)
+        if tensor is None:
+            missing.append(name)
+        elif tensor.shape != tuple(shape):
+            mismatched.append(
+                f"- {name}: found shape {tensor.shape} in the checkpoint and "
+                f"{tuple(shape)} in the model"
+            )
+            missing.append(name)
+        else:
+            tensors[name] = tensor
+
+    wrong = sorted({str(t.dtype) for t in tensors.values() if t.dtype.name not in FLOATS})
+    if wrong:
+        names = [name for name, t in tensors.items() if t.dtype.name not in FLOATS]
+        raise CheckpointError(
+            f"weights must be of dtype {', '.join(FLOATS)}; {_some(names)} are {', '.join(wrong)}."
+        )
+    if mismatched and not ignore_mismatched_sizes:
+        raise CheckpointError(
+            f"the shapes did not match {model}:\n" + "\n".join(mismatched) + "\nGive the "
+            "configuration these weights were made with, or pass `ignore_mismatched_sizes=True` "
+            "to draw these parameters anew."
+        )
+    network = [
+        name
+        for name in missing
+        if not name.removeprefix(BASE_PREFIX).startswith(HEAD_PARAMETERS)
+        and not any(line.startswith(f"- {name}:") for line in mismatched)
+    ]
+    if network and not allow_missing:
+        raise CheckpointError(
+            f"{len(network)} of the {len(shapes)} parameters that {model} needs are missing: "
+            f"{_some(network, 12)}. Pass `allow_missing=True` to draw them at random."
+        )
+    _say(path, model, missing, sorted([*found, *mapped.unused]), mismatched)
+    return Loaded(tensors, missing, path, table.name, checkpoint)
+
+
+def _say(path, model, missing, unexpected, mismatched) -> None:
+    parts = []
+    if mismatched:
+        parts.append(
+            "newly initialized because the shapes did not match:\n" + "\n".join(mismatched)
+        )
+    fresh = [name for name in missing if not any(m.startswith(f"- {name}:") for m in mismatched)]
+    if fresh:
+        parts.append(f"not in the checkpoint and newly initialized, so train them: {_some(fresh)}")
+    if unexpected:
+        parts.append(f"in the checkpoint and not used: {_some(unexpected)}")
+    if parts:
+        warnings.warn(f"{model} from {path}: " + ". ".join(parts) + ".", UserWarning, stacklevel=5)
+
+
+def _some(names: list[str], most: int = 40) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def warn_if_not_finite(path: Path, bad: list[str]) -> None:
+    """Name the parameters that hold NaN or infinity, in one warning."""
+    if bad:
+        warnings.warn(
+            f"{path}: weights hold NaN or infinity, so outputs will too: {_some(bad)}.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no element is NaN or infinite; one cheap pass when all is well."""
+    # A sum is NaN or infinite if any element is; the exact test runs only when it is not finite,
+    # since a sum can also overflow. Half precision is summed in float32.
+    accumulate = (
+        np.promote_types(array.dtype, np.float32) if array.dtype.kind == "f" else np.float32
+    )
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(np.add.reduce(array, axis=None, dtype=accumulate)):
+            return True
+        return bool(np.isfinite(array).all())

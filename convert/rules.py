@@ -1,0 +1,257 @@
+"""The engine: a format is a table of rules, and this is the only code that reads such a table.
+
+Strict accounting holds in both directions: every key of the source is used once or named as
+unused, every target is filled once, every shape is equal.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+from convert.layouts import KEEP, Layout, result_shapes
+from vit_common.errors import CheckpointError
+
+
+class TensorLike(Protocol):
+    """What the engine needs of an array that may still lie in a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    def read(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of a format's table: which foreign keys hold which canonical parameters.
+
+    `{i}` in a name stands for the index of a block. Several names on either side belong together
+    through the layout.
+    """
+
+    foreign: str | tuple[str, ...]
+    canonical: str | tuple[str, ...]
+    layout: Layout = KEEP
+
+    @property
+    def foreign_names(self) -> tuple[str, ...]:
+        return (self.foreign,) if isinstance(self.foreign, str) else self.foreign
+
+    @property
+    def canonical_names(self) -> tuple[str, ...]:
+        return (self.canonical,) if isinstance(self.canonical, str) else self.canonical
+
+
+def _fill(name: str, index: str | None) -> str:
+    return name if index is None else name.replace("{i}", index)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A checkpoint layout.
+
+    Attributes:
+        name: how users call it.
+        rules: the table. Canonical names are without the `vit.` prefix of models with a head.
+        separator: what stands between the parts of a foreign key.
+        prefix: what foreign files of a model with a head put before the names of the network
+            under it; read with and without.
+        wrappers: starts of every key that a file may have around the whole table.
+        ignored: patterns of foreign keys that carry no weight of the network -> the reason.
+        describes: one line for messages.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    separator: str = "."
+    prefix: str = ""
+    wrappers: tuple[str, ...] = ()
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    describes: str = ""
+
+    @cached_property
+    def _by_foreign(self) -> list[tuple[re.Pattern, Rule]]:
+        return [(_pattern(name), rule) for rule in self.rules for name in rule.foreign_names]
+
+    @cached_property
+    def _by_canonical(self) -> list[tuple[re.Pattern, Rule]]:
+        return [(_pattern(name), rule) for rule in self.rules for name in rule.canonical_names]
+
+    def rule_for_foreign(self, key: str) -> tuple[Rule, str | None] | None:
+        """The rule and the block index for a foreign key without wrapper and prefix."""
+        return _lookup(self._by_foreign, key)
+
+    def rule_for_canonical(self, name: str) -> tuple[Rule, str | None] | None:
+        """The rule and the block index for a canonical name without the `vit.` prefix."""
+        return _lookup(self._by_canonical, name)
+
+    def strip(self, keys: Iterable[str]) -> dict[str, str]:
+        """Key without wrapper and prefix -> key as the file has it.
+
+        Raises:
+            CheckpointError: two keys of the file become the same.
+        """
+        keys = list(keys)
+        wrapper = next(
+            (w for w in self.wrappers if keys and all(k.startswith(w) for k in keys)), ""
+        )
+        out: dict[str, str] = {}
+        for key in keys:
+            bare = (
+                key[len(wrapper) :].removeprefix(self.prefix)
+                if self.prefix
+                else key[len(wrapper) :]
+            )
+            if bare in out:
+                raise CheckpointError(f"{key!r} and {out[bare]!r} name the same parameter.")
+            out[bare] = key
+        return out
+
+
+def _pattern(name: str) -> re.Pattern:
+    return re.compile(re.escape(name).replace(r"\{i\}", r"(?P<i>0|[1-9]\d{0,4})"))
+
+
+def _lookup(table: list[tuple[re.Pattern, Rule]], key: str) -> tuple[Rule, str | None] | None:
+    for pattern, rule in table:
+        if match := pattern.fullmatch(key):
+            return rule, match.groupdict().get("i")
+    return None
+
+
+class MappedTensor:
+    """One array of the target, not yet read: a place in the result of a rule's layout."""
+
+    __slots__ = ("_apply", "_position", "dtype", "shape", "sources")
+
+    def __init__(self, apply, sources, position, shape, dtype) -> None:
+        self._apply = apply
+        self._position = position
+        self.sources: tuple[TensorLike, ...] = sources
+        self.shape: tuple[int, ...] = shape
+        self.dtype: np.dtype = dtype
+
+    @property
+    def nbytes(self) -> int:
+        size = self.dtype.itemsize
+        for side in self.shape:
+            size *= side
+        return size
+
+    def read(self) -> np.ndarray:
+        """The array; a view of the source's where the layout allows it."""
+        return self._apply([source.read() for source in self.sources])[self._position]
+
+    def release(self) -> None:
+        """Say that what `read` gave is no longer needed, so that its pages can be dropped."""
+        for source in self.sources:
+            release = getattr(source, "release", None)
+            if release is not None:
+                release()
+
+
+@dataclass
+class Mapped:
+    """What a table made of a file: the mapped tensors, and the source keys that no rule took."""
+
+    tensors: dict[str, MappedTensor]
+    unused: list[str]
+
+
+def to_canonical(source: Mapping[str, TensorLike], table: Format) -> Mapped:
+    """Map a foreign file onto canonical names (without the `vit.` prefix).
+
+    Raises:
+        CheckpointError: part of a fused group is missing, two keys claim one parameter, or an
+            array does not have the shape its rule asks for; all of them in one message.
+    """
+    bare = table.strip(source)
+    return _map(
+        {name: source[key] for name, key in bare.items()},
+        bare,
+        table.rule_for_foreign,
+        lambda rule: (rule.foreign_names, rule.canonical_names),
+        lambda layout: (layout.to_canonical, layout.foreign_rank),
+    )
+
+
+def to_foreign(source: Mapping[str, TensorLike], table: Format) -> Mapped:
+    """Map canonical names (with or without the `vit.` prefix) onto the keys of a format.
+
+    Where the source has the prefix, the result has the format's.
+
+    Raises:
+        CheckpointError: as `to_canonical`.
+    """
+    from vit_common.parameters import BASE_PREFIX, HEAD_PARAMETERS
+
+    prefixed = any(name.startswith(BASE_PREFIX) for name in source)
+    bare = {name.removeprefix(BASE_PREFIX): name for name in source}
+    result = _map(
+        {name: source[full] for name, full in bare.items()},
+        bare,
+        table.rule_for_canonical,
+        lambda rule: (rule.canonical_names, rule.foreign_names),
+        lambda layout: (layout.to_foreign, layout.canonical_rank),
+    )
+    if prefixed and table.prefix:
+        heads = tuple(
+            name.replace(".", table.separator) for name in HEAD_PARAMETERS if name.endswith(".")
+        )
+        result.tensors = {
+            name if name.startswith(heads) else table.prefix + name: tensor
+            for name, tensor in result.tensors.items()
+        }
+    return result
+
+
+def _map(source, original, find, sides, direction) -> Mapped:
+    tensors: dict[str, MappedTensor] = {}
+    unused: list[str] = []
+    faults: list[str] = []
+    done: set[tuple[int, str | None]] = set()
+    for name in source:
+        found = find(name)
+        if found is None:
+            unused.append(original[name])
+            continue
+        rule, index = found
+        if (id(rule), index) in done:
+            continue
+        done.add((id(rule), index))
+        inputs, outputs = sides(rule)
+        inputs = [_fill(n, index) for n in inputs]
+        absent = [n for n in inputs if n not in source]
+        if absent:
+            faults.append(f"{original[name]!r} is there but {', '.join(absent)} is not")
+            continue
+        sources = tuple(source[n] for n in inputs)
+        function, rank = direction(rule.layout)
+        shapes = [tuple(s.shape) for s in sources]
+        if rank is not None and any(len(shape) != rank for shape in shapes):
+            given = " and ".join(map(str, shapes))
+            faults.append(f"{original[name]!r} must have {rank} dimensions; its shape is {given}")
+            continue
+        try:
+            made = result_shapes(function, shapes)
+        except ValueError as error:
+            faults.append(f"{original[name]!r}: {error}")
+            continue
+        if len({s.dtype for s in sources}) > 1:
+            faults.append(f"{', '.join(inputs)} must have one dtype")
+            continue
+        for position, (output, shape) in enumerate(zip(outputs, made, strict=True)):
+            target = _fill(output, index)
+            if target in tensors:
+                faults.append(f"{target} is filled twice, the second time by {original[name]!r}")
+            tensors[target] = MappedTensor(function, sources, position, shape, sources[0].dtype)
+    if faults:
+        raise CheckpointError("the file does not fit its format: " + "; ".join(faults) + ".")
+    return Mapped(tensors, unused)

@@ -1,0 +1,1410 @@
+"""Weights files: read what others wrote, write what others read, refuse what nobody should.
+
+The oracles are safetensors, Flax, numpy, torch, Transformers 4.57.6 and huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import flax.serialization
+import flax.traverse_util
+import huggingface_hub
+import huggingface_hub.serialization
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import msgpack
+import numpy as np
+import pytest
+import safetensors.flax
+import safetensors.numpy
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vit_common import files
+from vit_common.checkpoint import (
+    Checkpoint,
+    make_directory,
+    open_checkpoint,
+    parse_size,
+    read_json,
+    save_checkpoint,
+    shard_names,
+    write_text,
+)
+from vit_common.containers import flax_msgpack
+from vit_common.containers.safetensors_file import CODES
+from vit_common.errors import CheckpointError, InputError, MissingFileError, ViTError
+
+DTYPES = [
+    *("float64", "float32", "float16", "bfloat16", "complex64", "bool"),
+    *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
+    *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
+]
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Random bits: NaNs, infinities and subnormals are numbers to a file."""
+    if dtype == "bool":
+        return rng.integers(0, 2, shape).astype(bool)
+    size = int(np.prod(shape)) * _dtype(dtype).itemsize
+    return np.frombuffer(rng.bytes(size), _dtype(dtype)).reshape(shape)
+
+
+def _arrays(dtypes: list[str] = DTYPES, seed: int = 0) -> dict[str, np.ndarray]:
+    """Every dtype, and every way an array can lie in memory."""
+    rng = np.random.default_rng(seed)
+    table = {f"layer/{name}/w": _random(rng, (3, 5), name) for name in dtypes}
+    return table | {
+        "layer/scalar": np.array(2.5, np.float32),
+        "layer/empty": np.zeros((0, 4), np.float32),
+        "layer/one": np.ones((1, 1, 1), np.float16),
+        "strided": rng.standard_normal((6, 8)).astype(np.float32)[::2, 1::3],
+        "transposed": rng.standard_normal((4, 7)).T,
+        "fortran": np.asfortranarray(rng.standard_normal((3, 4)).astype(np.float32)),
+        "big_endian": rng.standard_normal((3, 2)).astype(">f4"),
+        "reversed": np.arange(12, dtype=np.int64)[::-1],
+    }
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """The same numbers, as the libraries want them: contiguous and little-endian."""
+    return np.array(array, array.dtype.newbyteorder("<"), order="C")
+
+
+def _tree(flat: dict[str, np.ndarray]) -> dict:
+    return flax.traverse_util.unflatten_dict(
+        {tuple(name.split("/")): _plain(array) for name, array in flat.items()}
+    )
+
+
+def _assert_same(checkpoint: Checkpoint, expected: dict[str, np.ndarray]) -> None:
+    assert set(checkpoint) == set(expected)
+    for name, array in expected.items():
+        tensor = checkpoint[name]
+        got, want = tensor.read(), _plain(np.asarray(array))
+        assert (tensor.name, tensor.shape, tensor.nbytes) == (name, want.shape, want.nbytes)
+        assert got.shape == want.shape
+        assert tensor.dtype == got.dtype == want.dtype
+        assert got.tobytes() == want.tobytes(), name
+
+
+def _peak(action: Callable[[], object]) -> int:
+    """Bytes allocated at the highest, by Python and numpy."""
+    tracemalloc.start()
+    try:
+        action()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+# -- safetensors
+
+
+def test_safetensors_bytes_are_those_of_the_library(tmp_path: Path) -> None:
+    arrays = _arrays()
+    (path,) = save_checkpoint(tmp_path, arrays, separator="/", metadata={"format": "pt"})
+    expected = safetensors.numpy.save(
+        {name: _plain(array) for name, array in arrays.items()}, metadata={"format": "pt"}
+    )
+    assert path.name == "model.safetensors"
+    assert path.read_bytes() == expected
+
+
+def test_safetensors_of_the_library_are_read(tmp_path: Path) -> None:
+    arrays = {name: _plain(array) for name, array in _arrays().items()}
+    path = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file(arrays, path, metadata={"format": "pt", "b": "ü"})
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.container == "safetensors"
+        assert checkpoint.metadata == {"format": "pt", "b": "ü"}
+        assert checkpoint.files == [path]
+        assert "16" not in repr(checkpoint) or checkpoint.path == path
+        _assert_same(checkpoint, arrays)
+
+
+def test_safetensors_are_read_by_torch_and_flax(tmp_path: Path) -> None:
+    arrays = _arrays(["float64", "float32", "float16", "bfloat16", "int64", "bool"])
+    (path,) = save_checkpoint(tmp_path, arrays)
+    for name, tensor in safetensors.torch.load_file(path).items():
+        want = _plain(arrays[name.replace(".", "/")])
+        assert tuple(tensor.shape) == want.shape
+        assert tensor.reshape(-1).view(torch.uint8).numpy().tobytes() == want.tobytes()
+    with jax.enable_x64(True):
+        loaded = safetensors.flax.load_file(path)
+    assert loaded["layer.bfloat16.w"].dtype == jnp.bfloat16
+    for name, array in loaded.items():
+        assert np.asarray(array).tobytes() == _plain(arrays[name.replace(".", "/")]).tobytes()
+
+
+def test_safetensors_without_tensors(tmp_path: Path) -> None:
+    (path,) = save_checkpoint(tmp_path, {})
+    assert path.read_bytes() == safetensors.numpy.save({})
+    assert dict(open_checkpoint(path)) == {}
+    # With metadata as well, version 0.8 of the library writes a header that is not JSON.
+    (path,) = save_checkpoint(tmp_path, {}, metadata={"format": "flax"})
+    assert open_checkpoint(path).metadata == {"format": "flax"}
+    with safetensors.safe_open(path, framework="np") as file:
+        assert file.metadata() == {"format": "flax"}
+
+
+def test_an_unpadded_header_and_any_order_of_tensors_are_read(tmp_path: Path) -> None:
+    header = b'{"b":{"dtype":"F32","shape":[2],"data_offsets":[1,9]},"a":' + (
+        b'{"dtype":"U8","shape":[],"data_offsets":[0,1]},"__metadata__":null}'
+    )
+    path = tmp_path / "no_extension"
+    numbers = np.array([1.5, -2.0], np.float32)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\x07" + numbers.tobytes())
+    with open_checkpoint(path) as checkpoint:
+        assert list(checkpoint) == ["a", "b"]
+        assert checkpoint["a"].read() == 7
+        np.testing.assert_array_equal(checkpoint["b"].read(), numbers)
+
+
+def _safetensors(header: str | bytes | dict, data: bytes = b"") -> bytes:
+    if isinstance(header, dict):
+        header = json.dumps(header)
+    text = header.encode() if isinstance(header, str) else header
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def _entry(dtype: object = "F32", shape: object = (1,), offsets: object = (0, 4)) -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+HEADERS = {
+    "too short": (b"1234", "truncated: 4 bytes long"),
+    "length over the limit": (b"\xff" * 7 + b"\x7f" + b"{}", "states a header of"),
+    "length over the file": ((200).to_bytes(8, "little") + b"{}", "header of 200 bytes; the file"),
+    "not an object": (_safetensors("[1]"), "does not begin with '{'"),
+    "leading space": (_safetensors(" {}"), "does not begin with '{'"),
+    "not JSON": (_safetensors('{"a":'), "not valid safetensors header: .* line 1"),
+    "not UTF-8": (_safetensors(b'{"\xff":1}'), "not UTF-8 at line 1"),
+    "nested without end": (_safetensors('{"a":' * 100_000), "not valid safetensors header"),
+    "number without end": (_safetensors('{"a":' + "9" * 5000 + "}"), "not valid"),
+    "name twice": (
+        _safetensors('{"a":1,"a":1}'),
+        "the key 'a' twice",
+    ),
+    "field twice": (
+        _safetensors('{"a":{"dtype":"U8","dtype":"F32","shape":[1],"data_offsets":[0,4]}}'),
+        "the key 'dtype' twice",
+    ),
+    "entry not an object": (_safetensors({"a": 3}), "'a' must have exactly"),
+    "field missing": (_safetensors({"a": {"dtype": "F32", "shape": [1]}}), "must have exactly"),
+    "field unknown": (_safetensors({"a": {**_entry(), "stride": 2}}, b"1234"), "have exactly"),
+    "dtype unknown": (_safetensors({"a": _entry("F31")}, b"1234"), "dtype 'F31' is not one of"),
+    "dtype of half bytes": (_safetensors({"a": _entry("F4")}, b"1234"), "dtype 'F4' is not one"),
+    "dtype not text": (_safetensors({"a": _entry(["F32"])}, b"1234"), "is not one of"),
+    "shape negative": (_safetensors({"a": _entry(shape=[-1])}, b"1234"), "at least 0"),
+    "shape of floats": (_safetensors({"a": _entry(shape=[1.0])}, b"1234"), "list of integers"),
+    "shape of booleans": (_safetensors({"a": _entry(shape=[True])}, b"1234"), "of integers"),
+    "shape not a list": (_safetensors({"a": _entry(shape=1)}, b"1234"), "list of integers"),
+    "shape of many axes": (_safetensors({"a": _entry(shape=[1] * 99)}, b"1234"), "at most 32"),
+    "shape overflows": (_safetensors({"a": _entry(shape=[2**62, 2])}, b"1234"), "any memory"),
+    "shape overflows to 0": (_safetensors({"a": _entry(shape=[2**62, 4, 0])}), "any memory"),
+    "shape against offsets": (_safetensors({"a": _entry(shape=[2])}, b"1234"), "takes 8 bytes"),
+    "offsets reversed": (_safetensors({"a": _entry(offsets=[4, 0])}, b"1234"), "takes 4 bytes"),
+    "offsets of three": (_safetensors({"a": _entry(offsets=[0, 4, 8])}, b"1234"), "begin, end"),
+    "truncated": (_safetensors({"a": _entry()}, b"123"), "truncated: .* 4 bytes; there are 3"),
+    "trailing": (_safetensors({"a": _entry()}, b"12345"), "more bytes than its header"),
+    "gap": (_safetensors({"a": _entry(offsets=[1, 5])}, b"12345"), "'a' leaves a gap"),
+    "overlap": (
+        _safetensors({"a": _entry(), "b": _entry(offsets=[2, 6])}, b"123456"),
+        "'b' overlaps",
+    ),
+    "metadata of numbers": (_safetensors({"__metadata__": {"a": 1}}), "map strings to strings"),
+    "metadata not a map": (_safetensors({"__metadata__": ["a"]}), "map strings to strings"),
+    "claims a terabyte": (
+        _safetensors({"a": _entry(shape=[2**38], offsets=[0, 2**40])}, b"1234"),
+        "truncated: the tensors take 1099511627776 bytes; there are 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_bad_safetensors_file_is_refused(tmp_path: Path, case: str) -> None:
+    data, message = HEADERS[case]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+
+    def refused() -> None:
+        with pytest.raises(CheckpointError, match=message) as info:
+            open_checkpoint(path)
+        assert str(path) in str(info.value)
+        assert "\n" not in str(info.value)
+
+    assert _peak(refused) < 4_000_000
+
+
+def test_a_boolean_that_is_no_boolean_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(_safetensors({"a": _entry("BOOL", [2], [0, 2])}, b"\x01\x02"))
+    with pytest.raises(CheckpointError, match="bytes other than 0 and 1"):
+        open_checkpoint(path)["a"].read()
+
+
+def test_loading_takes_one_copy_and_one_tensor(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {f"w{i:02}": rng.standard_normal((512, 256)).astype(np.float32) for i in range(16)}
+    (path,) = save_checkpoint(tmp_path, arrays)
+    size, largest = path.stat().st_size, arrays["w00"].nbytes
+    loaded: list[np.ndarray] = []
+
+    def load() -> None:
+        with open_checkpoint(path) as checkpoint:
+            loaded.extend(np.ascontiguousarray(tensor.read().T) for tensor in checkpoint.values())
+
+    assert _peak(load) < size + 1.5 * largest
+    np.testing.assert_array_equal(loaded[3], arrays["w03"].T)
+    assert _peak(lambda: open_checkpoint(path)) < largest / 4
+
+
+def test_arrays_are_aligned_writeable_and_outlive_the_file(tmp_path: Path) -> None:
+    (path,) = save_checkpoint(tmp_path, {"a": np.arange(5, dtype=np.uint8), "b": np.ones(3)})
+    tensors = dict(open_checkpoint(path))  # the checkpoint itself is gone now
+    array = tensors["a"].read()
+    with path.open("r+b") as stream:  # what another program does that saves in place
+        stream.truncate(0)
+    array += 1
+    np.testing.assert_array_equal(array, [1, 2, 3, 4, 5])
+    assert array.ctypes.data % 64 == 0
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: was truncated"):
+        tensors["b"].read()
+
+
+def test_a_closed_checkpoint_says_so(tmp_path: Path) -> None:
+    (path,) = save_checkpoint(tmp_path, {"a": np.ones(2)})
+    with open_checkpoint(path) as checkpoint:
+        pass
+    with pytest.raises(CheckpointError, match="was closed"):
+        checkpoint["a"].read()
+    with pytest.raises(KeyError):
+        checkpoint["b"]
+
+
+def test_tensors_can_be_read_from_many_threads(tmp_path: Path) -> None:
+    arrays = {f"{i}": np.full((300, 100), i) for i in range(40)}
+    (path,) = save_checkpoint(tmp_path, arrays)
+    wrong: list[str] = []
+    with open_checkpoint(path) as checkpoint:
+
+        def read(names: list[str]) -> None:
+            wrong.extend(n for n in names if not (checkpoint[n].read() == int(n)).all())
+
+        threads = [threading.Thread(target=read, args=(list(arrays)[i::4],)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+# -- Flax msgpack
+
+
+def test_msgpack_bytes_are_those_of_flax(tmp_path: Path) -> None:
+    arrays = _arrays() | {f"deep/{'x/' * 20}{i}": np.full(i, i, np.uint8) for i in range(20)}
+    arrays |= {"long": np.zeros(70_000, np.int8), "middle": np.zeros(300, np.int8)}
+    (path,) = save_checkpoint(tmp_path, arrays, container="msgpack", stem="flax_model")
+    assert path.name == "flax_model.msgpack"
+    assert path.read_bytes() == flax.serialization.to_bytes(_tree(arrays))
+    restored = flax.serialization.msgpack_restore(path.read_bytes())
+    for name, array in flax.traverse_util.flatten_dict(restored, sep="/").items():
+        assert array.tobytes() == _plain(arrays[name]).tobytes()
+
+
+def test_msgpack_of_flax_is_read(tmp_path: Path) -> None:
+    arrays = _arrays([*DTYPES, "complex128"])
+    path = tmp_path / "x"
+    path.write_bytes(flax.serialization.to_bytes(_tree(arrays)))
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.container == "msgpack"
+        assert checkpoint.metadata == {}
+        _assert_same(checkpoint, arrays)
+
+
+def test_msgpack_scalars_lists_and_empty_subtrees(tmp_path: Path) -> None:
+    numbers = {"int": 3, "minus": -5, "big": 2**40, "low": -(2**40), "huge": 2**64 - 1}
+    numbers |= {"float": 0.1, "yes": True, "complex": 1 + 2j, "numpy": np.float16(1.5)}
+    arrays = {"list": [np.ones(2), np.zeros(3)], "jax": jnp.ones(2)}
+    tree = numbers | arrays | {"none": None, "nothing": {}}
+    path = tmp_path / "state.msgpack"
+    path.write_bytes(flax.serialization.to_bytes(tree))
+    with open_checkpoint(path) as checkpoint:
+        values = {name: tensor.read() for name, tensor in checkpoint.items()}
+    assert {*values} == {*numbers, "list/0", "list/1", "jax"}
+    for name, number in numbers.items():
+        assert values[name].shape == ()
+        assert values[name] == number
+    np.testing.assert_array_equal(values["list/1"], np.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool", "complex64"])
+def test_msgpack_splits_large_arrays_as_flax_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 50)
+    monkeypatch.setattr(flax_msgpack, "MAX_CHUNK_SIZE", 50)
+    rng = np.random.default_rng(0)
+    arrays = {"a/b": _random(rng, (7, 11), dtype), "c": _random(rng, (3,), dtype)}
+    (path,) = save_checkpoint(tmp_path, arrays, container="msgpack")
+    assert path.read_bytes() == flax.serialization.to_bytes(_tree(arrays))
+    with open_checkpoint(path) as checkpoint:
+        _assert_same(checkpoint, arrays)
+
+
+def _pack(value: object) -> bytes:
+    return msgpack.packb(value, use_bin_type=True)
+
+
+def _array(shape: object = (2,), dtype: object = "uint8", data: object = b"12") -> msgpack.ExtType:
+    return msgpack.ExtType(1, _pack((shape, dtype, data)))
+
+
+def _pieces(shape: object, chunks: object, **extra: object) -> dict:
+    return {"__msgpack_chunked_array__": True, "shape": shape, "chunks": chunks, **extra}
+
+
+def _nested(depth: int) -> bytes:
+    return b"\x81\xa1a" * depth + b"\x80"
+
+
+MSGPACKS = {
+    "not a map": (b"\x01", "holds a map; this one holds a number"),
+    "list": (_pack([1]), "holds a map; this one holds a array"),
+    "trailing": (_pack({"a": _array()}) + b"\x00", "1 bytes after the end"),
+    "truncated": (_pack({"a": _array()})[:-1], "does not fit"),
+    "key twice": (b"\x82" + _pack("a") + b"\x01" + _pack("a") + b"\x01", "'a' twice"),
+    "name twice": (_pack({"a": {"b": 1}, "a/b": 2}), "both named 'a/b'"),
+    "key a number": (_pack({1: 2}), "key at byte 1 must be a string"),
+    "key bytes": (_pack({b"a": 2}), "key at byte 1 must be a string"),
+    "key not UTF-8": (b"\x81\xa1\xff\x01", "key at byte 1 must be a string"),
+    "key long": (_pack({"a" * 2000: 1}), "at most 1024"),
+    "name long": (_pack({"a" * 600: {"b" * 600: 1}}), "longer than 1024"),
+    "text": (_pack({"a": "text"}), "'a' at byte 1 must be an array or a map; it is a str"),
+    "list inside": (_pack({"a": [1]}), "must be an array or a map; it is a array"),
+    "unused byte": (b"\x81\xa1a\xc1", "byte 3 is 0xc1"),
+    "unknown extension": (_pack({"a": msgpack.ExtType(9, b"x")}), "extension type 9"),
+    "timestamp": (_pack({"a": msgpack.Timestamp(1)}), "extension type 255"),
+    "array of two": (_pack({"a": msgpack.ExtType(1, _pack(((2,), "uint8")))}), "packed as"),
+    "array with more": (_pack({"a": msgpack.ExtType(1, _array().data + b"x")}), "1 bytes too"),
+    "shape a number": (_pack({"a": _array(2)}), "its shape must be a list"),
+    "shape of texts": (_pack({"a": _array(("", ""))}), "list of integers"),
+    "shape of maps": (_pack({"a": _array(({}, 2), data=b"")}), "list of integers"),
+    "shape negative": (_pack({"a": _array((-2, -1))}), "at least 0"),
+    "shape of many axes": (_pack({"a": _array((1,) * 40)}), "at most 32"),
+    "shape huge": (_pack({"a": _array((2**40, 2**40))}), "any memory"),
+    "shape against data": (_pack({"a": _array((3,))}), "takes 3 bytes; given bin 2"),
+    "dtype unknown": (_pack({"a": _array(dtype="object")}), "dtype 'object' is not one of"),
+    "dtype void": (_pack({"a": _array(dtype="V1")}), "dtype 'V1' is not one of"),
+    "dtype a number": (_pack({"a": _array(dtype=3)}), "dtype None is not one of"),
+    "complex of one": (_pack({"a": msgpack.ExtType(2, _pack((1.0,)))}), "wanted at byte"),
+    "complex of texts": (_pack({"a": msgpack.ExtType(2, _pack(("", "")))}), "pair of numbers"),
+    "claims 4 GiB of array": (b"\x81\xa1a\xc9" + b"\xff" * 4 + b"\x01", "ext of length 4294967295"),
+    "claims 4 G entries": (b"\xdf" + b"\xff" * 4, "map of length 4294967295"),
+    "claims a long key": (b"\x81\xdb" + b"\xff" * 4, "str of length 4294967295"),
+    "claims axes": (_pack({"a": msgpack.ExtType(1, b"\x93\xdd" + b"\xff" * 4)}), "of length 4294"),
+    "nested": (_nested(200), "nested more than 64"),
+    "nested without end": (_nested(100_000), "nested more than 64"),
+    "pieces too few": (_pack({"a": _pieces({"0": 3}, {"0": _array()})}), "1 chunks do not make"),
+    "pieces of two dtypes": (
+        _pack({"a": _pieces({"0": 4}, {"0": _array(), "1": _array(dtype="int8")})}),
+        "2 chunks do not make",
+    ),
+    "pieces misnumbered": (_pack({"a": _pieces({"0": 2}, {"1": _array()})}), "numbered chunks"),
+    "pieces with more": (_pack({"a": _pieces({"0": 2}, {"0": _array()}, x=1)}), "must have"),
+    "pieces missing": (_pack({"a": {"__msgpack_chunked_array__": True}}), "must have a shape"),
+    "pieces not arrays": (_pack({"a": _pieces({"0": 2}, {"0": 3})}), "numbered chunks"),
+    "pieces of a huge shape": (_pack({"a": _pieces({"0": 2**63}, {"0": _array()})}), "any memory"),
+}
+
+
+@pytest.mark.parametrize("case", MSGPACKS)
+def test_a_bad_msgpack_file_is_refused(tmp_path: Path, case: str) -> None:
+    data, message = MSGPACKS[case]
+    path = tmp_path / "flax_model.msgpack"
+    path.write_bytes(data)
+
+    def refused() -> None:
+        with pytest.raises(CheckpointError, match=message) as info:
+            open_checkpoint(path)
+        assert str(path) in str(info.value)
+
+    assert _peak(refused) < 4_000_000
+
+
+def test_msgpack_with_too_many_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flax_msgpack, "MAX_ENTRIES", 3)
+    (path,) = save_checkpoint(tmp_path, {"a/b": np.ones(1), "a/c": np.ones(1)}, container="msgpack")
+    assert len(open_checkpoint(path)) == 2
+    (path,) = save_checkpoint(
+        tmp_path, {"a/b": np.ones(1), "a/c": np.ones(1), "d": np.ones(1)}, container="msgpack"
+    )
+    with pytest.raises(CheckpointError, match="more than 3 entries"):
+        open_checkpoint(path)
+
+
+def test_msgpack_is_indexed_without_being_loaded(tmp_path: Path) -> None:
+    arrays = {f"w{i}": np.zeros(1_000_000, np.uint8) for i in range(8)}
+    (path,) = save_checkpoint(tmp_path, arrays, container="msgpack")
+    assert _peak(lambda: open_checkpoint(path)) < 100_000
+
+
+# -- numpy
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_npz_of_numpy_is_read(tmp_path: Path, compressed: bool) -> None:
+    native = [name for name in DTYPES if _dtype(name).isbuiltin == 1]
+    arrays = _arrays([*native, "complex128"])
+    path = tmp_path / "x.npz"
+    (np.savez_compressed if compressed else np.savez)(path, **arrays)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.container == "npz"
+        _assert_same(checkpoint, arrays)
+
+
+def test_bfloat16_in_npz_comes_back(tmp_path: Path) -> None:
+    array = np.arange(-3, 3).astype(ml_dtypes.bfloat16).reshape(2, 3)
+    np.savez(tmp_path / "x.npz", **{"Transformer/w": array, "f": np.asfortranarray(array)})
+    assert np.load(tmp_path / "x.npz")["Transformer/w"].dtype == np.dtype("V2")
+    with open_checkpoint(tmp_path / "x.npz") as checkpoint:
+        _assert_same(checkpoint, {"Transformer/w": array, "f": array})
+
+
+def test_npy_written_by_python_2_is_read(tmp_path: Path) -> None:
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (2L,)}".ljust(117) + b"\n"
+    npy = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("a.npy", npy + np.array([1, 2], np.float32).tobytes())
+    with open_checkpoint(tmp_path / "x.npz") as checkpoint:
+        np.testing.assert_array_equal(checkpoint["a"].read(), [1, 2])
+
+
+class _Code:
+    """Pickles to a call; the file it would make must never appear."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def _npy(descr: str, shape: str, data: bytes = b"", version: int = 1) -> bytes:
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    width = 2 if version == 1 else 4
+    return (
+        b"\x93NUMPY" + bytes([version, 0]) + len(header).to_bytes(width, "little") + header + data
+    )
+
+
+NPYS = {
+    "no array": (b"hello world, I am no array", "member 'a' is not a .npy array"),
+    "empty": (b"", "is not a .npy array"),
+    "version 9": (_npy("'<f4'", "(1,)", b"1234", version=9), "is not one of numbers|only support"),
+    "version 3": (_npy("'<f4'", "(1,)", b"1234", version=3), "not one of numbers"),
+    "structured": (_npy("[('a', '<f4')]", "(1,)", b"1234"), "must be of numbers"),
+    "subarray": (_npy("'(1000000,)f4'", "(1,)"), "must be of numbers"),
+    "text": (_npy("'<U1'", "(1,)", b"1234"), "must be of numbers"),
+    "void of 4": (_npy("'|V4'", "(1,)", b"1234"), "must be of numbers"),
+    "dates": (_npy("'<M8[s]'", "(1,)", b"12345678"), "must be of numbers"),
+    "objects": (_npy("'|O'", "(1,)", b"12345678"), "holds Python objects"),
+    "code in header": (_npy("__import__('os').abort()", "(1,)"), "not a .npy array"),
+    "nested header": (_npy("(" * 900 + ")" * 900, "(1,)"), "not a .npy array"),
+    "long header": (_npy("'<f4'" + " " * 20_000, "(1,)", b"1234", version=2), "not a .npy array"),
+    "header cut": (_npy("'<f4'", "(1,)")[:20], "not a .npy array"),
+    "shape negative": (_npy("'<f4'", "(-1,)"), "at least 0"),
+    "shape huge": (_npy("'<f4'", f"({2**62}, 4)"), "any memory"),
+    "terabyte": (_npy("'<f4'", f"({2**38},)", b"1234"), "takes 10995116278.. bytes"),
+    "too long": (_npy("'<f4'", "(1,)", b"12345"), "the archive states"),
+    "too short": (_npy("'<f4'", "(1,)", b"123"), "the archive states"),
+}
+
+
+@pytest.mark.parametrize("case", NPYS)
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_bad_array_in_npz_is_refused(tmp_path: Path, case: str, method: int) -> None:
+    data, message = NPYS[case]
+    path = tmp_path / "x.npz"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("a.npy", data)
+
+    def refused() -> None:
+        with pytest.raises(CheckpointError, match=message) as info:
+            open_checkpoint(path)
+        assert str(path) in str(info.value)
+
+    assert _peak(refused) < 8_000_000
+
+
+def test_objects_in_npz_are_never_unpickled(tmp_path: Path) -> None:
+    objects = np.array([_Code(tmp_path / "ran")], dtype=object)
+    np.savez(tmp_path / "x.npz", objects=objects, allow_pickle=True)
+    with pytest.raises(CheckpointError, match="array 'objects' holds Python objects"):
+        open_checkpoint(tmp_path / "x.npz")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_bad_archives_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    for method, name, message in (
+        (zipfile.ZIP_STORED, "a.txt", "'a.txt' is not a .npy array"),
+        (zipfile.ZIP_BZIP2, "a.npy", "compressed in a way numpy does not write"),
+        (zipfile.ZIP_LZMA, "a.npy", "compressed in a way numpy does not write"),
+    ):
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.writestr(name, _npy("'<f4'", "(1,)", b"1234"))
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.npy", _npy("'<f4'", "(1,)", b"1234"))
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("a.npy", _npy("'<f4'", "(1,)", b"1234"))
+    with pytest.raises(CheckpointError, match=r"member 'a\.npy' twice"):
+        open_checkpoint(path)
+
+
+def test_zip_bombs_are_refused(tmp_path: Path) -> None:
+    """A small member that states gigabytes: impossible for deflate, or a constant too large."""
+    path = tmp_path / "x.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", _npy("'|u1'", "(4000000000,)", b"\x00" * 100_000))
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        info = archive.infolist()[0]
+    old = info.file_size.to_bytes(4, "little")
+    central = data.index(b"PK\x01\x02")
+    at = data.index(old, central)
+    data[at : at + 4] = (4_000_000_000 + info.file_size - 100_000).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="a zip bomb; refused"):
+        open_checkpoint(path)
+    # A constant of a real head's size, which compresses as far as deflate can, is no bomb.
+    np.savez_compressed(path, kernel=np.zeros((21843, 192), np.float32))
+    with open_checkpoint(path) as checkpoint:
+        assert not checkpoint["kernel"].read().any()
+
+
+def test_a_flipped_bit_in_npz_is_noticed(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", a=np.arange(1000.0), b=np.ones(3))
+    data = bytearray((tmp_path / "x.npz").read_bytes())
+    data[5000] ^= 1
+    (tmp_path / "x.npz").write_bytes(data)
+    with open_checkpoint(tmp_path / "x.npz") as checkpoint:
+        checkpoint["b"].read()
+        with pytest.raises(CheckpointError, match=r"'a\.npy' cannot be read .*CRC"):
+            checkpoint["a"].read()
+
+
+# -- torch
+
+
+def _torch_tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(6, 8, generator=generator)
+    return {
+        "blocks.0.attn.qkv.weight": base,
+        "half": base.half(),
+        "brain": base.bfloat16(),
+        "brain_strided": base.bfloat16()[::2, 1::3],
+        "double": base.double().T,
+        "ints": torch.arange(5),
+        "bools": base > 0,
+        "complex": torch.randn(3, dtype=torch.complex64, generator=generator).conj(),
+        "scalar": torch.tensor(3.5),
+        "brain_scalar": torch.tensor(3.5).bfloat16(),
+        "empty": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(torch.ones(3)),
+        "shared": base[2:],
+    }
+
+
+def _bits(tensor: torch.Tensor) -> bytes:
+    plain = tensor.detach().resolve_conj().contiguous().clone()
+    return plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_files_are_read(tmp_path: Path, zipped: bool) -> None:
+    tensors = _torch_tensors()
+    if zipped:  # the older format does not know float8
+        tensors["eighth"] = torch.randn(5).to(torch.float8_e4m3fn)
+        tensors["eighth_e5"] = torch.randn(5).to(torch.float8_e5m2)
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.container == "torch"
+        assert list(checkpoint) == list(tensors)
+        for name, tensor in tensors.items():
+            array = checkpoint[name].read()
+            assert array.dtype.name == str(tensor.dtype).removeprefix("torch.")
+            assert array.shape == tuple(tensor.shape)
+            assert np.ascontiguousarray(array).tobytes() == _bits(tensor), name
+
+
+def test_torch_wrappers_keep_their_path(tmp_path: Path) -> None:
+    weight = torch.ones(2)
+    contents = {
+        "model": torch.nn.Linear(2, 3).state_dict(),
+        "optimizer": {"state": {0: {"exp_avg": weight}}, "param_groups": [{"lr": 1e-3}]},
+        "args": argparse.Namespace(lr=1e-3, arch="vit_small"),
+        "epoch": 7,
+        "note": "text",
+        "pos_embed": weight,
+    }
+    path = tmp_path / "checkpoint.pth"
+    torch.save(contents, path)
+    with open_checkpoint(path) as checkpoint:
+        assert list(checkpoint) == [
+            *("model/weight", "model/bias", "optimizer/state/0/exp_avg", "pos_embed")
+        ]
+
+
+class _TorchCode(_Code):
+    pass
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("code", [_Code, lambda path: subprocess.Popen])
+def test_code_in_a_torch_pickle_is_refused_and_never_run(
+    tmp_path: Path, zipped: bool, code: Callable
+) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    contents = {"weight": torch.ones(2), "evil": code(tmp_path / "ran")}
+    torch.save(contents, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"asks for code.* nothing in it was run") as info:
+        open_checkpoint(path)
+    assert str(path) in str(info.value)
+    assert "weights_only" not in str(info.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_plain_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
+    import pickle
+
+    for protocol in range(6):
+        for name in ("x.bin", "x.pt"):
+            (tmp_path / name).write_bytes(pickle.dumps(_Code(tmp_path / "ran"), protocol))
+            with pytest.raises(CheckpointError, match=name):
+                open_checkpoint(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_torch_files_that_are_no_weights(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+
+    def refused(contents: object, message: str) -> None:
+        torch.save(contents, path)
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(path)
+
+    refused(torch.ones(2), "holds a Tensor; wanted a mapping")
+    refused([torch.ones(2)], "holds a list; wanted a mapping")
+    refused({"a": torch.ones(2).to_sparse()}, "'a' is sparse, quantized or without numbers")
+    refused({"a": torch.empty(2, device="meta")}, "'a' is sparse, quantized or without numbers")
+    refused({"a": torch.zeros(1).expand(2**40)}, r"states shape \[1099511627776\], more than")
+    refused({1: torch.ones(1), "1": torch.ones(1)}, "both named '1'")
+    refused({"a": torch.zeros(2).to(torch.float8_e4m3fn).view(torch.bits8)}, "dtype bits8")
+    itself: dict = {}
+    itself["a"] = itself
+    refused(itself, "too deep, or holds itself")
+    shared: dict = {"weight": torch.ones(1)}
+    for _ in range(30):  # 2**30 names in a file of a few hundred bytes
+        shared = {"a": shared, "b": shared}
+    refused(shared, "more than 100000 entries")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="TorchScript program, not weights"):
+        open_checkpoint(tmp_path / "x.pt")
+
+
+def test_without_torch_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(CheckpointError, match=r"pip install torch.*vit-flax\[torch\]"):
+        open_checkpoint(tmp_path / "pytorch_model.bin")
+
+
+def test_an_unsafe_torch_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(CheckpointError, match=r"torch 2\.5\.1.*Wanted 2\.6"):
+        open_checkpoint(tmp_path / "pytorch_model.bin")
+
+
+# -- telling the containers apart
+
+
+def test_the_content_decides_over_the_extension(tmp_path: Path) -> None:
+    arrays = {"a": np.arange(3.0)}
+    (flax_file,) = save_checkpoint(tmp_path, arrays, container="msgpack")
+    (safe_file,) = save_checkpoint(tmp_path, arrays)
+    np.savez(tmp_path / "x.npz", **arrays)
+    torch.save({"a": torch.arange(3.0).double()}, tmp_path / "x.pth")
+    sources = [flax_file, safe_file, tmp_path / "x.npz", tmp_path / "x.pth"]
+    kinds = ["msgpack", "safetensors", "npz", "torch"]
+    for source, kind in zip(sources, kinds, strict=True):
+        for name in ("plain", "y.bin", "y.safetensors", "y.msgpack", "y.npz"):
+            source.rename(tmp_path / name)
+            with open_checkpoint(tmp_path / name) as checkpoint:
+                assert checkpoint.container == kind
+                _assert_same(checkpoint, arrays)
+            (tmp_path / name).rename(source)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 346293852\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "this file is empty"),
+        (POINTER, "a git-lfs pointer.*git lfs pull"),
+        (b"\x89HDF\r\n\x1a\n", "a TensorFlow or Keras file"),
+        (b"<!DOCTYPE html><html>", "not a weights file of a known kind"),
+    ],
+)
+def test_what_is_no_weights_file_is_named(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "weights").write_bytes(data)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "weights")
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match=r"nowhere.*No such file"):
+        open_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(MissingFileError, match="wanted a file; this is a directory"):
+        open_checkpoint(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(MissingFileError, match="wanted a file; this is a directory or a device"):
+        open_checkpoint(tmp_path / "pipe")
+
+
+def test_reading_needs_no_framework(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, {"a": np.ones(2)})
+    save_checkpoint(tmp_path, {"a": np.ones(2)}, container="msgpack")
+    np.savez(tmp_path / "model.npz", a=np.ones(2))
+    code = (
+        "import sys; from vit_common.checkpoint import open_checkpoint, save_checkpoint\n"
+        "for kind in ('safetensors', 'msgpack', 'npz'):\n"
+        "    open_checkpoint(f'{sys.argv[1]}/model.{kind}')['a'].read()\n"
+        "heavy = {'torch', 'jax', 'flax', 'huggingface_hub', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
+
+
+# -- shards and their index
+
+
+def _sharded(directory: Path, container: str = "safetensors") -> tuple[dict, Path]:
+    rng = np.random.default_rng(1)
+    arrays = {f"a/w{i}": rng.standard_normal((4, i + 1)).astype(np.float32) for i in range(6)}
+    written = save_checkpoint(
+        directory, arrays, container=container, max_shard_size=160, separator="/"
+    )
+    return arrays, written[-1]
+
+
+@pytest.mark.parametrize("container", ["safetensors", "msgpack"])
+def test_shards_are_read(tmp_path: Path, container: str) -> None:
+    arrays, index = _sharded(tmp_path, container)
+    with open_checkpoint(index) as checkpoint:
+        assert checkpoint.container == container
+        assert checkpoint.path == index
+        assert len(checkpoint.files) == len(shard_names(index)) == 3
+        _assert_same(checkpoint, arrays)
+    assert checkpoint.files[0].name == f"model-00001-of-00003.{container}"
+
+
+def test_shards_in_a_hub_cache_are_links_out_of_the_folder(tmp_path: Path) -> None:
+    arrays, index = _sharded(tmp_path / "blobs")
+    snapshot = tmp_path / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    for file in index.parent.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    with open_checkpoint(snapshot / index.name) as checkpoint:
+        _assert_same(checkpoint, arrays)
+
+
+def test_torch_shards_are_read(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    torch.save({"b": torch.zeros(3)}, tmp_path / "pytorch_model-00002-of-00002.bin")
+    index = tmp_path / "pytorch_model.bin.index.json"
+    names = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
+    index.write_text(json.dumps({"metadata": {"total_size": 20}, "weight_map": names}))
+    with open_checkpoint(index) as checkpoint:
+        _assert_same(checkpoint, {"a": np.ones(2, "f4"), "b": np.zeros(3, "f4")})
+
+
+def _edit_index(index: Path, change: Callable[[dict], object]) -> None:
+    table = json.loads(index.read_text())
+    change(table["weight_map"])
+    index.write_text(json.dumps(table))
+
+
+def test_every_fault_of_an_index_is_named_at_once(tmp_path: Path) -> None:
+    _, index = _sharded(tmp_path)
+    first, second, third = shard_names(index)
+    (tmp_path / third).unlink()
+    _edit_index(index, lambda names: (names.pop("a/w0"), names.update({"ghost": second})))
+    with pytest.raises(CheckpointError) as info:
+        open_checkpoint(index)
+    text = str(info.value)
+    assert text.startswith(f"{index}: ")
+    assert f"shard {first} holds tensors not in the index: 'a/w0'" in text
+    assert f"shard {second} lacks 'ghost'" in text
+    assert f"shard {third} of 1 tensors: {tmp_path / third}: cannot be read (No such file" in text
+
+
+def test_a_tensor_in_two_shards_is_named(tmp_path: Path) -> None:
+    arrays, index = _sharded(tmp_path)
+    first, second, _ = shard_names(index)
+    both = {name: arrays[name] for name in [*shard_names(index)[second], "a/w0"]}
+    safetensors.numpy.save_file(both, tmp_path / second)
+    with pytest.raises(CheckpointError, match=f"shard {second} repeats from {first}: 'a/w0'"):
+        open_checkpoint(index)
+
+
+def test_shards_of_different_kinds_are_refused(tmp_path: Path) -> None:
+    _, index = _sharded(tmp_path)
+    shard = next(iter(shard_names(index)))
+    names = shard_names(index)[shard]
+    arrays = {name: open_checkpoint(tmp_path / shard)[name].read() for name in names}
+    np.savez(tmp_path / "x.npz", **arrays)
+    (tmp_path / "x.npz").rename(tmp_path / shard)
+    with pytest.raises(CheckpointError, match="different kinds: npz, safetensors"):
+        open_checkpoint(index)
+
+
+@pytest.mark.parametrize(
+    "shard", ["../x.safetensors", "/etc/passwd", "..", "", ".", "a/b", "a\\b", "C:x", "a\x00b"]
+)
+def test_a_shard_outside_the_folder_is_refused(tmp_path: Path, shard: str) -> None:
+    save_checkpoint(tmp_path, {"a": np.ones(1)}, stem="x")
+    index = tmp_path / "sub" / "model.safetensors.index.json"
+    index.parent.mkdir()
+    index.write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(CheckpointError, match="outside its own folder"):
+        open_checkpoint(index)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "must have a `weight_map`"),
+        ('{"weight_map": []}', "must have a `weight_map`"),
+        ('{"weight_map": {}}', "must have a `weight_map`"),
+        ('{"weight_map": {"a": 1}}', "'a' must map to a file name; given 1"),
+        ('{"weight_map": {"a": "x", "a": "y"}}', "the key 'a' twice"),
+        ('{"weight_map": ', "not valid JSON: .* at line 1"),
+    ],
+)
+def test_a_bad_index_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(index)
+
+
+# -- writing
+
+
+def _as_in_transformers(arrays: dict, limit: int) -> tuple[dict, dict | None]:
+    from transformers.modeling_flax_utils import flax_shard_checkpoint
+
+    return flax_shard_checkpoint(_tree(arrays), limit)
+
+
+@pytest.mark.parametrize("limit", [10_000, 300, 200, 130, 64])
+def test_flax_shards_are_those_of_transformers(tmp_path: Path, limit: int) -> None:
+    from transformers.modeling_flax_utils import FlaxPreTrainedModel
+
+    rng = np.random.default_rng(2)
+    arrays = {
+        f"encoder/layer/{i}/kernel": rng.standard_normal((i % 4 + 1, 16)).astype(np.float32)
+        for i in range(8)
+    }
+    written = save_checkpoint(
+        tmp_path, arrays, container="msgpack", stem="flax_model", max_shard_size=limit
+    )
+    shards, index = _as_in_transformers(arrays, limit)
+    assert [path.name for path in written[: len(shards)]] == list(shards)
+    for name, shard in shards.items():
+        expected = flax.serialization.to_bytes(flax.traverse_util.unflatten_dict(shard, sep="/"))
+        assert (tmp_path / name).read_bytes() == expected
+    if index is not None:
+        path = tmp_path / "flax_model.msgpack.index.json"
+        assert written[-1] == path
+        assert path.read_text() == json.dumps(index, indent=2, sort_keys=True) + "\n"
+    if limit == 300:
+        loaded = FlaxPreTrainedModel.load_flax_sharded_weights(written[:-1])
+        for name, array in flax.traverse_util.flatten_dict(loaded, sep="/").items():
+            np.testing.assert_array_equal(array, arrays[name])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(p.name for p in written)
+
+
+def test_no_empty_first_shard(tmp_path: Path) -> None:
+    """Transformers writes an empty shard where the first tensor alone exceeds the limit."""
+    arrays = {"a": np.ones(9), "b": np.ones(2)}
+    assert next(iter(_as_in_transformers(arrays, 40)[0].values())) == {}
+    written = save_checkpoint(tmp_path, arrays, container="msgpack", max_shard_size=40)
+    assert [path.name for path in written[:2]] == [
+        *("model-00001-of-00002.msgpack", "model-00002-of-00002.msgpack")
+    ]
+
+
+@pytest.mark.parametrize("limit", [10_000, 300, 200, 130, 64])
+def test_safetensors_shards_are_those_of_huggingface_hub(tmp_path: Path, limit: int) -> None:
+    rng = np.random.default_rng(3)
+    arrays = {
+        f"layer.{i}": rng.standard_normal((i % 5 + 1, 16)).astype(np.float32) for i in range(8)
+    }
+    written = save_checkpoint(tmp_path, arrays, max_shard_size=limit, metadata={"format": "pt"})
+    expected = huggingface_hub.serialization.split_state_dict_into_shards_factory(
+        arrays,
+        get_storage_size=lambda array: array.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    )
+    for name, names in expected.filename_to_tensors.items():
+        shard = {tensor: arrays[tensor] for tensor in names}
+        assert (tmp_path / name).read_bytes() == safetensors.numpy.save(shard, {"format": "pt"})
+    if expected.is_sharded:
+        index = read_json(tmp_path / "model.safetensors.index.json")
+        assert index == {
+            "metadata": {"total_size": expected.metadata["total_size"]},
+            "weight_map": expected.tensor_to_filename,
+        }
+    assert len(written) == len(expected.filename_to_tensors) + expected.is_sharded
+
+
+@pytest.mark.parametrize("container", ["safetensors", "msgpack"])
+def test_no_file_of_an_earlier_save_is_left(tmp_path: Path, container: str) -> None:
+    old = {f"old{i}": np.ones(100) for i in range(4)}
+    others = ["config.json", "model.safetensors.txt", "model2.safetensors", "notes-00001.txt"]
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    save_checkpoint(tmp_path, old, container=container, max_shard_size=800)
+    save_checkpoint(tmp_path, old, container=container, max_shard_size=1600)
+    names = {path.name for path in tmp_path.iterdir()} - {*others}
+    assert names == {
+        *(f"model-0000{i}-of-00002.{container}" for i in (1, 2)),
+        f"model.{container}.index.json",
+    }
+    save_checkpoint(tmp_path, {"new": np.ones(3)}, container=container)
+    assert {path.name for path in tmp_path.iterdir()} == {*others, f"model.{container}"}
+    save_checkpoint(tmp_path, old, container=container, max_shard_size=800)
+    assert f"model.{container}" not in {path.name for path in tmp_path.iterdir()}
+
+
+def test_another_format_is_replaced_where_asked(tmp_path: Path) -> None:
+    arrays = {f"w{i}": np.ones(100) for i in range(4)}
+    save_checkpoint(tmp_path, arrays, max_shard_size=800)
+    save_checkpoint(tmp_path, arrays, container="msgpack", stem="flax_model")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    save_checkpoint(
+        tmp_path, arrays, container="msgpack", stem="flax_model", replaces=["model.safetensors"]
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["flax_model.msgpack"]
+
+
+def test_jax_arrays_and_tensors_of_other_files_are_written(tmp_path: Path) -> None:
+    arrays = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(2, jnp.bfloat16)}
+    (path,) = save_checkpoint(tmp_path, arrays)
+    with open_checkpoint(path) as checkpoint:
+        (copy,) = save_checkpoint(tmp_path / "copy", checkpoint)
+        # Into the very file it is read from: the old one stays open until it is replaced.
+        assert save_checkpoint(tmp_path, checkpoint) == [path]
+    assert copy.read_bytes() == path.read_bytes()
+    assert path.read_bytes() == safetensors.numpy.save(
+        {name: np.asarray(array) for name, array in arrays.items()}
+    )
+
+
+def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
+    class Lazy:
+        shape, dtype = (1_000_000,), np.dtype(np.uint8)
+
+        def read(self) -> np.ndarray:
+            return np.zeros(self.shape, self.dtype)
+
+    for container in ("safetensors", "msgpack"):
+        tensors = {f"w{i}": Lazy() for i in range(12)}
+        peak = _peak(lambda c=container, t=tensors: save_checkpoint(tmp_path, t, container=c))
+        assert peak < 2_500_000
+
+
+@pytest.mark.parametrize(
+    ("tensors", "options", "message"),
+    [
+        ({3: np.ones(1)}, {}, "name must be a string; given 3"),
+        ({"a": 1.5}, {}, "'a' must be a numpy or JAX array; given a float"),
+        ({"a": torch.ones(1)}, {}, "'a' must be a numpy or JAX array; given a Tensor"),
+        ({"a": np.array(["x"])}, {}, "'a' has dtype <U1; wanted one of"),
+        ({"a": np.array([None])}, {}, "'a' has dtype object"),
+        ({"a": np.zeros(1, np.complex128)}, {}, "safetensors has no dtype complex128"),
+        ({"a": np.zeros(1, ml_dtypes.int4)}, {}, "'a' has dtype int4"),
+        ({"__metadata__": np.ones(1)}, {}, "name '__metadata__' is taken"),
+        ({"a/b": np.ones(1), "a.b": np.ones(1)}, {}, "name 'a.b' is taken"),
+        ({"\udcff": np.ones(1)}, {}, "not valid Unicode"),
+        ({"a": np.ones(1), "a/b": np.ones(1)}, {"container": "msgpack"}, "through the tensor 'a'"),
+        ({"a/b": np.ones(1), "a": np.ones(1)}, {"container": "msgpack"}, "paths lead through it"),
+        ({}, {"container": "npz"}, "`container` must be 'safetensors' or 'msgpack'"),
+        ({}, {"stem": "../x"}, "`stem` must be a plain file name"),
+        ({}, {"metadata": {"a": 1}}, "`metadata` must map strings to strings"),
+        ({}, {"max_shard_size": "ten"}, "`max_shard_size` must be .* given 'ten'"),
+    ],
+)
+def test_what_cannot_be_written_is_named_before_anything_is(
+    tmp_path: Path, tensors: dict, options: dict, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        save_checkpoint(tmp_path / "new", tensors, **options)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("size", ["10GB", "300KB", "5MB", "1.5 MB", "7 gb", "2TB", "0.5GB", "10kb"])
+def test_sizes_are_those_of_huggingface_hub(size: str) -> None:
+    from huggingface_hub.serialization._base import parse_size_to_int
+
+    assert parse_size(size) == parse_size_to_int(size)
+
+
+@pytest.mark.parametrize("size", ["1MiB", "3GiB", "12KiB", 7])
+def test_sizes_are_those_of_transformers(size: str | int) -> None:
+    from transformers.utils.hub import convert_file_size_to_int
+
+    assert parse_size(size) == convert_file_size_to_int(size)
+
+
+@pytest.mark.parametrize("size", ["", "GB", "1..5GB", "5XB", "-5GB", "0GB", 0, -1, 1.5, True, None])
+def test_a_bad_size_is_refused(size: object) -> None:
+    with pytest.raises(InputError, match="`max_shard_size` must be a positive number of bytes"):
+        parse_size(size)  # type: ignore[arg-type]
+
+
+# -- failures while writing
+
+
+def _save_old(directory: Path) -> dict[str, bytes]:
+    save_checkpoint(directory, {f"w{i}": np.full(100, i) for i in range(3)}, max_shard_size=800)
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def _state(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def _new() -> dict[str, np.ndarray]:
+    return {f"w{i}": np.full(100, 9.0) for i in range(3)}
+
+
+@pytest.mark.parametrize("container", ["safetensors", "msgpack"])
+def test_a_full_disk_leaves_the_old_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str
+) -> None:
+    save_checkpoint(tmp_path, _new(), container=container)
+    old = _state(tmp_path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    message = (
+        rf"model\.{container}: cannot be written \(No space left on device\); the file .* kept"
+    )
+    with pytest.raises(MissingFileError, match=message):
+        save_checkpoint(tmp_path, {"w": np.zeros(5000)}, container=container)
+    assert _state(tmp_path) == old
+
+
+def test_a_real_limit_on_file_size_leaves_the_old_files(tmp_path: Path) -> None:
+    old = _save_old(tmp_path)
+    code = (
+        "import resource, sys, numpy as np\n"
+        "from vit_common.checkpoint import save_checkpoint\n"
+        "from vit_common.errors import MissingFileError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "for container in ('safetensors', 'msgpack'):\n"
+        "    big = {'a': np.zeros(100), 'b': np.zeros(100_000)}\n"
+        "    for size in ('10GB', 1000):\n"
+        "        try:\n"
+        "            save_checkpoint(sys.argv[1], big, container=container, max_shard_size=size)\n"
+        "        except MissingFileError as error:\n"
+        "            assert 'File too large' in str(error), error\n"
+        "        else:\n"
+        "            sys.exit('was written')\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
+    assert _state(tmp_path) == old
+
+
+def test_a_tensor_that_cannot_be_read_leaves_the_old_files(tmp_path: Path) -> None:
+    old = _save_old(tmp_path)
+    (source,) = save_checkpoint(tmp_path / "source", _new())
+    with open_checkpoint(source) as checkpoint:
+        os.truncate(source, 100)
+        with pytest.raises(CheckpointError, match="was truncated"):
+            save_checkpoint(tmp_path, checkpoint, max_shard_size=800)
+    source.unlink()
+    source.parent.rmdir()
+    assert _state(tmp_path) == old
+
+    class Liar:
+        shape, dtype = (3,), np.dtype(np.float32)
+
+        def read(self) -> np.ndarray:
+            return np.zeros(4, np.float32)
+
+    with pytest.raises(InputError, match=r"'a' said float32 of shape \(3,\); reading it gave"):
+        save_checkpoint(tmp_path, {"a": Liar()})
+    assert _state(tmp_path) == old
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3, 4])
+def test_a_failure_between_the_renames_puts_the_old_files_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    old = _save_old(tmp_path)
+    replace, calls = os.replace, iter(range(1, 100))
+
+    def fail_once(source: Path, target: Path) -> None:
+        if next(calls) == failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_once)
+    with pytest.raises(MissingFileError, match="Input/output error"):
+        save_checkpoint(tmp_path, _new(), max_shard_size=800)
+    assert _state(tmp_path) == old
+
+
+def test_new_files_go_again_after_a_failure_between_the_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, calls = os.replace, iter(range(1, 100))
+
+    def fail_once(source: Path, target: Path) -> None:
+        if next(calls) == 3:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_once)
+    with pytest.raises(MissingFileError, match=r"\(Input/output error\)"):
+        save_checkpoint(tmp_path, _new(), max_shard_size=800)
+    assert _state(tmp_path) == {}
+
+
+def test_an_interrupt_leaves_the_old_files(tmp_path: Path) -> None:
+    old = _save_old(tmp_path)
+
+    class Slow:
+        shape, dtype = (3,), np.dtype(np.float32)
+
+        def read(self) -> np.ndarray:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, {"a": np.ones(3), "b": Slow()})
+    assert _state(tmp_path) == old
+
+
+def test_a_directory_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(MissingFileError, match=r"model\.safetensors.*a directory has that name"):
+        save_checkpoint(tmp_path, _new())
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "a.json", "{}")
+        (path,) = save_checkpoint(tmp_path, _new())
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o640
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+# -- JSON, text and directories
+
+
+def test_text_is_written_as_it_is(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.json", '{"é": 1}\n')
+    assert (tmp_path / "a.json").read_bytes() == '{"é": 1}\n'.encode()
+    assert read_json(tmp_path / "a.json") == {"é": 1}
+    write_text(str(tmp_path / "a.json"), "{}")
+    assert read_json(str(tmp_path / "a.json")) == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_text_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MissingFileError, match=r"a\.json: cannot be .*No such file.*nothing"):
+        write_text(tmp_path / "nowhere" / "a.json", "{}")
+    write_text(tmp_path / "a.json", "{}")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MissingFileError, match=r"No space left on device.*the file .* is kept"):
+        write_text(tmp_path / "a.json", '{"new": 1}')
+    assert _state(tmp_path) == {"a.json": b"{}"}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not valid JSON: Expecting value at line 1, column 1"),
+        (b'{\n "a": 1,\n "b" 2\n}', "not valid JSON: .* at line 3, column 6"),
+        (b"[1, 2]", r"must be an object \{...\}; given a list"),
+        (b"null", "given a NoneType"),
+        (b'{"a":\n "\xff"}', "not UTF-8 at line 2"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "not valid JSON"),
+        (POINTER, "git-lfs pointer"),
+    ],
+)
+def test_bad_json_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=message) as info:
+        read_json(path)
+    assert str(path) in str(info.value)
+
+
+def test_json_that_is_not_there_or_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(MissingFileError, match=r"config\.json: cannot be read \(No such file"):
+        read_json(tmp_path / "config.json")
+    with pytest.raises(MissingFileError, match="Is a directory"):
+        read_json(tmp_path)
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + b'{"a": 1}')  # with a byte order mark
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 5)
+    with pytest.raises(CheckpointError, match="larger than any JSON file"):
+        read_json(tmp_path / "a.json")
+
+
+def test_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_directory(str(tmp_path / "a" / "b")) == tmp_path / "a" / "b"
+    assert make_directory(tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MissingFileError, match="file: wanted a directory; a file has that name"):
+        make_directory(tmp_path / "file")
+    with pytest.raises(MissingFileError, match=r"cannot be made a directory \(Not a directory\)"):
+        make_directory(tmp_path / "file" / "b")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(MissingFileError, match="cannot be written"):
+        make_directory(tmp_path / "a")
+
+
+# -- anything at all
+
+
+def _originals(directory: Path) -> dict[str, bytes]:
+    arrays = _arrays(["float32", "bfloat16", "bool"])
+    (safe,) = save_checkpoint(directory, arrays)
+    (packed,) = save_checkpoint(directory, arrays, container="msgpack")
+    native = {name: array for name, array in arrays.items() if array.dtype.isbuiltin == 1}
+    np.savez(directory / "a.npz", **native)
+    np.savez_compressed(directory / "b.npz", **native)
+    tensors = {"model": _torch_tensors(), "epoch": 3}
+    torch.save(tensors, directory / "a.bin")
+    torch.save(tensors, directory / "b.bin", _use_new_zipfile_serialization=False)
+    names = [safe.name, packed.name, "a.npz", "b.npz", "a.bin", "b.bin"]
+    return {name: (directory / name).read_bytes() for name in names}
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return _originals(tmp_path_factory.mktemp("originals"))
+
+
+def _read_or_refuse(path: Path) -> None:
+    refusal: ViTError | None = None
+    try:
+        with open_checkpoint(path) as checkpoint:
+            for tensor in checkpoint.values():
+                array = tensor.read()
+                assert array.shape == tensor.shape
+                assert array.dtype == tensor.dtype
+    except ViTError as error:
+        refusal = error
+    assert refusal is None or str(path) in str(refusal)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model.msgpack", "a.npz", "b.npz", "a.bin", "b.bin"]
+)
+@settings(
+    max_examples=40,
+    deadline=2000,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_a_damaged_file_is_read_or_refused(
+    originals: dict[str, bytes], tmp_path: Path, name: str, data: st.DataObject
+) -> None:
+    damaged = bytearray(originals[name])
+    end = data.draw(st.integers(0, len(damaged)) | st.just(len(damaged)), "end")
+    del damaged[end:]
+    # Headers lie at the front of some containers and at the back of others.
+    places = st.integers(0, 400) | st.integers(0, len(originals[name])) | st.integers(-300, -1)
+    for place, mask in data.draw(st.lists(st.tuples(places, st.integers(1, 255)), max_size=4)):
+        if -len(damaged) <= place < len(damaged):
+            damaged[place] ^= mask
+    path = tmp_path / name
+    path.write_bytes(damaged)
+
+    assert _peak(lambda: _read_or_refuse(path)) < 20_000_000
+
+
+@settings(
+    max_examples=150,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.binary(max_size=200), name=st.sampled_from(["a.safetensors", "a.msgpack", "a"]))
+def test_random_bytes_are_read_or_refused(tmp_path: Path, data: bytes, name: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    _read_or_refuse(tmp_path / name)
+
+
+def test_every_dtype_of_the_library_has_its_place() -> None:
+    """`CODES` is in the order the installed library stores arrays, which the bytes follow."""
+    arrays = {name: np.zeros(1, _dtype(name)) for name in CODES}
+    data = safetensors.numpy.save(arrays)
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert list(header) == list(CODES)
+    assert {name: entry["dtype"] for name, entry in header.items()} == CODES

@@ -1,0 +1,1 @@
+"""Facts about Vision Transformers that no framework owns: config, parameters, pixels, files."""

@@ -1,0 +1,125 @@
+"""Checks both twins make at the door of the network; each raises before any arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vit_common.config import ViTConfig
+from vit_common.errors import InputError
+
+
+def check_image(
+    channels: int, height: int, width: int, config: ViTConfig, *, interpolate: bool
+) -> tuple[int, int]:
+    """The grid (rows, columns) of patches of an image.
+
+    Raises:
+        InputError: the channels or the size are not the model's; with `interpolate`, the size
+            holds no whole number of patches.
+    """
+    if channels != config.num_channels:
+        raise InputError(
+            f"`pixel_values` must have {config.num_channels} channels; given {channels}."
+        )
+    wanted = config.image_height_width
+    if (height, width) == wanted:
+        return config.grid_size
+    if not interpolate:
+        raise InputError(
+            f"`pixel_values` must be {wanted[0]} x {wanted[1]} pixels (height x width); given "
+            f"{height} x {width}. Resize the image, or pass `interpolate_pos_encoding=True` to "
+            "resample the position embeddings."
+        )
+    patch = config.patch_height_width
+    if height % patch[0] or width % patch[1] or not height or not width:
+        raise InputError(
+            f"`pixel_values` must hold whole patches of {patch[0]} x {patch[1]} pixels (height x "
+            f"width); given {height} x {width}."
+        )
+    return height // patch[0], width // patch[1]
+
+
+def check_rank(pixel_values: Any, layout: str) -> None:
+    """Raise InputError unless `pixel_values` is a batch of images."""
+    shape = tuple(getattr(pixel_values, "shape", ()))
+    if len(shape) != 4:
+        raise InputError(
+            f"`pixel_values` must have 4 dimensions, {layout}; given shape {shape}."
+            + (" Add a batch dimension: `pixel_values[None]`." if len(shape) == 3 else "")
+        )
+
+
+def check_mask(shape: tuple[int, ...], batch: int, patches: int) -> None:
+    """Raise InputError unless `bool_masked_pos` has one value a patch."""
+    if tuple(shape) != (batch, patches):
+        raise InputError(
+            f"`bool_masked_pos` must have shape (batch, patches) = ({batch}, {patches}); given "
+            f"{tuple(shape)}."
+        )
+
+
+def check_head_mask(shape: tuple[int, ...], config: ViTConfig) -> None:
+    """Raise InputError unless `head_mask` is (A,), (L, A) or Transformers' five dimensions."""
+    L, A = config.num_hidden_layers, config.num_attention_heads
+    shape = tuple(shape)
+    if shape in ((A,), (L, A)) or (len(shape) == 5 and shape[0] == L and shape[2] in (1, A)):
+        return
+    raise InputError(
+        f"`head_mask` must have shape (heads,) = ({A},) or (layers, heads) = ({L}, {A}); given "
+        f"{shape}."
+    )
+
+
+def check_labels(labels: Any, problem_type: str, batch: int, num_labels: int) -> None:
+    """Raise InputError unless `labels` fits the loss. Values are looked at for class indices.
+
+    Args:
+        labels: numpy array, or anything with `.shape` where the values cannot be looked at.
+        problem_type: what `problem_type` resolved to.
+        batch: number of images.
+        num_labels: number K of classes.
+    """
+    shape = tuple(labels.shape)
+    if problem_type == "single_label_classification":
+        if int(np.prod(shape)) != batch:
+            raise InputError(
+                f"`labels` must hold one class index an image, shape ({batch},); given {shape}."
+            )
+        if isinstance(labels, np.ndarray):
+            bad = labels[(labels != -100) & ((labels < 0) | (labels >= num_labels))]
+            if bad.size:
+                raise InputError(
+                    f"`labels` must be from 0 to {num_labels - 1} (or -100 to be ignored); given "
+                    f"{bad.reshape(-1)[0]}."
+                )
+    elif num_labels == 1 and problem_type == "regression":
+        if int(np.prod(shape)) != batch:
+            raise InputError(
+                f"`labels` must hold one number an image, shape ({batch},); given {shape}."
+            )
+    elif shape != (batch, num_labels):
+        raise InputError(
+            f"`labels` must have shape (batch, classes) = ({batch}, {num_labels}) for "
+            f"{problem_type}; given {shape}."
+        )
+
+
+def resolve_problem_type(config: ViTConfig, integer_labels: bool) -> str:
+    """Which loss labels mean, without touching the config."""
+    if config.problem_type is not None:
+        return config.problem_type
+    if config.num_labels == 1:
+        return "regression"
+    return "single_label_classification" if integer_labels else "multi_label_classification"
+
+
+def check_stride(config: ViTConfig) -> None:
+    """Raise InputError unless the decoder gives back as many pixels as the image has."""
+    if config.patch_height_width != (config.encoder_stride, config.encoder_stride):
+        raise InputError(
+            "`bool_masked_pos` needs `patch_size` and `encoder_stride` to be equal, so that the "
+            f"reconstruction has the image's size; given {config.patch_size!r} and "
+            f"{config.encoder_stride}."
+        )

@@ -1,0 +1,574 @@
+"""`ViTConfig`: the one schema both twins, the converter and the commands are built from.
+
+Field names and defaults are those of Transformers 4.57.6 (`models/vit/configuration_vit.py`), so a
+Hub `config.json` reads as it is. Every value is checked where it is set. Keys this project does
+not know are kept as attributes and written back.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, get_args
+
+import numpy as np
+
+from vit_common.errors import ConfigError
+from vit_common.positions import ResizeRule
+
+CONFIG_NAME = "config.json"
+
+ACTIVATIONS = (
+    "gelu",
+    "gelu_new",
+    "gelu_pytorch_tanh",
+    "relu",
+    "selu",
+    "silu",
+    "swish",
+    "quick_gelu",
+    "tanh",
+    "sigmoid",
+    "linear",
+)
+"""Names that `hidden_act` and `pooler_act` may have; both twins implement each (see `model.py`)."""
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def _fail(name: str, wanted: str, given: Any) -> ConfigError:
+    return ConfigError(f"config: `{name}` must be {wanted}; given {given!r}.")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
+
+
+def _integer(minimum: int) -> Callable[[str, Any], int]:
+    def check(name: str, value: Any) -> int:
+        if not _is_int(value) or value < minimum:
+            raise _fail(name, f"an integer of at least {minimum}", value)
+        return int(value)
+
+    return check
+
+
+def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _side(name: str, value: Any) -> int | tuple[int, int]:
+    """An int (square) or (height, width)."""
+    if _is_int(value) and value > 0:
+        return int(value)
+    pair = isinstance(value, (list, tuple)) and len(value) == 2
+    if pair and all(_is_int(side) and side > 0 for side in value):
+        return int(value[0]), int(value[1])
+    raise _fail(name, "a positive integer or a pair (height, width) of them", value)
+
+
+def _number(wanted: str, inside: Callable[[float], bool]) -> Callable[[str, Any], float]:
+    def check(name: str, value: Any) -> float:
+        if isinstance(value, (bool, np.bool_)) or not isinstance(
+            value, (int, float, np.integer, np.floating)
+        ):
+            raise _fail(name, wanted, value)
+        if not (math.isfinite(value) and inside(float(value))):
+            raise _fail(name, wanted, value)
+        return float(value)
+
+    return check
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise _fail(name, "True or False", value)
+    return bool(value)
+
+
+def _choice(options: tuple[str, ...]) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in options:
+            raise _fail(name, "one of " + ", ".join(map(repr, options)), value)
+        return value
+
+    return check
+
+
+def _activation(name: str, value: Any) -> str | Callable:
+    if callable(value):
+        return value
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        raise _fail(name, "a callable or one of " + ", ".join(map(repr, ACTIVATIONS)), value)
+    return value
+
+
+def _id2label(name: str, value: Any) -> dict[int, str]:
+    if not isinstance(value, Mapping) or not value:
+        raise _fail(name, "a non-empty mapping of class index to label", value)
+    try:
+        table = {int(key): label for key, label in value.items()}
+    except (TypeError, ValueError) as error:
+        raise _fail(name, "a mapping whose keys are integers", value) from error
+    if sorted(table) != list(range(len(table))):
+        raise _fail(name, f"keyed by 0 to {len(table) - 1} without gaps", sorted(table))
+    return table
+
+
+def _label2id(name: str, value: Any) -> dict[str, Any]:
+    # Values are left as they are: some fine-tuned checkpoints hold them as strings.
+    if not isinstance(value, Mapping):
+        raise _fail(name, "a mapping of label to class index", value)
+    return dict(value)
+
+
+def _names(name: str, value: Any) -> list[str]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+        raise _fail(name, "a list of class names", value)
+    return list(value)
+
+
+def _dtype_name(name: str, value: Any) -> str:
+    """`jnp.float32`, `torch.float32`, `np.dtype("float32")` and "float32" are all "float32"."""
+    text = value if isinstance(value, str) else None
+    if text is None and type(value).__module__ == "torch":
+        text = str(value)
+    if text is None:
+        try:
+            text = np.dtype(value).name
+        except TypeError as error:
+            raise _fail(name, "a floating dtype such as 'float32' or 'bfloat16'", value) from error
+    text = text.removeprefix("torch.")
+    if text not in ("float64", "float32", "float16", "bfloat16"):
+        raise _fail(name, "one of 'float64', 'float32', 'float16', 'bfloat16'", value)
+    return text
+
+
+_rate = _number("a number from 0 to 1", lambda x: 0.0 <= x <= 1.0)
+_size = _integer(1)
+
+# name -> (default, check). The order is the order of the constructor's documentation.
+_FIELDS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
+    "hidden_size": (768, _size),
+    "num_hidden_layers": (12, _integer(0)),
+    "num_attention_heads": (12, _size),
+    "intermediate_size": (3072, _size),
+    "hidden_act": ("gelu", _activation),
+    "hidden_dropout_prob": (0.0, _rate),
+    "attention_probs_dropout_prob": (0.0, _rate),
+    "initializer_range": (0.02, _number("a number of at least 0", lambda x: x >= 0)),
+    "layer_norm_eps": (1e-12, _number("a number of at least 0", lambda x: x >= 0)),
+    "image_size": (224, _side),
+    "patch_size": (16, _side),
+    "num_channels": (3, _size),
+    "qkv_bias": (True, _boolean),
+    "encoder_stride": (16, _size),
+    "pooler_output_size": (None, _optional(_size)),
+    "pooler_act": ("tanh", _activation),
+    "gradient_checkpointing": (False, _boolean),
+    "position_resize": ("bicubic", _choice(get_args(ResizeRule))),
+    "output_hidden_states": (False, _boolean),
+    "output_attentions": (False, _boolean),
+    "return_dict": (True, _boolean),
+    "id2label": (None, _id2label),
+    "label2id": (None, _label2id),
+    "problem_type": (None, _optional(_choice(PROBLEM_TYPES))),
+    "architectures": (None, _optional(_names)),
+    "dtype": (None, _optional(_dtype_name)),
+}
+
+# Written only when they differ from the default: Transformers does not know or does not write them.
+_WRITTEN_IF_SET = (
+    "position_resize",
+    "gradient_checkpointing",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+    "problem_type",
+    "architectures",
+    "dtype",
+)
+
+
+class Flags(NamedTuple):
+    """What a call returns."""
+
+    output_attentions: bool
+    output_hidden_states: bool
+    return_dict: bool
+
+
+class ViTConfig:
+    """Sizes, rates and labels of a Vision Transformer.
+
+    Args:
+        hidden_size: width D of the residual stream.
+        num_hidden_layers: number L of encoder blocks.
+        num_attention_heads: number A of heads; must divide `hidden_size`.
+        intermediate_size: width I of the MLP.
+        hidden_act: activation of the MLP, one of `ACTIVATIONS` or a callable. "gelu" is the exact
+            (erf) one, "gelu_new" and "gelu_pytorch_tanh" the tanh approximation.
+        hidden_dropout_prob: rate of dropout after the embeddings, attention output and MLP.
+        attention_probs_dropout_prob: rate of dropout on the attention probabilities.
+        initializer_range: standard deviation of the truncated normal that new weights are drawn
+            from.
+        layer_norm_eps: epsilon of every layer norm (Hub ViT 1e-12; timm and Google 1e-6).
+        image_size: side of the square input in pixels, or (height, width).
+        patch_size: side of a square patch in pixels, or (height, width).
+        num_channels: channels C of the input.
+        qkv_bias: whether query, key and value have a bias.
+        encoder_stride: side of the pixel block that a token is decoded to in masked image
+            modelling.
+        pooler_output_size: width of the pooler; None means `hidden_size`.
+        pooler_act: activation of the pooler.
+        gradient_checkpointing: recompute each block in the backward pass instead of storing it.
+        position_resize: how position embeddings are resampled to another grid; the families
+            differ, see `vit_common.positions.resize_matrix`.
+        output_hidden_states, output_attentions, return_dict: what calls return when not told.
+        num_labels: number K of classes; rebuilds `id2label` and `label2id`.
+        id2label, label2id: class index to label and back.
+        problem_type: which loss labels mean; None decides from `num_labels` and the labels' dtype.
+        architectures: class names recorded in the file.
+        dtype (or the older `torch_dtype`): dtype the weights were saved in, as a string.
+        **unknown: kept as attributes and written back.
+
+    Raises:
+        ConfigError: a value is not what the field holds, or two fields contradict each other.
+    """
+
+    model_type: ClassVar[str] = "vit"
+
+    # Fields are set by name below; these are for readers and type checkers.
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    hidden_act: str | Callable
+    hidden_dropout_prob: float
+    attention_probs_dropout_prob: float
+    initializer_range: float
+    layer_norm_eps: float
+    image_size: int | tuple[int, int]
+    patch_size: int | tuple[int, int]
+    num_channels: int
+    qkv_bias: bool
+    encoder_stride: int
+    pooler_output_size: int
+    pooler_act: str | Callable
+    gradient_checkpointing: bool
+    position_resize: ResizeRule
+    output_hidden_states: bool
+    output_attentions: bool
+    return_dict: bool
+    id2label: dict[int, str]
+    label2id: dict[str, Any]
+    problem_type: str | None
+    architectures: list[str] | None
+    dtype: str | None
+    _name_or_path: str
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if len(args) > len(_FIELDS):
+            raise ConfigError(f"ViTConfig takes at most {len(_FIELDS)} positional arguments.")
+        for name, value in zip(_FIELDS, args, strict=False):
+            if name in kwargs:
+                raise ConfigError(f"config: `{name}` was given twice.")
+            kwargs[name] = value
+
+        model_type = kwargs.pop("model_type", None)
+        if model_type not in (None, "", self.model_type):
+            raise ConfigError(
+                f"config: `model_type` must be {self.model_type!r} for {type(self).__name__}; "
+                f"given {model_type!r}. This is the configuration of another architecture."
+            )
+        torch_dtype = kwargs.pop("torch_dtype", None)
+        if kwargs.get("dtype") is None:
+            kwargs["dtype"] = torch_dtype
+
+        num_labels = kwargs.pop("num_labels", None)
+        for name, (default, _) in _FIELDS.items():
+            if name not in ("id2label", "label2id"):
+                setattr(self, name, kwargs.pop(name, default))
+        self._set_labels(num_labels, kwargs.pop("id2label", None), kwargs.pop("label2id", None))
+        object.__setattr__(self, "_name_or_path", kwargs.pop("_name_or_path", ""))
+        for name, value in kwargs.items():
+            if isinstance(getattr(type(self), name, None), property) or not isinstance(name, str):
+                continue  # derived here; a file that also stores it cannot contradict it
+            object.__setattr__(self, name, value)
+        self.validate()
+
+    def _set_labels(self, num_labels: Any, id2label: Any, label2id: Any) -> None:
+        if id2label is None:
+            self.num_labels = 2 if num_labels is None else num_labels
+            if label2id is not None:
+                self.label2id = label2id
+            return
+        self.id2label = id2label
+        if label2id is None:
+            label2id = {label: index for index, label in self.id2label.items()}
+        self.label2id = label2id
+        if num_labels is not None and num_labels != len(self.id2label):
+            raise ConfigError(
+                f"config: `num_labels` is {num_labels!r} but `id2label` names "
+                f"{len(self.id2label)} classes; give one of the two, or make them agree."
+            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "torch_dtype":
+            name = "dtype"
+        if name == "pooler_output_size" and value is None:
+            value = self.hidden_size
+        if name in _FIELDS:
+            value = _FIELDS[name][1](name, value)
+        super().__setattr__(name, value)
+
+    def validate(self) -> None:
+        """Check the rules that tie fields together; both twins call it before they build.
+
+        Raises:
+            ConfigError: `hidden_size` is not a multiple of `num_attention_heads`, or the image
+                holds no whole patch.
+        """
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"config: `hidden_size` must be a multiple of `num_attention_heads`; given "
+                f"{self.hidden_size} and {self.num_attention_heads}."
+            )
+        if min(self.grid_size) < 1:
+            raise ConfigError(
+                f"config: `image_size` must be at least `patch_size`; given {self.image_size!r} "
+                f"and {self.patch_size!r}."
+            )
+
+    # -- derived sizes
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """Input size (H, W) in pixels."""
+        return _pair(self.image_size)
+
+    @property
+    def patch_height_width(self) -> tuple[int, int]:
+        """Patch size in pixels, (height, width)."""
+        return _pair(self.patch_size)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches down and across at the native image size."""
+        (height, width), (patch_height, patch_width) = (
+            _pair(self.image_size),
+            _pair(self.patch_size),
+        )
+        return height // patch_height, width // patch_width
+
+    @property
+    def num_patches(self) -> int:
+        """Number N of patches at the native image size."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def head_dim(self) -> int:
+        """Width D/A of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def use_return_dict(self) -> bool:
+        """The name Transformers gives to `return_dict` where models read it."""
+        return self.return_dict
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the configuration was read from."""
+        return self._name_or_path
+
+    @property
+    def torch_dtype(self) -> str | None:
+        """The older name of `dtype`."""
+        return self.dtype
+
+    @property
+    def num_labels(self) -> int:
+        """Number K of classes; setting it renames them LABEL_0 to LABEL_{K-1} if K changes."""
+        return len(self.id2label)
+
+    @num_labels.setter
+    def num_labels(self, value: int) -> None:
+        count = _size("num_labels", value)
+        if len(getattr(self, "id2label", ())) != count:
+            self.id2label = {i: f"LABEL_{i}" for i in range(count)}
+            self.label2id = {label: i for i, label in self.id2label.items()}
+
+    def resolve_flags(
+        self,
+        output_attentions: bool | None,
+        output_hidden_states: bool | None,
+        return_dict: bool | None,
+    ) -> Flags:
+        """What a call returns: each flag as given, or as configured where it is None."""
+        given = (output_attentions, output_hidden_states, return_dict)
+        own = (self.output_attentions, self.output_hidden_states, self.return_dict)
+        return Flags(*(bool(o if g is None else g) for g, o in zip(given, own, strict=True)))
+
+    # -- files
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict of every field as JSON holds it, unknown keys included; `id2label` keyed by int.
+
+        Raises:
+            ConfigError: an activation is a callable, which no file can hold.
+        """
+        out: dict[str, Any] = {"model_type": self.model_type}
+        for name, value in vars(self).items():
+            if name == "_name_or_path":
+                continue
+            if name in ("hidden_act", "pooler_act") and not isinstance(value, str):
+                raise _fail(name, "the name of an activation, to be written to a file", value)
+            if name in _WRITTEN_IF_SET and value == _FIELDS[name][0]:
+                continue
+            out[name] = list(value) if isinstance(value, tuple) else copy.deepcopy(value)
+        return out
+
+    def to_json_string(self) -> str:
+        """The text of `config.json`: sorted keys, two spaces of indent, a newline at the end."""
+        table = self.to_dict()
+        # JSON would sort the string keys 0, 1, 10, ...; the label tables keep their own order.
+        table["id2label"] = {str(index): label for index, label in table["id2label"].items()}
+        ordered = {name: table[name] for name in sorted(table)}
+        try:
+            return json.dumps(ordered, indent=2, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"config: a value cannot be written as JSON ({error}).") from error
+
+    def to_json_file(self, path: str | os.PathLike) -> None:
+        """Write `to_json_string()` to `path`; the old file survives a failure."""
+        from vit_common.checkpoint import write_text
+
+        write_text(path, self.to_json_string())
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write `config.json` into a directory, made if it is not there.
+
+        `push_to_hub=True` (with `repo_id`, `token`, ...) uploads the directory afterwards.
+
+        Raises:
+            MissingFileError: the directory cannot be made or written.
+        """
+        from vit_common.checkpoint import make_directory
+        from vit_common.hub import push_if_asked
+
+        directory = make_directory(save_directory)
+        self.to_json_file(directory / CONFIG_NAME)
+        push_if_asked(directory, kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> ViTConfig:
+        """Build from a dict such as `to_dict()` gives; `overrides` win over it.
+
+        With `return_unused_kwargs=True` the result is `(config, unused)`, where `unused` holds
+        the overrides that name no field and no key of the dict.
+        """
+        if not isinstance(config_dict, Mapping):
+            raise ConfigError(f"config: expected a mapping of fields; given {config_dict!r}.")
+        return_unused = overrides.pop("return_unused_kwargs", False)
+        table = dict(config_dict)
+        known = {*_FIELDS, *table, "num_labels", "torch_dtype", "model_type", "_name_or_path"}
+        unused = {k: v for k, v in overrides.items() if k not in known} if return_unused else {}
+        used = {k: v for k, v in overrides.items() if k not in unused}
+        if "num_labels" in used and used["num_labels"] is None:
+            del used["num_labels"]
+        if "num_labels" in used and "id2label" not in used:
+            # A new number of classes replaces the file's label tables, as it always did.
+            if len(table.get("id2label") or ()) != used["num_labels"]:
+                table.pop("id2label", None), table.pop("label2id", None)
+        elif "id2label" in used:
+            table.pop("num_labels", None)
+            if "label2id" not in used:
+                table.pop("label2id", None)
+        if "id2label" in table:
+            table.pop("num_labels", None)
+        if "torch_dtype" in used:
+            used.setdefault("dtype", used.pop("torch_dtype"))
+        config = cls(**{**table, **used})
+        return (config, unused) if return_unused else config
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> ViTConfig:
+        """Read one JSON file.
+
+        Raises:
+            MissingFileError: it cannot be read.
+            ConfigError: it is not a JSON object, or a value in it is refused.
+        """
+        from vit_common.checkpoint import read_json
+
+        return cls._named(json_file, cls.from_dict, read_json(json_file))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
+        """Read the `config.json` of a directory, a file or a Hub repository.
+
+        Args:
+            pretrained_model_name_or_path: directory, JSON file, or "owner/name".
+            **kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only` and
+                `force_download` go to the Hub; every other key overrides a field.
+
+        Raises:
+            MissingFileError: nothing is there.
+            ConfigError: the file is not a configuration of this architecture.
+        """
+        from vit_common.checkpoint import read_json
+        from vit_common.hub import find_file, split_hub_options
+
+        hub, overrides = split_hub_options(kwargs)
+        path = find_file(pretrained_model_name_or_path, CONFIG_NAME, **hub)
+        table = {**read_json(path), "_name_or_path": str(pretrained_model_name_or_path)}
+        return cls._named(path, cls.from_dict, table, **overrides)
+
+    @classmethod
+    def _named(cls, path: str | os.PathLike, build: Callable, *args: Any, **kwargs: Any):
+        """Run `build`, naming the file in a refusal."""
+        try:
+            return build(*args, **kwargs)
+        except ConfigError as error:
+            raise ConfigError(f"{Path(path)}: {error}") from error
+
+    def update(self, config_dict: Mapping[str, Any]) -> None:
+        """Set several fields."""
+        for name, value in config_dict.items():
+            setattr(self, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ViTConfig):
+            return NotImplemented
+        mine, theirs = dict(vars(self)), dict(vars(other))
+        mine.pop("_name_or_path"), theirs.pop("_name_or_path")
+        return type(self) is type(other) and mine == theirs
+
+    __hash__ = None  # type: ignore[assignment]  # fields can be set
+
+    def __repr__(self) -> str:
+        try:
+            return f"{type(self).__name__} {self.to_json_string()}"
+        except ConfigError:
+            return f"{type(self).__name__}({vars(self)!r})"
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def as_config(config: Any) -> ViTConfig:
+    """A `ViTConfig`: itself, or made from Transformers' own (anything with `to_dict`).
+
+    Raises:
+        ConfigError: it is neither, or of another architecture.
+    """
+    if isinstance(config, ViTConfig):
+        return config
+    if hasattr(config, "to_dict"):
+        return ViTConfig.from_dict(config.to_dict())
+    raise ConfigError(f"`config` must be a ViTConfig; given {type(config).__name__}.")

@@ -1,0 +1,137 @@
+"""numpy's `.npz`: a zip archive of `.npy` arrays, read one member at a time, never unpickled."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zipfile
+from functools import partial
+from typing import IO
+
+import numpy as np
+
+from vit_common.containers.tensor import DTYPES, DataFile, Tensor, aligned_empty, bad_shape
+from vit_common.errors import CheckpointError
+from vit_common.files import reason
+
+# Deflate shrinks nothing to less than 1/1032. A member that claims to reach that is a constant,
+# which a checkpoint may hold (a head that starts at zero), but not a gigabyte of it.
+MAX_RATIO = 1000
+MAX_CONSTANT = 10**9
+
+
+def read(file: DataFile) -> dict[str, Tensor]:
+    """The tensors of the archive, named as its members are, without ".npy".
+
+    Nothing is decompressed but the headers. The dtype "|V2" is read as bfloat16, which numpy
+    stores so; numpy has no other dtype of that kind.
+
+    Raises:
+        CheckpointError: not such an archive; holds Python objects; states sizes that its bytes
+            cannot have.
+    """
+    try:
+        archive = file.resources.enter_context(zipfile.ZipFile(file.path))
+        return _members(file, archive)
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile has no one class for a broken archive
+        raise file.fail(f"truncated or corrupt zip archive ({reason(error)}).") from error
+
+
+def _members(file: DataFile, archive: zipfile.ZipFile) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for info in archive.infolist():
+        name = info.filename.removesuffix(".npy")
+        if name == info.filename:
+            raise file.fail(f"member {info.filename!r} is not a .npy array.")
+        if name in tensors:
+            raise file.fail(f"has the member {info.filename!r} twice.")
+        _check_sizes(file, info)
+        with archive.open(info) as stream:
+            dtype, fortran, shape, start = _header(file, name, stream)
+        itemsize = dtype.itemsize
+        problem = bad_shape(shape, itemsize)
+        if problem:
+            raise file.fail(f"array {name!r}: shape {problem}.")
+        wanted = start + math.prod(shape) * itemsize
+        if info.file_size != wanted:
+            raise file.fail(
+                f"array {name!r}: {dtype} of shape {list(shape)} takes {wanted} bytes with its "
+                f"header; the archive states {info.file_size}."
+            )
+        native = DTYPES["bfloat16"] if dtype.kind == "V" else dtype.newbyteorder("=")
+        load = partial(_load, file, archive, info, start, dtype, native, shape, fortran)
+        tensors[name] = Tensor(name, shape, native, load)
+    return tensors
+
+
+def _check_sizes(file: DataFile, info: zipfile.ZipInfo) -> None:
+    """Refuse what would make reading allocate more than the archive's bytes can fill."""
+    name, packed, size = info.filename, info.compress_size, info.file_size
+    if info.flag_bits & 1:
+        raise file.fail(f"member {name!r} is encrypted.")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise file.fail(f"member {name!r} is compressed in a way numpy does not write.")
+    stored = info.compress_type == zipfile.ZIP_STORED
+    if packed > file.size or (stored and packed != size):
+        raise file.fail(f"member {name!r} states {size} bytes ({packed} packed); it cannot.")
+    if size > MAX_RATIO * packed and size > min(MAX_CONSTANT, 1100 * packed + 1100):
+        raise file.fail(
+            f"member {name!r} states {size} bytes from {packed} packed ones: a zip bomb; refused."
+        )
+
+
+def _header(
+    file: DataFile, name: str, stream: IO[bytes]
+) -> tuple[np.dtype, bool, tuple[int, ...], int]:
+    """dtype, whether in Fortran order, shape, and where the numbers start."""
+    form = np.lib.format
+    try:
+        # Version 3 is for field names outside Latin-1, so for structured arrays only.
+        parsers = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}
+        parse = parsers.get(form.read_magic(stream))
+        if parse is None:
+            raise file.fail(f"array {name!r}: its version of .npy is not one of numbers.")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the parser: Python 2, or a hostile literal
+            shape, fortran, dtype = parse(stream)
+    except CheckpointError:
+        raise
+    except Exception as error:  # what zlib, ast and numpy raise for a broken header
+        raise file.fail(f"member {name!r} is not a .npy array ({reason(error)}).") from error
+    if dtype.hasobject:
+        raise file.fail(
+            f"array {name!r} holds Python objects, which are never unpickled here; wanted numbers."
+        )
+    if dtype.name not in DTYPES and dtype != np.dtype("V2"):
+        raise file.fail(f"array {name!r}: dtype must be of numbers; given {dtype}.")
+    return dtype, fortran, shape, stream.tell()
+
+
+def _load(
+    file: DataFile,
+    archive: zipfile.ZipFile,
+    info: zipfile.ZipInfo,
+    start: int,
+    dtype: np.dtype,
+    native: np.dtype,
+    shape: tuple[int, ...],
+    fortran: bool,
+) -> np.ndarray:
+    raw = aligned_empty(math.prod(shape) * dtype.itemsize)
+    try:
+        with archive.open(info) as stream:
+            stream.read(start)
+            view, done = raw.data, 0
+            while count := stream.readinto(view[done:]):  # type: ignore[attr-defined]
+                done += count
+            if done == len(raw) and stream.read(1):
+                done += 1
+    except Exception as error:  # zlib, zipfile, struct and the system each raise their own
+        raise file.fail(f"array {info.filename!r} cannot be read ({reason(error)}).") from error
+    if done != len(raw):
+        raise file.fail(f"array {info.filename!r} is not as long as the archive states.")
+    array = raw.view(native if dtype.kind == "V" else dtype)
+    array = array.reshape(shape, order="F" if fortran else "C")
+    return array.astype(native, copy=False)

@@ -1,0 +1,34 @@
+"""The errors this project raises on purpose.
+
+Each one says what was wanted, what was given and what to do about it, and each is also the
+built-in (or Transformers) error that code written for Transformers 4.57.6 already catches.
+"""
+
+from __future__ import annotations
+
+
+class ViTError(Exception):
+    """Base of every error raised on purpose by this project."""
+
+
+class ConfigError(ViTError, ValueError):
+    """A configuration value, or a combination of them, that no model can have."""
+
+
+class InputError(ViTError, ValueError):
+    """An argument of a call that does not fit the model: a size, a dtype, a label, an option."""
+
+
+class ImageError(ViTError, ValueError):
+    """An image that cannot be read or whose layout cannot be told."""
+
+
+class CheckpointError(ViTError, ValueError):
+    """A weights file that is corrupt, hostile, or does not hold what the model needs."""
+
+
+class MissingFileError(ViTError, OSError):
+    """A file, a directory or a Hub repository that is not there or cannot be reached or written.
+
+    Transformers raises `OSError` in these places, so this is one.
+    """

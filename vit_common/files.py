@@ -1,0 +1,207 @@
+"""JSON, text and directories; and the one way files are written: whole, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from vit_common.errors import CheckpointError, MissingFileError, ViTError
+
+MAX_JSON_BYTES = 100_000_000
+"""Longest JSON text that is read: the bound safetensors sets for its header."""
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""First bytes of the stand-in that `git clone` leaves where git-lfs is not installed."""
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, as a few words on one line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())
+
+
+def lfs_pointer(path: Path) -> CheckpointError:
+    """The refusal of a git-lfs pointer that stands where a file should be."""
+    return CheckpointError(
+        f"{path}: this is a git-lfs pointer, not the file it stands for; run `git lfs pull` in "
+        "that folder, or download the file itself."
+    )
+
+
+def parse_json(data: bytes, path: Path, what: str = "JSON", *, unique: bool = False) -> dict:
+    """The JSON object in `data`; with `unique`, a key given twice is refused.
+
+    Raises:
+        CheckpointError: not UTF-8, not JSON, or not an object; names `path` and the line.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(items)
+        if unique and len(table) < len(items):
+            twice = Counter(key for key, _ in items).most_common(1)[0][0]
+            raise CheckpointError(f"{path}: {what} has the key {twice!r} twice; wanted it once.")
+        return table
+
+    if data.startswith(LFS_POINTER):
+        raise lfs_pointer(path)
+    try:
+        table = json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{path}: not valid {what}: {error.msg} at line {error.lineno}, column {error.colno}."
+        ) from error
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise CheckpointError(f"{path}: not valid {what}: not UTF-8 at line {line}.") from error
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number or a nesting without end
+        raise CheckpointError(f"{path}: not valid {what}: {reason(error)}.") from error
+    if not isinstance(table, dict):
+        raise CheckpointError(
+            f"{path}: {what} must be an object {{...}}; given a {type(table).__name__}."
+        )
+    return table
+
+
+def read_json(path: str | os.PathLike, *, unique: bool = False) -> dict[str, Any]:
+    """Read a file that holds one JSON object; with `unique`, refuse a key given twice.
+
+    Raises:
+        MissingFileError: it cannot be read.
+        CheckpointError: it is not JSON, not an object, or a git-lfs pointer.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise MissingFileError(f"{path}: cannot be read ({reason(error)}).") from error
+    if len(data) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: larger than any JSON file read here (100 MB).")
+    return parse_json(data, path, unique=unique)
+
+
+def make_directory(path: str | os.PathLike) -> Path:
+    """Make a directory and its parents where they are not there yet.
+
+    Raises:
+        MissingFileError: something else has that name, or it cannot be made or written.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise MissingFileError(f"{path}: wanted a directory; a file has that name.") from error
+    except OSError as error:
+        raise MissingFileError(f"{path}: cannot be made a directory ({reason(error)}).") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise MissingFileError(f"{path}: this directory cannot be written (permission denied).")
+    return path
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write `text` as UTF-8; the file that was there survives a failure.
+
+    Raises:
+        MissingFileError: it cannot be written.
+    """
+    path = Path(path)
+    replace_files(path.parent, {path.name: lambda stream: stream.write(text.encode())})
+
+
+def replace_files(
+    directory: Path,
+    contents: Mapping[str, Callable[[BinaryIO], object]],
+    stale: Iterable[str] = (),
+) -> list[Path]:
+    """Write a set of files so that either all of them are new or all are as they were.
+
+    Every file is written beside its target under a temporary name and flushed to the disk; only
+    then are they renamed, and only after that are the `stale` ones deleted. Permissions are those
+    that the umask gives any new file.
+
+    Args:
+        directory: where the files go; must exist.
+        contents: file name -> a function that writes its bytes to the stream it is given.
+        stale: names of files that the new ones make obsolete; they need not exist.
+
+    Raises:
+        MissingFileError: a file cannot be written; nothing was replaced.
+    """
+    token = secrets.token_hex(4)
+    staged: list[tuple[Path, Path]] = []
+    final = directory
+    try:
+        for name, write in contents.items():
+            final = directory / name
+            if final.is_dir():
+                raise IsADirectoryError("a directory has that name")
+            temporary = directory / f".{name}.{token}.tmp"
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+            descriptor = os.open(temporary, flags, 0o666)
+            staged.append((temporary, final))
+            with open(descriptor, "wb") as stream:
+                write(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+        _rename_all(staged, token)
+    except ViTError:  # from reading what was to be written; says its own piece
+        raise
+    except OSError as error:
+        kept = "the file that was there is kept" if final.exists() else "nothing was written"
+        raise MissingFileError(f"{final}: cannot be written ({reason(error)}); {kept}.") from error
+    finally:
+        for temporary, _ in staged:
+            temporary.unlink(missing_ok=True)
+    for name in stale:
+        try:
+            (directory / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise MissingFileError(
+                f"{directory / name}: this file of an earlier save cannot be deleted "
+                f"({reason(error)}); delete it, or it may be read instead of the new one."
+            ) from error
+    _flush_directory(directory)
+    return [final for _, final in staged]
+
+
+def _rename_all(staged: list[tuple[Path, Path]], token: str) -> None:
+    """Give every temporary file its name; should one fail, put back what was there."""
+    done: list[tuple[Path, Path, bool]] = []
+    try:
+        for temporary, final in staged:
+            old = final.with_name(f".{final.name}.{token}.old")
+            existed = os.path.lexists(final)
+            if existed and len(staged) > 1:  # one rename alone is atomic
+                # Not every file system has hard links; without them there is no way back.
+                with contextlib.suppress(OSError, NotImplementedError):
+                    os.link(final, old, follow_symlinks=False)
+            os.replace(temporary, final)
+            done.append((final, old, existed))
+    except BaseException:
+        for final, old, existed in done:
+            if not existed:
+                final.unlink()
+            elif os.path.lexists(old):
+                os.replace(old, final)
+        raise
+    finally:
+        for _, final in staged:
+            final.with_name(f".{final.name}.{token}.old").unlink(missing_ok=True)
+
+
+def _flush_directory(directory: Path) -> None:
+    # The names themselves, which a power cut could lose. Not every system can flush a directory.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,260 @@
+"""Resampling of position embeddings to another grid, as matrices both twins apply alike.
+
+Every family resamples in its own way, and the ways are not close to each other (see `ResizeRule`).
+All are linear and separable, so each is a pair of small matrices, one an axis, computed here
+once in float64. Both twins and the converter apply the same arrays:
+`einsum("Hh,Ww,hwd->HWd", rows, columns, grid)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from vit_common.errors import ConfigError, InputError
+
+ResizeRule = Literal[
+    "bicubic",
+    "bicubic_antialias",
+    "bilinear",
+    "bilinear_align_corners",
+    "bicubic_offset",
+    "bicubic_align_corners",
+]
+"""How position embeddings are resampled; "a" is the free parameter of the cubic kernel.
+
+- "bicubic": a=-0.75, half-pixel centres, no antialias. Transformers' `interpolate_pos_encoding`
+  of ViT, DeiT, BEiT and DINOv2 (`models/vit/modeling_vit.py` and its copies).
+- "bicubic_antialias": a=-0.5, half-pixel centres, the kernel widened when shrinking. timm
+  (`layers/pos_embed.py`, `resample_abs_pos_embed`) and DINOv2 with registers.
+- "bilinear": half-pixel centres, no antialias. timm reading a Google `.npz`
+  (`models/vision_transformer.py`, `_load_weights`).
+- "bilinear_align_corners": corner points stay where they are. google-research vision_transformer
+  (`vit_jax/checkpoint.py`) and big_vision (`models/vit.py`, `resample_posemb`), through
+  `scipy.ndimage.zoom(order=1)`.
+- "bicubic_offset": as "bicubic", but the step between samples is source / (target + 0.1).
+  facebookresearch/dinov2 without registers (`models/vision_transformer.py`, `interpolate_offset`);
+  Transformers' port of these models uses "bicubic".
+- "bicubic_align_corners": a=-0.75, corner points stay. torchvision
+  (`models/vision_transformer.py`, `interpolate_embeddings`).
+"""
+
+_Kernel = Callable[[np.ndarray], np.ndarray]
+_Coordinates = Callable[[int, int], np.ndarray]
+
+
+def _triangle(distance: np.ndarray) -> np.ndarray:
+    return np.clip(1.0 - np.abs(distance), 0.0, None)
+
+
+def _cubic(a: float) -> _Kernel:
+    """Cubic convolution kernel with support 2.
+
+    Keys, "Cubic convolution interpolation for digital image processing", 1981, equation 4 with
+    its constants left free; written in factors, so that it is exactly 0 at every integer but 0.
+    """
+
+    def kernel(distance: np.ndarray) -> np.ndarray:
+        x = np.abs(distance)
+        near = 1.0 - x * x * ((a + 3.0) - (a + 2.0) * x)
+        far = a * (x - 1.0) * (x - 2.0) ** 2
+        return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
+
+    return kernel
+
+
+def _half_pixel(source: int, target: int) -> np.ndarray:
+    # One division of exact integers: samples that fall on a source point do so exactly.
+    index = np.arange(target)
+    return ((2 * index + 1) * source - target) / (2 * target)
+
+
+def _half_pixel_offset(source: int, target: int) -> np.ndarray:
+    return (np.arange(target) + 0.5) * (source / (target + 0.1)) - 0.5
+
+
+def _align_corners(source: int, target: int) -> np.ndarray:
+    # A single sample is taken at the first source point.
+    return np.arange(target) * (source - 1) / max(target - 1, 1)
+
+
+class _Resampling(NamedTuple):
+    """Target index -> source coordinate, and the kernel that weighs source points around it."""
+
+    coordinates: _Coordinates
+    kernel: _Kernel
+    radius: int
+    antialias: bool = False
+
+
+_TORCH_CUBIC = _cubic(-0.75)
+# torch takes Pillow's constant, not its own, as soon as antialias is on.
+_PILLOW_CUBIC = _cubic(-0.5)
+
+_RESAMPLINGS: dict[str, _Resampling] = {
+    "bicubic": _Resampling(_half_pixel, _TORCH_CUBIC, 2),
+    "bicubic_antialias": _Resampling(_half_pixel, _PILLOW_CUBIC, 2, antialias=True),
+    "bilinear": _Resampling(_half_pixel, _triangle, 1),
+    "bilinear_align_corners": _Resampling(_align_corners, _triangle, 1),
+    "bicubic_offset": _Resampling(_half_pixel_offset, _TORCH_CUBIC, 2),
+    "bicubic_align_corners": _Resampling(_align_corners, _TORCH_CUBIC, 2),
+}
+
+
+def resize_matrix(rule: ResizeRule, source: int, target: int) -> np.ndarray:
+    """Matrix that resamples `source` points of one axis to `target` points.
+
+    Equal to torch 2.13's `interpolate` in float64 along one axis (`UpSampleKernel.cpp`), and for
+    "bilinear_align_corners" to `scipy.ndimage.zoom(order=1)`, but for two of their faults:
+    scipy's default `mode="constant"` rounds itself past the border and gives zeros for the last
+    point of some sizes (28 to 14, 28 to 24), and torch with antialias repeats one row in an
+    output of width 1.
+
+    With `source == target` it is the identity, except for "bicubic_offset", whose reference
+    moves an axis that keeps its size where the other axis does not; `resize_matrices` knows both.
+
+    Returns:
+        (target, source), float64, read-only; each row sums to 1. The same array is handed out at
+        every call.
+
+    Raises:
+        ConfigError: `rule` is not a `ResizeRule`.
+        InputError: a size is not a positive integer.
+    """
+    return _matrix(_check_rule(rule), _check_size("source", source), _check_size("target", target))
+
+
+def resize_matrices(
+    rule: ResizeRule, source_grid: tuple[int, int], target_grid: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Matrices that resample a grid of (h, w) points to (H, W), for the rows and for the columns.
+
+    Equal grids give two identities whatever the rule: every reference then returns the positions
+    as they are.
+
+    Returns:
+        (H, h) and (W, w), float64, read-only, see `resize_matrix`.
+
+    Raises:
+        ConfigError: `rule` is not a `ResizeRule`.
+        InputError: a grid is not a pair of positive integers.
+    """
+    rule = _check_rule(rule)
+    source_height, source_width = source = _check_grid("source_grid", source_grid)
+    target_height, target_width = target = _check_grid("target_grid", target_grid)
+    if source == target:
+        return _identity(source_height), _identity(source_width)
+    return _matrix(rule, source_height, target_height), _matrix(rule, source_width, target_width)
+
+
+def resize_positions(
+    positions: np.ndarray,
+    source_grid: tuple[int, int],
+    target_grid: tuple[int, int],
+    rule: ResizeRule,
+    num_prefix_tokens: int = 1,
+) -> np.ndarray:
+    """Resample position embeddings, leaving those of the prefix tokens as they are.
+
+    Args:
+        positions: (1, num_prefix_tokens + h * w, D), the grid in row-major order.
+        source_grid: (h, w) in patches.
+        target_grid: (H, W) in patches.
+        rule: see `ResizeRule`.
+        num_prefix_tokens: class, distillation and register tokens that have a position.
+
+    Returns:
+        A new array (1, num_prefix_tokens + H * W, D) in the dtype of `positions`; the arithmetic
+        is float64. Equal grids give an exact copy. A NaN or infinity in the grid leaves nothing
+        finite in its channel.
+
+    Raises:
+        ConfigError: `rule` is not a `ResizeRule`.
+        InputError: `positions` has another shape or a dtype that is not floating, a grid is not
+            a pair of positive integers, or `num_prefix_tokens` is not an integer of at least 0.
+    """
+    rows, columns = resize_matrices(rule, source_grid, target_grid)
+    height, width = (int(side) for side in source_grid)
+    if not _is_int(num_prefix_tokens) or num_prefix_tokens < 0:
+        raise InputError(
+            f"`num_prefix_tokens` must be an integer of at least 0; given {num_prefix_tokens!r}."
+        )
+    positions = np.asarray(positions)
+    tokens = num_prefix_tokens + height * width
+    if positions.ndim != 3 or positions.shape[:2] != (1, tokens):
+        raise InputError(
+            f"`positions` must have the shape (1, {tokens}, D): {num_prefix_tokens} prefix tokens "
+            f"and a grid of {height} x {width}; given {positions.shape}. Pass the grid the "
+            f"positions were trained on as `source_grid`."
+        )
+    # By name, because numpy itself does not count bfloat16 among the floating dtypes.
+    if positions.dtype.name not in ("float64", "float32", "float16", "bfloat16"):
+        raise InputError(
+            f"`positions` must have the dtype float64, float32, float16 or bfloat16; given "
+            f"{positions.dtype}."
+        )
+    if (rows.shape[0], columns.shape[0]) == (height, width):
+        return positions.copy()
+    depth = positions.shape[2]
+    prefix, grid = positions[:, :num_prefix_tokens], positions[:, num_prefix_tokens:]
+    grid = grid.reshape(height, width, depth).astype(np.float64)  # (h, w, D)
+    with np.errstate(invalid="ignore"):  # 0 * inf; see "Returns"
+        grid = np.einsum("Hh,Ww,hwd->HWd", rows, columns, grid, optimize=True)  # (H, W, D)
+    grid = grid.reshape(1, rows.shape[0] * columns.shape[0], depth)  # (1, H*W, D)
+    return np.concatenate([prefix, grid.astype(positions.dtype)], axis=1)
+
+
+@lru_cache(maxsize=256)
+def _matrix(rule: str, source: int, target: int) -> np.ndarray:
+    coordinates, kernel, radius, antialias = _RESAMPLINGS[rule]
+    centre = coordinates(source, target)[:, None]
+    if antialias:
+        # Weights past the border are dropped and the rest scaled to sum to 1.
+        matrix = kernel((np.arange(source) - centre) / max(source / target, 1.0))
+        matrix /= matrix.sum(axis=1, keepdims=True)
+    else:
+        # Weights past the border go to the border point.
+        points = np.floor(centre).astype(np.int64) + np.arange(1 - radius, 1 + radius)
+        inside = np.clip(points, 0, source - 1)
+        matrix = np.zeros((target, source))
+        np.add.at(matrix, (np.arange(target)[:, None], inside), kernel(points - centre))
+    matrix.flags.writeable = False
+    return matrix
+
+
+@lru_cache(maxsize=64)
+def _identity(size: int) -> np.ndarray:
+    matrix = np.eye(size)
+    matrix.flags.writeable = False
+    return matrix
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
+
+
+def _check_rule(rule: Any) -> Any:
+    options = get_args(ResizeRule)
+    if not isinstance(rule, str) or rule not in options:
+        wanted = ", ".join(map(repr, options))
+        raise ConfigError(f"the position resize `rule` must be one of {wanted}; given {rule!r}.")
+    return rule
+
+
+def _check_size(name: str, value: Any) -> int:
+    if not _is_int(value) or value < 1:
+        raise InputError(f"`{name}` must be a positive number of patches; given {value!r}.")
+    return int(value)
+
+
+def _check_grid(name: str, value: Any) -> tuple[int, int]:
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        height, width = value
+        if _is_int(height) and _is_int(width) and min(height, width) > 0:
+            return int(height), int(width)
+    raise InputError(
+        f"`{name}` must be a pair (height, width) of positive numbers of patches; given {value!r}."
+    )

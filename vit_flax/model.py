@@ -1,0 +1,578 @@
+"""The Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929), in Flax linen.
+
+Read top to bottom: embeddings, attention, MLP, block, encoder, heads. `vit_torch/model.py` is the
+same text in PyTorch. Modules take images as (B, H, W, C); parameter names and the order of
+operations are those of Transformers 4.57.6 (`models/vit/modeling_flax_vit.py`).
+
+B batch, C channels, H W pixels, P patch side, N patches, S = N + 1 tokens, D width, L layers,
+A heads, I MLP width, K labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_common.checks import (
+    check_head_mask,
+    check_image,
+    check_labels,
+    check_mask,
+    check_rank,
+    check_stride,
+    resolve_problem_type,
+)
+from vit_common.config import ViTConfig
+from vit_common.errors import InputError
+from vit_common.positions import resize_matrices
+from vit_flax.attention import attention
+from vit_flax.outputs import (
+    FlaxBaseModelOutput,
+    FlaxBaseModelOutputWithPooling,
+    FlaxMaskedImageModelingOutput,
+    FlaxSequenceClassifierOutput,
+)
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "selu": jax.nn.selu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "linear": lambda x: x,
+}
+
+
+def activation(name: str | Callable) -> Callable[[jax.Array], jax.Array]:
+    """The function of `hidden_act` or `pooler_act`; a callable is taken as it is."""
+    return name if callable(name) else ACTIVATIONS[name]
+
+
+class FlaxViTPart(nn.Module):
+    """What every module here is told: sizes, dtypes, precision, kernel.
+
+    Attributes:
+        config: the sizes.
+        dtype: of the computation and of the residual stream.
+        param_dtype: of parameters that are drawn anew.
+        precision: of every matrix product; None means JAX's default for the device.
+        attn_implementation: the attention kernel, see `vit_flax.attention`.
+    """
+
+    config: ViTConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    attn_implementation: str = "auto"
+
+
+def options(part: FlaxViTPart) -> dict[str, Any]:
+    """What a module hands on to the modules inside it."""
+    return {
+        "config": part.config,
+        "dtype": part.dtype,
+        "param_dtype": part.param_dtype,
+        "precision": part.precision,
+        "attn_implementation": part.attn_implementation,
+    }
+
+
+def initializer(config: ViTConfig) -> Callable[..., jax.Array]:
+    """Truncated normal of standard deviation `initializer_range`, cut at -2 and 2."""
+    std = config.initializer_range
+    if std == 0.0:
+        return nn.initializers.zeros
+    return nn.initializers.truncated_normal(std, lower=-2.0 / std, upper=2.0 / std)
+
+
+def dense(part: FlaxViTPart, features: int, use_bias: bool = True) -> nn.Dense:
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=part.dtype,
+        param_dtype=part.param_dtype,
+        precision=part.precision,
+        kernel_init=initializer(part.config),
+        bias_init=nn.initializers.zeros,
+    )
+
+
+def convolution(part: FlaxViTPart, features: int, size: tuple[int, int], **name: str) -> nn.Conv:
+    return nn.Conv(
+        features,
+        kernel_size=size,
+        strides=size,
+        padding="VALID",
+        dtype=part.dtype,
+        param_dtype=part.param_dtype,
+        precision=part.precision,
+        kernel_init=initializer(part.config),
+        bias_init=nn.initializers.zeros,
+        **name,
+    )
+
+
+def layer_norm(part: FlaxViTPart) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        epsilon=part.config.layer_norm_eps,
+        dtype=part.dtype,
+        param_dtype=part.param_dtype,
+        use_fast_variance=False,
+    )
+
+
+class FlaxViTPatchEmbeddings(FlaxViTPart):
+    """Cuts the image into patches and projects each to width D."""
+
+    def setup(self):
+        self.projection = convolution(
+            self, self.config.hidden_size, self.config.patch_height_width
+        )
+
+    def __call__(self, pixel_values):
+        embeddings = self.projection(pixel_values)  # (B, H/P, W/P, D)
+        B, rows, columns, D = embeddings.shape
+        return embeddings.reshape(B, rows * columns, D)  # (B, N, D)
+
+
+class FlaxViTEmbeddings(FlaxViTPart):
+    """Patches, masked ones replaced; then the class token in front; then positions."""
+
+    use_mask_token: bool = False
+
+    def setup(self):
+        D = self.config.hidden_size
+        S = self.config.num_patches + 1
+        draw = initializer(self.config)
+        self.cls_token = self.param("cls_token", draw, (1, 1, D), self.param_dtype)
+        if self.use_mask_token:
+            zeros = nn.initializers.zeros
+            self.mask_token = self.param("mask_token", zeros, (1, 1, D), self.param_dtype)
+        self.position_embeddings = self.param(
+            "position_embeddings", draw, (1, S, D), self.param_dtype
+        )
+        self.patch_embeddings = FlaxViTPatchEmbeddings(**options(self))
+        self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
+
+    def __call__(
+        self,
+        pixel_values,
+        deterministic: bool = True,
+        *,
+        bool_masked_pos=None,
+        interpolate_pos_encoding: bool = False,
+    ):
+        check_rank(pixel_values, "(batch, height, width, channels)")
+        B, H, W, C = pixel_values.shape
+        grid = check_image(C, H, W, self.config, interpolate=interpolate_pos_encoding)
+
+        embeddings = self.patch_embeddings(pixel_values.astype(self.dtype))  # (B, N, D)
+        if bool_masked_pos is not None:
+            if not self.use_mask_token:
+                raise InputError(
+                    "`bool_masked_pos` needs a mask token; build the model with "
+                    "`use_mask_token=True`."
+                )
+            check_mask(bool_masked_pos.shape, B, grid[0] * grid[1])
+            mask = bool_masked_pos[:, :, None].astype(self.dtype)  # (B, N, 1)
+            embeddings = embeddings * (1.0 - mask) + self.mask_token.astype(self.dtype) * mask
+
+        cls_token = self.cls_token.astype(self.dtype)
+        cls_token = jnp.broadcast_to(cls_token, (B, 1, self.config.hidden_size))
+        embeddings = jnp.concatenate((cls_token, embeddings), axis=1)  # (B, S, D)
+        embeddings = embeddings + self.positions(grid)
+        return self.dropout(embeddings, deterministic=deterministic)
+
+    def positions(self, grid: tuple[int, int]):
+        """Position embeddings (1, S, D) for a grid (rows, columns) of patches."""
+        positions = self.position_embeddings
+        if grid == self.config.grid_size:
+            return positions.astype(self.dtype)
+        exact = jnp.promote_types(positions.dtype, jnp.float32)
+        rows, columns = resize_matrices(self.config.position_resize, self.config.grid_size, grid)
+        positions = positions.astype(exact)
+        table = positions[0, 1:].reshape(*self.config.grid_size, self.config.hidden_size)
+        table = jnp.einsum(
+            "Hh,Ww,hwd->HWd",
+            jnp.asarray(rows, exact),
+            jnp.asarray(columns, exact),
+            table,
+            precision="highest",
+        )
+        table = table.reshape(1, grid[0] * grid[1], self.config.hidden_size)  # (1, N, D)
+        return jnp.concatenate((positions[:, :1], table), axis=1).astype(self.dtype)
+
+
+class FlaxViTSelfAttention(FlaxViTPart):
+    """Query, key and value of every head, and their attention."""
+
+    def setup(self):
+        D = self.config.hidden_size
+        self.query = dense(self, D, use_bias=self.config.qkv_bias)
+        self.key = dense(self, D, use_bias=self.config.qkv_bias)
+        self.value = dense(self, D, use_bias=self.config.qkv_bias)
+        self.dropout = nn.Dropout(self.config.attention_probs_dropout_prob)
+
+    def __call__(self, hidden_states, head_mask, deterministic: bool, output_attentions: bool):
+        B, S, D = hidden_states.shape
+        A = self.config.num_attention_heads
+        query = self.query(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
+        key = self.key(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
+        value = self.value(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
+        context, probabilities = attention(
+            query,
+            key,
+            value,
+            head_mask=head_mask,
+            dropout=lambda x: self.dropout(x, deterministic=deterministic),
+            output_attentions=output_attentions,
+            implementation=self.attn_implementation,
+            precision=self.precision,
+        )
+        return context.reshape(B, S, D), probabilities  # (B, S, D), (B, A, S, S)
+
+
+class FlaxViTSelfOutput(FlaxViTPart):
+    """Mixes the heads."""
+
+    def setup(self):
+        self.dense = dense(self, self.config.hidden_size)
+        self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
+
+    def __call__(self, hidden_states, deterministic: bool):
+        hidden_states = self.dense(hidden_states)
+        return self.dropout(hidden_states, deterministic=deterministic)
+
+
+class FlaxViTAttention(FlaxViTPart):
+    """Self-attention and the projection after it."""
+
+    def setup(self):
+        self.attention = FlaxViTSelfAttention(**options(self))
+        self.output = FlaxViTSelfOutput(**options(self))
+
+    def __call__(self, hidden_states, head_mask, deterministic: bool, output_attentions: bool):
+        context, probabilities = self.attention(
+            hidden_states, head_mask, deterministic, output_attentions
+        )
+        return self.output(context, deterministic), probabilities
+
+
+class FlaxViTIntermediate(FlaxViTPart):
+    """First half of the MLP."""
+
+    def setup(self):
+        self.dense = dense(self, self.config.intermediate_size)
+
+    def __call__(self, hidden_states):
+        hidden_states = self.dense(hidden_states)  # (B, S, I)
+        return activation(self.config.hidden_act)(hidden_states)
+
+
+class FlaxViTOutput(FlaxViTPart):
+    """Second half of the MLP."""
+
+    def setup(self):
+        self.dense = dense(self, self.config.hidden_size)
+        self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
+
+    def __call__(self, hidden_states, deterministic: bool):
+        hidden_states = self.dense(hidden_states)  # (B, S, D)
+        return self.dropout(hidden_states, deterministic=deterministic)
+
+
+class FlaxViTLayer(FlaxViTPart):
+    """One pre-norm block: attention and MLP, each with a residual."""
+
+    def setup(self):
+        self.attention = FlaxViTAttention(**options(self))
+        self.intermediate = FlaxViTIntermediate(**options(self))
+        self.output = FlaxViTOutput(**options(self))
+        self.layernorm_before = layer_norm(self)
+        self.layernorm_after = layer_norm(self)
+
+    def __call__(self, hidden_states, head_mask, deterministic: bool, output_attentions: bool):
+        attention_output, probabilities = self.attention(
+            self.layernorm_before(hidden_states), head_mask, deterministic, output_attentions
+        )
+        hidden_states = attention_output + hidden_states
+        mlp_output = self.intermediate(self.layernorm_after(hidden_states))
+        hidden_states = self.output(mlp_output, deterministic) + hidden_states
+        return hidden_states, probabilities
+
+
+class FlaxViTLayerCollection(FlaxViTPart):
+    """The L blocks. (PyTorch's `ModuleList`; it gives parameters the path `layer/{i}`.)"""
+
+    def setup(self):
+        layer = FlaxViTLayer
+        if self.config.gradient_checkpointing:
+            layer = nn.remat(FlaxViTLayer, static_argnums=(2, 3))
+        self.layers = [
+            layer(**options(self), name=str(i)) for i in range(self.config.num_hidden_layers)
+        ]
+
+    def __call__(
+        self,
+        hidden_states,
+        head_mask,
+        deterministic: bool,
+        output_attentions: bool,
+        output_hidden_states: bool,
+    ):
+        all_hidden_states, all_attentions = (hidden_states,), ()
+        for i, layer in enumerate(self.layers):
+            layer_mask = None if head_mask is None else head_mask[i]
+            hidden_states, probabilities = layer(
+                hidden_states, layer_mask, deterministic, output_attentions
+            )
+            all_hidden_states += (hidden_states,)
+            all_attentions += (probabilities,)
+        return FlaxBaseModelOutput(
+            last_hidden_state=hidden_states,
+            hidden_states=all_hidden_states if output_hidden_states else None,
+            attentions=all_attentions if output_attentions else None,
+        )
+
+
+class FlaxViTEncoder(FlaxViTPart):
+    """The stack of blocks."""
+
+    def setup(self):
+        self.layer = FlaxViTLayerCollection(**options(self))
+
+    def __call__(
+        self,
+        hidden_states,
+        head_mask,
+        deterministic: bool,
+        output_attentions: bool,
+        output_hidden_states: bool,
+    ):
+        if head_mask is not None:
+            head_mask = spread_head_mask(head_mask, self.config)
+        return self.layer(
+            hidden_states, head_mask, deterministic, output_attentions, output_hidden_states
+        )
+
+
+def spread_head_mask(head_mask, config: ViTConfig):
+    """(A,) or (L, A) -> (L, 1, A, 1, 1): one factor a layer and head."""
+    check_head_mask(head_mask.shape, config)
+    if head_mask.ndim == 5:
+        return head_mask
+    L, A = config.num_hidden_layers, config.num_attention_heads
+    return jnp.broadcast_to(head_mask, (L, A))[:, None, :, None, None]
+
+
+class FlaxViTPooler(FlaxViTPart):
+    """The class token through a dense layer and `pooler_act`."""
+
+    def setup(self):
+        self.dense = dense(self, self.config.pooler_output_size)
+
+    def __call__(self, hidden_states):
+        pooled = self.dense(hidden_states[:, 0])  # (B, pooler_output_size)
+        return activation(self.config.pooler_act)(pooled)
+
+
+class FlaxViTModule(FlaxViTPart):
+    """The base network: embeddings, encoder, final norm and, if asked for, the pooler.
+
+    Attributes:
+        add_pooling_layer: whether there is a pooler.
+        use_mask_token: whether there is a mask token, for `bool_masked_pos`.
+    """
+
+    add_pooling_layer: bool = True
+    use_mask_token: bool = False
+
+    def setup(self):
+        self.embeddings = FlaxViTEmbeddings(**options(self), use_mask_token=self.use_mask_token)
+        self.encoder = FlaxViTEncoder(**options(self))
+        self.layernorm = layer_norm(self)
+        if self.add_pooling_layer:
+            self.pooler = FlaxViTPooler(**options(self))
+
+    def __call__(
+        self,
+        pixel_values,
+        deterministic: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        bool_masked_pos=None,
+        head_mask=None,
+        interpolate_pos_encoding: bool | None = None,
+    ):
+        """Run the network; arguments as `FlaxViTModel`, but `pixel_values` is (B, H, W, C)."""
+        flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
+        hidden_states = self.embeddings(
+            pixel_values,
+            deterministic,
+            bool_masked_pos=bool_masked_pos,
+            interpolate_pos_encoding=bool(interpolate_pos_encoding),
+        )
+        outputs = self.encoder(
+            hidden_states,
+            head_mask,
+            deterministic,
+            flags.output_attentions,
+            flags.output_hidden_states,
+        )
+        last_hidden_state = self.layernorm(outputs.last_hidden_state)  # (B, S, D)
+        pooled = self.pooler(last_hidden_state) if self.add_pooling_layer else None
+        output = FlaxBaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state,
+            pooler_output=pooled,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if flags.return_dict else output.to_tuple()
+
+
+class FlaxViTForImageClassificationModule(FlaxViTPart):
+    """The base network and a linear classifier on the class token."""
+
+    def setup(self):
+        self.vit = FlaxViTModule(**options(self), add_pooling_layer=False)
+        self.classifier = dense(self, self.config.num_labels)
+
+    def __call__(
+        self,
+        pixel_values,
+        deterministic: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        head_mask=None,
+        labels=None,
+        interpolate_pos_encoding: bool | None = None,
+    ):
+        """Run the network; arguments as `FlaxViTForImageClassification`, but `pixel_values` is
+        (B, H, W, C)."""
+        flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
+        outputs = self.vit(
+            pixel_values,
+            deterministic,
+            flags.output_attentions,
+            flags.output_hidden_states,
+            True,
+            head_mask=head_mask,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+        )
+        logits = self.classifier(outputs.last_hidden_state[:, 0])  # (B, K)
+        output = FlaxSequenceClassifierOutput(
+            loss=None if labels is None else classification_loss(logits, labels, self.config),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if flags.return_dict else output.to_tuple()
+
+
+def classification_loss(logits, labels, config: ViTConfig):
+    """Mean loss of `logits` (B, K): squared error, cross entropy (label -100 is left out) or
+    binary cross entropy, as `problem_type` says or the labels' dtype tells."""
+    integer = jnp.issubdtype(labels.dtype, jnp.integer)
+    problem_type = resolve_problem_type(config, integer)
+    check_labels(labels, problem_type, logits.shape[0], config.num_labels)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    if problem_type == "regression":
+        return jnp.mean((logits - labels.reshape(logits.shape).astype(logits.dtype)) ** 2)
+    if problem_type == "single_label_classification":
+        labels = labels.reshape(-1)  # (B,)
+        counted = labels != -100
+        chosen = jnp.where(counted, labels, 0)[:, None]
+        log_probabilities = jax.nn.log_softmax(logits, axis=-1)  # (B, K)
+        losses = -jnp.take_along_axis(log_probabilities, chosen, axis=-1)[:, 0]  # (B,)
+        return jnp.sum(jnp.where(counted, losses, 0.0)) / jnp.sum(counted)
+    labels = labels.astype(logits.dtype)
+    losses = -labels * jax.nn.log_sigmoid(logits) - (1.0 - labels) * jax.nn.log_sigmoid(-logits)
+    return jnp.mean(losses)
+
+
+class FlaxViTDecoder(FlaxViTPart):
+    """A 1 x 1 convolution to the pixels of each token, and a pixel shuffle."""
+
+    @nn.compact
+    def __call__(self, hidden_states):
+        side, C = self.config.encoder_stride, self.config.num_channels
+        B, rows, columns, _ = hidden_states.shape
+        pixels = convolution(self, side**2 * C, (1, 1), name="0")(hidden_states)
+        pixels = pixels.reshape(B, rows, columns, C, side, side)
+        pixels = pixels.transpose(0, 3, 1, 4, 2, 5)  # (B, C, rows, side, columns, side)
+        return pixels.reshape(B, C, rows * side, columns * side)  # (B, C, H, W)
+
+
+class FlaxViTForMaskedImageModelingModule(FlaxViTPart):
+    """The base network and a decoder back to pixels (SimMIM, Xie et al. 2022, arXiv:2111.09886)."""
+
+    def setup(self):
+        self.vit = FlaxViTModule(**options(self), add_pooling_layer=False, use_mask_token=True)
+        self.decoder = FlaxViTDecoder(**options(self))
+
+    def __call__(
+        self,
+        pixel_values,
+        deterministic: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        bool_masked_pos=None,
+        head_mask=None,
+        interpolate_pos_encoding: bool | None = None,
+    ):
+        """Run the network; arguments as `FlaxViTForMaskedImageModeling`, but `pixel_values` is
+        (B, H, W, C). The reconstruction is (B, C, H, W)."""
+        flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
+        if bool_masked_pos is not None:
+            check_stride(self.config)
+        outputs = self.vit(
+            pixel_values,
+            deterministic,
+            flags.output_attentions,
+            flags.output_hidden_states,
+            True,
+            bool_masked_pos=bool_masked_pos,
+            head_mask=head_mask,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+        )
+        B, H, W, _ = pixel_values.shape
+        P = self.config.patch_height_width
+        rows, columns, D = H // P[0], W // P[1], self.config.hidden_size
+        patches = outputs.last_hidden_state[:, 1:].reshape(B, rows, columns, D)
+        reconstruction = self.decoder(patches)  # (B, C, H, W)
+        loss = None
+        if bool_masked_pos is not None:
+            target = pixel_values.transpose(0, 3, 1, 2)  # (B, C, H, W)
+            mask = bool_masked_pos.reshape(B, rows, columns)
+            mask = mask.repeat(P[0], axis=1).repeat(P[1], axis=2)[:, None]  # (B, 1, H, W)
+            loss = masked_reconstruction_loss(target, reconstruction, mask, self.config)
+        output = FlaxMaskedImageModelingOutput(
+            loss=loss,
+            reconstruction=reconstruction,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if flags.return_dict else output.to_tuple()
+
+
+def masked_reconstruction_loss(pixel_values, reconstruction, mask, config: ViTConfig):
+    """Mean absolute error over the masked pixels: images (B, C, H, W), mask (B, 1, H, W)."""
+    exact = jnp.promote_types(reconstruction.dtype, jnp.float32)
+    mask = mask.astype(exact)
+    error = jnp.abs(pixel_values.astype(exact) - reconstruction.astype(exact)) * mask
+    return jnp.sum(error) / (jnp.sum(mask) + 1e-5) / config.num_channels

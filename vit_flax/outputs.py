@@ -1,0 +1,36 @@
+"""The output classes under Transformers' Flax names, as JAX pytrees."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import jax
+
+from vit_common import outputs as common
+
+
+class FlaxBaseModelOutput(common.BaseModelOutput):
+    __doc__ = common.BaseModelOutput.__doc__
+
+
+class FlaxBaseModelOutputWithPooling(common.BaseModelOutputWithPooling):
+    __doc__ = common.BaseModelOutputWithPooling.__doc__
+
+
+class FlaxSequenceClassifierOutput(common.ImageClassifierOutput):
+    __doc__ = common.ImageClassifierOutput.__doc__
+
+
+class FlaxMaskedImageModelingOutput(common.MaskedImageModelingOutput):
+    __doc__ = common.MaskedImageModelingOutput.__doc__
+
+
+for _class in (
+    FlaxBaseModelOutput,
+    FlaxBaseModelOutputWithPooling,
+    FlaxSequenceClassifierOutput,
+    FlaxMaskedImageModelingOutput,
+):
+    jax.tree_util.register_dataclass(
+        _class, data_fields=[f.name for f in fields(_class)], meta_fields=[]
+    )

@@ -1,0 +1,542 @@
+"""The Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929), in PyTorch.
+
+Read top to bottom: embeddings, attention, MLP, block, encoder, heads. `vit_flax/model.py` is the
+same text in Flax. Modules take images as (B, C, H, W); parameter names and the order of
+operations are those of Transformers 4.57.6 (`models/vit/modeling_vit.py`).
+
+B batch, C channels, H W pixels, P patch side, N patches, S = N + 1 tokens, D width, L layers,
+A heads, I MLP width, K labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from vit_common.checks import (
+    check_head_mask,
+    check_image,
+    check_labels,
+    check_mask,
+    check_rank,
+    check_stride,
+    resolve_problem_type,
+)
+from vit_common.config import ViTConfig
+from vit_common.errors import InputError
+from vit_common.positions import resize_matrices
+from vit_torch.attention import attention
+from vit_torch.outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    MaskedImageModelingOutput,
+)
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": lambda x: F.gelu(x, approximate="none"),
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "selu": F.selu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "linear": lambda x: x,
+}
+
+
+def activation(name: str | Callable) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function of `hidden_act` or `pooler_act`; a callable is taken as it is."""
+    return name if callable(name) else ACTIVATIONS[name]
+
+
+class ViTPart(nn.Module):
+    """What every module here is told: sizes and kernel.
+
+    Attributes:
+        config: the sizes.
+        attn_implementation: the attention kernel, see `vit_torch.attention`.
+    """
+
+    def __init__(self, config: ViTConfig, attn_implementation: str = "auto"):
+        super().__init__()
+        self.config = config
+        self.attn_implementation = attn_implementation
+
+
+def options(part: ViTPart) -> dict:
+    """What a module hands on to the modules inside it."""
+    return {"config": part.config, "attn_implementation": part.attn_implementation}
+
+
+def initialize(parameter: torch.Tensor, config: ViTConfig) -> None:
+    """Truncated normal of standard deviation `initializer_range`, cut at -2 and 2, in place."""
+    if config.initializer_range == 0.0:
+        nn.init.zeros_(parameter)
+    else:
+        nn.init.trunc_normal_(parameter, mean=0.0, std=config.initializer_range, a=-2.0, b=2.0)
+
+
+def uninitialized(layer: type[nn.Module], *args, **kwargs) -> nn.Module:
+    """A layer without PyTorch's own random weights, on the default device."""
+    return layer(*args, **kwargs, device="meta").to_empty(device=torch.get_default_device())
+
+
+def dense(part: ViTPart, inputs: int, features: int, use_bias: bool = True) -> nn.Linear:
+    layer = uninitialized(nn.Linear, inputs, features, bias=use_bias)
+    initialize(layer.weight, part.config)
+    if use_bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def convolution(part: ViTPart, inputs: int, features: int, size: tuple[int, int]) -> nn.Conv2d:
+    layer = uninitialized(nn.Conv2d, inputs, features, kernel_size=size, stride=size, padding=0)
+    initialize(layer.weight, part.config)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def layer_norm(part: ViTPart) -> nn.LayerNorm:
+    return nn.LayerNorm(part.config.hidden_size, eps=part.config.layer_norm_eps)
+
+
+class ViTPatchEmbeddings(ViTPart):
+    """Cuts the image into patches and projects each to width D."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.projection = convolution(
+            self,
+            self.config.num_channels,
+            self.config.hidden_size,
+            self.config.patch_height_width,
+        )
+
+    def forward(self, pixel_values):
+        embeddings = self.projection(pixel_values)  # (B, D, H/P, W/P)
+        return embeddings.flatten(2).transpose(1, 2)  # (B, N, D)
+
+
+class ViTEmbeddings(ViTPart):
+    """Patches, masked ones replaced; then the class token in front; then positions."""
+
+    def __init__(self, use_mask_token: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        D = self.config.hidden_size
+        S = self.config.num_patches + 1
+        self.use_mask_token = use_mask_token
+        self.cls_token = nn.Parameter(torch.empty(1, 1, D))
+        initialize(self.cls_token, self.config)
+        if use_mask_token:
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.position_embeddings = nn.Parameter(torch.empty(1, S, D))
+        initialize(self.position_embeddings, self.config)
+        self.patch_embeddings = ViTPatchEmbeddings(**options(self))
+        self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
+
+    def forward(
+        self, pixel_values, bool_masked_pos=None, interpolate_pos_encoding: bool = False
+    ):
+        check_rank(pixel_values, "(batch, channels, height, width)")
+        B, C, H, W = pixel_values.shape
+        grid = check_image(C, H, W, self.config, interpolate=interpolate_pos_encoding)
+
+        dtype = self.cls_token.dtype
+        embeddings = self.patch_embeddings(pixel_values.to(dtype))  # (B, N, D)
+        if bool_masked_pos is not None:
+            if not self.use_mask_token:
+                raise InputError(
+                    "`bool_masked_pos` needs a mask token; build the model with "
+                    "`use_mask_token=True`."
+                )
+            check_mask(bool_masked_pos.shape, B, grid[0] * grid[1])
+            mask = bool_masked_pos[:, :, None].to(dtype)  # (B, N, 1)
+            embeddings = embeddings * (1.0 - mask) + self.mask_token * mask
+
+        cls_token = self.cls_token.expand(B, 1, self.config.hidden_size)
+        embeddings = torch.cat((cls_token, embeddings), dim=1)  # (B, S, D)
+        embeddings = embeddings + self.positions(grid)
+        return self.dropout(embeddings)
+
+    def positions(self, grid: tuple[int, int]):
+        """Position embeddings (1, S, D) for a grid (rows, columns) of patches."""
+        positions = self.position_embeddings
+        if grid == self.config.grid_size:
+            return positions
+        exact = torch.promote_types(positions.dtype, torch.float32)
+        rows, columns = resize_matrices(self.config.position_resize, self.config.grid_size, grid)
+        table = positions[0, 1:].to(exact).reshape(*self.config.grid_size, self.config.hidden_size)
+        table = torch.einsum(
+            "Hh,Ww,hwd->HWd",
+            torch.tensor(rows, dtype=exact, device=positions.device),
+            torch.tensor(columns, dtype=exact, device=positions.device),
+            table,
+        )
+        table = table.reshape(1, grid[0] * grid[1], self.config.hidden_size)  # (1, N, D)
+        return torch.cat((positions[:, :1].to(exact), table), dim=1).to(positions.dtype)
+
+
+class ViTSelfAttention(ViTPart):
+    """Query, key and value of every head, and their attention."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        D = self.config.hidden_size
+        self.query = dense(self, D, D, use_bias=self.config.qkv_bias)
+        self.key = dense(self, D, D, use_bias=self.config.qkv_bias)
+        self.value = dense(self, D, D, use_bias=self.config.qkv_bias)
+        self.dropout = nn.Dropout(self.config.attention_probs_dropout_prob)
+
+    def forward(self, hidden_states, head_mask, output_attentions: bool):
+        B, S, D = hidden_states.shape
+        A = self.config.num_attention_heads
+        query = self.query(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
+        key = self.key(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
+        value = self.value(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
+        context, probabilities = attention(
+            query,
+            key,
+            value,
+            head_mask=head_mask,
+            dropout=self.dropout if self.training and self.dropout.p > 0.0 else None,
+            output_attentions=output_attentions,
+            implementation=self.attn_implementation,
+        )
+        return context.reshape(B, S, D), probabilities  # (B, S, D), (B, A, S, S)
+
+
+class ViTSelfOutput(ViTPart):
+    """Mixes the heads."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = dense(self, self.config.hidden_size, self.config.hidden_size)
+        self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
+
+    def forward(self, hidden_states):
+        hidden_states = self.dense(hidden_states)
+        return self.dropout(hidden_states)
+
+
+class ViTAttention(ViTPart):
+    """Self-attention and the projection after it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.attention = ViTSelfAttention(**options(self))
+        self.output = ViTSelfOutput(**options(self))
+
+    def forward(self, hidden_states, head_mask, output_attentions: bool):
+        context, probabilities = self.attention(hidden_states, head_mask, output_attentions)
+        return self.output(context), probabilities
+
+
+class ViTIntermediate(ViTPart):
+    """First half of the MLP."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = dense(self, self.config.hidden_size, self.config.intermediate_size)
+
+    def forward(self, hidden_states):
+        hidden_states = self.dense(hidden_states)  # (B, S, I)
+        return activation(self.config.hidden_act)(hidden_states)
+
+
+class ViTOutput(ViTPart):
+    """Second half of the MLP."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = dense(self, self.config.intermediate_size, self.config.hidden_size)
+        self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
+
+    def forward(self, hidden_states):
+        hidden_states = self.dense(hidden_states)  # (B, S, D)
+        return self.dropout(hidden_states)
+
+
+class ViTLayer(ViTPart):
+    """One pre-norm block: attention and MLP, each with a residual."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.attention = ViTAttention(**options(self))
+        self.intermediate = ViTIntermediate(**options(self))
+        self.output = ViTOutput(**options(self))
+        self.layernorm_before = layer_norm(self)
+        self.layernorm_after = layer_norm(self)
+
+    def forward(self, hidden_states, head_mask, output_attentions: bool):
+        attention_output, probabilities = self.attention(
+            self.layernorm_before(hidden_states), head_mask, output_attentions
+        )
+        hidden_states = attention_output + hidden_states
+        mlp_output = self.intermediate(self.layernorm_after(hidden_states))
+        hidden_states = self.output(mlp_output) + hidden_states
+        return hidden_states, probabilities
+
+
+class ViTEncoder(ViTPart):
+    """The stack of blocks."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.layer = nn.ModuleList(
+            ViTLayer(**options(self)) for _ in range(self.config.num_hidden_layers)
+        )
+        self.gradient_checkpointing = self.config.gradient_checkpointing
+
+    def forward(
+        self, hidden_states, head_mask, output_attentions: bool, output_hidden_states: bool
+    ):
+        if head_mask is not None:
+            head_mask = spread_head_mask(head_mask, self.config)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        all_hidden_states, all_attentions = (hidden_states,), ()
+        for i, layer in enumerate(self.layer):
+            layer_mask = None if head_mask is None else head_mask[i]
+            inputs = (hidden_states, layer_mask, output_attentions)
+            hidden_states, probabilities = (
+                checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
+            )
+            all_hidden_states += (hidden_states,)
+            all_attentions += (probabilities,)
+        return BaseModelOutput(
+            last_hidden_state=hidden_states,
+            hidden_states=all_hidden_states if output_hidden_states else None,
+            attentions=all_attentions if output_attentions else None,
+        )
+
+
+def spread_head_mask(head_mask, config: ViTConfig):
+    """(A,) or (L, A) -> (L, 1, A, 1, 1): one factor a layer and head."""
+    check_head_mask(head_mask.shape, config)
+    if head_mask.ndim == 5:
+        return head_mask
+    L, A = config.num_hidden_layers, config.num_attention_heads
+    return head_mask.expand(L, A)[:, None, :, None, None]
+
+
+class ViTPooler(ViTPart):
+    """The class token through a dense layer and `pooler_act`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = dense(self, self.config.hidden_size, self.config.pooler_output_size)
+
+    def forward(self, hidden_states):
+        pooled = self.dense(hidden_states[:, 0])  # (B, pooler_output_size)
+        return activation(self.config.pooler_act)(pooled)
+
+
+class ViTModule(ViTPart):
+    """The base network: embeddings, encoder, final norm and, if asked for, the pooler.
+
+    Attributes:
+        add_pooling_layer: whether there is a pooler.
+        use_mask_token: whether there is a mask token, for `bool_masked_pos`.
+    """
+
+    def __init__(self, add_pooling_layer: bool = True, use_mask_token: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        self.add_pooling_layer = add_pooling_layer
+        self.use_mask_token = use_mask_token
+        self.embeddings = ViTEmbeddings(**options(self), use_mask_token=use_mask_token)
+        self.encoder = ViTEncoder(**options(self))
+        self.layernorm = layer_norm(self)
+        self.pooler = ViTPooler(**options(self)) if add_pooling_layer else None
+
+    def forward(
+        self,
+        pixel_values,
+        bool_masked_pos=None,
+        head_mask=None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        return_dict: bool | None = None,
+    ):
+        """Run the network.
+
+        Args:
+            pixel_values: (B, C, H, W), cast to the parameters' dtype.
+            bool_masked_pos: (B, N), 1 where a patch is replaced by the mask token.
+            head_mask: (A,) or (L, A), multiplies the attention probabilities.
+            output_attentions, output_hidden_states, return_dict: None means the config's.
+            interpolate_pos_encoding: accept other image sizes, resampling the positions.
+
+        Returns:
+            `BaseModelOutputWithPooling`, or its tuple with `return_dict=False`.
+
+        Raises:
+            InputError: an argument does not fit the model.
+        """
+        flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
+        hidden_states = self.embeddings(
+            pixel_values,
+            bool_masked_pos=bool_masked_pos,
+            interpolate_pos_encoding=bool(interpolate_pos_encoding),
+        )
+        outputs = self.encoder(
+            hidden_states, head_mask, flags.output_attentions, flags.output_hidden_states
+        )
+        last_hidden_state = self.layernorm(outputs.last_hidden_state)  # (B, S, D)
+        pooled = self.pooler(last_hidden_state) if self.pooler is not None else None
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state,
+            pooler_output=pooled,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if flags.return_dict else output.to_tuple()
+
+
+class ViTForImageClassificationModule(ViTPart):
+    """The base network and a linear classifier on the class token."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.vit = ViTModule(**options(self), add_pooling_layer=False)
+        self.classifier = dense(self, self.config.hidden_size, self.config.num_labels)
+
+    def forward(
+        self,
+        pixel_values,
+        head_mask=None,
+        labels=None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        return_dict: bool | None = None,
+    ):
+        """Run the network; arguments as `ViTModel`, and
+
+        Args:
+            labels: (B,) class indices (-100 is left out), (B,) numbers for one label, or (B, K)
+                for several labels; then `loss` is in the output. `config.problem_type` decides,
+                or, where it is None, the number of labels and the dtype.
+
+        Returns:
+            `ImageClassifierOutput`, or its tuple with `return_dict=False`.
+
+        Raises:
+            InputError: an argument does not fit the model; a label is out of range.
+        """
+        flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
+        outputs = self.vit(
+            pixel_values,
+            head_mask=head_mask,
+            output_attentions=flags.output_attentions,
+            output_hidden_states=flags.output_hidden_states,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            return_dict=True,
+        )
+        logits = self.classifier(outputs.last_hidden_state[:, 0])  # (B, K)
+        output = ImageClassifierOutput(
+            loss=None if labels is None else classification_loss(logits, labels, self.config),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if flags.return_dict else output.to_tuple()
+
+
+def classification_loss(logits, labels, config: ViTConfig):
+    """Mean loss of `logits` (B, K): squared error, cross entropy (label -100 is left out) or
+    binary cross entropy, as `problem_type` says or the labels' dtype tells."""
+    integer = not labels.dtype.is_floating_point
+    problem_type = resolve_problem_type(config, integer)
+    check_labels(labels.detach().cpu().numpy(), problem_type, logits.shape[0], config.num_labels)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if problem_type == "regression":
+        return F.mse_loss(logits, labels.reshape(logits.shape).to(logits.dtype))
+    if problem_type == "single_label_classification":
+        return F.cross_entropy(logits, labels.reshape(-1).long(), ignore_index=-100)
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+class ViTDecoder(nn.Sequential):
+    """A 1 x 1 convolution to the pixels of each token, and a pixel shuffle."""
+
+    def __init__(self, part: ViTPart):
+        side, C = part.config.encoder_stride, part.config.num_channels
+        super().__init__(
+            convolution(part, part.config.hidden_size, side**2 * C, (1, 1)),
+            nn.PixelShuffle(side),
+        )
+
+
+class ViTForMaskedImageModelingModule(ViTPart):
+    """The base network and a decoder back to pixels (SimMIM, Xie et al. 2022, arXiv:2111.09886)."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.vit = ViTModule(**options(self), add_pooling_layer=False, use_mask_token=True)
+        self.decoder = ViTDecoder(self)
+
+    def forward(
+        self,
+        pixel_values,
+        bool_masked_pos=None,
+        head_mask=None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        return_dict: bool | None = None,
+    ):
+        """Run the network; arguments as `ViTModel`. With `bool_masked_pos`, `loss` is in the
+        output.
+
+        Returns:
+            `MaskedImageModelingOutput` with `reconstruction` (B, C, H, W), or its tuple with
+            `return_dict=False`.
+
+        Raises:
+            InputError: an argument does not fit the model, `encoder_stride` not the patch side.
+        """
+        flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
+        if bool_masked_pos is not None:
+            check_stride(self.config)
+        outputs = self.vit(
+            pixel_values,
+            bool_masked_pos=bool_masked_pos,
+            head_mask=head_mask,
+            output_attentions=flags.output_attentions,
+            output_hidden_states=flags.output_hidden_states,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            return_dict=True,
+        )
+        B, _, H, W = pixel_values.shape
+        P = self.config.patch_height_width
+        rows, columns, D = H // P[0], W // P[1], self.config.hidden_size
+        patches = outputs.last_hidden_state[:, 1:].reshape(B, rows, columns, D)
+        reconstruction = self.decoder(patches.permute(0, 3, 1, 2))  # (B, C, H, W)
+        loss = None
+        if bool_masked_pos is not None:
+            mask = bool_masked_pos.reshape(B, rows, columns)
+            mask = mask.repeat_interleave(P[0], 1).repeat_interleave(P[1], 2)[:, None]
+            loss = masked_reconstruction_loss(pixel_values, reconstruction, mask, self.config)
+        output = MaskedImageModelingOutput(
+            loss=loss,
+            reconstruction=reconstruction,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if flags.return_dict else output.to_tuple()
+
+
+def masked_reconstruction_loss(pixel_values, reconstruction, mask, config: ViTConfig):
+    """Mean absolute error over the masked pixels: images (B, C, H, W), mask (B, 1, H, W)."""
+    exact = torch.promote_types(reconstruction.dtype, torch.float32)
+    mask = mask.to(exact)
+    error = (pixel_values.to(exact) - reconstruction.to(exact)).abs() * mask
+    return error.sum() / (mask.sum() + 1e-5) / config.num_channels

@@ -1,0 +1,40 @@
+"""The output classes under Transformers' PyTorch names, as torch pytrees."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from torch.utils import _pytree
+
+from vit_common.outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    MaskedImageModelingOutput,
+)
+
+__all__ = [
+    "BaseModelOutput",
+    "BaseModelOutputWithPooling",
+    "ImageClassifierOutput",
+    "MaskedImageModelingOutput",
+]
+
+
+def _register(output: type) -> None:
+    names = [field.name for field in fields(output)]
+    _pytree.register_pytree_node(
+        output,
+        lambda value: ([getattr(value, name) for name in names], None),
+        lambda values, _: output(*values),
+        serialized_type_name=f"vit_torch.{output.__name__}",
+    )
+
+
+for _class in (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    MaskedImageModelingOutput,
+):
+    _register(_class)

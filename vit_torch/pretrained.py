@@ -1,0 +1,369 @@
+"""The models people import: modules with files in and out.
+
+Constructors, calls and methods are those of Transformers 4.57.6 (`models/vit/modeling_vit.py`,
+`modeling_utils.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from convert.load import is_finite, load_parameters, read_config, warn_if_not_finite
+from convert.save import SaveFormat, save_parameters
+from vit_common.config import ViTConfig, as_config
+from vit_common.errors import InputError
+from vit_common.hub import push_folder, push_if_asked, split_hub_options
+from vit_common.parameters import Head, initial_value, parameter_shapes
+from vit_torch.attention import check_implementation
+from vit_torch.model import (
+    ViTForImageClassificationModule,
+    ViTForMaskedImageModelingModule,
+    ViTModule,
+    ViTPart,
+    initialize,
+)
+
+
+class _InMemory:
+    """A torch tensor, as the converter wants to see it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.shape = tuple(tensor.shape)
+        self.dtype = to_numpy(tensor[(0,) * tensor.ndim]).dtype
+
+    def read(self) -> np.ndarray:
+        return to_numpy(self.tensor)
+
+
+class ViTPreTrainedModel(nn.Module):
+    """Base of the models: files in and out, dtypes, kernels, gradient checkpointing."""
+
+    config_class: ClassVar[type] = ViTConfig
+    base_model_prefix: ClassVar[str] = "vit"
+    main_input_name: ClassVar[str] = "pixel_values"
+    head: ClassVar[Head | None] = None
+
+    config: ViTConfig
+
+    # -- what the model is
+
+    @property
+    def framework(self) -> str:
+        """ "pt"."""
+        return "pt"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the parameters."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(self.parameters()).device
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The network without its head."""
+        return getattr(self, self.base_model_prefix, self)
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch projection."""
+        return self.base_model.embeddings.patch_embeddings
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Choose the attention kernel of every layer; see `vit_torch.attention`."""
+        check_implementation(attn_implementation)
+        for module in self.modules():
+            if isinstance(module, ViTPart):
+                module.attn_implementation = attn_implementation
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+        """Recompute each block in the backward pass instead of storing what is inside it."""
+        self._set_gradient_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Undo `gradient_checkpointing_enable`."""
+        self._set_gradient_checkpointing(False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether blocks are recomputed in the backward pass."""
+        return self.base_model.encoder.gradient_checkpointing
+
+    def _set_gradient_checkpointing(self, value: bool) -> None:
+        self.base_model.encoder.gradient_checkpointing = value
+
+    def _canonical_shapes(self) -> dict[str, tuple[int, ...]]:
+        return parameter_shapes(
+            self.config,
+            self.head,
+            add_pooling_layer=getattr(self, "add_pooling_layer", False),
+            use_mask_token=getattr(self, "use_mask_token", False),
+        )
+
+    # -- files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        config: ViTConfig | str | os.PathLike | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        ignore_mismatched_sizes: bool = False,
+        allow_missing: bool = False,
+        from_flax: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a model, in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: directory, weights file (with `config.json` beside it
+                or `config=`), or "owner/name" on the Hub.
+            *model_args: further positional arguments of the constructor.
+            config: configuration, or where to read it, if not beside the weights.
+            dtype, torch_dtype: dtype of the parameters, "auto" for the file's; None is float32.
+            ignore_mismatched_sizes: draw parameters anew whose shape does not match.
+            allow_missing: draw parameters of the network anew that the file does not have; without
+                it only those of a head may be missing.
+            from_flax: prefer weights in Flax's layout where there are both. (Both are read
+                without it.)
+            **kwargs: options of the Hub (`revision`, `subfolder`, `token`, `cache_dir`,
+                `local_files_only`, `force_download`), fields of the config, arguments of the
+                constructor.
+
+        Warns:
+            UserWarning: parameters are newly drawn or left aside, or hold NaN.
+
+        Raises:
+            MissingFileError: there is nothing of that name, or it cannot be reached.
+            ConfigError: the configuration is not of this architecture.
+            CheckpointError: the weights are corrupt, incomplete or do not fit.
+        """
+        wanted = parse_dtype(torch_dtype if dtype is None else dtype)
+        hub, kwargs = split_hub_options(kwargs)
+        kwargs.pop("low_cpu_mem_usage", None)  # this is how it always loads
+        config, kwargs = read_config(pretrained_model_name_or_path, config, hub, kwargs)
+        with torch.device("meta"):
+            model = cls(config, *model_args, **kwargs)
+        loaded = load_parameters(
+            pretrained_model_name_or_path,
+            model._canonical_shapes(),
+            model=cls.__name__,
+            prefer=("flax_model.msgpack", "flax_model.msgpack.index.json") if from_flax else None,
+            allow_missing=allow_missing,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            **hub,
+        )
+        if wanted is None:
+            first = next(iter(loaded.tensors.values()), None)
+            wanted = torch.float32 if first is None else getattr(torch, first.dtype.name)
+        try:
+            state, not_finite = {}, []
+            for name, tensor in loaded.tensors.items():
+                array = tensor.read()
+                if not is_finite(array):
+                    not_finite.append(name)
+                state[name] = to_torch(array).to(wanted)
+                tensor.release()
+        finally:
+            loaded.close()
+        warn_if_not_finite(loaded.path, not_finite)
+        shapes = model._canonical_shapes()
+        for name in loaded.missing:
+            state[name] = draw_parameter(name, shapes[name], model.config).to(wanted)
+        model.load_state_dict(state, strict=True, assign=True)
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        safe_serialization: bool = True,
+        token: str | bool | None = None,
+        *,
+        to: SaveFormat | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write `config.json` and the weights into a directory; an earlier save survives a failure.
+
+        Args:
+            save_directory: made if it is not there.
+            state_dict: weights to write; None means the model's own.
+            push_to_hub: upload the directory too (`repo_id`, `commit_message`, `private`, ...).
+            max_shard_size: largest file, in bytes or as "5GB".
+            safe_serialization: must be True: pickles are read here but not written.
+            token: of the Hub.
+            to: the format by name: "hub" (default), "flax" or "flax-safetensors".
+
+        Raises:
+            MissingFileError: the directory or a file cannot be written.
+            InputError: `state_dict` does not fit, or a bad option.
+        """
+        if not safe_serialization:
+            raise InputError(
+                "`safe_serialization=False` would write a pickle, which this project does not; "
+                "leave it out to write model.safetensors, or pass `to=\"flax\"`."
+            )
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        shapes = self._canonical_shapes()
+        wrong = [name for name in shapes if name not in state]
+        wrong += [name for name in state if name not in shapes]
+        if wrong:
+            raise InputError(f"`state_dict` lacks or has in excess: {', '.join(sorted(wrong))}.")
+        path = save_parameters(
+            save_directory,
+            self.config,
+            {name: _InMemory(state[name]) for name in shapes},
+            to=to or "hub",
+            architecture=type(self).__name__,
+            max_shard_size=max_shard_size,
+        )
+        if token is not None:
+            kwargs["token"] = token
+        push_if_asked(path, {**kwargs, "push_to_hub": push_to_hub})
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Save into a temporary directory and upload it to the Hub.
+
+        Args:
+            repo_id: "owner/name"; made if it is not there.
+            **kwargs: `token`, `private`, `commit_message`, `revision`, `create_pr` for the Hub;
+                `max_shard_size`, `to` as `save_pretrained`.
+
+        Returns:
+            The address of the upload.
+
+        Raises:
+            MissingFileError: the Hub refuses or cannot be reached.
+        """
+        names = ("max_shard_size", "safe_serialization", "to")
+        saving = {name: kwargs.pop(name) for name in names if name in kwargs}
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory, **saving)
+            return push_folder(directory, repo_id, **kwargs)
+
+
+def _settle(config: ViTConfig, attn_implementation: str) -> dict[str, Any]:
+    """The options of the network, checked; it gets a configuration of its own."""
+    config = as_config(config)
+    config.validate()
+    return {"config": config, "attn_implementation": check_implementation(attn_implementation)}
+
+
+class ViTModel(ViTPreTrainedModel, ViTModule):
+    """The base network: hidden states, and a pooled output unless `add_pooling_layer=False`.
+
+    Args:
+        config: sizes.
+        add_pooling_layer: whether there is a pooler.
+        use_mask_token: whether there is a mask token, for `bool_masked_pos`.
+        attn_implementation: see `vit_torch.attention`.
+    """
+
+    def __init__(
+        self,
+        config: ViTConfig,
+        add_pooling_layer: bool = True,
+        use_mask_token: bool = False,
+        *,
+        attn_implementation: str = "auto",
+    ):
+        super().__init__(
+            add_pooling_layer=add_pooling_layer,
+            use_mask_token=use_mask_token,
+            **_settle(config, attn_implementation),
+        )
+
+
+class ViTForImageClassification(ViTPreTrainedModel, ViTForImageClassificationModule):
+    """The base network with a linear classifier on the class token.
+
+    Args:
+        config: sizes.
+        attn_implementation: see `vit_torch.attention`.
+    """
+
+    head = "classifier"
+
+    def __init__(self, config: ViTConfig, *, attn_implementation: str = "auto"):
+        super().__init__(**_settle(config, attn_implementation))
+
+    @property
+    def num_labels(self) -> int:
+        """Number K of classes."""
+        return self.config.num_labels
+
+
+class ViTForMaskedImageModeling(ViTPreTrainedModel, ViTForMaskedImageModelingModule):
+    """The base network with a mask token and a decoder back to pixels.
+
+    Args:
+        config: sizes.
+        attn_implementation: see `vit_torch.attention`.
+    """
+
+    head = "decoder"
+
+    def __init__(self, config: ViTConfig, *, attn_implementation: str = "auto"):
+        super().__init__(**_settle(config, attn_implementation))
+
+
+def draw_parameter(name: str, shape: tuple[int, ...], config: ViTConfig) -> torch.Tensor:
+    """A new parameter of a canonical name, as the constructors draw it."""
+    kind = initial_value(name)
+    parameter = torch.ones(shape) if kind == "one" else torch.zeros(shape)
+    if kind == "normal":
+        initialize(parameter, config)
+    return parameter
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The torch dtype of an argument; None for "auto".
+
+    Raises:
+        InputError: it is not a floating dtype.
+    """
+    if dtype is None:
+        return torch.float32
+    if dtype == "auto":
+        return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"`dtype` must be a floating torch dtype or 'auto'; given {dtype!r}.")
+    return found
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
+    """A torch tensor that shares no memory with `array`, which may be a view of a file."""
+    own = np.array(array, order="C", copy=True)
+    if own.dtype.name == "bfloat16":  # numpy's extension type, unknown to torch
+        return torch.from_numpy(own.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(own)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A numpy array of the same bits; bfloat16 as the type of `ml_dtypes`."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
