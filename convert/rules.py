@@ -6,15 +6,16 @@ unused, every target is filled once, every shape is equal.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
-from convert.layouts import KEEP, Layout, result_shapes
+from convert.layouts import KEEP, Arrays, Layout, result_shapes
 from vit_common.errors import CheckpointError
 
 
@@ -126,35 +127,41 @@ def _lookup(table: list[tuple[re.Pattern, Rule]], key: str) -> tuple[Rule, str |
     return None
 
 
+class _Group:
+    """The arrays one rule makes; those of a fused one are read once and handed out one by one."""
+
+    def __init__(self, apply: Callable[[Arrays], Arrays], sources: tuple[TensorLike, ...]) -> None:
+        self._apply = apply
+        self._sources = sources
+        self._ready: dict[int, np.ndarray] = {}
+
+    def take(self, position: int) -> np.ndarray:
+        if position not in self._ready:
+            self._ready = dict(enumerate(self._apply([s.read() for s in self._sources])))
+        return self._ready.pop(position)
+
+
 class MappedTensor:
     """One array of the target, not yet read: a place in the result of a rule's layout."""
 
-    __slots__ = ("_apply", "_position", "dtype", "shape", "sources")
+    __slots__ = ("_group", "_position", "dtype", "shape")
 
-    def __init__(self, apply, sources, position, shape, dtype) -> None:
-        self._apply = apply
+    def __init__(
+        self, group: _Group, position: int, shape: tuple[int, ...], dtype: np.dtype
+    ) -> None:
+        self._group = group
         self._position = position
-        self.sources: tuple[TensorLike, ...] = sources
-        self.shape: tuple[int, ...] = shape
-        self.dtype: np.dtype = dtype
+        self.shape = shape
+        self.dtype = dtype
 
     @property
     def nbytes(self) -> int:
-        size = self.dtype.itemsize
-        for side in self.shape:
-            size *= side
-        return size
+        """Size of the array in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The array; a view of the source's where the layout allows it."""
-        return self._apply([source.read() for source in self.sources])[self._position]
-
-    def release(self) -> None:
-        """Say that what `read` gave is no longer needed, so that its pages can be dropped."""
-        for source in self.sources:
-            release = getattr(source, "release", None)
-            if release is not None:
-                release()
+        """The array; a view of what the source read where the layout allows it."""
+        return self._group.take(self._position)
 
 
 @dataclass
@@ -247,11 +254,12 @@ def _map(source, original, find, sides, direction) -> Mapped:
         if len({s.dtype for s in sources}) > 1:
             faults.append(f"{', '.join(inputs)} must have one dtype")
             continue
+        group = _Group(function, sources)
         for position, (output, shape) in enumerate(zip(outputs, made, strict=True)):
             target = _fill(output, index)
             if target in tensors:
                 faults.append(f"{target} is filled twice, the second time by {original[name]!r}")
-            tensors[target] = MappedTensor(function, sources, position, shape, sources[0].dtype)
+            tensors[target] = MappedTensor(group, position, shape, sources[0].dtype)
     if faults:
         raise CheckpointError("the file does not fit its format: " + "; ".join(faults) + ".")
     return Mapped(tensors, unused)

@@ -77,8 +77,11 @@ def save_parameters(
     )
     written.to_json_file(path / CONFIG_NAME)
     if to == "flax":
-        other = [name for name in ("model.safetensors", "model.safetensors.index.json")
-                 if (path / name).is_file()]
+        other = [
+            name
+            for name in ("model.safetensors", "model.safetensors.index.json")
+            if (path / name).is_file()
+        ]
         if other:
             warnings.warn(
                 f"{path} also holds {' and '.join(other)}, which `from_pretrained` reads before "

@@ -20,7 +20,7 @@ transformers.logging.set_verbosity_error()
 
 SMALL = {
     "hidden_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 96,
     "image_size": 32,

@@ -245,6 +245,19 @@ def test_dtypes_of_arrays(dtype, do_resize):
         compare(array, {"do_resize": do_resize, "return_tensors": "np", **call}, size=16)
 
 
+def test_a_resize_to_the_same_size_still_makes_eight_bits_of_floats():
+    array = np.random.default_rng(0).random((3, 16, 16))
+    ours = compare(array, {"do_rescale": False, "return_tensors": "np"}, size=16)
+    assert len(np.unique(ours)) <= 256
+    compare(
+        pixels(0, 16, 16, 4),
+        {"input_data_format": "channels_last"},
+        size=16,
+        image_mean=0,
+        image_std=1,
+    )
+
+
 @pytest.mark.parametrize("do_resize", [True, False])
 def test_bfloat16(do_resize):
     values = pixels(4, 12, 14, 3)
@@ -814,6 +827,22 @@ def test_save_and_load(tmp_path):
     assert (tmp_path / "theirs" / "preprocessor_config.json").read_text() == (
         tmp_path / "model" / "preprocessor_config.json"
     ).read_text()
+
+
+def test_uploads_hold_the_one_file(tmp_path, monkeypatch):
+    calls = []
+
+    def push(directory, repo_id, files=None, **options):
+        (name,) = files
+        calls.append((repo_id, name, (directory / name).read_text(), options))
+        return "address"
+
+    monkeypatch.setattr("vit_common.hub.push_folder", push)
+    ours = ViTImageProcessor(size=9)
+    ours.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="a/b", token="t")
+    assert ours.push_to_hub("a/b", token="t") == "address"
+    expected = ("a/b", "preprocessor_config.json", ours.to_json_string(), {"token": "t"})
+    assert calls == [expected, expected]
 
 
 def test_overrides_of_a_file(tmp_path):

@@ -296,8 +296,14 @@ class ViTConfig:
         self._set_labels(num_labels, kwargs.pop("id2label", None), kwargs.pop("label2id", None))
         object.__setattr__(self, "_name_or_path", kwargs.pop("_name_or_path", ""))
         for name, value in kwargs.items():
-            if isinstance(getattr(type(self), name, None), property) or not isinstance(name, str):
+            taken = getattr(type(self), name, None)
+            if isinstance(taken, property):
                 continue  # derived here; a file that also stores it cannot contradict it
+            if taken is not None:
+                raise ConfigError(
+                    f"config: `{name}` must not be a key; {type(self).__name__} has a method or "
+                    f"attribute of that name; given {value!r}."
+                )
             object.__setattr__(self, name, value)
         self.validate()
 
@@ -465,7 +471,7 @@ class ViTConfig:
         push_if_asked(directory, kwargs)
 
     @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> ViTConfig:
+    def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Any:
         """Build from a dict such as `to_dict()` gives; `overrides` win over it.
 
         With `return_unused_kwargs=True` the result is `(config, unused)`, where `unused` holds
@@ -496,7 +502,7 @@ class ViTConfig:
         return (config, unused) if return_unused else config
 
     @classmethod
-    def from_json_file(cls, json_file: str | os.PathLike) -> ViTConfig:
+    def from_json_file(cls, json_file: str | os.PathLike) -> Any:
         """Read one JSON file.
 
         Raises:

@@ -54,14 +54,20 @@ WEIGHTS = (
 _SUFFIXES = (".safetensors", ".msgpack", ".bin", ".npz", ".pt", ".pth", ".json")
 _PUSHED = (".safetensors", ".msgpack", ".json", ".md")
 _SHOWN = 12
+_LIBRARY = "vit-flax"
+"""How requests name this project to the Hub."""
 
 
-class _Absent(MissingFileError):
+class AbsentFileError(MissingFileError):
     """The repository was reached, or the directory read: the file is not in it."""
 
 
 class _Unreachable(MissingFileError):
     """The Hub could not be asked, and the cache does not have the file."""
+
+
+class _Interrupted(MissingFileError):
+    """The Hub has the file, but the connection did not hold."""
 
 
 class _Repository(NamedTuple):
@@ -82,11 +88,10 @@ def split_hub_options(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
     old_token = rest.pop("use_auth_token", None)
     hub = {key: rest.pop(key) for key in HUB_OPTIONS if key in rest}
     hub = {key: value for key, value in hub.items() if value is not None}
-    if old_token is not None:
-        if hub.setdefault("token", old_token) != old_token:
-            raise InputError(
-                "`token` and `use_auth_token` were both given, and differ; pass only `token`."
-            )
+    if old_token is not None and hub.setdefault("token", old_token) != old_token:
+        raise InputError(
+            "`token` and `use_auth_token` were both given, and differ; pass only `token`."
+        )
     return hub, rest
 
 
@@ -104,6 +109,7 @@ def find_file(name_or_path: str | os.PathLike, filename: str, **hub: Any) -> Pat
         MissingFileError: it is nowhere, or cannot be fetched; says which of the two, and why.
         InputError: an option is unknown, or two contradict each other.
     """
+    hub = {key: value for key, value in hub.items() if value is not None}
     place = _locate(name_or_path, hub)
     if isinstance(place, _Repository):
         return _download(place, filename, hub)
@@ -113,7 +119,7 @@ def find_file(name_or_path: str | os.PathLike, filename: str, **hub: Any) -> Pat
         place = place.parent
     path = place / filename
     if not path.is_file():
-        raise _Absent(f"{path}: no such file; {_contents(place)}")
+        raise AbsentFileError(f"{path}: no such file; {_contents(place)}")
     return path
 
 
@@ -136,6 +142,7 @@ def find_weights(
         CheckpointError: an index names a shard outside its own folder.
     """
     names = tuple(dict.fromkeys((*(prefer or ()), *WEIGHTS)))
+    hub = {key: value for key, value in hub.items() if value is not None}
     place = _locate(name_or_path, hub)
     if isinstance(place, _Repository):
         return _download_weights(place, names, hub)
@@ -229,7 +236,7 @@ def _download_weights(place: _Repository, names: tuple[str, ...], hub: dict[str,
     for name in names:
         try:
             path = _download(place, name, hub)
-        except _Absent:
+        except AbsentFileError:
             continue
         except _Unreachable as error:
             # Once is enough to wait for a network that is not there; the cache may hold another.
@@ -257,7 +264,9 @@ def _listing(place: _Repository, hub: Mapping[str, Any]) -> str:
     from huggingface_hub import HfApi
 
     try:
-        files = HfApi().list_repo_files(place.name, revision=place.revision, token=hub.get("token"))
+        files = HfApi(library_name=_LIBRARY).list_repo_files(
+            place.name, revision=place.revision, token=hub.get("token")
+        )
     except Exception:  # only to say more; the error itself is certain
         return "what there is could not be listed."
     return f"there is {_some(sorted(files))}."
@@ -266,7 +275,7 @@ def _listing(place: _Repository, hub: Mapping[str, Any]) -> str:
 def _download(place: _Repository, filename: str, hub: Mapping[str, Any]) -> Path:
     from huggingface_hub import hf_hub_download
 
-    options = {key: value for key, value in hub.items() if key != "revision"}
+    options = {**hub, "revision": place.revision, "library_name": _LIBRARY}
     if "proxies" in options and "proxies" not in inspect.signature(hf_hub_download).parameters:
         warnings.warn(
             "`proxies` is not used: this version of huggingface_hub takes them from the "
@@ -277,15 +286,13 @@ def _download(place: _Repository, filename: str, hub: Mapping[str, Any]) -> Path
         del options["proxies"]
 
     def fetch(**more: Any) -> Path:
-        return Path(
-            hf_hub_download(place.name, filename, revision=place.revision, **{**options, **more})
-        )
+        return Path(hf_hub_download(place.name, filename, **{**options, **more}))
 
     try:
         return fetch()
     except Exception as error:  # requests, httpx, xet and the library each raise their own
         failure = _explain(error, place, filename, hub)
-        if not isinstance(failure, _Absent | _Unreachable) and not hub.get("force_download"):
+        if isinstance(failure, _Interrupted) and not hub.get("force_download"):
             # Not every fault of a connection makes the library look into its cache.
             try:
                 return fetch(local_files_only=True)
@@ -343,10 +350,10 @@ def _explain(
             return _Unreachable(f"{uncached}, and the Hub answers {status}; try again later.")
         return _Unreachable(f"{uncached}, and {constants.ENDPOINT} cannot be reached ({why}).")
     if isinstance(error, errors.EntryNotFoundError):
-        return _Absent(f"{name} on the Hub has no file {filename} (revision {revision}).")
+        return AbsentFileError(f"{name} on the Hub has no file {filename} (revision {revision}).")
     if status is not None:
         return MissingFileError(f"{name}: the Hub answers {status} for {filename} ({why}).")
-    return MissingFileError(
+    return _Interrupted(
         f"{name}: {filename} could not be downloaded from {constants.ENDPOINT} ({why}); what "
         "arrived is kept, run it again to go on."
     )
@@ -416,10 +423,10 @@ def push_folder(
     missing = [path.name for path in paths if not path.is_file()]
     if missing or not paths:
         raise MissingFileError(
-            f"{directory}: nothing was uploaded, for it lacks {_some(missing) or 'model files'}; "
+            f"{directory}: nothing was uploaded, for it lacks {_some(missing or ['model files'])}; "
             f"{_contents(directory)}"
         )
-    api = HfApi(token=token)
+    api = HfApi(token=token, library_name=_LIBRARY)
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=exist_ok).repo_id
         if revision is not None and not create_pr:

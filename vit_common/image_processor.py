@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import tempfile
 from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -314,8 +315,28 @@ class BaseImageProcessor:
 
         directory = make_directory(save_directory)
         self.to_json_file(directory / PROCESSOR_NAME)
-        push_if_asked(directory, kwargs)
+        push_if_asked(directory, kwargs, files=[PROCESSOR_NAME])
         return [str(directory / PROCESSOR_NAME)]
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str | None:
+        """Upload `preprocessor_config.json` to a Hub repository, made if it is not there.
+
+        Args:
+            repo_id: "owner/name".
+            **kwargs: `token`, `private`, `revision`, `commit_message` and `create_pr`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            MissingFileError: the Hub cannot be reached or refuses.
+        """
+        from vit_common.hub import push_if_asked
+
+        with tempfile.TemporaryDirectory() as directory:
+            self.to_json_file(Path(directory) / PROCESSOR_NAME)
+            options = {**kwargs, "push_to_hub": True, "repo_id": repo_id}
+            return push_if_asked(Path(directory), options, files=[PROCESSOR_NAME])
 
     @classmethod
     def from_dict(cls, image_processor_dict: Mapping[str, Any], **overrides: Any) -> Any:

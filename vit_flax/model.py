@@ -106,7 +106,9 @@ def dense(part: FlaxViTPart, features: int, use_bias: bool = True) -> nn.Dense:
     )
 
 
-def convolution(part: FlaxViTPart, features: int, size: tuple[int, int], **name: str) -> nn.Conv:
+def convolution(
+    part: FlaxViTPart, features: int, size: tuple[int, int], name: str | None = None
+) -> nn.Conv:
     return nn.Conv(
         features,
         kernel_size=size,
@@ -117,7 +119,7 @@ def convolution(part: FlaxViTPart, features: int, size: tuple[int, int], **name:
         precision=part.precision,
         kernel_init=initializer(part.config),
         bias_init=nn.initializers.zeros,
-        **name,
+        name=name,
     )
 
 
@@ -134,9 +136,7 @@ class FlaxViTPatchEmbeddings(FlaxViTPart):
     """Cuts the image into patches and projects each to width D."""
 
     def setup(self):
-        self.projection = convolution(
-            self, self.config.hidden_size, self.config.patch_height_width
-        )
+        self.projection = convolution(self, self.config.hidden_size, self.config.patch_height_width)
 
     def __call__(self, pixel_values):
         embeddings = self.projection(pixel_values)  # (B, H/P, W/P, D)
@@ -329,18 +329,18 @@ class FlaxViTLayerCollection(FlaxViTPart):
         output_attentions: bool,
         output_hidden_states: bool,
     ):
-        all_hidden_states, all_attentions = (hidden_states,), ()
+        all_hidden_states, all_attentions = [hidden_states], []
         for i, layer in enumerate(self.layers):
             layer_mask = None if head_mask is None else head_mask[i]
             hidden_states, probabilities = layer(
                 hidden_states, layer_mask, deterministic, output_attentions
             )
-            all_hidden_states += (hidden_states,)
-            all_attentions += (probabilities,)
+            all_hidden_states.append(hidden_states)
+            all_attentions.append(probabilities)
         return FlaxBaseModelOutput(
             last_hidden_state=hidden_states,
-            hidden_states=all_hidden_states if output_hidden_states else None,
-            attentions=all_attentions if output_attentions else None,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
         )
 
 

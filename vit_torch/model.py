@@ -11,6 +11,7 @@ A heads, I MLP width, K labels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,7 +85,7 @@ def initialize(parameter: torch.Tensor, config: ViTConfig) -> None:
         nn.init.trunc_normal_(parameter, mean=0.0, std=config.initializer_range, a=-2.0, b=2.0)
 
 
-def uninitialized(layer: type[nn.Module], *args, **kwargs) -> nn.Module:
+def uninitialized(layer: Callable, *args, **kwargs) -> Any:
     """A layer without PyTorch's own random weights, on the default device."""
     return layer(*args, **kwargs, device="meta").to_empty(device=torch.get_default_device())
 
@@ -142,9 +143,7 @@ class ViTEmbeddings(ViTPart):
         self.patch_embeddings = ViTPatchEmbeddings(**options(self))
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
-    def forward(
-        self, pixel_values, bool_masked_pos=None, interpolate_pos_encoding: bool = False
-    ):
+    def forward(self, pixel_values, bool_masked_pos=None, interpolate_pos_encoding: bool = False):
         check_rank(pixel_values, "(batch, channels, height, width)")
         B, C, H, W = pixel_values.shape
         grid = check_image(C, H, W, self.config, interpolate=interpolate_pos_encoding)
@@ -301,19 +300,19 @@ class ViTEncoder(ViTPart):
         if head_mask is not None:
             head_mask = spread_head_mask(head_mask, self.config)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        all_hidden_states, all_attentions = (hidden_states,), ()
+        all_hidden_states, all_attentions = [hidden_states], []
         for i, layer in enumerate(self.layer):
             layer_mask = None if head_mask is None else head_mask[i]
             inputs = (hidden_states, layer_mask, output_attentions)
             hidden_states, probabilities = (
                 checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
             )
-            all_hidden_states += (hidden_states,)
-            all_attentions += (probabilities,)
+            all_hidden_states.append(hidden_states)
+            all_attentions.append(probabilities)
         return BaseModelOutput(
             last_hidden_state=hidden_states,
-            hidden_states=all_hidden_states if output_hidden_states else None,
-            attentions=all_attentions if output_attentions else None,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
         )
 
 

@@ -116,9 +116,7 @@ def compare(flax_model: Any, torch_model: ViTPreTrainedModel, pixel_values: Any,
         for i, (a, b) in enumerate(zip(ours.attentions, theirs.attentions, strict=True))
     ]
     titles = {"last_hidden_state": "final norm", "pooler_output": "pooler"}
-    for name in theirs.keys():
+    for name in theirs:
         if name not in ("hidden_states", "attentions"):
             pairs.append((titles.get(name, name), ours[name], theirs[name]))
-    return ParityReport(
-        tuple(difference(name, np.asarray(a), to_numpy(b)) for name, a, b in pairs)
-    )
+    return ParityReport(tuple(difference(name, np.asarray(a), to_numpy(b)) for name, a, b in pairs))

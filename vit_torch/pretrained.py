@@ -6,7 +6,6 @@ Constructors, calls and methods are those of Transformers 4.57.6 (`models/vit/mo
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
 from collections.abc import Mapping
@@ -72,7 +71,7 @@ class ViTPreTrainedModel(nn.Module):
         return next(self.parameters()).device
 
     @property
-    def base_model(self) -> nn.Module:
+    def base_model(self) -> Any:
         """The network without its head."""
         return getattr(self, self.base_model_prefix, self)
 
@@ -180,7 +179,6 @@ class ViTPreTrainedModel(nn.Module):
                 if not is_finite(array):
                     not_finite.append(name)
                 state[name] = to_torch(array).to(wanted)
-                tensor.release()
         finally:
             loaded.close()
         warn_if_not_finite(loaded.path, not_finite)
@@ -220,7 +218,7 @@ class ViTPreTrainedModel(nn.Module):
         if not safe_serialization:
             raise InputError(
                 "`safe_serialization=False` would write a pickle, which this project does not; "
-                "leave it out to write model.safetensors, or pass `to=\"flax\"`."
+                'leave it out to write model.safetensors, or pass `to="flax"`.'
             )
         state = dict(self.state_dict() if state_dict is None else state_dict)
         shapes = self._canonical_shapes()
@@ -352,11 +350,15 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:
-    """A torch tensor that shares no memory with `array`, which may be a view of a file."""
-    own = np.array(array, order="C", copy=True)
-    if own.dtype.name == "bfloat16":  # numpy's extension type, unknown to torch
-        return torch.from_numpy(own.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(own)
+    """A torch tensor of what a checkpoint's tensor read, with no more copies than needed.
+
+    What a file reader gives is fresh memory unless it is marked read-only.
+    """
+    if not (array.flags.c_contiguous and array.flags.writeable):
+        array = np.array(array, order="C", copy=True)
+    if array.dtype.name == "bfloat16":  # numpy's extension type, unknown to torch
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -1,0 +1,61 @@
+# `make demo` and `make test` work from a fresh clone; `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+SOURCES := vit_common convert vit_flax vit_torch vit_cli tests benchmarks examples
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-online test-current-hub lint format types check bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone: asked for by its exact version, pip takes a CPU build if it sees one.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) torch==2.13.0
+	$(PIP_INSTALL) --editable '.[cli,torch]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP_INSTALL) --editable '.[cli,torch,train,bench,test]'
+	@touch $@
+
+demo: $(VENV)/.demo  ## classify real images with the embedded checkpoint, beside the PyTorch twin
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/.test  ## the whole suite
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(VENV)/.test  ## the tests that take minutes or gigabytes
+	$(BIN)/python -m pytest -n 2 -m slow
+
+test-online: $(VENV)/.test  ## the tests that need the real Hub
+	$(BIN)/python -m pytest -m online
+
+test-current-hub:  ## Hub access with the newest huggingface_hub, in an environment of its own
+	$(PYTHON) -m venv $(VENV)-hub
+	$(VENV)-hub/bin/python -m pip install --quiet --editable . pytest 'huggingface_hub>=2'
+	$(VENV)-hub/bin/python -m pytest tests/test_hub.py
+
+lint: $(VENV)/.test  ## ruff: lint and format
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+format: $(VENV)/.test  ## let ruff rewrite the files
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+types: $(VENV)/.test  ## mypy
+	$(BIN)/mypy
+
+check: lint types test  ## what CI checks
+
+bench: $(VENV)/.test  ## every benchmark, beside its peers; writes benchmarks/results
+	$(BIN)/python benchmarks/startup.py
+
+clean:  ## remove the environments
+	rm -rf $(VENV) $(VENV)-hub

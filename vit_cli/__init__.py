@@ -1,0 +1,1 @@
+"""The command `vit`. Importing this package loads nothing else."""

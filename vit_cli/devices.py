@@ -1,0 +1,86 @@
+"""What the commands run on."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+
+from vit_common.errors import ViTError
+from vit_common.files import reason
+
+
+class DeviceError(ViTError):
+    """JAX has no device to run on."""
+
+
+def find_devices() -> list[jax.Device]:
+    """JAX's devices.
+
+    Raises:
+        DeviceError: it finds none of the kind that the environment asks for.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS")
+        why = f"JAX_PLATFORMS is {asked!r}" if asked else reason(error)
+        raise DeviceError(
+            f"JAX finds no device to run on: {why}; without JAX_PLATFORMS it takes what there is."
+        ) from error
+
+
+def describe_devices() -> dict[str, Any]:
+    """JAX's devices, and what a product of float32 matrices is computed in on them."""
+    devices = find_devices()
+    setting = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    capability = getattr(devices[0], "compute_capability", None)
+    return {
+        "platform": devices[0].platform,
+        "devices": [device.device_kind for device in devices],
+        "matmul_precision": {
+            "setting": setting or "default",
+            "float32": float32_products(devices[0].platform, capability, setting),
+        },
+    }
+
+
+def float32_products(platform: str, capability: str | None, setting: str | None) -> str:
+    """What products of float32 matrices are computed in, where a call does not say.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu".
+        capability: compute capability of an NVIDIA GPU, such as "8.0".
+        setting: `jax_default_matmul_precision`; None is "default".
+
+    Returns:
+        "float32", "tensorfloat32", "bfloat16", "three passes of bfloat16", or the name of a dot
+        algorithm (https://docs.jax.dev/en/latest/jax.lax.html#jax.lax.DotAlgorithmPreset).
+    """
+    setting = (setting or "default").lower()
+    level = {
+        "default": 0,
+        "bfloat16": 0,
+        "fastest": 0,
+        "high": 1,
+        "bfloat16_3x": 1,
+        "tensorfloat32": 1,
+        "highest": 2,
+        "float32": 2,
+    }.get(setting)
+    if level is None:
+        return setting
+    if platform == "tpu":
+        return ("bfloat16", "three passes of bfloat16", "float32")[level]
+    if platform in ("gpu", "cuda") and _has_tensor_float(capability) and level < 2:
+        return "tensorfloat32"
+    return "float32"
+
+
+def _has_tensor_float(capability: str | None) -> bool:
+    """Whether an NVIDIA GPU is an Ampere or later; AMD's have names that are no numbers."""
+    try:
+        return float(capability or 0) >= 8.0
+    except ValueError:
+        return False

@@ -1,0 +1,241 @@
+"""`vit info`: what the commands run on, and what a model is."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Resampling
+
+from convert.detect import detect_format
+from convert.rules import to_canonical
+from vit_cli.devices import describe_devices
+from vit_cli.exit_codes import DONE
+from vit_cli.messages import one_line
+from vit_cli.versions import versions
+from vit_common.checkpoint import open_checkpoint
+from vit_common.config import ViTConfig
+from vit_common.errors import CheckpointError, MissingFileError
+from vit_common.flops import multiply_adds
+from vit_common.hub import AbsentFileError, find_weights
+from vit_common.image_processor import ViTImageProcessor
+from vit_common.parameters import Head, parameter_shapes
+from vit_common.presets import PRESETS
+
+Report = dict[str, Any]
+
+_FAMILIES = {"vit": "ViT"}
+_LETTERS = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H", "giant": "g"}
+_LABELS_SHOWN = 5
+
+
+def info(model: str | None, *, as_json: bool = False, hub: Mapping[str, Any] | None = None) -> int:
+    """Print versions, devices and precision, and with a model, what it is.
+
+    Args:
+        model: folder, weights file or Hub name.
+        as_json: print one JSON object.
+        hub: options of the Hub.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ViTError: the model is not there, or is none.
+    """
+    # The model first: a name that is wrong is told without the seconds that JAX takes.
+    described = None if model is None else describe_model(model, dict(hub or {}))
+    report: Report = {"versions": versions(), **describe_devices()}
+    if described is not None:
+        report["model"] = described
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        for line in _lines(report):
+            print(line)
+    return DONE
+
+
+# -- a model
+
+
+def describe_model(name: str, hub: dict[str, Any]) -> Report:
+    """What the files of a model say. No weight is read, and none is downloaded.
+
+    Raises:
+        ViTError: there is no such model, or a file of it is refused.
+    """
+    path = Path(name)
+    config = ViTConfig.from_pretrained(path.parent if path.is_file() else name, **hub)
+    try:
+        processor = ViTImageProcessor.from_pretrained(name, **hub)
+    except AbsentFileError:
+        processor = None
+    weights = _describe_weights(name, hub)
+    head: Head | None = "classifier"
+    if weights is not None:
+        head = weights.pop("head")
+    parameters = sum(
+        math.prod(shape)
+        for shape in parameter_shapes(config, head, add_pooling_layer=False).values()
+    )
+    if weights is not None and weights.pop("pooler"):
+        parameters += (config.hidden_size + 1) * config.pooler_output_size
+    macs = multiply_adds(config, head)
+    height, width = config.image_height_width
+    return {
+        "name": name,
+        "family": _FAMILIES.get(config.model_type, config.model_type),
+        "variant": _variant(config),
+        "head": head,
+        "layers": config.num_hidden_layers,
+        "width": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "mlp_width": config.intermediate_size,
+        "patch": list(config.patch_height_width),
+        "tokens": config.num_patches + 1,
+        "parameters": parameters,
+        "gflops_per_image": round(2 * macs / 1e9, 6),
+        "input": {"channels": config.num_channels, "height": height, "width": width},
+        "preprocessing": None if processor is None else processor.to_dict(),
+        "labels": list(map(str, config.id2label.values())) if head == "classifier" else [],
+        "weights": weights,
+    }
+
+
+def _variant(config: ViTConfig) -> str | None:
+    """Such as "B/16", if the sizes are those of a named model."""
+    sizes = (
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.intermediate_size,
+    )
+    patch = config.patch_height_width
+    for name, (*preset, _) in PRESETS.items():
+        if sizes == tuple(preset) and patch[0] == patch[1]:
+            return f"{_LETTERS[name]}/{patch[0]}"
+    return None
+
+
+def _describe_weights(name: str, hub: dict[str, Any]) -> Report | None:
+    """The weights file; None where there is none on this machine."""
+    if not Path(name).exists():
+        hub = {**hub, "local_files_only": True}
+    try:
+        path = find_weights(name, **hub)
+    except MissingFileError:
+        return None
+    with open_checkpoint(path) as checkpoint:
+        try:
+            table = detect_format(checkpoint)
+            found = to_canonical(checkpoint, table).tensors
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        heads: dict[str, Head] = {"classifier.weight": "classifier", "decoder.0.weight": "decoder"}
+        return {
+            "path": str(path),
+            "container": checkpoint.container,
+            "format": table.name,
+            "dtypes": sorted({str(tensor.dtype) for tensor in checkpoint.values()}),
+            "bytes": sum(file.stat().st_size for file in checkpoint.files),
+            "files": len(checkpoint.files),
+            "head": next((heads[key] for key in heads if key in found), None),
+            "pooler": "pooler.dense.weight" in found,
+        }
+
+
+# -- as text
+
+
+def _lines(report: Report) -> Iterator[str]:
+    for name, version in report["versions"].items():
+        yield _line(name, version or "not installed")
+    yield ""
+    kinds = report["devices"]
+    yield _line("platform", report["platform"])
+    yield _line(
+        "devices", ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
+    )
+    precision = report["matmul_precision"]
+    yield _line(
+        "precision",
+        f"float32 matrix products in {precision['float32']} (setting: {precision['setting']})",
+    )
+    if "model" in report:
+        yield ""
+        yield from _model_lines(report["model"])
+
+
+def _model_lines(model: Report) -> Iterator[str]:
+    variant = f"-{model['variant']}" if model["variant"] else ""
+    yield _line("model", model["name"])
+    yield _line("family", model["family"] + variant)
+    yield _line(
+        "sizes",
+        f"{model['layers']} layers, width {model['width']}, {model['heads']} heads, MLP width "
+        f"{model['mlp_width']}, patches {model['patch'][0]} x {model['patch'][1]}, "
+        f"{model['tokens']} tokens",
+    )
+    yield _line("parameters", f"{model['parameters']:,}")
+    yield _line("GFLOP/image", f"{model['gflops_per_image']:.4g}")
+    size = model["input"]
+    yield _line(
+        "input",
+        f"{size['height']} x {size['width']} pixels (height x width), {size['channels']} channels",
+    )
+    yield _line("prepared by", _preparation(model["preprocessing"]))
+    labels = model["labels"]
+    if labels:
+        shown = ", ".join(labels[:_LABELS_SHOWN])
+        shown += f", ... {labels[-1]}" if len(labels) > _LABELS_SHOWN else ""
+        yield _line("labels", f"{len(labels)}: {shown}")
+    else:
+        yield _line("labels", "none: the weights have no classifier")
+    weights = model["weights"]
+    if weights is None:
+        yield _line("weights", "none here, or not downloaded yet")
+        return
+    yield _line("weights", weights["path"])
+    parts = f" in {weights['files']} files" if weights["files"] > 1 else ""
+    yield _line(
+        "",
+        f"{weights['container']}, format {weights['format']}, {', '.join(weights['dtypes'])}, "
+        f"{weights['bytes'] / 1e6:,.1f} MB{parts}",
+    )
+
+
+def _preparation(options: Report | None) -> str:
+    if options is None:
+        return "no preprocessor_config.json; the Hub's defaults for a ViT are used"
+    steps = []
+    if options["do_resize"]:
+        size = options["size"]
+        edge = size.get("shortest_edge")
+        target = f"shortest edge {edge}" if edge else f"{size['height']} x {size['width']}"
+        steps.append(f"resize to {target} ({Resampling(options['resample']).name.lower()})")
+    if options.get("do_center_crop") and options.get("crop_size"):
+        size = options["crop_size"]
+        steps.append(f"centre crop {size['height']} x {size['width']}")
+    if options["do_rescale"]:
+        steps.append(f"times {_short(options['rescale_factor'])}")
+    if options["do_normalize"]:
+        mean, std = options["image_mean"], options["image_std"]
+        steps.append(f"mean {_numbers(mean)}, standard deviation {_numbers(std)}")
+    return ", ".join(steps) or "nothing"
+
+
+def _short(factor: float) -> str:
+    return "1/255" if math.isclose(factor, 1 / 255) else f"{factor:g}"
+
+
+def _numbers(values: Any) -> str:
+    values = list(values) if isinstance(values, (list, tuple)) else [values]
+    return f"{values[0]:g}" if len(set(values)) == 1 else " ".join(f"{each:g}" for each in values)
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:17}  {one_line(str(text))}".rstrip()

@@ -1,0 +1,49 @@
+"""What Ctrl-C does: end the command at once, or, where there are results, after they are out."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from vit_cli.exit_codes import INTERRUPTED
+
+
+@contextmanager
+def exits_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process, with a line to say so.
+
+    Extension modules that are being imported turn a `KeyboardInterrupt` into an `ImportError` and
+    a traceback, and the command spends its first seconds on little else.
+    """
+    with _handled(_exit):
+        yield
+
+
+@contextmanager
+def raises() -> Iterator[None]:
+    """Ctrl-C raises `KeyboardInterrupt`, as usual in Python."""
+    with _handled(signal.default_int_handler):
+        yield
+
+
+def _exit(*_: object) -> NoReturn:
+    os.write(2, b"vit: interrupted\n")
+    os._exit(INTERRUPTED)
+
+
+@contextmanager
+def _handled(handler: Callable[..., Any]) -> Iterator[None]:
+    # Left alone in a thread, which cannot set it, and where a parent wants it ignored (nohup).
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

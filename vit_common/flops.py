@@ -1,0 +1,37 @@
+"""How much arithmetic an image costs, from the configuration alone."""
+
+from __future__ import annotations
+
+from vit_common.config import ViTConfig
+from vit_common.parameters import Head
+
+
+def multiply_adds(config: ViTConfig, head: Head | None = "classifier") -> int:
+    """Multiply-adds of one forward pass over one image at the native size.
+
+    Matrix products only: patch projection, attention with both of its S x S products, MLP and
+    head. Norms, softmax, activations and biases are left out; they are less than one percent.
+    The pooler of the base network is not counted.
+
+    Args:
+        config: the sizes.
+        head: as in `parameter_shapes`; None leaves the head out.
+    """
+    D, inner, N = config.hidden_size, config.intermediate_size, config.num_patches
+    S = N + 1
+    patch = config.patch_height_width[0] * config.patch_height_width[1]
+    projections = 4 * S * D * D  # query, key, value and output
+    attention = 2 * S * S * D
+    mlp = 2 * S * D * inner
+    total = N * patch * config.num_channels * D
+    total += config.num_hidden_layers * (projections + attention + mlp)
+    if head == "classifier":
+        total += D * config.num_labels
+    elif head == "decoder":
+        total += N * D * config.encoder_stride**2 * config.num_channels
+    return total
+
+
+def forward_flops(config: ViTConfig, head: Head | None = "classifier") -> int:
+    """Floating point operations of one forward pass: two for each of `multiply_adds`."""
+    return 2 * multiply_adds(config, head)
