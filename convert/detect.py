@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from convert.formats import FORMATS
 from convert.rules import Format
@@ -22,11 +23,15 @@ def detect_format(keys: Iterable[str]) -> Format:
     """
     keys = list(keys)
     unknown: dict[str, int] = {}
+    rules: dict[str, list[Any]] = {}
     for name, table in FORMATS.items():
         found = [table.rule_for_foreign(key) for key in table.strip(keys)]
         if any(hit and _PROJECTION in hit[0].canonical_names for hit in found):
             unknown[name] = sum(hit is None for hit in found)
+            rules[name] = found
     best = [name for name, count in unknown.items() if count == min(unknown.values())]
+    # Without blocks, formats that differ in the blocks alone say the same of every key.
+    best = [name for i, name in enumerate(best) if i == 0 or rules[name] != rules[best[0]]]
     if len(best) == 1 and unknown[best[0]] <= len(keys) // 2:
         return FORMATS[best[0]]
     first = ", ".join(map(repr, sorted(keys)[:4])) or "no keys"

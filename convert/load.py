@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import numpy as np
 from convert.detect import detect_format
 from convert.rules import MappedTensor, to_canonical
 from vit_common.checkpoint import Checkpoint, open_checkpoint
-from vit_common.config import ViTConfig, as_config
+from vit_common.checks import check_keywords
+from vit_common.config import FIELDS, ViTConfig, as_config
 from vit_common.errors import CheckpointError
-from vit_common.hub import find_weights
+from vit_common.hub import HUB_OPTIONS, find_weights
 from vit_common.parameters import BASE_PREFIX, HEAD_PARAMETERS
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -64,6 +66,29 @@ def read_config(
         local = Path(name_or_path)
         config = local.parent if local.is_file() else name_or_path
     return ViTConfig.from_pretrained(config, return_unused_kwargs=True, **hub, **options)
+
+
+def check_leftovers(
+    cls: Any, leftovers: Mapping[str, Any], constructor: Iterable[str], config: Any
+) -> None:
+    """Raise InputError if keywords of `cls.from_pretrained` are for nothing it knows.
+
+    Args:
+        cls: the model's class.
+        leftovers: what `read_config` left over.
+        constructor: keywords of the constructor.
+        config: the argument of that name; the fields of an object given there are not overridden.
+    """
+    parameters = inspect.signature(cls.from_pretrained).parameters.values()
+    own = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    constructor = list(constructor)
+    unknown = [name for name in leftovers if name not in constructor]
+    what, known = f"{cls.__name__}.from_pretrained", [*own, *constructor, *HUB_OPTIONS]
+    if config is None or isinstance(config, (str, os.PathLike)):
+        known += ["num_labels", *FIELDS]
+    else:
+        what += " (with a `config` object, whose fields it does not change)"
+    check_keywords(what, unknown, [name for name in dict.fromkeys(known) if name not in unknown])
 
 
 def load_parameters(

@@ -104,6 +104,7 @@ class Format:
             (w for w in self.wrappers if keys and all(k.startswith(w) for k in keys)), ""
         )
         out: dict[str, str] = {}
+        twice: list[str] = []
         for key in keys:
             bare = (
                 key[len(wrapper) :].removeprefix(self.prefix)
@@ -111,8 +112,10 @@ class Format:
                 else key[len(wrapper) :]
             )
             if bare in out:
-                raise CheckpointError(f"{key!r} and {out[bare]!r} name the same parameter.")
+                twice.append(f"{out[bare]!r} and {key!r}")
             out[bare] = key
+        if twice:
+            raise CheckpointError(f"two keys name the same parameter: {'; '.join(twice)}.")
         return out
 
 

@@ -65,6 +65,7 @@ def save_parameters(
     written = ViTConfig.from_dict(config.to_dict())
     written.architectures = [architecture]
     written.dtype = next(iter(tensors.values())).dtype.name
+    text = written.to_json_string()
     path = make_directory(directory)
     save_checkpoint(
         path,
@@ -74,8 +75,8 @@ def save_parameters(
         max_shard_size=max_shard_size,
         metadata={"format": tag} if container == "safetensors" else None,
         separator="/",
+        beside={CONFIG_NAME: text},
     )
-    written.to_json_file(path / CONFIG_NAME)
     if to == "flax":
         other = [
             name

@@ -33,12 +33,15 @@ class Progress:
             from rich import progress
             from rich.console import Console
 
+            console = Console(file=sys.stderr)
+            if not console.is_interactive:  # a dumb terminal, or the environment says no
+                return
             self._bar = progress.Progress(
                 progress.TextColumn("classifying"),
                 progress.BarColumn(),
                 progress.MofNCompleteColumn(),
                 progress.TimeRemainingColumn(),
-                console=Console(file=sys.stderr),
+                console=console,
                 transient=True,
                 auto_refresh=False,
                 redirect_stdout=False,

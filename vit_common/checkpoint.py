@@ -272,6 +272,7 @@ def save_checkpoint(
     metadata: Mapping[str, str] | None = None,
     separator: str = ".",
     replaces: Iterable[str] = (),
+    beside: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write tensors as `{stem}.{container}`, or as shards and an index where they are larger.
 
@@ -291,9 +292,10 @@ def save_checkpoint(
         separator: what stands for "/" in the names of a safetensors file.
         replaces: names of other weights files, such as "flax_model.msgpack", that this save makes
             stale: they, their shards and their indices are deleted at the end.
+        beside: other files of this save, such as "config.json": name -> text.
 
     Returns:
-        The files written; the index last.
+        The files written: weights, index, and what goes beside them.
 
     Raises:
         InputError: a name, a dtype or a value the container cannot hold.
@@ -326,7 +328,9 @@ def save_checkpoint(
         total = sum(tensor.nbytes for tensor in entries)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        contents[single + INDEX_SUFFIX] = lambda stream: stream.write(text.encode())
+        contents[single + INDEX_SUFFIX] = partial(_write_text, text=text)
+    for name, content in (beside or {}).items():
+        contents[name] = partial(_write_text, text=content)
 
     directory = make_directory(directory)
     stale = [
@@ -335,6 +339,10 @@ def save_checkpoint(
         if file.name not in contents and any(_belongs(file.name, to) for to in (single, *replaces))
     ]
     return replace_files(directory, contents, sorted(stale))
+
+
+def _write_text(stream: BinaryIO, text: str) -> None:
+    stream.write(text.encode())
 
 
 def _entries(tensors: Mapping[str, Any], container: str, separator: str) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,13 @@ def check_image(
             holds no whole number of patches.
     """
     if channels != config.num_channels:
+        hint = ""
+        if width == config.num_channels:
+            hint = " Channels seem to be last; models take (batch, channels, height, width)."
+        elif height == config.num_channels:
+            hint = " Channels seem to be first; Flax modules take (batch, height, width, channels)."
         raise InputError(
-            f"`pixel_values` must have {config.num_channels} channels; given {channels}."
+            f"`pixel_values` must have {config.num_channels} channels; given {channels}.{hint}"
         )
     wanted = config.image_height_width
     if (height, width) == wanted:
@@ -39,6 +45,17 @@ def check_image(
             f"width); given {height} x {width}."
         )
     return height // patch[0], width // patch[1]
+
+
+def check_keywords(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise InputError, naming them all, if `what` was given keywords it does not know."""
+    known = list(known)
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise InputError(
+            f"{what} has no keyword {', '.join(map(repr, unknown))}; wanted one of "
+            f"{', '.join(known)}."
+        )
 
 
 def check_rank(pixel_values: Any, layout: str) -> None:

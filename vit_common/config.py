@@ -181,6 +181,9 @@ _FIELDS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "dtype": (None, _optional(_dtype_name)),
 }
 
+FIELDS = tuple(_FIELDS)
+"""Names of the fields, in the order of the constructor."""
+
 # Written only when they differ from the default: Transformers does not know or does not write them.
 _WRITTEN_IF_SET = (
     "position_resize",
@@ -438,8 +441,11 @@ class ViTConfig:
             out[name] = list(value) if isinstance(value, tuple) else copy.deepcopy(value)
         return out
 
-    def to_json_string(self) -> str:
-        """The text of `config.json`: sorted keys, two spaces of indent, a newline at the end."""
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The text of `config.json`: sorted keys, two spaces of indent, a newline at the end.
+
+        `use_diff` is accepted for Transformers' sake; every field of the network is written.
+        """
         table = self.to_dict()
         # JSON would sort the string keys 0, 1, 10, ...; the label tables keep their own order.
         table["id2label"] = {str(index): label for index, label in table["id2label"].items()}
@@ -449,7 +455,7 @@ class ViTConfig:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"config: a value cannot be written as JSON ({error}).") from error
 
-    def to_json_file(self, path: str | os.PathLike) -> None:
+    def to_json_file(self, path: str | os.PathLike, use_diff: bool = True) -> None:
         """Write `to_json_string()` to `path`; the old file survives a failure."""
         from vit_common.checkpoint import write_text
 

@@ -112,7 +112,7 @@ def find_file(name_or_path: str | os.PathLike, filename: str, **hub: Any) -> Pat
     hub = {key: value for key, value in hub.items() if value is not None}
     place = _locate(name_or_path, hub)
     if isinstance(place, _Repository):
-        return _download(place, filename, hub)
+        return _download(place, filename, hub, _why_not_asked(place, filename, hub))
     if place.is_file():
         if place.suffix == Path(filename).suffix:
             return place
@@ -232,17 +232,15 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _download_weights(place: _Repository, names: tuple[str, ...], hub: dict[str, Any]) -> Path:
+    alone = _why_not_asked(place, names[0], hub)
     unreachable: _Unreachable | None = None
     for name in names:
         try:
-            path = _download(place, name, hub)
+            path = _download(place, name, hub, alone)
         except AbsentFileError:
             continue
-        except _Unreachable as error:
-            # Once is enough to wait for a network that is not there; the cache may hold another.
+        except _Unreachable as error:  # the cache may hold another one
             unreachable = unreachable or error
-            hub = {**hub, "local_files_only": True}
-            hub.pop("force_download", None)
             continue
         if name.endswith(INDEX_SUFFIX):
             # All shards from the commit the index is from, whatever is pushed meanwhile.
@@ -250,7 +248,7 @@ def _download_weights(place: _Repository, names: tuple[str, ...], hub: dict[str,
             commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
             pinned = _Repository(place.name, commit or place.revision)
             for shard in shard_names(path):
-                _download(pinned, shard, hub)
+                _download(pinned, shard, hub, alone)
         return path
     if unreachable is not None:
         raise unreachable
@@ -272,32 +270,76 @@ def _listing(place: _Repository, hub: Mapping[str, Any]) -> str:
     return f"there is {_some(sorted(files))}."
 
 
-def _download(place: _Repository, filename: str, hub: Mapping[str, Any]) -> Path:
+def _why_not_asked(place: _Repository, filename: str, hub: Mapping[str, Any]) -> str | None:
+    """Why the cache alone has to do; None where the Hub answers.
+
+    Versions of `huggingface_hub` from 0.36 on ask six times in 24 seconds, print every attempt,
+    and some only then look into their cache; so the first question is asked here, once.
+    """
+    from huggingface_hub import constants, errors, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    if hub.get("local_files_only"):
+        return "`local_files_only=True` was given"
+    try:
+        url = hf_hub_url(
+            place.name, filename, subfolder=hub.get("subfolder"), revision=place.revision
+        )
+        headers = build_hf_headers(token=hub.get("token"), library_name=_LIBRARY)
+        status = (
+            get_session()
+            .head(url, headers=headers, timeout=constants.HF_HUB_ETAG_TIMEOUT, **_proxies(hub))
+            .status_code
+        )
+    except (errors.HFValidationError, errors.LocalTokenNotFoundError):
+        return None  # the download says it
+    except errors.OfflineModeIsEnabled:
+        return "HF_HUB_OFFLINE keeps it from the network"
+    except Exception as error:  # requests and httpx have no class in common
+        return f"{constants.ENDPOINT} cannot be reached ({_plain_reason(error)})"
+    return f"the Hub answers {status}; try again later" if status >= 500 else None
+
+
+def _proxies(hub: Mapping[str, Any]) -> dict[str, Any]:
+    """The option `proxies`, where this version of the library can take it."""
     from huggingface_hub import hf_hub_download
 
-    options = {**hub, "revision": place.revision, "library_name": _LIBRARY}
-    if "proxies" in options and "proxies" not in inspect.signature(hf_hub_download).parameters:
-        warnings.warn(
-            "`proxies` is not used: this version of huggingface_hub takes them from the "
-            "environment (HTTPS_PROXY).",
-            UserWarning,
-            stacklevel=4,
+    if "proxies" not in hub or "proxies" in inspect.signature(hf_hub_download).parameters:
+        return {key: value for key, value in hub.items() if key == "proxies"}
+    warnings.warn(
+        "`proxies` is not used: this version of huggingface_hub takes them from the environment "
+        "(HTTPS_PROXY).",
+        UserWarning,
+        stacklevel=5,
+    )
+    return {}
+
+
+def _download(place: _Repository, filename: str, hub: Mapping[str, Any], alone: str | None) -> Path:
+    """The file, from the Hub; from the cache alone where `alone` gives a reason for that."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    name, revision = place
+    if alone is not None:
+        inside = "/".join(filter(None, (hub.get("subfolder"), filename)))
+        known = try_to_load_from_cache(name, inside, hub.get("cache_dir"), revision)
+        if hub.get("force_download"):
+            raise _Unreachable(f"{name}: {filename} cannot be downloaded again: {alone}.")
+        if isinstance(known, str):
+            return Path(known)
+        if known is not None:  # the cache also remembers what a repository lacks
+            raise AbsentFileError(f"{name} on the Hub had no file {filename} when last asked.")
+        raise _Unreachable(
+            f"{name}: {filename} (revision {revision or 'main'}) is not in the cache, and {alone}."
         )
-        del options["proxies"]
-
-    def fetch(**more: Any) -> Path:
-        return Path(hf_hub_download(place.name, filename, **{**options, **more}))
-
+    options = {key: value for key, value in hub.items() if key != "proxies"}
+    options |= {"revision": revision, "library_name": _LIBRARY, **_proxies(hub)}
     try:
-        return fetch()
+        return Path(hf_hub_download(name, filename, **options))
     except Exception as error:  # requests, httpx, xet and the library each raise their own
-        failure = _explain(error, place, filename, hub)
-        if isinstance(failure, _Interrupted) and not hub.get("force_download"):
-            # Not every fault of a connection makes the library look into its cache.
-            try:
-                return fetch(local_files_only=True)
-            except Exception:
-                failure = _mention_older_copy(failure, place, filename, hub)
+        failure = _explain(error, place, filename)
+        if isinstance(failure, _Interrupted):
+            failure = _mention_older_copy(failure, place, filename, hub)
         raise failure from error
 
 
@@ -309,19 +351,24 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _explain(
-    error: Exception, place: _Repository, filename: str, hub: Mapping[str, Any]
-) -> MissingFileError:
+def _plain_reason(error: BaseException) -> str:
+    # Sockets give it; what is raised around them repeats addresses and the names of objects.
+    plain = [e.strerror for e in _chain(error) if isinstance(e, OSError) and e.strerror]
+    return plain[-1] if plain else reason(error)[:200]
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error."""
+    responses = [getattr(e, "response", None) for e in _chain(error)]
+    return next((response.status_code for response in responses if response is not None), None)
+
+
+def _explain(error: Exception, place: _Repository, filename: str) -> MissingFileError:
     """The one line that says what went wrong and what to do about it."""
     from huggingface_hub import constants, errors
 
     name, revision = place.name, place.revision or "main"
-    chain = list(_chain(error))
-    # Sockets give the plain reason; what is raised around them repeats URLs and object names.
-    plain = [e.strerror for e in chain if isinstance(e, OSError) and e.strerror]
-    why = plain[-1] if plain else reason(error)[:200]
-    responses = [getattr(e, "response", None) for e in chain]
-    status = next((r.status_code for r in responses if r is not None), None)
+    why, status = _plain_reason(error), _status(error)
     login = "log in with `hf auth login` or pass `token=`"
 
     if isinstance(error, errors.GatedRepoError):
@@ -338,18 +385,15 @@ def _explain(
         return MissingFileError(f"{name}: the Hub has this repository, but no {revision!r} in it.")
     if isinstance(error, errors.HFValidationError):
         return MissingFileError(f"{name}: neither a file or directory here nor a Hub name ({why}).")
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return MissingFileError(
+            f"{name}: `token=True` was given, but nobody is logged in; {login}."
+        )
     if status in (401, 403):
         return MissingFileError(f"{name}: the Hub refuses access ({status}); {login}.")
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        uncached = f"{name}: {filename} (revision {revision}) is not in the cache"
-        if hub.get("local_files_only"):
-            return _Unreachable(f"{uncached}, and `local_files_only=True` was given.")
-        if any(isinstance(e, errors.OfflineModeIsEnabled) for e in chain):
-            return _Unreachable(f"{uncached}, and HF_HUB_OFFLINE keeps it from the network.")
-        if status is not None:
-            return _Unreachable(f"{uncached}, and the Hub answers {status}; try again later.")
-        return _Unreachable(f"{uncached}, and {constants.ENDPOINT} cannot be reached ({why}).")
-    if isinstance(error, errors.EntryNotFoundError):
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(
+        error, errors.LocalEntryNotFoundError
+    ):
         return AbsentFileError(f"{name} on the Hub has no file {filename} (revision {revision}).")
     if status is not None:
         return MissingFileError(f"{name}: the Hub answers {status} for {filename} ({why}).")
@@ -446,11 +490,7 @@ def push_folder(
 def _explain_upload(error: Exception, repo_id: str) -> MissingFileError:
     from huggingface_hub import constants, errors
 
-    chain = list(_chain(error))
-    responses = [getattr(e, "response", None) for e in chain]
-    status = next((r.status_code for r in responses if r is not None), None)
-    plain = [e.strerror for e in chain if isinstance(e, OSError) and e.strerror]
-    why = plain[-1] if plain else reason(chain[-1])[:200]
+    why, status = _plain_reason(error), _status(error)
     if status in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError):
         hint = "log in with `hf auth login` or pass a `token=` that may write there"
         return MissingFileError(f"{repo_id}: the Hub refuses the upload; {hint}.")
@@ -458,7 +498,7 @@ def _explain_upload(error: Exception, repo_id: str) -> MissingFileError:
         return MissingFileError(f"{repo_id}: the Hub already has this repository; not uploaded.")
     if isinstance(error, errors.HFValidationError):
         return MissingFileError(f"{repo_id!r} is not a Hub name such as 'owner/name' ({why}).")
-    if any(isinstance(e, errors.OfflineModeIsEnabled) for e in chain):
+    if any(isinstance(e, errors.OfflineModeIsEnabled) for e in _chain(error)):
         return MissingFileError(f"{repo_id}: not uploaded; HF_HUB_OFFLINE forbids the network.")
     if status is not None:
         return MissingFileError(f"{repo_id}: not uploaded; the Hub answers {status} ({why}).")

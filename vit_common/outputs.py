@@ -29,7 +29,7 @@ class ModelOutput:
 
     def get(self, name: str, default: Any = None) -> Any:
         """The field of that name, or `default` where it is None or unknown."""
-        return self[name] if name in self else default
+        return getattr(self, name) if name in self else default
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are not None."""

@@ -494,7 +494,9 @@ def classification_loss(logits, labels, config: ViTConfig):
     if problem_type == "single_label_classification":
         labels = labels.reshape(-1)  # (B,)
         counted = labels != -100
-        chosen = jnp.where(counted, labels, 0)[:, None]
+        # Traced labels cannot be looked at; one out of range makes the loss NaN, not another class.
+        chosen = jnp.where(labels < 0, config.num_labels, labels)
+        chosen = jnp.where(counted, chosen, 0)[:, None]
         log_probabilities = jax.nn.log_softmax(logits, axis=-1)  # (B, K)
         losses = -jnp.take_along_axis(log_probabilities, chosen, axis=-1)[:, 0]  # (B,)
         return jnp.sum(jnp.where(counted, losses, 0.0)) / jnp.sum(counted)

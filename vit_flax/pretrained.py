@@ -7,10 +7,12 @@ Constructor, call and methods are those of `FlaxPreTrainedModel` of Transformers
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import tempfile
 import zlib
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -21,10 +23,16 @@ from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from convert.formats.flax import FLAX
-from convert.load import is_finite, load_parameters, read_config, warn_if_not_finite
+from convert.load import (
+    check_leftovers,
+    is_finite,
+    load_parameters,
+    read_config,
+    warn_if_not_finite,
+)
 from convert.rules import to_canonical, to_foreign
 from convert.save import SaveFormat, save_parameters
-from vit_common.checks import check_labels, check_rank, resolve_problem_type
+from vit_common.checks import check_keywords, check_labels, check_rank, resolve_problem_type
 from vit_common.config import ViTConfig, as_config
 from vit_common.errors import InputError
 from vit_common.hub import push_folder, push_if_asked, split_hub_options
@@ -34,6 +42,7 @@ from vit_flax.model import (
     FlaxViTForImageClassificationModule,
     FlaxViTForMaskedImageModelingModule,
     FlaxViTModule,
+    FlaxViTPart,
     initializer,
 )
 
@@ -116,6 +125,7 @@ class FlaxViTPreTrainedModel:
                 f"{type(self).__name__} has no network of its own; use FlaxViTModel or one of the "
                 "FlaxViTFor... classes."
             )
+        check_keywords(type(self).__name__, kwargs, self._constructor_keywords())
         self._config = as_config(config)
         self._config.validate()
         self.dtype = float_dtype("dtype", dtype)
@@ -124,15 +134,16 @@ class FlaxViTPreTrainedModel:
             config=copy.deepcopy(self._config),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            precision=precision,
+            precision=check_precision(precision),
             attn_implementation=check_implementation(attn_implementation),
             **kwargs,
         )
         C, (H, W) = self._config.num_channels, self._config.image_height_width
         self.input_shape = (1, H, W, C) if input_shape is None else tuple(input_shape)
-        if len(self.input_shape) != 4 or self.input_shape[3] != C:
+        if len(self.input_shape) != 4 or self.input_shape[1:] != (H, W, C):
             raise InputError(
-                f"`input_shape` must be (batch, height, width, {C}); given {self.input_shape}."
+                f"`input_shape` must be (batch, height, width, channels) = (batch, {H}, {W}, {C}), "
+                f"as the config has them; given {self.input_shape}."
             )
         self.seed = seed
         self.key = jax.random.PRNGKey(seed)
@@ -141,6 +152,16 @@ class FlaxViTPreTrainedModel:
         self._params: dict[str, Any] | None = None
         if _do_init:
             self._params = self.init_weights(self.key, self.input_shape)
+
+    @classmethod
+    def _constructor_keywords(cls) -> list[str]:
+        """Keywords of the constructor: its own, and the fields only this network has."""
+        own = [*inspect.signature(cls).parameters.values()]
+        own += inspect.signature(FlaxViTPreTrainedModel).parameters.values()
+        names = [p.name for p in own if p.name != "config" and p.kind is not p.VAR_KEYWORD]
+        common = {field.name for field in fields(FlaxViTPart)}
+        names += [f.name for f in fields(cls.module_class or FlaxViTPart) if f.name not in common]
+        return list(dict.fromkeys(names))
 
     # -- what the model is
 
@@ -182,7 +203,7 @@ class FlaxViTPreTrainedModel:
                 "`params` cannot be set: the model was made with `_do_init=False`. Keep them "
                 "yourself and pass `params=` to each call."
             )
-        self._params = self._checked(params)
+        self._params = check_params(params, self._shapes)
 
     @property
     def required_params(self) -> set[tuple[str, ...]]:
@@ -212,28 +233,6 @@ class FlaxViTPreTrainedModel:
         shapes = {name: _Shape(shape) for name, shape in self._canonical_shapes().items()}
         tree = to_foreign(shapes, FLAX).tensors
         return {tuple(name.split("/")): tensor.shape for name, tensor in tree.items()}
-
-    def _checked(self, params: Params) -> dict[str, Any]:
-        """The parameters as a plain nested dict; InputError naming all that does not fit."""
-        if isinstance(params, FrozenDict):
-            params = unfreeze(params)
-        if not isinstance(params, Mapping):
-            raise InputError(f"`params` must be a nested dict of arrays; given {type(params)}.")
-        flat = flatten_dict(dict(params))
-        missing = ["/".join(path) for path in self._shapes if path not in flat]
-        if missing:
-            raise InputError(
-                "Some parameters are missing. Make sure that `params` include the following: "
-                + ", ".join(missing)
-            )
-        wrong = [
-            f"{'/'.join(path)} must have shape {shape}; given {tuple(flat[path].shape)}"
-            for path, shape in self._shapes.items()
-            if tuple(flat[path].shape) != shape
-        ]
-        if wrong:
-            raise InputError("`params`: " + "; ".join(wrong))
-        return unflatten_dict(flat)
 
     # -- random parameters
 
@@ -283,17 +282,17 @@ class FlaxViTPreTrainedModel:
     def _forward(self):
         """The jitted network; compiled once for each shape, dtype and set of flags."""
         if "_jitted" not in vars(self):
-            module = self._module
+            module, shapes = self._module, self._shapes
 
             def run(params, pixel_values, dropout_rng, arrays, deterministic, flags, interpolate):
-                if interpolate is not None:
-                    arrays = {**arrays, "interpolate_pos_encoding": interpolate}
                 return module.apply(
-                    {"params": params},
+                    # Names and shapes are known while tracing: later calls do not pay for this.
+                    {"params": check_params(params, shapes)},
                     pixel_values.transpose(0, 2, 3, 1),  # (B, H, W, C)
                     deterministic,
                     *flags,
                     rngs=None if dropout_rng is None else {"dropout": dropout_rng},
+                    interpolate_pos_encoding=interpolate,
                     **arrays,
                 )
 
@@ -301,18 +300,18 @@ class FlaxViTPreTrainedModel:
         return self._jitted
 
     def _call(self, pixel_values, params, dropout_rng, train, flags, interpolate, arrays) -> Any:
-        if pixel_values is None:
-            raise InputError("`pixel_values` must be images (batch, channels, height, width).")
-        pixel_values = jnp.asarray(pixel_values)
+        pixel_values = as_array("pixel_values", pixel_values)
         check_rank(pixel_values, "(batch, channels, height, width)")
         rates = (self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob)
         if train and max(rates) > 0.0 and dropout_rng is None:
             raise InputError("`train=True` with dropout needs `dropout_rng`, a JAX random key.")
+        if dropout_rng is not None:
+            check_key("dropout_rng", dropout_rng)
         return self._forward()(
             params or self.params,
             pixel_values,
             dropout_rng if train else None,
-            {name: jnp.asarray(value) for name, value in arrays.items() if value is not None},
+            {name: as_array(name, value) for name, value in arrays.items() if value is not None},
             not train,
             self.config.resolve_flags(*flags),
             bool(interpolate),
@@ -365,10 +364,11 @@ class FlaxViTPreTrainedModel:
             CheckpointError: the weights are corrupt, incomplete or do not fit.
         """
         hub, kwargs = split_hub_options(kwargs)
-        config, kwargs = read_config(pretrained_model_name_or_path, config, hub, kwargs)
+        settings, kwargs = read_config(pretrained_model_name_or_path, config, hub, kwargs)
+        check_leftovers(cls, kwargs, cls._constructor_keywords(), config)
         make: Any = cls
         model = make(
-            config,
+            settings,
             *model_args,
             dtype=dtype,
             _do_init=False,
@@ -431,7 +431,7 @@ class FlaxViTPreTrainedModel:
             MissingFileError: the directory or a file cannot be written.
             InputError: `params` do not fit, or a bad option.
         """
-        params = self.params if params is None else self._checked(params)
+        params = self.params if params is None else check_params(params, self._shapes)
         flat = {"/".join(path): _InMemory(x) for path, x in flatten_dict(params).items()}
         mapped = to_canonical(flat, FLAX)
         if mapped.unused:
@@ -502,7 +502,6 @@ class FlaxViTPreTrainedModel:
         self._set_gradient_checkpointing(False)
 
     def _set_gradient_checkpointing(self, value: bool) -> None:
-        self._config.gradient_checkpointing = value
         config = copy.deepcopy(self._module.config)
         config.gradient_checkpointing = value
         self._module = self._module.clone(config=config)
@@ -590,12 +589,12 @@ class FlaxViTForImageClassification(FlaxViTPreTrainedModel):
         Raises:
             InputError: an argument does not fit the model; a label is out of range.
         """
-        concrete = None if labels is None else values_of(labels)
-        if concrete is not None:
-            labels = concrete
-            check_rank(pixel_values, "(batch, channels, height, width)")
-            problem_type = resolve_problem_type(self.config, labels.dtype.kind in "iub")
-            check_labels(labels, problem_type, pixel_values.shape[0], self.config.num_labels)
+        pixel_values = as_array("pixel_values", pixel_values)
+        check_rank(pixel_values, "(batch, channels, height, width)")
+        values = None if labels is None else values_of("labels", labels)
+        if values is not None:
+            problem_type = resolve_problem_type(self.config, values.dtype.kind in "iu")
+            check_labels(values, problem_type, pixel_values.shape[0], self.config.num_labels)
         return self._call(
             pixel_values,
             params,
@@ -648,16 +647,93 @@ class FlaxViTForMaskedImageModeling(FlaxViTPreTrainedModel):
         )
 
 
-def values_of(array: Any) -> np.ndarray | None:
-    """The values of an array; None while JAX traces, when it has none."""
+def values_of(name: str, array: Any) -> np.ndarray | None:
+    """The values of an argument; None while JAX traces, when it has none."""
     try:
-        return np.asarray(array)
+        return np.asarray(array if isinstance(array, np.ndarray) else as_array(name, array))
     except jax.errors.TracerArrayConversionError:
         return None
 
 
+def check_params(
+    params: Params, shapes: Mapping[tuple[str, ...], tuple[int, ...]]
+) -> dict[str, Any]:
+    """The parameters as a plain nested dict; InputError naming all that does not fit."""
+    if isinstance(params, FrozenDict):
+        params = unfreeze(params)
+    if not isinstance(params, Mapping):
+        raise InputError(
+            f"`params` must be a nested dict of arrays; given a {type(params).__name__}."
+        )
+    flat = flatten_dict(dict(params))
+    missing = ["/".join(path) for path in shapes if path not in flat]
+    if missing:
+        raise InputError(
+            "Some parameters are missing. Make sure that `params` include the following: "
+            + ", ".join(missing)
+            + (' (given {"params": ...}; pass what is in it).' if "params" in params else "")
+        )
+    wrong = [
+        f"{'/'.join(path)} must have shape {shape}; given {np.shape(flat[path])}"
+        for path, shape in shapes.items()
+        if np.shape(flat[path]) != shape
+    ]
+    if wrong:
+        raise InputError("`params`: " + "; ".join(wrong) + ".")
+    return unflatten_dict(flat)
+
+
+def as_array(name: str, value: Any) -> jax.Array:
+    """A JAX array of a numpy or JAX array, a torch tensor or a nested list of numbers.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    if hasattr(value, "detach"):  # a torch tensor: numpy takes neither gradients nor bfloat16
+        value = value.detach().cpu()
+        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+    try:
+        array = None if value is None else jnp.asarray(value)
+    except (TypeError, ValueError):
+        array = None
+    if array is None or jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise InputError(f"`{name}` must be an array of real numbers; given {_described(value)}.")
+    return array
+
+
+def _described(value: Any) -> str:
+    dtype = getattr(value, "dtype", None)
+    return f"a {type(value).__name__}" + ("" if dtype is None else f" of {dtype}")
+
+
+def check_key(name: str, key: Any) -> None:
+    """Raise InputError unless `key` is a JAX random key, of the new or of the old kind."""
+    dtype, ndim = getattr(key, "dtype", None), np.ndim(key)
+    new = dtype is not None and ndim == 0 and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not new and not (dtype == np.uint32 and ndim == 1):
+        raise InputError(
+            f"`{name}` must be one JAX random key, as `jax.random.key(0)` gives it; given "
+            f"{_described(key)}" + (f" and shape {np.shape(key)}." if ndim else ".")
+        )
+
+
+def check_precision(precision: Any) -> Any:
+    """The precision itself; InputError if JAX knows none of that name."""
+    row = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    try:
+        jax.eval_shape(lambda x: jnp.matmul(x, x, precision=precision), row)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            "`precision` must be None, 'default', 'high', 'highest' or another that "
+            f"`jax.numpy.matmul` takes; given {precision!r}."
+        ) from error
+    return precision
+
+
 def float_dtype(name: str, dtype: Any) -> Any:
     """The JAX dtype; InputError unless it is a floating one."""
+    if dtype is None:
+        raise InputError(f"`{name}` must be a floating dtype; given None.")
     try:
         dtype = jnp.dtype(dtype)
     except TypeError as error:

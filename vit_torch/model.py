@@ -58,6 +58,13 @@ def activation(name: str | Callable) -> Callable[[torch.Tensor], torch.Tensor]:
     return name if callable(name) else ACTIVATIONS[name]
 
 
+def check_tensors(**inputs: Any) -> None:
+    """Raise InputError unless each input is a tensor or None."""
+    for name, value in inputs.items():
+        if not (value is None or isinstance(value, torch.Tensor)):
+            raise InputError(f"`{name}` must be a torch tensor; given a {type(value).__name__}.")
+
+
 class ViTPart(nn.Module):
     """What every module here is told: sizes and kernel.
 
@@ -379,6 +386,9 @@ class ViTModule(ViTPart):
         Raises:
             InputError: an argument does not fit the model.
         """
+        check_tensors(
+            pixel_values=pixel_values, bool_masked_pos=bool_masked_pos, head_mask=head_mask
+        )
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
         hidden_states = self.embeddings(
             pixel_values,
@@ -430,6 +440,7 @@ class ViTForImageClassificationModule(ViTPart):
         Raises:
             InputError: an argument does not fit the model; a label is out of range.
         """
+        check_tensors(labels=labels)
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
         outputs = self.vit(
             pixel_values,
@@ -452,9 +463,10 @@ class ViTForImageClassificationModule(ViTPart):
 def classification_loss(logits, labels, config: ViTConfig):
     """Mean loss of `logits` (B, K): squared error, cross entropy (label -100 is left out) or
     binary cross entropy, as `problem_type` says or the labels' dtype tells."""
-    integer = not labels.dtype.is_floating_point
+    integer = not labels.dtype.is_floating_point and labels.dtype != torch.bool
     problem_type = resolve_problem_type(config, integer)
-    check_labels(labels.detach().cpu().numpy(), problem_type, logits.shape[0], config.num_labels)
+    values = labels.cpu().numpy() if integer else labels
+    check_labels(values, problem_type, logits.shape[0], config.num_labels)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if problem_type == "regression":
         return F.mse_loss(logits, labels.reshape(logits.shape).to(logits.dtype))

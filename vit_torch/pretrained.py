@@ -6,6 +6,7 @@ Constructors, calls and methods are those of Transformers 4.57.6 (`models/vit/mo
 
 from __future__ import annotations
 
+import inspect
 import os
 import tempfile
 from collections.abc import Mapping
@@ -15,7 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from convert.load import is_finite, load_parameters, read_config, warn_if_not_finite
+from convert.load import (
+    check_leftovers,
+    is_finite,
+    load_parameters,
+    read_config,
+    warn_if_not_finite,
+)
 from convert.save import SaveFormat, save_parameters
 from vit_common.config import ViTConfig, as_config
 from vit_common.errors import InputError
@@ -157,9 +164,10 @@ class ViTPreTrainedModel(nn.Module):
         wanted = parse_dtype(torch_dtype if dtype is None else dtype)
         hub, kwargs = split_hub_options(kwargs)
         kwargs.pop("low_cpu_mem_usage", None)  # this is how it always loads
-        config, kwargs = read_config(pretrained_model_name_or_path, config, hub, kwargs)
+        settings, kwargs = read_config(pretrained_model_name_or_path, config, hub, kwargs)
+        check_leftovers(cls, kwargs, list(inspect.signature(cls).parameters)[1:], config)
         with torch.device("meta"):
-            model = cls(config, *model_args, **kwargs)
+            model = cls(settings, *model_args, **kwargs)
         loaded = load_parameters(
             pretrained_model_name_or_path,
             model._canonical_shapes(),
@@ -172,19 +180,20 @@ class ViTPreTrainedModel(nn.Module):
         if wanted is None:
             first = next(iter(loaded.tensors.values()), None)
             wanted = torch.float32 if first is None else getattr(torch, first.dtype.name)
+        device = torch.get_default_device()
         try:
             state, not_finite = {}, []
             for name, tensor in loaded.tensors.items():
                 array = tensor.read()
                 if not is_finite(array):
                     not_finite.append(name)
-                state[name] = to_torch(array).to(wanted)
+                state[name] = to_torch(array).to(device, wanted)
         finally:
             loaded.close()
         warn_if_not_finite(loaded.path, not_finite)
         shapes = model._canonical_shapes()
         for name in loaded.missing:
-            state[name] = draw_parameter(name, shapes[name], model.config).to(wanted)
+            state[name] = draw_parameter(name, shapes[name], model.config).to(device, wanted)
         model.load_state_dict(state, strict=True, assign=True)
         return model.eval()
 
@@ -226,6 +235,13 @@ class ViTPreTrainedModel(nn.Module):
         wrong += [name for name in state if name not in shapes]
         if wrong:
             raise InputError(f"`state_dict` lacks or has in excess: {', '.join(sorted(wrong))}.")
+        wrong = [
+            f"{name} must have shape {shape}; given {tuple(state[name].shape)}"
+            for name, shape in shapes.items()
+            if tuple(state[name].shape) != shape
+        ]
+        if wrong:
+            raise InputError("`state_dict`: " + "; ".join(wrong) + ".")
         path = save_parameters(
             save_directory,
             self.config,
@@ -260,7 +276,7 @@ class ViTPreTrainedModel(nn.Module):
 
 
 def _settle(config: ViTConfig, attn_implementation: str) -> dict[str, Any]:
-    """The options of the network, checked; it gets a configuration of its own."""
+    """The options of the network, checked."""
     config = as_config(config)
     config.validate()
     return {"config": config, "attn_implementation": check_implementation(attn_implementation)}

@@ -195,7 +195,7 @@ def as_tensor(name: str, value: object) -> Tensor:
     read = getattr(value, "read", None)
     try:
         shape = tuple(int(n) for n in value.shape)  # type: ignore[attr-defined]
-        dtype = np.dtype(value.dtype).newbyteorder("=")  # type: ignore[attr-defined]
+        dtype = np.dtype(value.dtype)  # type: ignore[attr-defined]
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(
             f"tensor {name!r} must be a numpy or JAX array; given a {type(value).__name__}."

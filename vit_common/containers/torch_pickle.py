@@ -49,7 +49,7 @@ def read(file: DataFile) -> dict[str, Tensor]:
         raise file.fail(f"holds a {type(loaded).__name__}; wanted a mapping of names to tensors.")
     tensors: dict[str, Tensor] = {}
     try:
-        for visited, (name, value) in enumerate(_entries(loaded, "", (id(loaded),))):
+        for visited, (name, value) in enumerate(_entries(loaded, "", 0)):
             if visited >= _MAX_ENTRIES or len(name) > _MAX_NAME:
                 raise file.fail(f"holds more than {_MAX_ENTRIES} entries, or names without end.")
             if not isinstance(value, torch.Tensor):
@@ -124,18 +124,18 @@ def _check_archive(file: DataFile) -> None:
             raise file.fail(f"member {info.filename!r} is compressed or reaches past the end.")
 
 
-def _entries(
-    table: Mapping[Any, Any], prefix: str, path: tuple[int, ...]
-) -> Iterator[tuple[str, Any]]:
+def _entries(table: Mapping[Any, Any], prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
     """(name, value) of everything in nested mappings that is no mapping itself."""
+    if depth > _MAX_DEPTH:
+        raise RecursionError(
+            f"its mappings are nested more than {_MAX_DEPTH} deep, or hold themselves"
+        )
     for key, value in table.items():
-        if not isinstance(value, Mapping):
-            yield f"{prefix}{key}", value
-        elif id(value) not in path and len(path) < _MAX_DEPTH:
+        if isinstance(value, Mapping):
             yield f"{prefix}{key}", None  # counts towards the limit, empty or not
-            yield from _entries(value, f"{prefix}{key}/", (*path, id(value)))
+            yield from _entries(value, f"{prefix}{key}/", depth + 1)
         else:
-            raise RecursionError(f"the mapping {prefix}{key} is too deep, or holds itself")
+            yield f"{prefix}{key}", value
 
 
 def _array(file: DataFile, torch: Any, name: str, tensor: Any) -> np.ndarray:

@@ -1,0 +1,13 @@
+"""Settings of the whole suite, made before JAX and torch start."""
+
+import os
+
+# The suite compiles many small networks and runs each once or twice: LLVM's optimisation would
+# take longer than the runs (gradients of two blocks: 17 s and 7 s). XLA's own passes, fusion
+# among them, are as always. Set XLA_FLAGS yourself, or empty, to have it otherwise.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: one thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
