@@ -1051,6 +1051,26 @@ def test_another_format_is_replaced_where_asked(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["flax_model.msgpack"]
 
 
+def test_what_goes_beside_the_weights_is_replaced_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = {"config.json": "{}\n", "note.md": "ü"}
+    written = save_checkpoint(tmp_path, {"a": np.ones(2)}, beside=beside)
+    assert [path.name for path in written] == ["model.safetensors", "config.json", "note.md"]
+    assert (tmp_path / "note.md").read_bytes() == "ü".encode()
+    old, fsync, calls = _state(tmp_path), os.fsync, iter(range(10))
+
+    def full(descriptor: int) -> None:
+        if next(calls) == 1:  # the weights are on the disk, the configuration is not
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MissingFileError, match=r"config\.json: cannot be written \(No space"):
+        save_checkpoint(tmp_path, {"a": np.zeros(2)}, beside={"config.json": '{"new": 1}'})
+    assert _state(tmp_path) == old
+
+
 def test_jax_arrays_and_tensors_of_other_files_are_written(tmp_path: Path) -> None:
     arrays = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(2, jnp.bfloat16)}
     (path,) = save_checkpoint(tmp_path, arrays)

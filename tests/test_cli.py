@@ -95,7 +95,8 @@ IN_ORDER = ["C.PNG", "a.jpg", "b.png", "sub/d.webp", "sub/e.tiff"]
 
 def run(*arguments, env=None, **options):
     """The command as a process of its own."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")}
+    unwanted = ("COLUMNS", "NO_COLOR", "FORCE_COLOR", "PYTHONUNBUFFERED")
+    kept = {name: value for name, value in os.environ.items() if name not in unwanted}
     return subprocess.Popen(
         [sys.executable, "-m", "vit_cli", *map(str, arguments)],
         cwd=Path(__file__).parents[1],
@@ -145,17 +146,32 @@ def test_help(arguments, capsys):
     assert capsys.readouterr().out.startswith("usage: vit")
 
 
+def test_output_that_cannot_be_written():
+    with open("/dev/full", "w") as full:
+        process = run("--help", stdout=full, stderr=subprocess.PIPE, text=True)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err == "vit: error: the output cannot be written (No space left on device).\n"
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = run("--help", stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (141, "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["nope"], "no such command: nope; wanted one of predict, info; see `vit --help`"),
         (["--nope"], "no such option: --nope; see `vit --help`"),
-        (["predict"], "the following arguments are required: IMAGE|DIR; see `vit predict --help`"),
+        (["predict"], "name at least one image or folder; see `vit predict --help`"),
         (["predict", "x", "--nope"], "unrecognized arguments: --nope"),
         (["predict", "x", "--batch-size", "0"], "must be a positive integer; given '0'"),
         (["predict", "x", "--top-k", "many"], "must be a positive integer; given 'many'"),
         (["predict", "x", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
-        (["info", "a", "b"], "unrecognized arguments: b; see `vit info --help`"),
+        (["info", "a", "b"], "wanted one model; given a, b; see `vit info --help`"),
     ],
 )
 def test_options_that_are_wrong(arguments, said, capsys):
@@ -165,6 +181,23 @@ def test_options_that_are_wrong(arguments, said, capsys):
     assert len(lines(err)) == 1
     assert err.startswith("vit: error: ")
     assert said in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["a", "--top-k", "3", "b"], ["a", "b"]),
+        (["--json", "--", "-a", "--json"], ["-a", "--json"]),
+        (["a", "--", "-b", "--", "c"], ["a", "-b", "--", "c"]),
+        (["-"], ["-"]),
+    ],
+    ids=str,
+)
+def test_names_and_options_in_any_order(arguments, names, monkeypatch):
+    seen = []
+    monkeypatch.setattr(vit_cli.predict, "predict", lambda names, *_, **__: seen.extend(names))
+    main(["predict", *arguments])
+    assert seen == names
 
 
 # -- predict
@@ -431,10 +464,13 @@ def test_interrupt_keeps_what_was_done(loaded, folder, images, monkeypatch, caps
             raise KeyboardInterrupt
 
     monkeypatch.setattr(ImageClassifier, "stream", interrupted)
-    handler = signal.getsignal(signal.SIGINT)
-    code = main(["predict", str(images), "--model", str(folder), "--json", "--batch-size=2"])
+    previous = signal.signal(signal.SIGINT, handler := lambda *_: None)
+    try:
+        code = main(["predict", str(images), "--model", str(folder), "--json", "--batch-size=2"])
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert code == 130
-    assert signal.getsignal(signal.SIGINT) is handler
     out, err = capsys.readouterr()
     assert len([json.loads(line) for line in out.splitlines()]) == 3
     assert lines(err) == ["vit: interrupted: 3 of 5 images done"]
@@ -484,15 +520,15 @@ def test_table_fits_the_terminal(width, monkeypatch):
 
 def test_plain_text_is_aligned_for_wide_characters():
     out = io.StringIO()
-    files = ["写真.png", "plain.png", "e\u0301.png"]
+    files = ["写真写真.png", "plain.png", "e\u0301.png"]
     writer = PlainText(out, files)
     for file in files:
         writer.write(file, PREDICTIONS[:1])
     cells = [
-        line.index("0.44") + ("写真" in line) * 2 - ("\u0301" in line)
+        line.index("0.44") + line.count("写真") * 2 - ("\u0301" in line)
         for line in out.getvalue().splitlines()
     ]
-    assert cells == [11, 11, 11]
+    assert cells == [14, 14, 14]
 
 
 @pytest.mark.parametrize(("total", "shown"), [(8, False), (9, True)])

@@ -120,6 +120,9 @@ def test_files_of_a_directory(tmp_path: Path) -> None:
     assert find_file(str(tmp_path), "config.json", subfolder="sub", token=None) == wanted
     assert find_file(tmp_path / "sub" / "other.json", "config.json").name == "other.json"
     assert find_file(tmp_path / "sub" / "x.safetensors", "config.json") == wanted
+    index = tmp_path / "sub" / "model.safetensors.index.json"
+    index.write_text("{}")
+    assert find_file(index, "config.json") == wanted
     with pytest.raises(MissingFileError, match=r"config\.json: no such file; there is sub\."):
         find_file(tmp_path, "config.json")
     with pytest.raises(MissingFileError, match="nowhere: no such directory"):
@@ -535,7 +538,9 @@ def test_force_download_without_a_network(hub: HubServer) -> None:
 
 
 @pytest.mark.parametrize("container", ["safetensors", "msgpack"])
-def test_all_shards_are_fetched(hub: HubServer, tmp_path: Path, container) -> None:
+def test_all_shards_are_fetched(
+    hub: HubServer, tmp_path: Path, container: Any, waits: list[float]
+) -> None:
     stem = {"safetensors": "model", "msgpack": "flax_model"}[container]
     written = save_checkpoint(
         tmp_path / "new", ARRAYS, container=container, stem=stem, max_shard_size=10_000
@@ -553,6 +558,10 @@ def test_all_shards_are_fetched(hub: HubServer, tmp_path: Path, container) -> No
     assert {path.split("/")[4] for path, _ in hub.asked("GET", "-of-")} == {commit}
     hub.status["*"] = 500
     assert find_weights("owner/name", subfolder="sub") == index
+    (index.parent / f"{stem}-00002-of-00002.{container}").unlink()
+    with pytest.raises(MissingFileError, match=r"-00002-of-00002.* is not in the cache, and"):
+        find_weights("owner/name", subfolder="sub")
+    assert waits == []
 
 
 def test_a_shard_that_is_not_in_the_repository(hub: HubServer, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def _model_lines(model: Report) -> Iterator[str]:
     size = model["input"]
     yield _line(
         "input",
-        f"{size['height']} x {size['width']} pixels (height x width), {size['channels']} channels",
+        f"{size['channels']} x {size['height']} x {size['width']} (channels x height x width)",
     )
     yield _line("prepared by", _preparation(model["preprocessing"]))
     labels = model["labels"]

@@ -7,6 +7,7 @@ argparse rather than typer: `vit predict --help` takes 0.08 s of processor time 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -22,9 +23,23 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message.rstrip('.')}; see `{self.prog} --help`.")
 
+    def print_help(self, file: Any = None) -> None:
+        # argparse's own keeps quiet about a pipe that is closed or a disk that is full.
+        (file or sys.stdout).write(self.format_help())
+
 
 def _parser(name: str, description: str, **options: Any) -> _Parser:
     return _Parser(prog=name, description=description, allow_abbrev=False, **options)
+
+
+def _parse(
+    parser: _Parser, arguments: Sequence[str], metavar: str, help: str
+) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the names among and after them; all that follows `--` is names."""
+    parser.add_argument("names", metavar=metavar, nargs="*", help=help)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = parser.parse_intermixed_args(arguments[:end])
+    return options, [*options.names, *arguments[end + 1 :]]
 
 
 def _positive(text: str) -> int:
@@ -59,12 +74,7 @@ def _predict(arguments: Sequence[str]) -> Command:
         "vit predict",
         "Classify images: print the likeliest classes of each, in the order given. What cannot be "
         "read is named on standard error and skipped; the exit code is then 1.",
-    )
-    parser.add_argument(
-        "images",
-        metavar="IMAGE|DIR",
-        nargs="+",
-        help="image files, or folders to look for image files in, at any depth",
+        usage="vit predict [options] IMAGE|DIR ...",
     )
     parser.add_argument(
         "--model",
@@ -91,13 +101,20 @@ def _predict(arguments: Sequence[str]) -> Command:
         "--json", action="store_true", help="print one JSON object a line, for each image"
     )
     _add_hub_options(parser)
-    options = parser.parse_intermixed_args(arguments)
+    options, names = _parse(
+        parser,
+        arguments,
+        "IMAGE|DIR",
+        "image files, or folders to look for image files in, at any depth",
+    )
+    if not names:
+        parser.error("name at least one image or folder")
 
     def command() -> int:
         from vit_cli.predict import predict
 
         return predict(
-            options.images,
+            names,
             options.model,
             top_k=options.top_k,
             batch_size=options.batch_size,
@@ -115,18 +132,18 @@ def _info(arguments: Sequence[str]) -> Command:
         "Show versions, devices and precision; with a model, what it is. The weights of a model "
         "on the Hub are described if they were downloaded before; only its small files are "
         "fetched.",
-    )
-    parser.add_argument(
-        "model", metavar="MODEL", nargs="?", help="folder, weights file, or name on the Hub"
+        usage="vit info [options] [MODEL]",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     _add_hub_options(parser)
-    options = parser.parse_intermixed_args(arguments)
+    options, names = _parse(parser, arguments, "MODEL", "folder, weights file, or name on the Hub")
+    if len(names) > 1:
+        parser.error(f"wanted one model; given {', '.join(names)}")
 
     def command() -> int:
         from vit_cli.info import info
 
-        return info(options.model, as_json=options.json, hub=_hub(options))
+        return info(names[0] if names else None, as_json=options.json, hub=_hub(options))
 
     return command
 

@@ -474,7 +474,7 @@ class ViTConfig:
 
         directory = make_directory(save_directory)
         self.to_json_file(directory / CONFIG_NAME)
-        push_if_asked(directory, kwargs)
+        push_if_asked(directory, kwargs, files=[CONFIG_NAME])
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Any:

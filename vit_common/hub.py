@@ -114,7 +114,8 @@ def find_file(name_or_path: str | os.PathLike, filename: str, **hub: Any) -> Pat
     if isinstance(place, _Repository):
         return _download(place, filename, hub, _why_not_asked(place, filename, hub))
     if place.is_file():
-        if place.suffix == Path(filename).suffix:
+        # An index of weights is JSON too, but no configuration.
+        if place.suffix == Path(filename).suffix and not place.name.endswith(INDEX_SUFFIX):
             return place
         place = place.parent
     path = place / filename

@@ -13,6 +13,7 @@ import tempfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -260,14 +261,14 @@ class FlaxViTPreTrainedModel:
         return unflatten_dict({path: flat[path] for path in self._shapes})
 
     def _draw(self, rng: jax.Array, paths: list[tuple[str, ...]]) -> dict[tuple[str, ...], Any]:
-        draw = jax.jit(initializer(self._config), static_argnums=(1, 2))
         drawn = {}
         for path in paths:
             shape = self._shapes[path]
             if path[-1] in ("kernel", "cls_token", "position_embeddings"):
                 # The key depends on the name only, so a parameter is the same in every model.
                 key = jax.random.fold_in(rng, zlib.crc32("/".join(path).encode()))
-                drawn[path] = draw(key, shape, self.param_dtype)
+                std = self._config.initializer_range
+                drawn[path] = draw_normal(key, std, shape, self.param_dtype)
             elif path[-1] == "scale":
                 drawn[path] = jnp.ones(shape, self.param_dtype)
             else:
@@ -645,6 +646,12 @@ class FlaxViTForMaskedImageModeling(FlaxViTPreTrainedModel):
             interpolate_pos_encoding,
             {"head_mask": head_mask, "bool_masked_pos": bool_masked_pos},
         )
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def draw_normal(key: jax.Array, std: float, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """A new weight; compiled once for each shape, whichever model asks."""
+    return initializer(std)(key, shape, dtype)
 
 
 def values_of(name: str, array: Any) -> np.ndarray | None:

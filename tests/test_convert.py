@@ -1,0 +1,235 @@
+"""The engine of the converter, its tables, and a real network in a foreign layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from networks import InMemory, make_config, random_weights
+from PIL import Image
+from tolerances import BOUNDS
+
+from convert.detect import detect_format
+from convert.formats import FORMATS
+from convert.layouts import FUSED_QKV, HWIO, KEEP, TRANSPOSE, result_shapes
+from convert.rules import Format, Rule, to_canonical, to_foreign
+from vit_common.errors import CheckpointError
+from vit_common.parameters import parameter_shapes
+from vit_common.presets import PRESETS, preset
+
+DEIT_TINY = Path(__file__).parents[2] / "shared" / "data" / "deit_tiny"
+HEADS = [None, "classifier", "decoder"]
+
+
+def in_memory(arrays):
+    return {name: InMemory(array) for name, array in arrays.items()}
+
+
+def read(mapped):
+    return {name: tensor.read() for name, tensor in mapped.tensors.items()}
+
+
+# -- layouts
+
+
+@pytest.mark.parametrize(
+    ("layout", "shapes"),
+    [
+        (KEEP, [(3,)]),
+        (TRANSPOSE, [(3, 5)]),
+        (HWIO, [(2, 3, 5, 7)]),
+        (FUSED_QKV, [(6, 5)]),
+        (FUSED_QKV, [(9,)]),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_layouts_go_there_and_back(layout, shapes):
+    rng = np.random.default_rng(0)
+    foreign = [rng.normal(size=shape) for shape in shapes]
+    canonical = layout.to_canonical(foreign)
+    assert [a.shape for a in canonical] == result_shapes(layout.to_canonical, shapes)
+    back = layout.to_foreign(canonical)
+    for a, b in zip(foreign, back, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_layouts_are_those_of_torch_and_jax():
+    """Against what the frameworks compute: a dense layer and a convolution."""
+    import jax
+
+    rng = np.random.default_rng(1)
+    x, kernel = rng.normal(size=(4, 3)), rng.normal(size=(3, 5))
+    [weight] = TRANSPOSE.to_canonical([kernel])
+    want = torch.nn.functional.linear(torch.tensor(x), torch.tensor(weight)).numpy()
+    np.testing.assert_allclose(x @ kernel, want, atol=1e-12)
+
+    x, kernel = rng.normal(size=(2, 8, 6, 3)), rng.normal(size=(4, 2, 3, 5))
+    [weight] = HWIO.to_canonical([kernel])
+    with jax.enable_x64(True):
+        ours = jax.lax.conv_general_dilated(
+            x, kernel, (4, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+    want = torch.nn.functional.conv2d(
+        torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(weight.copy()), stride=(4, 2)
+    )
+    np.testing.assert_allclose(np.asarray(ours).transpose(0, 3, 1, 2), want.numpy(), atol=1e-12)
+
+
+# -- tables
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_tables_hold_every_parameter_and_are_invertible(name, head):
+    config = make_config(num_hidden_layers=12, qkv_bias=True)
+    weights = random_weights(config, head)
+    if name == "timm":  # it has no pooler, mask token or decoder
+        weights = {
+            n: w
+            for n, w in weights.items()
+            if not n.startswith(("pooler", "decoder")) and "mask_token" not in n
+        }
+    foreign = to_foreign(in_memory(weights), FORMATS[name])
+    assert not foreign.unused
+    arrays = read(foreign)
+    assert sum(a.size for a in arrays.values()) == sum(w.size for w in weights.values())
+    assert detect_format(arrays).name == name
+    back = to_canonical(in_memory(arrays), FORMATS[name])
+    assert not back.unused
+    assert {n.removeprefix("vit.") for n in weights} == set(back.tensors)
+    for n, w in weights.items():
+        np.testing.assert_array_equal(back.tensors[n.removeprefix("vit.")].read(), w)
+
+
+def test_fused_arrays_are_read_once():
+    class Counting(InMemory):
+        reads = 0
+
+        def read(self):
+            Counting.reads += 1
+            return super().read()
+
+    source = {"blocks.0.attn.qkv.weight": Counting(np.arange(18.0).reshape(6, 3))}
+    mapped = to_canonical(source, FORMATS["timm"])
+    parts = [tensor.read() for tensor in mapped.tensors.values()]
+    assert Counting.reads == 1
+    np.testing.assert_array_equal(np.concatenate(parts), np.arange(18.0).reshape(6, 3))
+
+
+# -- accounting
+
+
+PAIR = Format(
+    "pair",
+    rules=(
+        Rule(("a.{i}", "b.{i}"), "c.{i}", KEEP),
+        Rule("d", "e", TRANSPOSE),
+        Rule("f.{i}", "g.{i}"),
+    ),
+    prefix="x.",
+    wrappers=("w.",),
+)
+
+
+def test_what_no_rule_takes_is_named_as_the_file_has_it():
+    mapped = to_canonical(in_memory({"w.x.f.0": np.ones(2), "w.z": np.ones(2)}), PAIR)
+    assert list(mapped.tensors) == ["g.0"]
+    assert mapped.unused == ["w.z"]
+
+
+def test_every_fault_is_in_one_error():
+    source = in_memory({"a.3": np.ones(2), "d": np.ones((2, 2, 2)), "f.1": np.ones(1)})
+    with pytest.raises(CheckpointError, match=r"'a\.3' is there but b\.3 is not.*'d' must have 2"):
+        to_canonical(source, PAIR)
+
+
+@pytest.mark.parametrize("index", ["01", "-1", "x", "", "100000"])
+def test_only_numbers_are_block_indices(index):
+    assert to_canonical(in_memory({f"f.{index}": np.ones(1)}), PAIR).unused == [f"f.{index}"]
+
+
+def test_a_fused_array_that_cannot_be_split():
+    source = in_memory({"blocks.0.attn.qkv.bias": np.ones(7)})
+    with pytest.raises(CheckpointError, match=r"qkv\.bias.*multiple of 3"):
+        to_canonical(source, FORMATS["timm"])
+
+
+def test_fused_parts_of_different_dtypes():
+    names = [f"encoder.layer.0.attention.attention.{n}.bias" for n in ("query", "key", "value")]
+    arrays = dict(zip(names, (np.ones(2), np.ones(2, np.float32), np.ones(2)), strict=True))
+    with pytest.raises(CheckpointError, match="must have one dtype"):
+        to_foreign(in_memory(arrays), FORMATS["timm"])
+
+
+# -- detection
+
+
+def test_no_format_fits():
+    keys = ["bert.encoder.layer.0.attention.self.query.weight", "cls.predictions.bias"]
+    with pytest.raises(CheckpointError, match=r"not the weights of a Vision Transformer.*bert"):
+        detect_format(keys)
+
+
+def test_nothing_to_tell_from():
+    with pytest.raises(CheckpointError, match="no keys"):
+        detect_format([])
+
+
+# -- sizes against published figures
+
+
+# Parameters with 1000 classes, as google-research/vision_transformer (vit_jax) counts them for
+# ViT-Ti/16, S/16, B/16, L/16 and H/14.
+PUBLISHED = {
+    "tiny": 5_717_416,
+    "small": 22_050_664,
+    "base": 86_567_656,
+    "large": 304_326_632,
+    "huge": 632_045_800,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_number_of_parameters(name):
+    shapes = parameter_shapes(preset(name, num_labels=1000), "classifier")
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == PUBLISHED[name]
+    assert set(PUBLISHED) <= set(PRESETS)
+
+
+# -- a real network
+
+
+@pytest.mark.skipif(not DEIT_TINY.is_dir(), reason="the shared DeiT-Tiny is not beside this clone")
+def test_a_real_network_in_timm_layout_names_the_photos():
+    """ImageNet classes as scikit-image's photos show them; both twins from one timm file."""
+    from skimage import data
+
+    from vit_flax import FlaxViTForImageClassification
+    from vit_torch import ViTForImageClassification
+    from vit_torch.parity import compare
+
+    config = preset("tiny", num_labels=1000, layer_norm_eps=1e-6)
+    model, twin = (
+        cls.from_pretrained(DEIT_TINY / "model.safetensors", config=config)
+        for cls in (FlaxViTForImageClassification, ViTForImageClassification)
+    )
+    x = np.stack([imagenet_pixels(photo()) for photo in (data.chelsea, data.coffee)])
+    logits = np.asarray(model(x).logits)
+    assert logits.argmax(-1).tolist() == [285, 967]  # Egyptian cat, espresso
+    report = compare(model, twin, x)
+    for stage in report.stages:
+        # Trained weights: activations reach hundreds, so the bound is on the relative difference.
+        assert stage.max_abs <= BOUNDS["twins float32"] * max(stage.scale, 1.0), stage
+
+
+def imagenet_pixels(photo: np.ndarray) -> np.ndarray:
+    """timm's evaluation: shorter side to 248 bicubic, centre 224, ImageNet mean and std."""
+    image = Image.fromarray(photo)
+    scale = 248 / min(image.size)
+    image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = ((side - 224) // 2 for side in image.size)
+    pixels = np.asarray(image.crop((left, top, left + 224, top + 224)), np.float32) / 255
+    pixels = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    return pixels.transpose(2, 0, 1).astype(np.float32)

@@ -1,0 +1,81 @@
+"""Who may import whom, and what each package hands out. Every check runs a fresh interpreter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import vit_flax
+import vit_torch
+
+FRAMEWORKS = {"jax", "jaxlib", "flax", "torch", "transformers"}
+HEAVY = {*FRAMEWORKS, "numpy", "PIL", "safetensors", "huggingface_hub"}
+
+# statement -> packages that it must not load
+FORBIDDEN = {
+    "import vit_common.checkpoint, vit_common.checks, vit_common.config, vit_common.embedded, "
+    "vit_common.hub, vit_common.image_processor, vit_common.outputs, vit_common.parameters, "
+    "vit_common.positions, vit_common.presets": {*FRAMEWORKS, "huggingface_hub"},
+    "import convert.detect, convert.formats, convert.layouts, convert.load, convert.rules, "
+    "convert.save": {*FRAMEWORKS, "huggingface_hub"},
+    "import vit_flax": {"torch", "transformers", "huggingface_hub"},
+    "import vit_flax.inference": {"torch", "transformers", "huggingface_hub"},
+    "import vit_torch": {"jax", "jaxlib", "flax", "transformers", "huggingface_hub"},
+    "import vit_cli.main": HEAVY,
+}
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level packages that a fresh interpreter has after a statement."""
+    code = f"{statement}\nimport json, sys\nprint(json.dumps([*sys.modules]))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return {name.partition(".")[0] for name in json.loads(result.stdout)}
+
+
+@pytest.mark.parametrize("statement", FORBIDDEN, ids=lambda s: s.split()[1].rstrip(","))
+def test_forbidden_imports(statement):
+    loaded = loaded_by(statement)
+    assert statement.split()[1].partition(".")[0].rstrip(",") in loaded
+    assert not loaded & FORBIDDEN[statement]
+
+
+def test_public_names_of_vit_flax():
+    assert vit_flax.__all__ == [
+        "FlaxBaseModelOutput",
+        "FlaxBaseModelOutputWithPooling",
+        "FlaxMaskedImageModelingOutput",
+        "FlaxSequenceClassifierOutput",
+        "FlaxViTForImageClassification",
+        "FlaxViTForImageClassificationModule",
+        "FlaxViTForMaskedImageModeling",
+        "FlaxViTForMaskedImageModelingModule",
+        "FlaxViTModel",
+        "FlaxViTModule",
+        "FlaxViTPreTrainedModel",
+        "ViTConfig",
+        "ViTFeatureExtractor",
+        "ViTImageProcessor",
+    ]
+    assert all(hasattr(vit_flax, name) for name in vit_flax.__all__)
+
+
+def test_public_names_of_vit_torch():
+    assert vit_torch.__all__ == [
+        "BaseModelOutput",
+        "BaseModelOutputWithPooling",
+        "ImageClassifierOutput",
+        "MaskedImageModelingOutput",
+        "ViTConfig",
+        "ViTFeatureExtractor",
+        "ViTForImageClassification",
+        "ViTForMaskedImageModeling",
+        "ViTImageProcessor",
+        "ViTModel",
+        "ViTPreTrainedModel",
+    ]
+    assert all(hasattr(vit_torch, name) for name in vit_torch.__all__)
