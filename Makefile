@@ -6,7 +6,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := vit_common convert vit_flax vit_torch vit_cli tests benchmarks examples
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-online test-current-hub lint format types check bench clean
+.PHONY: help demo test test-slow test-online test-current-hub lint format types wheel check bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -52,10 +52,14 @@ format: $(VENV)/.test  ## let ruff rewrite the files
 types: $(VENV)/.test  ## mypy
 	$(BIN)/mypy
 
-check: lint types test  ## what CI checks
+wheel: $(VENV)/.test  ## build the wheel and run the command from it
+	bash .ci/wheel
+
+check: test lint types wheel  ## what CI checks
 
 bench: $(VENV)/.test  ## every benchmark, beside its peers; writes benchmarks/results
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/parity.py
 
 clean:  ## remove the environments
 	rm -rf $(VENV) $(VENV)-hub

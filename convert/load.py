@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from convert.detect import detect_format
+from convert.formats import FORMATS
 from convert.rules import MappedTensor, to_canonical
 from vit_common.checkpoint import Checkpoint, open_checkpoint
 from vit_common.checks import check_keywords
@@ -62,10 +63,8 @@ def read_config(
     """
     if config is not None and not isinstance(config, (str, os.PathLike)):
         return as_config(config), dict(options)
-    if config is None:
-        local = Path(name_or_path)
-        config = local.parent if local.is_file() else name_or_path
-    return ViTConfig.from_pretrained(config, return_unused_kwargs=True, **hub, **options)
+    place = name_or_path if config is None else config
+    return ViTConfig.from_pretrained(place, return_unused_kwargs=True, **hub, **options)
 
 
 def check_leftovers(
@@ -97,6 +96,7 @@ def load_parameters(
     *,
     model: str,
     prefer: tuple[str, ...] | None = None,
+    config: ViTConfig,
     allow_missing: bool = False,
     ignore_mismatched_sizes: bool = False,
     **hub: Any,
@@ -108,12 +108,14 @@ def load_parameters(
         shapes: what the model needs, canonical name -> shape (`parameter_shapes`).
         model: name of the model's class, for messages.
         prefer: file names to look for before the others.
+        config: the model's, held against what the format implies.
         allow_missing: take a file that lacks parameters of the network itself.
         ignore_mismatched_sizes: leave out parameters whose shape differs, as if missing.
         **hub: options of the Hub.
 
     Warns:
-        UserWarning: once, naming what is newly drawn, left aside or not matching.
+        UserWarning: once, naming what is newly drawn, left aside or not matching, and fields of
+            the config that networks in this format do not have.
 
     Raises:
         MissingFileError: there is no such file.
@@ -123,12 +125,28 @@ def load_parameters(
     path = find_weights(name_or_path, prefer=prefer, **hub)
     checkpoint = open_checkpoint(path)
     try:
-        return _fit(checkpoint, path, shapes, model, allow_missing, ignore_mismatched_sizes)
+        loaded = _fit(checkpoint, path, shapes, model, allow_missing, ignore_mismatched_sizes)
     except CheckpointError as error:
         checkpoint.close()
         if str(path) in str(error):
             raise
         raise CheckpointError(f"{path}: {error}") from error
+    odd = {
+        field: value
+        for field, value in FORMATS[loaded.format].settings.items()
+        if getattr(config, field) != value
+    }
+    if odd:
+        warnings.warn(
+            f"{model} from {path}: networks in {loaded.format} layout have "
+            + ", ".join(f"{field}={value!r}" for field, value in odd.items())
+            + "; the config says "
+            + ", ".join(f"{field}={getattr(config, field)!r}" for field in odd)
+            + ". If this one is no exception, its outputs are slightly wrong.",
+            UserWarning,
+            stacklevel=4,
+        )
+    return loaded
 
 
 def _fit(checkpoint, path, shapes, model, allow_missing, ignore_mismatched_sizes) -> Loaded:

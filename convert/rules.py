@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -65,7 +65,8 @@ class Format:
         prefix: what foreign files of a model with a head put before the names of the network
             under it; read with and without.
         wrappers: starts of every key that a file may have around the whole table.
-        ignored: patterns of foreign keys that carry no weight of the network -> the reason.
+        settings: fields of the config that networks in this format have, where they differ from
+            the defaults.
         describes: one line for messages.
     """
 
@@ -74,7 +75,7 @@ class Format:
     separator: str = "."
     prefix: str = ""
     wrappers: tuple[str, ...] = ()
-    ignored: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     describes: str = ""
 
     @cached_property

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from convert.formats import FORMATS
 from convert.rules import TensorLike, to_foreign
 from vit_common.checkpoint import make_directory, save_checkpoint
+from vit_common.checks import check_keywords
 from vit_common.config import CONFIG_NAME, ViTConfig
 from vit_common.errors import CheckpointError, InputError
+from vit_common.hub import PUSH_OPTIONS
+
+# Keywords of Transformers 4.57.6 that change nothing here: files are always written by this project
+# and through a temporary place.
+_WITHOUT_EFFECT = ("save_function", "use_temp_dir", "variant", "save_peft_format")
 
 SaveFormat = Literal["hub", "flax", "flax-safetensors"]
 
@@ -32,8 +37,10 @@ def save_parameters(
     to: SaveFormat = "hub",
     architecture: str,
     max_shard_size: int | str = "10GB",
-) -> Path:
+) -> list[Path]:
     """Write weights and `config.json` into a directory; an earlier save survives a failure.
+
+    After success nothing of an earlier save is left, in whichever of these formats it was.
 
     Args:
         directory: made if it is not there.
@@ -45,10 +52,7 @@ def save_parameters(
         max_shard_size: largest file, in bytes or as "5GB".
 
     Returns:
-        The directory.
-
-    Warns:
-        UserWarning: the directory holds other weights that `from_pretrained` reads first.
+        The files written.
 
     Raises:
         InputError: no such format, or a bad size.
@@ -66,9 +70,8 @@ def save_parameters(
     written.architectures = [architecture]
     written.dtype = next(iter(tensors.values())).dtype.name
     text = written.to_json_string()
-    path = make_directory(directory)
-    save_checkpoint(
-        path,
+    return save_checkpoint(
+        make_directory(directory),
         mapped.tensors,
         container=container,
         stem=stem,
@@ -76,18 +79,18 @@ def save_parameters(
         metadata={"format": tag} if container == "safetensors" else None,
         separator="/",
         beside={CONFIG_NAME: text},
+        # Weights of an earlier save in another format would be read instead of these, or beside
+        # them, with a configuration that is no longer theirs.
+        replaces=("model.safetensors", "flax_model.msgpack"),
     )
-    if to == "flax":
-        other = [
-            name
-            for name in ("model.safetensors", "model.safetensors.index.json")
-            if (path / name).is_file()
-        ]
-        if other:
-            warnings.warn(
-                f"{path} also holds {' and '.join(other)}, which `from_pretrained` reads before "
-                "flax_model.msgpack; delete it if it is of another save.",
-                UserWarning,
-                stacklevel=3,
-            )
-    return path
+
+
+def check_save_keywords(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise InputError unless each keyword is known, of the Hub, or without effect here.
+
+    Args:
+        what: the method, for the message.
+        given: keywords that the method's own signature did not take.
+        known: those of its signature, for the message.
+    """
+    check_keywords(what, given, [*known, *PUSH_OPTIONS, *_WITHOUT_EFFECT])

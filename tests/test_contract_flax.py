@@ -39,7 +39,7 @@ REFERENCES = {
     None: transformers.FlaxViTModel,
     "classifier": transformers.FlaxViTForImageClassification,
 }
-B, S, D, A, L = 2, 17, 48, 4, 2
+B, S, D, A, L = 2, 17, 48, 4, 2  # the classifier has one layer: it is compiled often
 
 
 def config_of(**overrides) -> ViTConfig:
@@ -53,8 +53,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def classifier():
-    weights = random_weights(config_of(), "classifier")
-    return flax_twin(CLASSES["classifier"], config_of(), weights)
+    config = make_config(num_hidden_layers=1)
+    return flax_twin(CLASSES["classifier"], config, random_weights(config, "classifier"))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def x() -> np.ndarray:
     return images(config_of()).astype(np.float32)
 
 
-def empty(cls=CLASSES[None], config: ViTConfig | None = None, **kwargs):
+def empty(cls: type = CLASSES[None], config: ViTConfig | None = None, **kwargs):
     """A model without parameters: nothing is drawn or compiled."""
     return cls(config or config_of(), _do_init=False, **kwargs)
 
@@ -487,7 +487,7 @@ def test_outputs_of_the_heads(classifier, x):
     assert result.keys() == ["loss", "logits"]
     assert result.loss.shape == ()
     assert result.logits.shape == (B, 5)
-    config = config_of()
+    config = make_config(num_hidden_layers=1)
     built = flax_twin(CLASSES["decoder"], config, random_weights(config, "decoder"))
     result = built(x, bool_masked_pos=np.ones((B, S - 1), bool))
     assert type(result) is vit_flax.FlaxMaskedImageModelingOutput
@@ -510,8 +510,8 @@ def test_tuples_hold_every_requested_field_in_order(model, classifier, x, return
             "last_hidden_state": (B, S, D),
             "pooler_output": (B, D),
             "logits": (B, 5),
-            "hidden_states": ((B, S, D),) * (L + 1),
-            "attentions": ((B, A, S, S),) * L,
+            "hidden_states": ((B, S, D),) * (built.config.num_hidden_layers + 1),
+            "attentions": ((B, A, S, S),) * built.config.num_hidden_layers,
         }
         assert jax.tree.map(jnp.shape, shapes) == tuple(every[name] for name in want)
 
@@ -585,15 +585,17 @@ def test_inside_jit_grad_and_vmap(classifier, x):
     nested = jax.jit(lambda p, pixels: classifier(pixels, params=p).logits)
     np.testing.assert_allclose(nested(classifier.params, x), want, rtol=0, atol=2e-6)
     several = np.stack([x, x + 1, -x])  # (3, B, C, H, W)
-    batched = jax.vmap(lambda pixels: classifier(pixels).logits)(several)
-    assert batched.shape == (3, B, 5)
-    np.testing.assert_allclose(batched[0], want, rtol=0, atol=2e-6)
-    np.testing.assert_allclose(batched[1], classifier(x + 1).logits, rtol=0, atol=2e-6)
-    gradient = jax.grad(lambda pixels: classifier(pixels).logits[:, 0].sum())(x)
+    batched, gradient = jax.vmap(
+        jax.value_and_grad(lambda pixels: classifier(pixels).logits[:, 0].sum())
+    )(several)
+    assert batched.shape == (3,)
+    for got, pixels in zip(batched, several, strict=True):
+        want = classifier(pixels).logits[:, 0].sum()
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
     step = np.zeros_like(x)
     step[1, 2, 3, 4] = 1e-2
     slope = (classifier(x + step).logits - classifier(x - step).logits)[:, 0].sum() / 2e-2
-    np.testing.assert_allclose(gradient[1, 2, 3, 4], slope, rtol=0, atol=2e-3)
+    np.testing.assert_allclose(gradient[0, 1, 2, 3, 4], slope, rtol=0, atol=2e-3)
 
 
 def test_labels_that_are_traced_are_looked_at_in_the_loss(classifier, x):
@@ -629,16 +631,17 @@ def test_half_precision_and_integers_as_images(model, x):
     assert_trees_equal(model(pixels), model(pixels.astype(np.float32)))
 
 
-def test_other_inputs_of_any_library(classifier, model, x):
-    for mask in ([1, 0, 1, 1], np.array([1, 0, 1, 1]), torch.tensor([1.0, 0, 1, 1])):
-        np.testing.assert_array_equal(
-            model(x, head_mask=mask).pooler_output,
-            model(x, head_mask=jnp.array([1.0, 0.0, 1.0, 1.0])).pooler_output,
-        )
-    for labels in ([1, 2], (1, 2), np.array([1, 2], np.uint8), torch.tensor([1, 2])):
-        np.testing.assert_array_equal(
-            classifier(x, labels=labels).loss, classifier(x, labels=jnp.array([1, 2])).loss
-        )
+def test_other_inputs_of_any_library(classifier, x):
+    def loss(labels, head_mask):
+        return classifier(x, labels=labels, head_mask=head_mask).loss
+
+    want = loss(jnp.array([1, 2]), jnp.array([1.0, 0.0, 1.0, 1.0]))
+    for labels, head_mask in (
+        ([1, 2], [1.0, 0.0, 1.0, 1.0]),
+        (np.array([1, 2]), np.array([1.0, 0.0, 1.0, 1.0])),
+        (torch.tensor([1, 2]), torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)),
+    ):
+        np.testing.assert_array_equal(loss(labels, head_mask), want)
     # Booleans are several labels at once.
     several = np.arange(10).reshape(2, 5) % 2
     np.testing.assert_array_equal(
@@ -807,7 +810,7 @@ def test_gradient_checkpointing_changes_the_memory_and_nothing_else(x):
     assert recomputed
     assert_trees_equal(out, plain, atol=1e-5)
     for a, b in zip(jax.tree.leaves(regradient), jax.tree.leaves(gradient), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()) + 1e-9)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()) + 1e-6)
     built.disable_gradient_checkpointing()
     assert "remat" not in str(jax.make_jaxpr(loss)(built.params))
 

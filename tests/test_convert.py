@@ -163,6 +163,23 @@ def test_fused_parts_of_different_dtypes():
         to_foreign(in_memory(arrays), FORMATS["timm"])
 
 
+def test_a_config_that_timm_networks_do_not_have_is_named(tmp_path):
+    from safetensors.numpy import save_file
+
+    from vit_torch import ViTForImageClassification
+
+    config = make_config()
+    weights = random_weights(config, "classifier")
+    arrays = read(to_foreign(in_memory(weights), FORMATS["timm"]))
+    save_file(
+        {name: np.ascontiguousarray(a) for name, a in arrays.items()}, tmp_path / "timm.safetensors"
+    )
+    with pytest.warns(
+        UserWarning, match=r"layer_norm_eps=1e-06.*the config says layer_norm_eps=1e-12"
+    ):
+        ViTForImageClassification.from_pretrained(tmp_path / "timm.safetensors", config=config)
+
+
 # -- detection
 
 
@@ -210,7 +227,7 @@ def test_a_real_network_in_timm_layout_names_the_photos():
     from vit_torch import ViTForImageClassification
     from vit_torch.parity import compare
 
-    config = preset("tiny", num_labels=1000, layer_norm_eps=1e-6)
+    config = preset("tiny", num_labels=1000, **FORMATS["timm"].settings)
     model, twin = (
         cls.from_pretrained(DEIT_TINY / "model.safetensors", config=config)
         for cls in (FlaxViTForImageClassification, ViTForImageClassification)

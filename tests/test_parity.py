@@ -25,9 +25,13 @@ from networks import (
     torch_twin,
 )
 from tolerances import BOUNDS
+from transformers.activations import ACT2FN
 
 import vit_flax
+import vit_flax.model
 import vit_torch
+import vit_torch.model
+from vit_common.config import ACTIVATIONS
 from vit_torch.parity import compare, difference
 from vit_torch.pretrained import to_numpy
 
@@ -207,6 +211,18 @@ def test_kernels_of_the_torch_twin_agree(implementation):
             vit_torch.ViTModel, config, weights, torch.float64, attn_implementation=implementation
         )(x).last_hidden_state
     check(difference("last_hidden_state", got, want), "reference float64")
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name, dtype):
+    """Each by itself, as no network tells apart two that are close."""
+    x = np.linspace(-9.0, 9.0, 3001).astype(dtype)
+    reference = torch.nn.functional.selu if name == "selu" else ACT2FN[name]
+    want = to_numpy(reference(torch.tensor(x)))
+    ours = np.asarray(vit_flax.model.activation(name)(jnp.asarray(x)))
+    twin = to_numpy(vit_torch.model.activation(name)(torch.tensor(x)))
+    for got in (ours, twin):
+        check(difference(name, got, want), f"activations {dtype.name}")
 
 
 # -- against Transformers' PyTorch model

@@ -889,11 +889,23 @@ def test_a_save_over_files_of_transformers(tmp_path, framework):
     assert_same(in_memory(model), other)
 
 
-def test_a_flax_save_beside_safetensors_says_which_is_read(tmp_path, framework):
+@pytest.mark.parametrize(("first", "then"), [("hub", "flax"), ("flax", "hub")])
+def test_a_save_in_another_format_leaves_nothing_of_the_one_before(
+    tmp_path, first, then, framework
+):
+    made(framework, "classifier").save_pretrained(tmp_path, to=first, max_shard_size=SHARDED)
+    other = {name: value + 1 for name, value in weights_of("classifier").items()}
+    made(framework, "classifier", other).save_pretrained(tmp_path, to=then)
+    weights = {"hub": "model.safetensors", "flax": "flax_model.msgpack"}[then]
+    assert names(tmp_path) == {"config.json", weights}
+
+
+@pytest.mark.parametrize("method", ["save_pretrained", "push_to_hub"])
+def test_misspelt_keywords_of_a_save(tmp_path, method, framework):
     model = made(framework, "classifier")
-    model.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"also holds model\.safetensors, which `from_pretrained`"):
-        model.save_pretrained(tmp_path, to="flax")
+    with pytest.raises(InputError, match=rf"{method} has no keyword 'max_shard_sizes'; wanted"):
+        getattr(model, method)(str(tmp_path / "new"), max_shard_sizes=3)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("to", ["hub", "flax"])

@@ -68,8 +68,7 @@ def describe_model(name: str, hub: dict[str, Any]) -> Report:
     Raises:
         ViTError: there is no such model, or a file of it is refused.
     """
-    path = Path(name)
-    config = ViTConfig.from_pretrained(path.parent if path.is_file() else name, **hub)
+    config = ViTConfig.from_pretrained(name, **hub)
     try:
         processor = ViTImageProcessor.from_pretrained(name, **hub)
     except AbsentFileError:

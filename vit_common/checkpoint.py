@@ -201,8 +201,9 @@ def _open_shards(path: Path) -> Checkpoint:
                 faults.append(f"shard {shard} of {len(expected)} tensors: {error}")
                 continue
             opened.append(part)
+            wanted = set(expected)
             missing = [name for name in expected if name not in part]
-            extra = [name for name in part if name not in set(expected)]
+            extra = [name for name in part if name not in wanted]
             twice = [name for name in part if name in owner]
             if missing:
                 faults.append(f"shard {shard} lacks {_some(missing)}")

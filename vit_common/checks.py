@@ -78,10 +78,10 @@ def check_mask(shape: tuple[int, ...], batch: int, patches: int) -> None:
 
 
 def check_head_mask(shape: tuple[int, ...], config: ViTConfig) -> None:
-    """Raise InputError unless `head_mask` is (A,), (L, A) or Transformers' five dimensions."""
+    """Raise InputError unless `head_mask` is (A,), (L, A) or, spread, (L, 1, A, 1, 1)."""
     L, A = config.num_hidden_layers, config.num_attention_heads
     shape = tuple(shape)
-    if shape in ((A,), (L, A)) or (len(shape) == 5 and shape[0] == L and shape[2] in (1, A)):
+    if shape in ((A,), (L, A)) or shape == (L, 1, A, 1, 1):
         return
     raise InputError(
         f"`head_mask` must have shape (heads,) = ({A},) or (layers, heads) = ({L}, {A}); given "
@@ -100,6 +100,11 @@ def check_labels(labels: Any, problem_type: str, batch: int, num_labels: int) ->
     """
     shape = tuple(labels.shape)
     if problem_type == "single_label_classification":
+        if not _is_integer(labels):
+            raise InputError(
+                f"`labels` must be class indices, of an integer dtype; given {labels.dtype}. For "
+                "several labels an image, set `problem_type` to 'multi_label_classification'."
+            )
         if int(np.prod(shape)) != batch:
             raise InputError(
                 f"`labels` must hold one class index an image, shape ({batch},); given {shape}."
@@ -123,6 +128,12 @@ def check_labels(labels: Any, problem_type: str, batch: int, num_labels: int) ->
         )
 
 
+def _is_integer(labels: Any) -> bool:
+    """Whether the dtype is an integer one; of numpy, JAX or torch."""
+    name = str(labels.dtype).removeprefix("torch.")
+    return name.startswith(("int", "uint"))
+
+
 def resolve_problem_type(config: ViTConfig, integer_labels: bool) -> str:
     """Which loss labels mean, without touching the config."""
     if config.problem_type is not None:
@@ -132,8 +143,14 @@ def resolve_problem_type(config: ViTConfig, integer_labels: bool) -> str:
     return "single_label_classification" if integer_labels else "multi_label_classification"
 
 
-def check_stride(config: ViTConfig) -> None:
+def check_stride(config: ViTConfig, height: int, width: int) -> None:
     """Raise InputError unless the decoder gives back as many pixels as the image has."""
+    patch = config.patch_height_width
+    if height % patch[0] or width % patch[1]:
+        raise InputError(
+            f"`bool_masked_pos` needs an image of whole patches of {patch[0]} x {patch[1]} pixels "
+            f"(height x width), so that each is reconstructed; given {height} x {width}."
+        )
     if config.patch_height_width != (config.encoder_stride, config.encoder_stride):
         raise InputError(
             "`bool_masked_pos` needs `patch_size` and `encoder_stride` to be equal, so that the "

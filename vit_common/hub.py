@@ -30,6 +30,17 @@ HUB_OPTIONS = (
 )
 """Options of `from_pretrained` that say which file, rather than what to do with it."""
 
+PUSH_OPTIONS = (
+    "repo_id",
+    "token",
+    "private",
+    "commit_message",
+    "revision",
+    "create_pr",
+    "use_auth_token",
+)
+"""Options of an upload."""
+
 # What Transformers 4.57.6 also takes there, and what changes nothing here: downloads always
 # resume, and no code of a repository is ever run.
 _WITHOUT_EFFECT = (
@@ -179,7 +190,7 @@ def _locate(name_or_path: str | os.PathLike, hub: Mapping[str, Any]) -> Path | _
     unknown = [key for key in hub if key not in HUB_OPTIONS]
     if unknown:
         raise InputError(f"unknown option {unknown[0]!r}; wanted one of {', '.join(HUB_OPTIONS)}.")
-    text = os.fspath(name_or_path)
+    text = os.fspath(name_or_path) if isinstance(name_or_path, (str, os.PathLike)) else ""
     if not isinstance(text, str) or not text:
         raise InputError(f"`name_or_path` must be a path or a Hub name; given {name_or_path!r}.")
     path = Path(text)
@@ -524,8 +535,8 @@ def push_if_asked(
     old_token = kwargs.pop("use_auth_token", None)
     options = {
         key: kwargs.pop(key)
-        for key in ("token", "private", "commit_message", "revision", "create_pr")
-        if key in kwargs
+        for key in PUSH_OPTIONS
+        if key in kwargs and key not in ("repo_id", "use_auth_token")
     }
     if options.get("token") is None and old_token is not None:
         options["token"] = old_token

@@ -40,7 +40,7 @@ def attention(
     Args:
         query, key, value: (B, S, A, D/A).
         head_mask: multiplies the probabilities; broadcasts against (B, A, S, S).
-        dropout: applied to the probabilities, element by element.
+        dropout: applied to the probabilities, element by element; None where none is active.
         output_attentions: whether to return the probabilities.
         implementation: one of `IMPLEMENTATIONS`.
         precision: of both matrix products.

@@ -132,7 +132,7 @@ class ImageClassifier:
         hub, options = split_hub_options(options)
         config = options.pop("config", None)
         if not isinstance(config, ViTConfig):
-            config = ViTConfig.from_pretrained(_beside(config or name_or_path), **hub)
+            config = ViTConfig.from_pretrained(config or name_or_path, **hub)
         weights = find_weights(name_or_path, **hub)
         if not has_classifier(weights):
             raise CheckpointError(
@@ -361,11 +361,6 @@ def has_classifier(weights: str | os.PathLike) -> bool:
         except CheckpointError as error:
             raise CheckpointError(f"{weights}: {error}") from error
         return "classifier.weight" in mapped.tensors
-
-
-def _beside(name_or_path: Any) -> Any:
-    """Where to look for `config.json`: the folder, if a file is named."""
-    return os.path.dirname(name_or_path) or "." if os.path.isfile(name_or_path) else name_or_path
 
 
 def _naming(source: Any, text: str) -> str:

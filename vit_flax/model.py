@@ -135,7 +135,10 @@ def layer_norm(part: FlaxViTPart) -> nn.LayerNorm:
         epsilon=part.config.layer_norm_eps,
         dtype=part.dtype,
         param_dtype=part.param_dtype,
+        use_bias=True,
+        use_scale=True,
         use_fast_variance=False,
+        force_float32_reductions=True,
     )
 
 
@@ -240,12 +243,16 @@ class FlaxViTSelfAttention(FlaxViTPart):
             key,
             value,
             head_mask=head_mask,
-            dropout=lambda x: self.dropout(x, deterministic=deterministic),
+            dropout=None if deterministic or self.dropout.rate == 0.0 else self.active_dropout,
             output_attentions=output_attentions,
             implementation=self.attn_implementation,
             precision=self.precision,
         )
         return context.reshape(B, S, D), probabilities  # (B, S, D), (B, A, S, S)
+
+    def active_dropout(self, probabilities):
+        """Dropout as it is in training."""
+        return self.dropout(probabilities, deterministic=False)
 
 
 class FlaxViTSelfOutput(FlaxViTPart):
@@ -548,7 +555,7 @@ class FlaxViTForMaskedImageModelingModule(FlaxViTPart):
         (B, H, W, C). The reconstruction is (B, C, H, W)."""
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
         if bool_masked_pos is not None:
-            check_stride(self.config)
+            check_stride(self.config, pixel_values.shape[1], pixel_values.shape[2])
         outputs = self.vit(
             pixel_values,
             deterministic,

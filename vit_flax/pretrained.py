@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -32,11 +33,12 @@ from convert.load import (
     warn_if_not_finite,
 )
 from convert.rules import to_canonical, to_foreign
-from convert.save import SaveFormat, save_parameters
+from convert.save import SaveFormat, check_save_keywords, save_parameters
 from vit_common.checks import check_keywords, check_labels, check_rank, resolve_problem_type
 from vit_common.config import ViTConfig, as_config
+from vit_common.containers.tensor import as_tensor
 from vit_common.errors import InputError
-from vit_common.hub import push_folder, push_if_asked, split_hub_options
+from vit_common.hub import PUSH_OPTIONS, push_folder, push_if_asked, split_hub_options
 from vit_common.parameters import Head, parameter_shapes
 from vit_flax.attention import check_implementation
 from vit_flax.model import (
@@ -57,29 +59,6 @@ _TORCH_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-
-
-class _InMemory:
-    """An array in memory, as the converter wants to see it."""
-
-    def __init__(self, array: Any) -> None:
-        self.array = array
-        self.shape = tuple(array.shape)
-        self.dtype = np.dtype(array.dtype)
-
-    def read(self) -> np.ndarray:
-        return np.asarray(self.array)
-
-
-class _Shape:
-    """A shape without an array."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape = shape
-        self.dtype = np.dtype(np.float32)
-
-    def read(self) -> np.ndarray:
-        return np.broadcast_to(np.zeros((), self.dtype), self.shape)
 
 
 class FlaxViTPreTrainedModel:
@@ -231,7 +210,11 @@ class FlaxViTPreTrainedModel:
         )
 
     def _flax_shapes(self) -> dict[tuple[str, ...], tuple[int, ...]]:
-        shapes = {name: _Shape(shape) for name, shape in self._canonical_shapes().items()}
+        nothing = np.zeros((), np.float32)
+        shapes = {
+            name: as_tensor(name, np.broadcast_to(nothing, shape))
+            for name, shape in self._canonical_shapes().items()
+        }
         tree = to_foreign(shapes, FLAX).tensors
         return {tuple(name.split("/")): tensor.shape for name, tensor in tree.items()}
 
@@ -380,6 +363,7 @@ class FlaxViTPreTrainedModel:
             pretrained_model_name_or_path,
             model._canonical_shapes(),
             model=cls.__name__,
+            config=model.config,
             prefer=_TORCH_FILES if from_pt else None,
             allow_missing=allow_missing,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
@@ -433,12 +417,16 @@ class FlaxViTPreTrainedModel:
             InputError: `params` do not fit, or a bad option.
         """
         params = self.params if params is None else check_params(params, self._shapes)
-        flat = {"/".join(path): _InMemory(x) for path, x in flatten_dict(params).items()}
+        flat = {
+            "/".join(path): as_tensor("/".join(path), x) for path, x in flatten_dict(params).items()
+        }
         mapped = to_canonical(flat, FLAX)
         if mapped.unused:
             raise InputError(f"`params` hold what no file can: {', '.join(mapped.unused)}.")
         prefix = f"{self.base_model_prefix}." if self.head is not None else ""
-        path = save_parameters(
+        keywords = inspect.signature(self.save_pretrained).parameters
+        check_save_keywords(f"{type(self).__name__}.save_pretrained", kwargs, keywords)
+        written = save_parameters(
             save_directory,
             self.config,
             {name: mapped.tensors[name.removeprefix(prefix)] for name in self._canonical_shapes()},
@@ -446,9 +434,8 @@ class FlaxViTPreTrainedModel:
             architecture=type(self).__name__.removeprefix("Flax"),
             max_shard_size=max_shard_size,
         )
-        if token is not None:
-            kwargs["token"] = token
-        push_if_asked(path, {**kwargs, "push_to_hub": push_to_hub})
+        options = {**kwargs, "push_to_hub": push_to_hub, "token": token}
+        push_if_asked(Path(save_directory), options, files=[path.name for path in written])
 
     def push_to_hub(self, repo_id: str, params: Params | None = None, **kwargs: Any) -> str:
         """Save into a temporary directory and upload it to the Hub.
@@ -467,9 +454,11 @@ class FlaxViTPreTrainedModel:
         """
         names = ("max_shard_size", "safe_serialization", "to")
         saving = {name: kwargs.pop(name) for name in names if name in kwargs}
+        check_save_keywords(f"{type(self).__name__}.push_to_hub", kwargs, names)
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory, params=params, **saving)
-            return push_folder(directory, repo_id, **kwargs)
+            options = {name: value for name, value in kwargs.items() if name in PUSH_OPTIONS}
+            return push_folder(directory, repo_id, **options)
 
     # -- dtypes and memory
 
@@ -594,8 +583,9 @@ class FlaxViTForImageClassification(FlaxViTPreTrainedModel):
         check_rank(pixel_values, "(batch, channels, height, width)")
         values = None if labels is None else values_of("labels", labels)
         if values is not None:
-            problem_type = resolve_problem_type(self.config, values.dtype.kind in "iu")
-            check_labels(values, problem_type, pixel_values.shape[0], self.config.num_labels)
+            config = self._module.config  # what the network was built with
+            problem_type = resolve_problem_type(config, values.dtype.kind in "iu")
+            check_labels(values, problem_type, pixel_values.shape[0], config.num_labels)
         return self._call(
             pixel_values,
             params,

@@ -113,7 +113,12 @@ def convolution(part: ViTPart, inputs: int, features: int, size: tuple[int, int]
 
 
 def layer_norm(part: ViTPart) -> nn.LayerNorm:
-    return nn.LayerNorm(part.config.hidden_size, eps=part.config.layer_norm_eps)
+    return nn.LayerNorm(
+        part.config.hidden_size,
+        eps=part.config.layer_norm_eps,
+        elementwise_affine=True,
+        bias=True,
+    )
 
 
 class ViTPatchEmbeddings(ViTPart):
@@ -174,12 +179,13 @@ class ViTEmbeddings(ViTPart):
 
     def positions(self, grid: tuple[int, int]):
         """Position embeddings (1, S, D) for a grid (rows, columns) of patches."""
-        positions = self.position_embeddings
+        positions: torch.Tensor = self.position_embeddings
         if grid == self.config.grid_size:
             return positions
         exact = torch.promote_types(positions.dtype, torch.float32)
         rows, columns = resize_matrices(self.config.position_resize, self.config.grid_size, grid)
-        table = positions[0, 1:].to(exact).reshape(*self.config.grid_size, self.config.hidden_size)
+        positions = positions.to(exact)
+        table = positions[0, 1:].reshape(*self.config.grid_size, self.config.hidden_size)
         table = torch.einsum(
             "Hh,Ww,hwd->HWd",
             torch.tensor(rows, dtype=exact, device=positions.device),
@@ -187,7 +193,7 @@ class ViTEmbeddings(ViTPart):
             table,
         )
         table = table.reshape(1, grid[0] * grid[1], self.config.hidden_size)  # (1, N, D)
-        return torch.cat((positions[:, :1].to(exact), table), dim=1).to(positions.dtype)
+        return torch.cat((positions[:, :1], table), dim=1).to(self.position_embeddings.dtype)
 
 
 class ViTSelfAttention(ViTPart):
@@ -516,7 +522,7 @@ class ViTForMaskedImageModelingModule(ViTPart):
         """
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
         if bool_masked_pos is not None:
-            check_stride(self.config)
+            check_stride(self.config, pixel_values.shape[2], pixel_values.shape[3])
         outputs = self.vit(
             pixel_values,
             bool_masked_pos=bool_masked_pos,

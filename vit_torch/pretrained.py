@@ -10,6 +10,7 @@ import inspect
 import os
 import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,10 +24,11 @@ from convert.load import (
     read_config,
     warn_if_not_finite,
 )
-from convert.save import SaveFormat, save_parameters
+from convert.save import SaveFormat, check_save_keywords, save_parameters
 from vit_common.config import ViTConfig, as_config
+from vit_common.containers.tensor import DTYPES, Tensor
 from vit_common.errors import InputError
-from vit_common.hub import push_folder, push_if_asked, split_hub_options
+from vit_common.hub import PUSH_OPTIONS, push_folder, push_if_asked, split_hub_options
 from vit_common.parameters import Head, initial_value, parameter_shapes
 from vit_torch.attention import check_implementation
 from vit_torch.model import (
@@ -37,17 +39,15 @@ from vit_torch.model import (
     initialize,
 )
 
-
-class _InMemory:
-    """A torch tensor, as the converter wants to see it."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-        self.shape = tuple(tensor.shape)
-        self.dtype = to_numpy(tensor[(0,) * tensor.ndim]).dtype
-
-    def read(self) -> np.ndarray:
-        return to_numpy(self.tensor)
+# Keywords of Transformers 4.57.6 -> the values that ask for what happens here anyway.
+_ALWAYS_SO: dict[str, tuple[Any, ...]] = {
+    "low_cpu_mem_usage": (None, True, False),
+    "use_safetensors": (None, True),
+    "weights_only": (None, True),
+    "device_map": (None,),
+    "variant": (None,),
+    "output_loading_info": (None, False),
+}
 
 
 class ViTPreTrainedModel(nn.Module):
@@ -163,7 +163,9 @@ class ViTPreTrainedModel(nn.Module):
         """
         wanted = parse_dtype(torch_dtype if dtype is None else dtype)
         hub, kwargs = split_hub_options(kwargs)
-        kwargs.pop("low_cpu_mem_usage", None)  # this is how it always loads
+        for name, same in _ALWAYS_SO.items():
+            if name in kwargs and kwargs[name] in same:
+                del kwargs[name]
         settings, kwargs = read_config(pretrained_model_name_or_path, config, hub, kwargs)
         check_leftovers(cls, kwargs, list(inspect.signature(cls).parameters)[1:], config)
         with torch.device("meta"):
@@ -172,6 +174,7 @@ class ViTPreTrainedModel(nn.Module):
             pretrained_model_name_or_path,
             model._canonical_shapes(),
             model=cls.__name__,
+            config=model.config,
             prefer=("flax_model.msgpack", "flax_model.msgpack.index.json") if from_flax else None,
             allow_missing=allow_missing,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
@@ -200,10 +203,13 @@ class ViTPreTrainedModel(nn.Module):
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
+        is_main_process: bool = True,
         state_dict: Mapping[str, torch.Tensor] | None = None,
+        save_function: Any = None,
         push_to_hub: bool = False,
         max_shard_size: int | str = "5GB",
         safe_serialization: bool = True,
+        variant: str | None = None,
         token: str | bool | None = None,
         *,
         to: SaveFormat | None = None,
@@ -213,7 +219,9 @@ class ViTPreTrainedModel(nn.Module):
 
         Args:
             save_directory: made if it is not there.
+            is_main_process: False does nothing: of several processes, one writes.
             state_dict: weights to write; None means the model's own.
+            save_function, variant: accepted for Transformers' sake; without effect.
             push_to_hub: upload the directory too (`repo_id`, `commit_message`, `private`, ...).
             max_shard_size: largest file, in bytes or as "5GB".
             safe_serialization: must be True: pickles are read here but not written.
@@ -224,6 +232,10 @@ class ViTPreTrainedModel(nn.Module):
             MissingFileError: the directory or a file cannot be written.
             InputError: `state_dict` does not fit, or a bad option.
         """
+        keywords = inspect.signature(self.save_pretrained).parameters
+        check_save_keywords(f"{type(self).__name__}.save_pretrained", kwargs, keywords)
+        if not is_main_process:
+            return
         if not safe_serialization:
             raise InputError(
                 "`safe_serialization=False` would write a pickle, which this project does not; "
@@ -242,17 +254,16 @@ class ViTPreTrainedModel(nn.Module):
         ]
         if wrong:
             raise InputError("`state_dict`: " + "; ".join(wrong) + ".")
-        path = save_parameters(
+        written = save_parameters(
             save_directory,
             self.config,
-            {name: _InMemory(state[name]) for name in shapes},
+            {name: lazily(name, state[name]) for name in shapes},
             to=to or "hub",
             architecture=type(self).__name__,
             max_shard_size=max_shard_size,
         )
-        if token is not None:
-            kwargs["token"] = token
-        push_if_asked(path, {**kwargs, "push_to_hub": push_to_hub})
+        options = {**kwargs, "push_to_hub": push_to_hub, "token": token}
+        push_if_asked(Path(save_directory), options, files=[path.name for path in written])
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Save into a temporary directory and upload it to the Hub.
@@ -270,9 +281,11 @@ class ViTPreTrainedModel(nn.Module):
         """
         names = ("max_shard_size", "safe_serialization", "to")
         saving = {name: kwargs.pop(name) for name in names if name in kwargs}
+        check_save_keywords(f"{type(self).__name__}.push_to_hub", kwargs, names)
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory, **saving)
-            return push_folder(directory, repo_id, **kwargs)
+            options = {name: value for name, value in kwargs.items() if name in PUSH_OPTIONS}
+            return push_folder(directory, repo_id, **options)
 
 
 def _settle(config: ViTConfig, attn_implementation: str) -> dict[str, Any]:
@@ -375,6 +388,12 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
     if array.dtype.name == "bfloat16":  # numpy's extension type, unknown to torch
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+def lazily(name: str, tensor: torch.Tensor) -> Tensor:
+    """A torch tensor, as the converter wants to see it."""
+    dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")]
+    return Tensor(name, tuple(tensor.shape), dtype, lambda: to_numpy(tensor))
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

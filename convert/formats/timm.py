@@ -27,6 +27,7 @@ _BLOCK = {
 TIMM = Format(
     name="timm",
     describes="timm state dict of a plain Vision Transformer",
+    settings={"layer_norm_eps": 1e-6, "position_resize": "bicubic_antialias"},
     rules=tuple(Rule(theirs, ours) for theirs, ours in _TOP.items())
     + tuple(
         Rule(f"blocks.{{i}}.{theirs}.{leaf}", f"encoder.layer.{{i}}.{ours}.{leaf}")

@@ -103,10 +103,11 @@ class DataFile:
         except OSError as error:
             raise MissingFileError(f"{path}: cannot be read ({reason(error)}).") from error
 
-    def close(self) -> None:
+    def close(self, _close: Callable[[int], None] = os.close) -> None:
+        # `os.close` is bound here: when the interpreter ends, the module may be gone before this.
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
-            os.close(descriptor)
+            _close(descriptor)
         self.resources.close()
 
     def __del__(self) -> None:
