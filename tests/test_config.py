@@ -378,7 +378,7 @@ def test_labels_that_contradict_each_other_are_refused():
         jnp.bfloat16,
         jnp.dtype("bfloat16"),
     ],
-    ids=repr,
+    ids=str,
 )
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 def test_dtype_and_its_older_name(name, value):

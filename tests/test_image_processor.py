@@ -193,7 +193,6 @@ def test_every_filter_of_this_pillow(resample):
         {"image_mean": 0.4, "image_std": [0.1, 0.2, 0.3]},
         {"image_mean": np.array([0.1, 0.2, 0.3], np.float32), "image_std": (0.4, 0.5, 0.6)},
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("return_tensors", [None, "np", "pt", "jax"])
@@ -633,7 +632,6 @@ NAN[0, 3, 3] = np.nan
             "Pillow resizes images with 1 to 4 channels; given 5",
         ),
     ],
-    ids=str,
 )
 def test_images_that_cannot_be_taken(images, call, match):
     with pytest.raises(ImageError, match=match) as caught:
