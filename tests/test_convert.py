@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,34 @@ def test_a_fused_array_that_cannot_be_split():
         to_canonical(source, FORMATS["timm"])
 
 
+def test_half_a_fused_array_is_named_for_every_block():
+    names = [
+        f"encoder.layer.{i}.attention.attention.{part}.{leaf}"
+        for i, part, leaf in itertools.product(
+            (0, 1), ("query", "key", "value"), ("weight", "bias")
+        )
+    ]
+    gone = {names[0], names[9]}
+    source = in_memory({name: np.ones((2, 2)) for name in names if name not in gone})
+    with pytest.raises(CheckpointError) as error:
+        to_foreign(source, FORMATS["timm"])
+    assert str(error.value).count("is there but") == 2
+    for name in gone:
+        assert f"{name} is not" in str(error.value)
+
+
+def test_two_keys_for_one_parameter():
+    source = in_memory(
+        {"x.f.0": np.ones(1), "f.0": np.ones(1), "f.1": np.ones(1), "x.f.1": np.ones(1)}
+    )
+    with pytest.raises(CheckpointError, match=r"'x\.f\.0' and 'f\.0'; 'f\.1' and 'x\.f\.1'"):
+        to_canonical(source, PAIR)
+    # Two rules that fill one target.
+    twice = Format("twice", rules=(Rule("a", "c"), Rule("b", "c")))
+    with pytest.raises(CheckpointError, match=r"c is filled twice, the second time by 'b'"):
+        to_canonical(in_memory({"a": np.ones(1), "b": np.ones(1)}), twice)
+
+
 def test_fused_parts_of_different_dtypes():
     names = [f"encoder.layer.0.attention.attention.{n}.bias" for n in ("query", "key", "value")]
     arrays = dict(zip(names, (np.ones(2), np.ones(2, np.float32), np.ones(2)), strict=True))
@@ -186,6 +215,27 @@ def test_a_config_that_timm_networks_do_not_have_is_named(tmp_path):
 def test_no_format_fits():
     keys = ["bert.encoder.layer.0.attention.self.query.weight", "cls.predictions.bias"]
     with pytest.raises(CheckpointError, match=r"not the weights of a Vision Transformer.*bert"):
+        detect_format(keys)
+
+
+def test_two_formats_fit_equally_well():
+    config = make_config(num_hidden_layers=2)
+    weights = random_weights(config)
+    other = read(to_foreign(in_memory(weights), FORMATS["hub-v5"]))
+    mixed = {n: w for n, w in weights.items() if not n.startswith("encoder.layer.1.")}
+    mixed |= {n: w for n, w in other.items() if n.startswith("layers.1.")}
+    with pytest.raises(CheckpointError, match="these keys fit hub and hub-v5 equally well"):
+        detect_format(mixed)
+
+
+def test_formats_that_say_the_same_are_no_question():
+    """A network without blocks has the same names in v4 and v5."""
+    assert detect_format(parameter_shapes(make_config("no layers"))).name == "hub"
+
+
+def test_few_known_keys_among_many():
+    keys = ["embeddings.patch_embeddings.projection.weight", *(f"other.{i}" for i in range(9))]
+    with pytest.raises(CheckpointError, match="not the weights of a Vision Transformer"):
         detect_format(keys)
 
 

@@ -191,10 +191,11 @@ DEIT = Path(__file__).parents[2] / "shared" / "data" / "deit_tiny" / "model.safe
 @pytest.mark.skipif(not DEIT.exists(), reason="the real network is not beside the repository")
 def test_real_photos(tmp_path):
     skimage = pytest.importorskip("skimage")
+    from convert.formats.timm import TIMM
     from vit_common.presets import preset
 
     shutil.copy(DEIT, tmp_path)
-    preset("tiny", num_labels=1000, layer_norm_eps=1e-6).save_pretrained(tmp_path)
+    preset("tiny", num_labels=1000, **TIMM.settings).save_pretrained(tmp_path)
     ViTImageProcessor(
         size={"shortest_edge": 248},
         resample=3,

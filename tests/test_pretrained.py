@@ -466,6 +466,17 @@ def test_heads_are_drawn_or_left_aside_and_named_once(saved, of, into, writer, f
             np.testing.assert_array_equal(value, source[name.removeprefix("vit.")], name)
 
 
+def test_without_init_the_parameters_come_beside_the_model_and_are_complete(saved):
+    cls = vit_flax.FlaxViTForImageClassification
+    (model, params), (message,) = caught(
+        cls.from_pretrained, saved("safetensors", None), _do_init=False
+    )
+    assert "newly initialized, so train them: classifier.weight, classifier.bias" in message
+    assert set(flatten_dict(params)) == model.required_params
+    with pytest.raises(ValueError, match="`params` cannot be accessed"):
+        _ = model.params
+
+
 def test_a_model_without_pooler_leaves_it_aside(saved, framework):
     model, (message,) = caught(
         twin(framework, None).from_pretrained, saved("safetensors", None), add_pooling_layer=False
@@ -838,6 +849,23 @@ def test_bfloat16_files_in_torch(tmp_path):
     again = transformers.ViTForImageClassification.from_pretrained(tmp_path / "again", dtype="auto")
     assert again.dtype == torch.bfloat16
     assert_same({n: v.float().numpy() for n, v in again.state_dict().items()}, want)
+
+
+@pytest.mark.parametrize("to", ["flax", "flax-safetensors", "hub"])
+def test_bfloat16_in_every_layout(tmp_path, to, transformers_warnings):
+    model = made("flax", None)
+    halves = model.to_bf16(model.params)
+    model.save_pretrained(tmp_path, params=halves, to=to)
+    want = {name: value.astype(np.float32) for name, value in hub_names(halves).items()}
+    found = vit_torch.ViTModel.from_pretrained(tmp_path, dtype="auto")
+    assert found.dtype == torch.bfloat16
+    assert_same(in_memory(found), want)
+    found = [vit_flax.FlaxViTModel.from_pretrained(tmp_path).params]
+    if to == "flax":  # in the others Transformers asks numpy, which does not know the type
+        found += [transformers.FlaxViTModel.from_pretrained(tmp_path, _do_init=False)[1]]
+    for params in found:
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+        assert_same({n: v.astype(np.float32) for n, v in hub_names(params).items()}, want)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
