@@ -1,46 +1,247 @@
-"""Which format is this? Told from the names of the whole file, never from one key."""
+"""Which format is this? Told from the names and shapes of the whole file, never from one key."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
-from convert.formats import FORMATS
-from convert.rules import Format
-from vit_common.errors import CheckpointError
+from convert.formats import FORMATS, NAMES
+from convert.rules import PREFIXES, Format, TensorLike
+from vit_common.errors import CheckpointError, InputError
 
-_PROJECTION = "embeddings.patch_embeddings.projection.weight"
+# What the patch projection's kernel is called, in any of the formats. What stands before it is what
+# the file puts before every name of the network.
+_PROJECTION = re.compile(
+    r"(?:^|(?<=[/.]))"
+    r"(?:embeddings([/.])patch_embeddings\1projection\1(?:weight|kernel)"
+    r"|patch_embed\.proj\.weight|embedding/kernel)$"
+)
+_CANONICAL = "embeddings.patch_embeddings.projection.weight"
+
+# Places where a file can have the network, the preferred one first; what is said of the others.
+_COPIES = (
+    (r"", "the network"),
+    (r"(model|state_dict|model_state_dict|net|network|module)[/.]", "the network"),
+    (r"(params|opt/target|target)/", "the network"),
+    (r"teacher[/.]", "the teacher, which is what DINO publishes"),
+    (r"(model_ema|ema|state_dict_ema|ema_state_dict|ema_params)[/.]", "an average over training"),
+    (r"student[/.]", "the student"),
+)
+_ELSEWHERE = (
+    (
+        r"(.*[/.])?(opt|optimi[sz]er|opt_state|state|lr_scheduler|scaler|grad_scaler)[/.].*",
+        "state of the optimizer",
+    ),
+    (
+        r"(.*[/.])?(model_ema|ema|state_dict_ema|ema_state_dict|ema_params)[/.].*",
+        "an average of the weights over training; the weights themselves are taken",
+    ),
+    (r"student[/.].*", "the student of DINO's training; the teacher is taken"),
+    (r"(.*[/.])?(dino_loss|dino_head|ibot_head|head)[/.].*", "a head or loss of pretraining"),
+    (r"(.*[/.])?(t|txt|text|contrastive)[/.].*", "of a text tower"),
+    (r"(.*[/.])?(epoch|step|steps|iteration|global_step|count)", "a counter of training"),
+)
 
 
-def detect_format(keys: Iterable[str]) -> Format:
-    """The one format whose table knows the file's keys.
+@dataclass(frozen=True)
+class Root:
+    """Where in a file the network lies.
 
-    A format is a candidate when it knows the patch projection under the name the file has; the
-    candidate that leaves the fewest keys unknown is taken.
+    Attributes:
+        path: what stands before every name of the network ("", "model/", "teacher/backbone.", ...);
+            without the prefix of a family.
+        keys: name without it -> name as the file has it.
+        ignored: name as the file has it -> why it is left aside.
+    """
+
+    path: str
+    keys: dict[str, str]
+    ignored: dict[str, str] = field(default_factory=dict)
+
+
+def find_root(keys: Iterable[str]) -> Root:
+    """Find the network in a file that may hold more: training states, copies, prefixes.
 
     Raises:
-        CheckpointError: no format fits, or two fit equally well; the message says what was seen.
+        CheckpointError: there is no network, or several and no telling which is meant.
     """
     keys = list(keys)
-    unknown: dict[str, int] = {}
-    rules: dict[str, list[Any]] = {}
-    for name, table in FORMATS.items():
-        found = [table.rule_for_foreign(key) for key in table.strip(keys)]
-        if any(hit and _PROJECTION in hit[0].canonical_names for hit in found):
-            unknown[name] = sum(hit is None for hit in found)
-            rules[name] = found
-    best = [name for name, count in unknown.items() if count == min(unknown.values())]
-    # Without blocks, formats that differ in the blocks alone say the same of every key.
-    best = [name for i, name in enumerate(best) if i == 0 or rules[name] != rules[best[0]]]
-    if len(best) == 1 and unknown[best[0]] <= len(keys) // 2:
-        return FORMATS[best[0]]
-    first = ", ".join(map(repr, sorted(keys)[:4])) or "no keys"
-    known = "; ".join(f"{table.name}: {table.describes}" for table in FORMATS.values())
-    if len(best) > 1:
+    roots: dict[str, str] = {}  # path -> path with the prefix of a family
+    for key in keys:
+        if match := _PROJECTION.search(key):
+            roots[_without_family(key[: match.start()])] = key[: match.start()]
+    if not roots:
+        raise CheckpointError(_not_a_network(keys))
+    ranked = sorted(roots, key=lambda path: (_rank(path), len(path)))
+    path = ranked[0]
+    ties = [other for other in ranked[1:] if _rank(other) == _rank(path)]
+    # Moments of an optimizer lie deeper than the weights they belong to.
+    ties = [other for other in ties if not re.fullmatch(_ELSEWHERE[0][0], other)]
+    if ties:
         raise CheckpointError(
-            f"these keys fit {' and '.join(best)} equally well ({first}, ...); say which it is."
+            "the file holds several networks, under "
+            + ", ".join(repr(p) for p in (path, *ties))
+            + "; save the one that is meant in a file of its own."
         )
-    raise CheckpointError(
-        f"these are not the weights of a Vision Transformer in a format known here: it begins "
-        f"with {first} ({len(keys)} keys). Known formats: {known}."
+    inside = {key[len(path) :]: key for key in keys if key.startswith(path)}
+    ignored = {}
+    for key in keys:
+        if not key.startswith(path):
+            ignored[key] = _reason(key) or f"outside {path!r}, where the network is"
+    if path == "":
+        # Without anything before the network's names, what lies deeper may still be another's.
+        for bare in list(inside):
+            others = [other for other in roots if other and bare.startswith(other)]
+            reason = _reason(bare) if others or "/opt" in f"/{bare}" else None
+            if reason:
+                ignored[inside.pop(bare)] = reason
+    return Root(path, inside, ignored)
+
+
+def _without_family(path: str) -> str:
+    match = re.search(rf"(?:^|(?<=[/.]))(?:{'|'.join(PREFIXES)})[/.]$", path)
+    return path[: match.start()] if match else path
+
+
+def _rank(path: str) -> int:
+    """Place of a path in `_COPIES`, whatever stands between ("module.", "backbone.", "img/")."""
+    for rank, (pattern, _) in enumerate(_COPIES):
+        if pattern and re.match(pattern, path):
+            return rank
+    inner = r"((module|backbone|_orig_mod|encoder|img|visual|vit|model)[/.])*"
+    return 0 if re.fullmatch(inner, path) else len(_COPIES)
+
+
+def _reason(key: str) -> str | None:
+    return next((why for pattern, why in _ELSEWHERE if re.fullmatch(pattern, key)), None)
+
+
+def _not_a_network(keys: list[str]) -> str:
+    first = ", ".join(map(repr, sorted(keys)[:4])) or "no keys"
+    known = "; ".join(dict.fromkeys(f"{t.name}: {t.describes}" for t in FORMATS))
+    return (
+        "these are not the weights of a Vision Transformer in a format known here: it begins with "
+        f"{first} ({len(keys)} keys). Known formats: {known}."
     )
+
+
+def detect_format(
+    keys: Iterable[str],
+    *,
+    name: str | None = None,
+    hints: Mapping[str, str] | None = None,
+    shapes: Mapping[str, TensorLike] | None = None,
+) -> Format:
+    """The one table that knows the keys of a network.
+
+    Args:
+        keys: names without what `find_root` found before them.
+        name: the format, where the caller knows it.
+        hints: what else is known: "root", the path in the file; "suffix" of the file's name;
+            "model_type" or "architecture" of a config beside it.
+        shapes: the tensors by name, to tell tables apart that have the same names.
+
+    Raises:
+        CheckpointError: no table fits, or several do; the message says which and what would decide.
+        InputError: there is no format of that name.
+    """
+    keys, hints = list(keys), dict(hints or {})
+    if name is not None and name not in NAMES:
+        raise InputError(f"the format must be one of {', '.join(NAMES)}; given {name!r}.")
+    counts: list[tuple[int, Format]] = []
+    twice: CheckpointError | None = None
+    for table in FORMATS:
+        if name is not None and table.name != name:
+            continue
+        try:
+            bare = table.strip(keys)
+        except CheckpointError as error:  # two keys that are one in this format
+            twice = error
+            continue
+        if any(key not in bare for key in table.requires):
+            continue
+        found = {key: table.rule_for_foreign(key) for key in bare}
+        if not any(hit and _CANONICAL in hit[0].canonical_names for hit in found.values()):
+            continue
+        unknown = [k for k, hit in found.items() if hit is None and not table.why_ignored(k)]
+        wrong = (
+            sum(_rank_differs(hit[0], shapes.get(bare[k])) for k, hit in found.items() if hit)
+            if shapes
+            else 0
+        )
+        counts.append((len(unknown) + wrong, table))
+    fewest = min((count for count, _ in counts), default=None)
+    if fewest is None and twice is not None:
+        raise twice
+    if fewest is None or fewest > len(keys) // 2:
+        raise CheckpointError(
+            _not_a_network(keys)
+            if name is None
+            else f"these are not weights in the format {name!r}: " + _not_a_network(keys)
+        )
+    best = _same_family([table for count, table in counts if count == fewest], hints)
+    best = _prefer(best, keys, hints)
+    if len(best) > 1:
+        described = " and ".join(dict.fromkeys(f"{t.name} ({t.describes})" for t in best))
+        what = (
+            "the names of these weights fit {} equally well, and each leaves {} of them unknown"
+            if fewest
+            else "the names of these weights fit {} equally well, and the networks differ in what "
+            "no weight shows (here: how positions are resampled to another image size)"
+        )
+        raise CheckpointError(
+            what.format(described, fewest)
+            + ". Say which it is: `--from` of the command, `format=` in Python, or a config.json "
+            "beside the file."
+        )
+    return best[0]
+
+
+def _rank_differs(rule, tensor) -> bool:
+    rank = rule.layout.foreign_rank
+    return tensor is not None and rank is not None and len(tensor.shape) != rank
+
+
+def _same_family(tables: list[Format], hints: Mapping[str, str]) -> list[Format]:
+    """Leave out tables of another family than the config beside the file names."""
+    family = hints.get("model_type", "").replace("vit_extended", "vit").replace("vit_mae", "vit")
+    named = [table for table in tables if family in table.families]
+    return named or tables
+
+
+def _prefer(tables: list[Format], keys: list[str], hints: Mapping[str, str]) -> list[Format]:
+    """Decide between tables that know the same keys, by what only one of them would have."""
+    if len({id(table.rules) for table in tables}) == 1 and len({t.name for t in tables}) == 1:
+        return tables[:1]
+    names = {table.name for table in tables}
+    if len(names) == 1 or names <= {"hub", "flax", "flax-safetensors"}:
+        # DeiT's and ViT's heads, or DINOv2 with either MLP: the first, if they know the same keys.
+        # If they do not, the file is a mixture.
+        known = [
+            frozenset(full for key, full in t.strip(keys).items() if t.rule_for_foreign(key))
+            for t in tables
+        ]
+        return tables[:1] if len(set(known)) == 1 else tables
+
+    def only(name: str) -> list[Format]:
+        return [table for table in tables if table.name == name] or tables
+
+    root = hints.get("root", "")
+    if "architecture" in hints:
+        return only("timm")
+    if root.startswith(("teacher", "student")) or "backbone" in root:
+        return only("dino")
+    if any(re.fullmatch(r"head\.(mlp|last_layer)\..*", key) for key in keys):
+        return only("dino")
+    if any(re.fullmatch(r"decoder_.*|mask_token", key) for key in keys):
+        return only("mae") if "mae" in names else only("beit")
+    if hints.get("suffix") == ".safetensors":
+        return only("timm")  # the projects themselves publish pickles
+    if root.startswith("model"):
+        if any(key.startswith("fc_norm.") for key in keys) and "mae" in names:
+            return only("mae")
+        return only("beit") if "beit" in names else only("deit")
+    if any(key.startswith("head.") for key in keys):
+        return only("timm")
+    return [table for table in tables if table.name in ("timm", "dino", "beit")]

@@ -60,6 +60,53 @@ FUSED_QKV = Layout("fused query, key, value", _split3, lambda arrays: [np.concat
 """One array (3 D, ...) <-> query, key and value (D, ...) in this order, as timm stores them."""
 
 
+def _joined_heads(x: np.ndarray) -> np.ndarray:
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2])
+
+
+TOKEN = Layout("token", _each(lambda x: x[None]), _each(lambda x: x[0]), 2, 3)
+"""One token as (1, D) <-> (1, 1, D)."""
+
+GATE_AND_UP = Layout(
+    "gate and up", lambda arrays: [np.concatenate(arrays)], lambda arrays: np.split(arrays[0], 2)
+)
+"""The two halves of a SwiGLU's first layer, each (I, ...) <-> one array (2 I, ...)."""
+
+
+def heads_apart(heads: int) -> tuple[Layout, Layout, Layout]:
+    """Layouts of Flax's `MultiHeadDotProductAttention`, which keeps heads on an axis of their own:
+    kernel (D, A, D/A) of query, key and value, their bias (A, D/A), and kernel (A, D/A, D) of the
+    output <-> (D, D), (D,), (D, D) of PyTorch's dense layers.
+
+    Args:
+        heads: number A of heads; only writing needs it, reading finds it in the arrays.
+    """
+
+    def kernel(x: np.ndarray) -> np.ndarray:
+        return x.T.reshape(x.shape[1], heads, x.shape[0] // heads)
+
+    def output(x: np.ndarray) -> np.ndarray:
+        return x.T.reshape(heads, x.shape[1] // heads, x.shape[0])
+
+    return (
+        Layout("heads in", _each(lambda x: _joined_heads(x).T), _each(kernel), 3, 2),
+        Layout(
+            "heads bias",
+            _each(lambda x: x.reshape(x.shape[0] * x.shape[1])),
+            _each(lambda x: x.reshape(heads, x.shape[0] // heads)),
+            2,
+            1,
+        ),
+        Layout(
+            "heads out",
+            _each(lambda x: x.reshape(x.shape[0] * x.shape[1], x.shape[2]).T),
+            _each(output),
+            3,
+            2,
+        ),
+    )
+
+
 def result_shapes(
     function: Callable[[Arrays], Arrays], shapes: Sequence[tuple[int, ...]]
 ) -> list[tuple[int, ...]]:

@@ -12,15 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from convert.detect import detect_format
-from convert.formats import FORMATS
-from convert.rules import MappedTensor, to_canonical
+from convert.rules import Format, MappedTensor, unprefixed
+from convert.source import (
+    config_from_dict,
+    is_timm,
+    open_source,
+    read_config_file,
+    read_tensors,
+)
 from vit_common.checkpoint import Checkpoint, open_checkpoint
 from vit_common.checks import check_keywords
-from vit_common.config import FIELDS, ViTConfig, as_config
-from vit_common.errors import CheckpointError
-from vit_common.hub import HUB_OPTIONS, find_weights
-from vit_common.parameters import BASE_PREFIX, HEAD_PARAMETERS
+from vit_common.config import CONFIG_CLASSES, CONFIG_NAME, FIELDS, ViTConfig, as_config
+from vit_common.errors import CheckpointError, ConfigError
+from vit_common.hub import HUB_OPTIONS, find_file, find_weights
+from vit_common.parameters import HEAD_PARAMETERS
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
@@ -33,13 +38,13 @@ class Loaded:
         tensors: canonical name -> tensor, with the model's own `vit.` prefix, in the model's order.
         missing: names the file does not have; the caller draws them anew.
         path: the file they come from.
-        format: name of its format.
+        format: its format.
     """
 
     tensors: dict[str, MappedTensor]
     missing: list[str]
     path: Path
-    format: str
+    format: Format
     checkpoint: Checkpoint
 
     def close(self) -> None:
@@ -48,23 +53,59 @@ class Loaded:
 
 
 def read_config(
-    name_or_path: Any, config: Any, hub: Mapping[str, Any], options: Mapping[str, Any]
-) -> tuple[ViTConfig, dict[str, Any]]:
+    name_or_path: Any,
+    config: Any,
+    hub: Mapping[str, Any],
+    options: Mapping[str, Any],
+    *,
+    wanted: type[ViTConfig] | None = ViTConfig,
+    format: str | None = None,
+) -> tuple[Any, dict[str, Any]]:
     """The configuration of a model to load, and the options that are not fields of it.
 
     Args:
         name_or_path: where the weights are; `config.json` is looked for there, or beside a file.
+            Where there is none, or timm's own, the weights say what the network is.
         config: a configuration (all options are then left over), or where to read it, or None.
         hub: options of the Hub.
         options: overrides of fields, mixed with others.
+        wanted: the configuration's class; None takes any.
+        format: of the weights, where it cannot be told.
 
     Raises:
         MissingFileError, ConfigError: as `ViTConfig.from_pretrained`.
+        CheckpointError: the weights had to be looked at, and are refused.
     """
     if config is not None and not isinstance(config, (str, os.PathLike)):
-        return as_config(config), dict(options)
+        return (config if wanted is None else as_config(config, wanted)), dict(options)
     place = name_or_path if config is None else config
-    return ViTConfig.from_pretrained(place, return_unused_kwargs=True, **hub, **options)
+    table = read_config_file(place, **hub)
+    if table is None and (config is not None or not _is_weights(place)):
+        find_file(place, CONFIG_NAME, **hub)  # raises, saying where it looked
+    if table is None or is_timm(table):
+        fields = {name for cls in CONFIG_CLASSES.values() for name in cls.fields} | {"num_labels"}
+        ours = {name: value for name, value in options.items() if name in fields}
+        unused = {name: value for name, value in options.items() if name not in fields}
+        with open_source(name_or_path, format=format, overrides=ours, **hub) as source:
+            settled = source.config
+    else:
+        table = {**table, "_name_or_path": str(place)}
+        path = find_file(place, CONFIG_NAME, **hub)
+        try:
+            settled, unused = config_from_dict(table, return_unused_kwargs=True, **options)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+    if wanted is not None:
+        try:
+            settled = as_config(settled, wanted)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from error
+    return settled, unused
+
+
+def _is_weights(place: str | os.PathLike) -> bool:
+    """Whether a place is a file that may hold weights, which say what they are."""
+    return Path(place).is_file() and not str(place).endswith(".json")
 
 
 def check_leftovers(
@@ -99,6 +140,7 @@ def load_parameters(
     config: ViTConfig,
     allow_missing: bool = False,
     ignore_mismatched_sizes: bool = False,
+    format: str | None = None,
     **hub: Any,
 ) -> Loaded:
     """Open the weights of a directory, file or Hub repository and fit them to a model.
@@ -111,6 +153,7 @@ def load_parameters(
         config: the model's, held against what the format implies.
         allow_missing: take a file that lacks parameters of the network itself.
         ignore_mismatched_sizes: leave out parameters whose shape differs, as if missing.
+        format: of the weights, where it cannot be told.
         **hub: options of the Hub.
 
     Warns:
@@ -125,7 +168,13 @@ def load_parameters(
     path = find_weights(name_or_path, prefer=prefer, **hub)
     checkpoint = open_checkpoint(path)
     try:
-        loaded = _fit(checkpoint, path, shapes, model, allow_missing, ignore_mismatched_sizes)
+        hints = {"suffix": path.suffix, "model_type": config.model_type}
+        timm = read_config_file(name_or_path, **hub)
+        if timm is not None and is_timm(timm):
+            hints["architecture"] = str(timm["architecture"])
+        loaded = _fit(
+            checkpoint, path, shapes, model, allow_missing, ignore_mismatched_sizes, format, hints
+        )
     except CheckpointError as error:
         checkpoint.close()
         if str(path) in str(error):
@@ -133,12 +182,12 @@ def load_parameters(
         raise CheckpointError(f"{path}: {error}") from error
     odd = {
         field: value
-        for field, value in FORMATS[loaded.format].settings.items()
+        for field, value in loaded.format.settings.items()
         if getattr(config, field) != value
     }
     if odd:
         warnings.warn(
-            f"{model} from {path}: networks in {loaded.format} layout have "
+            f"{model} from {path}: networks in {loaded.format.name} layout have "
             + ", ".join(f"{field}={value!r}" for field, value in odd.items())
             + "; the config says "
             + ", ".join(f"{field}={getattr(config, field)!r}" for field in odd)
@@ -149,14 +198,15 @@ def load_parameters(
     return loaded
 
 
-def _fit(checkpoint, path, shapes, model, allow_missing, ignore_mismatched_sizes) -> Loaded:
-    table = detect_format(checkpoint)
-    mapped = to_canonical(checkpoint, table)
-    found = mapped.tensors
+def _fit(
+    checkpoint, path, shapes, model, allow_missing, ignore_mismatched_sizes, format, hints
+) -> Loaded:
+    _, table, mapped, _, unexplained = read_tensors(checkpoint, format=format, hints=hints)
+    found = dict(mapped.tensors)
     tensors: dict[str, MappedTensor] = {}
     missing, mismatched = [], []
     for name, shape in shapes.items():
-        tensor = found.pop(name.removeprefix(BASE_PREFIX), None)
+        tensor = found.pop(unprefixed(name), None)
         if tensor is None:
             missing.append(name)
         elif tensor.shape != tuple(shape):
@@ -183,7 +233,7 @@ def _fit(checkpoint, path, shapes, model, allow_missing, ignore_mismatched_sizes
     network = [
         name
         for name in missing
-        if not name.removeprefix(BASE_PREFIX).startswith(HEAD_PARAMETERS)
+        if not unprefixed(name).startswith(HEAD_PARAMETERS)
         and not any(line.startswith(f"- {name}:") for line in mismatched)
     ]
     if network and not allow_missing:
@@ -191,8 +241,8 @@ def _fit(checkpoint, path, shapes, model, allow_missing, ignore_mismatched_sizes
             f"{len(network)} of the {len(shapes)} parameters that {model} needs are missing: "
             f"{_some(network, 12)}. Pass `allow_missing=True` to draw them at random."
         )
-    _say(path, model, missing, sorted([*found, *mapped.unused]), mismatched)
-    return Loaded(tensors, missing, path, table.name, checkpoint)
+    _say(path, model, missing, sorted([*found, *unexplained]), mismatched)
+    return Loaded(tensors, missing, path, table, checkpoint)
 
 
 def _say(path, model, missing, unexpected, mismatched) -> None:

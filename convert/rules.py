@@ -17,6 +17,10 @@ import numpy as np
 
 from convert.layouts import KEEP, Arrays, Layout, result_shapes
 from vit_common.errors import CheckpointError
+from vit_common.parameters import TOP_PARAMETERS
+
+PREFIXES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers")
+"""What models with a head put before the names of the network under it, one for each family."""
 
 
 class TensorLike(Protocol):
@@ -56,26 +60,40 @@ def _fill(name: str, index: str | None) -> str:
 
 @dataclass(frozen=True)
 class Format:
-    """A checkpoint layout.
+    """A checkpoint layout of one family.
 
     Attributes:
-        name: how users call it.
-        rules: the table. Canonical names are without the `vit.` prefix of models with a head.
+        name: how users call the layout; several families can have one of that name.
+        rules: the table. Canonical names are without what a model with a head puts before the
+            names of the network under it ("vit.", "deit.", ...).
+        families: `model_type` of the configurations whose weights it holds.
         separator: what stands between the parts of a foreign key.
-        prefix: what foreign files of a model with a head put before the names of the network
-            under it; read with and without.
-        wrappers: starts of every key that a file may have around the whole table.
+        prefixed: whether foreign files of a model with a head put the family's prefix before the
+            names of the network under it; read with and without.
+        only_with_prefix: (start of a key, its replacement) for keys of a head that have the name of
+            a parameter of the network, and differ by having no prefix.
+        respelled: (pattern, replacement) for keys with a part that says nothing.
+        ignored: (pattern, reason) of keys that hold no weights of the network.
+        requires: foreign names without which a file is not in this format.
         settings: fields of the config that networks in this format have, where they differ from
-            the defaults.
+            the defaults of the family.
+        root: what files in this format have before every name.
+        written: whether files in this format can be written.
         describes: one line for messages.
     """
 
     name: str
     rules: tuple[Rule, ...]
+    families: tuple[str, ...] = ("vit",)
     separator: str = "."
-    prefix: str = ""
-    wrappers: tuple[str, ...] = ()
+    prefixed: bool = False
+    only_with_prefix: tuple[tuple[str, str], ...] = ()
+    respelled: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[tuple[str, str], ...] = ()
+    requires: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    root: str = ""
+    written: bool = True
     describes: str = ""
 
     @cached_property
@@ -91,33 +109,52 @@ class Format:
         return _lookup(self._by_foreign, key)
 
     def rule_for_canonical(self, name: str) -> tuple[Rule, str | None] | None:
-        """The rule and the block index for a canonical name without the `vit.` prefix."""
+        """The rule and the block index for a canonical name without prefix."""
         return _lookup(self._by_canonical, name)
 
+    def why_ignored(self, key: str) -> str | None:
+        """Why a foreign key without prefix is left aside, or None."""
+        return next((why for pattern, why in self.ignored if re.fullmatch(pattern, key)), None)
+
     def strip(self, keys: Iterable[str]) -> dict[str, str]:
-        """Key without wrapper and prefix -> key as the file has it.
+        """Key as the table has it -> key as the file has it.
 
         Raises:
             CheckpointError: two keys of the file become the same.
         """
         keys = list(keys)
-        wrapper = next(
-            (w for w in self.wrappers if keys and all(k.startswith(w) for k in keys)), ""
-        )
+        prefix = _family_prefix(keys, self.separator) if self.prefixed else ""
         out: dict[str, str] = {}
         twice: list[str] = []
         for key in keys:
-            bare = (
-                key[len(wrapper) :].removeprefix(self.prefix)
-                if self.prefix
-                else key[len(wrapper) :]
-            )
+            bare = key.removeprefix(prefix)
+            if prefix and bare == key:
+                for start, replacement in self.only_with_prefix:
+                    if bare.startswith(start):
+                        bare = replacement + bare[len(start) :]
+            for pattern, replacement in self.respelled:
+                bare = re.sub(pattern, replacement, bare)
             if bare in out:
                 twice.append(f"{out[bare]!r} and {key!r}")
             out[bare] = key
         if twice:
             raise CheckpointError(f"two keys name the same parameter: {'; '.join(twice)}.")
         return out
+
+
+def _family_prefix(keys: Iterable[str], separator: str) -> str:
+    """What a model with a head put before its network's names: "vit.", "deit.", ...; or ""."""
+    for key in keys:
+        start = key.partition(separator)[0]
+        if start in PREFIXES:
+            return start + separator
+    return ""
+
+
+def unprefixed(name: str) -> str:
+    """A canonical name without what a model with a head puts before it."""
+    start, dot, rest = name.partition(".")
+    return rest if dot and start in PREFIXES else name
 
 
 def _pattern(name: str) -> re.Pattern:
@@ -194,17 +231,14 @@ def to_canonical(source: Mapping[str, TensorLike], table: Format) -> Mapped:
 
 
 def to_foreign(source: Mapping[str, TensorLike], table: Format) -> Mapped:
-    """Map canonical names (with or without the `vit.` prefix) onto the keys of a format.
+    """Map canonical names (with or without their prefix) onto the keys of a format.
 
-    Where the source has the prefix, the result has the format's.
+    Where the source has a prefix and the format knows one, the result has the same.
 
     Raises:
         CheckpointError: as `to_canonical`.
     """
-    from vit_common.parameters import BASE_PREFIX, HEAD_PARAMETERS
-
-    prefixed = any(name.startswith(BASE_PREFIX) for name in source)
-    bare = {name.removeprefix(BASE_PREFIX): name for name in source}
+    bare = {unprefixed(name): name for name in source}
     result = _map(
         {name: source[full] for name, full in bare.items()},
         bare,
@@ -212,15 +246,21 @@ def to_foreign(source: Mapping[str, TensorLike], table: Format) -> Mapped:
         lambda rule: (rule.canonical_names, rule.foreign_names),
         lambda layout: (layout.to_foreign, layout.canonical_rank),
     )
-    if prefixed and table.prefix:
-        heads = tuple(
-            name.replace(".", table.separator) for name in HEAD_PARAMETERS if name.endswith(".")
-        )
-        result.tensors = {
-            name if name.startswith(heads) else table.prefix + name: tensor
-            for name, tensor in result.tensors.items()
-        }
-    return result
+    prefix = _family_prefix(source, ".")
+    if not (prefix and table.prefixed):
+        return result
+    separator = table.separator
+    tensors = {}
+    for name, tensor in result.tensors.items():
+        parts = name.replace(separator, ".")
+        if parts.startswith(TOP_PARAMETERS):
+            for theirs, ours in table.only_with_prefix:
+                if name.startswith(ours):
+                    name = theirs + name[len(ours) :]
+        else:
+            name = prefix[:-1] + separator + name
+        tensors[name] = tensor
+    return Mapped(tensors, result.unused)
 
 
 def _map(source, original, find, sides, direction) -> Mapped:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from convert.formats import FORMATS
+from convert.formats import table_for
 from convert.rules import TensorLike, to_foreign
 from vit_common.checkpoint import make_directory, save_checkpoint
 from vit_common.checks import check_keywords
@@ -61,12 +61,12 @@ def save_parameters(
     if to not in _FILES:
         raise InputError(f"`to` must be one of {', '.join(map(repr, _FILES))}; given {to!r}.")
     container, stem, tag = _FILES[to]
-    mapped = to_foreign(tensors, FORMATS[to])
+    mapped = to_foreign(tensors, table_for(to, config))
     if mapped.unused:
         raise CheckpointError(
             f"these parameters are not part of {architecture}: {', '.join(sorted(mapped.unused))}."
         )
-    written = ViTConfig.from_dict(config.to_dict())
+    written = type(config).from_dict(config.to_dict())
     written.architectures = [architecture]
     written.dtype = next(iter(tensors.values())).dtype.name
     text = written.to_json_string()

@@ -11,7 +11,7 @@ import torch
 import transformers
 from flax.traverse_util import unflatten_dict
 
-from convert.formats import FORMATS
+from convert.formats import TREE
 from convert.rules import to_foreign
 from vit_common.config import ViTConfig
 from vit_common.parameters import parameter_shapes
@@ -99,7 +99,7 @@ def random_weights(config: ViTConfig, head=None, seed: int = 0, **kwargs) -> dic
 def flax_tree(weights: dict[str, np.ndarray], dtype: Any = jnp.float32) -> dict[str, Any]:
     """The weights as a Flax parameter tree."""
     tensors = {name: InMemory(value) for name, value in weights.items()}
-    mapped = to_foreign(tensors, FORMATS["flax"])
+    mapped = to_foreign(tensors, TREE)
     assert not mapped.unused
     return unflatten_dict(
         {

@@ -365,7 +365,7 @@ def check_gradients(got, want: dict[str, np.ndarray], bound: str = "gradients fl
     if not isinstance(next(iter(got.values())), np.ndarray):
         flat = flatten_dict(got, sep="/")
         mapped = to_canonical(
-            {n: InMemory(np.asarray(g)) for n, g in flat.items()}, FORMATS["flax"]
+            {n: InMemory(np.asarray(g)) for n, g in flat.items()}, TREE
         )
         prefix = {n.removeprefix("vit."): n for n in want}
         got = {prefix[n]: t.read() for n, t in mapped.tensors.items()}

@@ -1,8 +1,9 @@
 """Weights files <-> a flat mapping of names to arrays.
 
 Reads safetensors, Flax msgpack, numpy `.npz` and torch pickles (weights only), each as one file or
-as shards with an index; writes safetensors and msgpack. Reading is lazy, writing is atomic, and
-nothing a file says is executed or allocated before it is checked against the file's real size.
+as shards with an index; writes each as one file, and the first two as shards. Reading is lazy,
+writing is atomic, and nothing a file says is executed or allocated before it is checked against
+the file's real size.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from vit_common.containers import flax_msgpack, numpy_zip, safetensors_file, torch_pickle
-from vit_common.containers.tensor import DataFile, Tensor, as_tensor
+from vit_common.containers.tensor import DataFile, Progress, Tensor, as_tensor, no_progress
 from vit_common.errors import CheckpointError, InputError, MissingFileError
 from vit_common.files import (
     LFS_POINTER,
@@ -37,6 +38,7 @@ __all__ = [
     "read_json",
     "save_checkpoint",
     "shard_names",
+    "write_checkpoint",
     "write_text",
 ]
 
@@ -274,6 +276,7 @@ def save_checkpoint(
     separator: str = ".",
     replaces: Iterable[str] = (),
     beside: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> list[Path]:
     """Write tensors as `{stem}.{container}`, or as shards and an index where they are larger.
 
@@ -294,6 +297,7 @@ def save_checkpoint(
         replaces: names of other weights files, such as "flax_model.msgpack", that this save makes
             stale: they, their shards and their indices are deleted at the end.
         beside: other files of this save, such as "config.json": name -> text.
+        progress: called with the number of bytes of each tensor when it has been written.
 
     Returns:
         The files written: weights, index, and what goes beside them.
@@ -308,9 +312,7 @@ def save_checkpoint(
         raise InputError(f"`stem` must be a plain file name without extension; given {stem!r}.")
     limit = parse_size(max_shard_size)
     entries = _entries(tensors, container, separator)
-    texts = dict(metadata or {})
-    if not all(isinstance(part, str) for pair in texts.items() for part in pair):
-        raise InputError(f"`metadata` must map strings to strings; given {texts!r}.")
+    texts = _texts(metadata)
 
     single = f"{stem}.{container}"
     shards = _split(entries, limit, container)
@@ -320,10 +322,7 @@ def save_checkpoint(
         name = single
         if len(shards) > 1:
             name = f"{stem}-{number:05d}-of-{len(shards):05d}.{container}"
-        if container == "safetensors":
-            contents[name] = partial(safetensors_file.write, tensors=shard, metadata=texts)
-        else:
-            contents[name] = partial(flax_msgpack.write, tree=flax_msgpack.nest(shard))
+        contents[name] = _writer(container, shard, texts, None, progress)
         weight_map.update({tensor.name: name for tensor in shard})
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in entries)
@@ -342,8 +341,95 @@ def save_checkpoint(
     return replace_files(directory, contents, sorted(stale))
 
 
+def write_checkpoint(
+    path: str | PathLike,
+    tensors: Mapping[str, Any],
+    *,
+    container: Container | None = None,
+    metadata: Mapping[str, str] | None = None,
+    wrapper: str | None = None,
+    separator: str = "/",
+    progress: Progress | None = None,
+) -> None:
+    """Write tensors as one file; whatever happens, the old file or the whole new one is there.
+
+    A process that is killed can leave a file `.{name}.{8 hex digits}.tmp` beside the old one,
+    which is in nobody's way.
+
+    Args:
+        path: the file; its directory is made if it is not there.
+        tensors: name -> numpy array, JAX array, `Tensor`, or anything with `shape`, `dtype` and
+            `read()`. Each is read once, and one at a time is in memory; but "torch" holds all.
+        container: "safetensors", "msgpack", "npz" or "torch"; by default what the suffix says.
+        metadata: texts for the header of a safetensors file, such as {"format": "pt"}.
+        wrapper: writes a torch pickle of {wrapper: {name: tensor}}, as {"model": {...}}.
+        separator: what stands for "/" in the names; a msgpack file nests them instead.
+        progress: called with the number of bytes of each tensor when it has been written, or for
+            "torch", which writes them all at the end, when it is in memory.
+
+    Raises:
+        InputError: no such container or suffix, or one that cannot hold a name, a dtype, a value,
+            metadata or a wrapper; torch is not installed.
+        MissingFileError: the file cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    if container is None:
+        container = _EXTENSIONS.get(path.suffix.lower())
+        if container is None:
+            raise InputError(
+                f"{path}: the suffix tells how to write a file; wanted one of "
+                f"{', '.join(_EXTENSIONS)}, or `container`; given {path.suffix!r}."
+            )
+    elif container not in _EXTENSIONS.values():
+        known = ", ".join(map(repr, dict.fromkeys(_EXTENSIONS.values())))
+        raise InputError(f"`container` must be one of {known}; given {container!r}.")
+    if metadata and container != "safetensors":
+        raise InputError(f"`metadata` is for safetensors files; {path} is to be {container}.")
+    if wrapper is not None and (container != "torch" or not isinstance(wrapper, str)):
+        raise InputError(
+            f"`wrapper` must be a string, and is for torch pickles; given {wrapper!r}, and {path} "
+            f"is to be {container}."
+        )
+    entries = _entries(tensors, container, separator)
+    write = _writer(container, entries, _texts(metadata), wrapper, progress)
+    replace_files(make_directory(path.parent), {path.name: write})
+
+
+def _writer(
+    container: Container,
+    tensors: list[Tensor],
+    metadata: dict[str, str],
+    wrapper: str | None,
+    progress: Progress | None,
+) -> Callable[[BinaryIO], object]:
+    """What writes these tensors to a stream; what can be refused without reading them is."""
+    told = progress or no_progress
+    if container == "safetensors":
+        return partial(safetensors_file.write, tensors=tensors, metadata=metadata, progress=told)
+    if container == "msgpack":
+        return partial(flax_msgpack.write, tree=flax_msgpack.nest(tensors), progress=told)
+    if container == "npz":
+        return partial(numpy_zip.write, tensors=tensors, progress=told)
+    return partial(torch_pickle.write, tensors=tensors, wrapper=wrapper, progress=told)
+
+
+def _texts(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    texts = dict(metadata or {})
+    if not all(isinstance(part, str) for pair in texts.items() for part in pair):
+        raise InputError(f"`metadata` must map strings to strings; given {texts!r}.")
+    return texts
+
+
 def _write_text(stream: BinaryIO, text: str) -> None:
     stream.write(text.encode())
+
+
+_LONGEST_NAME = {
+    "msgpack": flax_msgpack.MAX_NAME,
+    "npz": numpy_zip.MAX_NAME,
+    "torch": torch_pickle.MAX_NAME,
+}
+"""Bytes of a name, of what is read again here."""
 
 
 def _entries(tensors: Mapping[str, Any], container: str, separator: str) -> list[Tensor]:
@@ -352,16 +438,25 @@ def _entries(tensors: Mapping[str, Any], container: str, separator: str) -> list
     for given, value in tensors.items():
         if not isinstance(given, str):
             raise InputError(f"a tensor's name must be a string; given {given!r}.")
-        name = given.replace("/", separator) if container == "safetensors" else given
+        name = given if container == "msgpack" else given.replace("/", separator)
         try:
-            name.encode()
+            length = len(name.encode())
         except UnicodeEncodeError as error:
             raise InputError(f"tensor {given!r}: its name is not valid Unicode.") from error
+        if length > _LONGEST_NAME.get(container, length):
+            raise InputError(
+                f"tensor {given[:80]!r}...: its name takes {length} bytes; {container} files hold "
+                f"at most {_LONGEST_NAME[container]}."
+            )
+        if container == "npz" and "\0" in name:
+            raise InputError(f"tensor {given!r}: npz has no names with a NUL in them.")
         if name in entries or (container == "safetensors" and name == "__metadata__"):
             raise InputError(f"tensor {given!r}: the name {name!r} is taken.")
         entry = as_tensor(name, value)
         if container == "safetensors" and entry.dtype.name not in safetensors_file.CODES:
             raise InputError(f"tensor {given!r}: safetensors has no dtype {entry.dtype.name}.")
+        if container == "npz" and not numpy_zip.holds(entry.dtype):
+            raise InputError(f"tensor {given!r}: npz has no dtype {entry.dtype.name}.")
         entries[name] = entry
     return list(entries.values())
 

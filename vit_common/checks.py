@@ -32,7 +32,7 @@ def check_image(
     wanted = config.image_height_width
     if (height, width) == wanted:
         return config.grid_size
-    if not interpolate:
+    if not interpolate and not config.any_image_size:
         raise InputError(
             f"`pixel_values` must be {wanted[0]} x {wanted[1]} pixels (height x width); given "
             f"{height} x {width}. Resize the image, or pass `interpolate_pos_encoding=True` to "
@@ -125,6 +125,25 @@ def check_labels(labels: Any, problem_type: str, batch: int, num_labels: int) ->
         raise InputError(
             f"`labels` must have shape (batch, classes) = ({batch}, {num_labels}) for "
             f"{problem_type}; given {shape}."
+        )
+
+
+def check_token_labels(labels: Any, mask: Any, shape: tuple[int, ...]) -> None:
+    """Raise InputError unless there is a label for each patch, and a mask that says which count.
+
+    Args:
+        labels: visual tokens.
+        mask: `bool_masked_pos`.
+        shape: of the logits (B, N, vocab_size).
+    """
+    if mask is None:
+        raise InputError("`labels` need `bool_masked_pos`: the loss is that of the masked patches.")
+    masked = int(np.asarray(mask != 0).sum()) if len(labels.shape) == 1 else None
+    if not _is_integer(labels) or tuple(labels.shape) not in (tuple(shape[:2]), (masked,)):
+        raise InputError(
+            f"`labels` must be integers of shape (batch, patches) = {tuple(shape[:2])}, one visual "
+            "token a patch, or hold those of the masked patches alone; given "
+            f"{labels.dtype} of shape {tuple(labels.shape)}."
         )
 
 

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -151,17 +151,24 @@ def _dtype_name(name: str, value: Any) -> str:
 _rate = _number("a number from 0 to 1", lambda x: 0.0 <= x <= 1.0)
 _size = _integer(1)
 
-# name -> (default, check). The order is the order of the constructor's documentation.
-_FIELDS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
+_fraction = _number("a number of at least 0", lambda x: x >= 0)
+
+PositionTokens = Literal["all", "cls", "patches"]
+Pooling = Literal["cls", "mean", "cls_mean"]
+
+# name -> (default, check), for every field of every family. Each family takes its own from here.
+_CHECKS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
+    "vocab_size": (8192, _size),
     "hidden_size": (768, _size),
     "num_hidden_layers": (12, _integer(0)),
     "num_attention_heads": (12, _size),
     "intermediate_size": (3072, _size),
+    "mlp_ratio": (4, _number("a number above 0", lambda x: x > 0)),
     "hidden_act": ("gelu", _activation),
     "hidden_dropout_prob": (0.0, _rate),
     "attention_probs_dropout_prob": (0.0, _rate),
-    "initializer_range": (0.02, _number("a number of at least 0", lambda x: x >= 0)),
-    "layer_norm_eps": (1e-12, _number("a number of at least 0", lambda x: x >= 0)),
+    "initializer_range": (0.02, _fraction),
+    "layer_norm_eps": (1e-12, _fraction),
     "image_size": (224, _side),
     "patch_size": (16, _side),
     "num_channels": (3, _size),
@@ -169,6 +176,21 @@ _FIELDS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "encoder_stride": (16, _size),
     "pooler_output_size": (None, _optional(_size)),
     "pooler_act": ("tanh", _activation),
+    "use_mask_token": (False, _boolean),
+    "use_absolute_position_embeddings": (True, _boolean),
+    "use_relative_position_bias": (False, _boolean),
+    "use_shared_relative_position_bias": (False, _boolean),
+    "layer_scale_init_value": (0.0, _fraction),
+    "layerscale_value": (1.0, _fraction),
+    "drop_path_rate": (0.0, _number("a number from 0 to below 1", lambda x: 0.0 <= x < 1.0)),
+    "use_mean_pooling": (True, _boolean),
+    "use_swiglu_ffn": (False, _boolean),
+    "num_register_tokens": (0, _integer(0)),
+    "use_cls_token": (True, _boolean),
+    "position_tokens": ("all", _choice(get_args(PositionTokens))),
+    "pooling": ("cls", _choice(("cls", "mean"))),
+    "norm_after_pooling": (False, _boolean),
+    "use_representation_layer": (False, _boolean),
     "gradient_checkpointing": (False, _boolean),
     "position_resize": ("bicubic", _choice(get_args(ResizeRule))),
     "output_hidden_states": (False, _boolean),
@@ -181,13 +203,10 @@ _FIELDS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "dtype": (None, _optional(_dtype_name)),
 }
 
-FIELDS = tuple(_FIELDS)
-"""Names of the fields, in the order of the constructor."""
-
 # Written only when they differ from the default: Transformers does not know or does not write them.
 _WRITTEN_IF_SET = (
-    "position_resize",
     "gradient_checkpointing",
+    "position_resize",
     "output_hidden_states",
     "output_attentions",
     "return_dict",
@@ -195,6 +214,41 @@ _WRITTEN_IF_SET = (
     "architectures",
     "dtype",
 )
+_EVERYWHERE = (*_WRITTEN_IF_SET[:5], "id2label", "label2id", *_WRITTEN_IF_SET[5:])
+
+# Fields of ViTConfig that Transformers' ViT does not have: what timm, Google and big_vision vary.
+_EXTENSIONS = (
+    "layer_scale_init_value",
+    "use_swiglu_ffn",
+    "num_register_tokens",
+    "use_cls_token",
+    "position_tokens",
+    "use_absolute_position_embeddings",
+    "use_relative_position_bias",
+    "use_shared_relative_position_bias",
+    "pooling",
+    "norm_after_pooling",
+    "use_representation_layer",
+)
+
+Fields = dict[str, tuple[Any, Callable[[str, Any], Any]]]
+
+
+def _fields(names: str, **defaults: Any) -> Fields:
+    """The table of a family: its fields in the order of its constructor, with its defaults."""
+    table = {name: _CHECKS[name] for name in (*names.split(), *_EVERYWHERE)}
+    return {name: (defaults.get(name, default), check) for name, (default, check) in table.items()}
+
+
+_SIZES = """hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act
+    hidden_dropout_prob attention_probs_dropout_prob initializer_range layer_norm_eps image_size
+    patch_size num_channels"""
+_VIT = f"{_SIZES} qkv_bias encoder_stride pooler_output_size pooler_act"
+
+_FIELDS = _fields(f"{_VIT} {' '.join(_EXTENSIONS)} drop_path_rate")
+
+FIELDS = tuple(_FIELDS)
+"""Names of the fields of `ViTConfig`, in the order of the constructor."""
 
 
 class Flags(NamedTuple):
@@ -231,6 +285,25 @@ class ViTConfig:
         gradient_checkpointing: recompute each block in the backward pass instead of storing it.
         position_resize: how position embeddings are resampled to another grid; the families
             differ, see `vit_common.positions.resize_matrix`.
+        layer_scale_init_value: what the per-channel factors on both residual branches start as
+            (Touvron et al. 2021, arXiv:2103.17239); 0 means that there are none.
+        use_swiglu_ffn: the MLP is `silu(x1) * x2` of a first layer of width 2 I (Shazeer 2020,
+            arXiv:2002.05202) instead of `hidden_act` of one of width I.
+        num_register_tokens: learned tokens after the class token (Darcet et al. 2023,
+            arXiv:2309.16588).
+        use_cls_token: whether there is a class token; without it `pooling` must be "mean".
+        position_tokens: which tokens in front of the patches have position embeddings: "all",
+            "cls" (the class token alone) or "patches" (none of them).
+        use_absolute_position_embeddings: whether position embeddings are added to the tokens.
+        use_relative_position_bias, use_shared_relative_position_bias: a learned bias on the
+            attention scores for each offset between patches (Bao et al. 2021, arXiv:2106.08254),
+            one table a block, or one for all blocks.
+        pooling: what the classifier looks at: the class token, or the mean of the patches.
+        norm_after_pooling: the final norm is applied to the mean of the patches, not to the tokens.
+        use_representation_layer: a dense layer of `pooler_output_size` with `pooler_act` stands
+            before the classifier (pre-logits, Dosovitskiy et al. 2021).
+        drop_path_rate: rate of stochastic depth (Huang et al. 2016, arXiv:1603.09382) at the last
+            block; it grows evenly from zero at the first.
         output_hidden_states, output_attentions, return_dict: what calls return when not told.
         num_labels: number K of classes; rebuilds `id2label` and `label2id`.
         id2label, label2id: class index to label and back.
@@ -244,6 +317,16 @@ class ViTConfig:
     """
 
     model_type: ClassVar[str] = "vit"
+    fields: ClassVar[Fields] = _FIELDS
+
+    extended_type: ClassVar[str] = "vit_extended"
+    """`model_type` in files of networks that Transformers' ViT cannot hold, so that it refuses them
+    instead of running another network."""
+    written_if_set: ClassVar[tuple[str, ...]] = (*_EXTENSIONS, "drop_path_rate")
+
+    use_mask_token: bool = False
+    use_distillation_token: ClassVar[bool] = False
+    any_image_size: ClassVar[bool] = False
 
     # Fields are set by name below; these are for readers and type checkers.
     hidden_size: int
@@ -262,6 +345,17 @@ class ViTConfig:
     encoder_stride: int
     pooler_output_size: int
     pooler_act: str | Callable
+    layer_scale_init_value: float
+    use_swiglu_ffn: bool
+    num_register_tokens: int
+    use_cls_token: bool
+    position_tokens: PositionTokens
+    use_absolute_position_embeddings: bool
+    use_relative_position_bias: bool
+    use_shared_relative_position_bias: bool
+    norm_after_pooling: bool
+    use_representation_layer: bool
+    drop_path_rate: float
     gradient_checkpointing: bool
     position_resize: ResizeRule
     output_hidden_states: bool
@@ -275,25 +369,33 @@ class ViTConfig:
     _name_or_path: str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if len(args) > len(_FIELDS):
-            raise ConfigError(f"ViTConfig takes at most {len(_FIELDS)} positional arguments.")
-        for name, value in zip(_FIELDS, args, strict=False):
+        if len(args) > len(self.fields):
+            raise ConfigError(
+                f"{type(self).__name__} takes at most {len(self.fields)} positional arguments."
+            )
+        for name, value in zip(self.fields, args, strict=False):
             if name in kwargs:
                 raise ConfigError(f"config: `{name}` was given twice.")
             kwargs[name] = value
 
         model_type = kwargs.pop("model_type", None)
-        if model_type not in (None, "", self.model_type):
+        if model_type not in (None, "", self.model_type, self.extended_type):
+            known = CONFIG_CLASSES.get(model_type)
             raise ConfigError(
                 f"config: `model_type` must be {self.model_type!r} for {type(self).__name__}; "
-                f"given {model_type!r}. This is the configuration of another architecture."
+                f"given {model_type!r}. "
+                + (
+                    known.use_instead()
+                    if known
+                    else "This is the configuration of another architecture."
+                )
             )
         torch_dtype = kwargs.pop("torch_dtype", None)
         if kwargs.get("dtype") is None:
             kwargs["dtype"] = torch_dtype
 
         num_labels = kwargs.pop("num_labels", None)
-        for name, (default, _) in _FIELDS.items():
+        for name, (default, _) in self.fields.items():
             if name not in ("id2label", "label2id"):
                 setattr(self, name, kwargs.pop(name, default))
         self._set_labels(num_labels, kwargs.pop("id2label", None), kwargs.pop("label2id", None))
@@ -302,6 +404,10 @@ class ViTConfig:
             taken = getattr(type(self), name, None)
             if isinstance(taken, property):
                 continue  # derived here; a file that also stores it cannot contradict it
+            if isinstance(taken, (bool, int, float, str)):  # the same for the whole family
+                if value != taken:
+                    raise _fail(name, f"{taken!r} for {type(self).__name__}", value)
+                continue
             if taken is not None:
                 raise ConfigError(
                     f"config: `{name}` must not be a key; {type(self).__name__} has a method or "
@@ -331,16 +437,18 @@ class ViTConfig:
             name = "dtype"
         if name == "pooler_output_size" and value is None:
             value = self.hidden_size
-        if name in _FIELDS:
-            value = _FIELDS[name][1](name, value)
+        if name in self.fields:
+            value = self.fields[name][1](name, value)
+        elif isinstance(getattr(type(self), name, None), property) and name != "num_labels":
+            raise _fail(name, f"left alone: {type(self).__name__} derives it", value)
         super().__setattr__(name, value)
 
     def validate(self) -> None:
         """Check the rules that tie fields together; both twins call it before they build.
 
         Raises:
-            ConfigError: `hidden_size` is not a multiple of `num_attention_heads`, or the image
-                holds no whole patch.
+            ConfigError: `hidden_size` is not a multiple of `num_attention_heads`, the image holds
+                no whole patch, or there is nothing to pool.
         """
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
@@ -352,6 +460,106 @@ class ViTConfig:
                 f"config: `image_size` must be at least `patch_size`; given {self.image_size!r} "
                 f"and {self.patch_size!r}."
             )
+        if not self.use_cls_token and self.pooling != "mean":
+            raise ConfigError(
+                "config: `pooling` must be 'mean' where `use_cls_token` is False; given "
+                f"{self.pooling!r}."
+            )
+        if self.norm_after_pooling and self.pooling != "mean":
+            raise ConfigError(
+                "config: `pooling` must be 'mean' where `norm_after_pooling` is True; given "
+                f"{self.pooling!r}."
+            )
+        if self.norm_after_pooling and self.use_representation_layer:
+            raise ConfigError(
+                "config: `norm_after_pooling` and `use_representation_layer` must not both be True."
+            )
+
+    # -- what the network is made of; the same names for every family
+
+    @classmethod
+    def use_instead(cls) -> str:
+        """What to say to who loads this family into another's class."""
+        stem = cls.__name__.removesuffix("Config")
+        return (
+            f"These are weights of the family {cls.model_type!r}: use {stem}Model or "
+            f"{stem}ForImageClassification (in JAX Flax{stem}Model ...), or the Auto classes, "
+            "which choose them."
+        )
+
+    @property
+    def is_extended(self) -> bool:
+        """Whether a field says what Transformers' network of this `model_type` cannot do."""
+        return any(
+            name in _EXTENSIONS and getattr(self, name) != default
+            for name, (default, _) in self.fields.items()
+            if name in self.written_if_set
+        )
+
+    @property
+    def base_model_prefix(self) -> str:
+        """What a model with a head calls the network under it; the start of its weights' names."""
+        return self.model_type
+
+    @property
+    def use_key_bias(self) -> bool:
+        """Whether the key has a bias, as query and value do with `qkv_bias`."""
+        return self.qkv_bias
+
+    @property
+    def prefix_tokens(self) -> tuple[str, ...]:
+        """The tokens in front of the patches: "cls", "distillation", "register" ...."""
+        return (
+            ("cls",) * self.use_cls_token
+            + ("distillation",) * self.use_distillation_token
+            + ("register",) * self.num_register_tokens
+        )
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number of tokens in front of the patches."""
+        return len(self.prefix_tokens)
+
+    @property
+    def num_prefix_positions(self) -> int:
+        """How many of the tokens in front of the patches have a position embedding."""
+        if self.position_tokens == "all":
+            return self.num_prefix_tokens
+        return int(self.position_tokens == "cls" and self.use_cls_token)
+
+    @property
+    def has_relative_positions(self) -> bool:
+        """Whether attention scores have a relative position bias, per block or shared."""
+        return self.use_relative_position_bias or self.use_shared_relative_position_bias
+
+    @property
+    def has_layer_scale(self) -> bool:
+        """Whether both residual branches are multiplied by learned factors, one a channel."""
+        return self.layer_scale_init_value > 0
+
+    @property
+    def drop_path_rates(self) -> tuple[float, ...]:
+        """Rate of stochastic depth of each block."""
+        last = max(self.num_hidden_layers - 1, 1)
+        return tuple(self.drop_path_rate * i / last for i in range(self.num_hidden_layers))
+
+    @property
+    def pooler_type(self) -> Literal["dense", "norm", "token"]:
+        """What the pooler does with the class token or the mean of the patches: a dense layer with
+        `pooler_act`, a norm, or nothing."""
+        return "norm" if self.norm_after_pooling else "dense"
+
+    @property
+    def classifier_has_pooler(self) -> bool:
+        """Whether the classifier looks at the pooler's output."""
+        return self.norm_after_pooling or self.use_representation_layer
+
+    @property
+    def classifier_width(self) -> int:
+        """Inputs of the classifier."""
+        if self.pooling == "cls_mean":
+            return 2 * self.hidden_size
+        return self.pooler_output_size if self.use_representation_layer else self.hidden_size
 
     # -- derived sizes
 
@@ -430,13 +638,16 @@ class ViTConfig:
         Raises:
             ConfigError: an activation is a callable, which no file can hold.
         """
-        out: dict[str, Any] = {"model_type": self.model_type}
+        out: dict[str, Any] = {
+            "model_type": self.extended_type if self.is_extended else self.model_type
+        }
         for name, value in vars(self).items():
             if name == "_name_or_path":
                 continue
             if name in ("hidden_act", "pooler_act") and not isinstance(value, str):
                 raise _fail(name, "the name of an activation, to be written to a file", value)
-            if name in _WRITTEN_IF_SET and value == _FIELDS[name][0]:
+            optional = name in _WRITTEN_IF_SET or name in self.written_if_set
+            if optional and name in self.fields and value == self.fields[name][0]:
                 continue
             out[name] = list(value) if isinstance(value, tuple) else copy.deepcopy(value)
         return out
@@ -487,7 +698,7 @@ class ViTConfig:
             raise ConfigError(f"config: expected a mapping of fields; given {config_dict!r}.")
         return_unused = overrides.pop("return_unused_kwargs", False)
         table = dict(config_dict)
-        known = {*_FIELDS, *table, "num_labels", "torch_dtype", "model_type", "_name_or_path"}
+        known = {*cls.fields, *table, "num_labels", "torch_dtype", "model_type", "_name_or_path"}
         unused = {k: v for k, v in overrides.items() if k not in known} if return_unused else {}
         used = {k: v for k, v in overrides.items() if k not in unused}
         if "num_labels" in used and used["num_labels"] is None:
@@ -573,14 +784,256 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return value if isinstance(value, tuple) else (value, value)
 
 
-def as_config(config: Any) -> ViTConfig:
-    """A `ViTConfig`: itself, or made from Transformers' own (anything with `to_dict`).
+class FamilyConfig(ViTConfig):
+    """Base of the other families: what `ViTConfig` has as fields is fixed, or has another name."""
+
+    use_distillation_token = False
+    layer_scale_init_value = 0.0
+    use_swiglu_ffn = False
+    num_register_tokens = 0
+    use_cls_token = True
+    position_tokens: PositionTokens = "all"
+    use_absolute_position_embeddings = True
+    use_relative_position_bias = False
+    use_shared_relative_position_bias = False
+    norm_after_pooling = False
+    use_representation_layer = False
+    pooling: Any = "cls"
+
+
+class DeiTConfig(FamilyConfig):
+    """A distilled DeiT (Touvron et al. 2021, arXiv:2012.12877): a distillation token after the
+    class token, both with positions. Arguments as `ViTConfig`.
+    (DeiT without distillation is a ViT.)
+
+    Source: `models/deit/configuration_deit.py` of Transformers 4.57.6.
+    """
+
+    model_type = "deit"
+    extended_type = "deit"
+    fields = _fields(f"{_VIT} drop_path_rate")
+    written_if_set = ("drop_path_rate",)
+
+    use_distillation_token = True
+
+
+class BeitConfig(FamilyConfig):
+    """BEiT (Bao et al. 2021, arXiv:2106.08254). Arguments as `ViTConfig`, and
+
+    Args:
+        vocab_size: number of visual tokens that masked image modelling predicts.
+        use_mask_token: whether there is a mask token.
+        use_mean_pooling: pool the mean of the patches through a norm, instead of the class token.
+
+    Any other key of a Hub file (`pool_scales`, `out_indices`, ...) is kept; segmentation heads are
+    not built here.
+
+    Source: `models/beit/configuration_beit.py` of Transformers 4.57.6.
+    """
+
+    model_type = "beit"
+    extended_type = "beit"
+    fields = _fields(
+        f"""vocab_size {_SIZES} use_mask_token use_absolute_position_embeddings
+        use_relative_position_bias use_shared_relative_position_bias layer_scale_init_value
+        drop_path_rate use_mean_pooling""",
+        use_absolute_position_embeddings=False,
+        layer_scale_init_value=0.1,
+        drop_path_rate=0.1,
+    )
+    written_if_set = ()
+
+    vocab_size: int
+    use_mean_pooling: bool
+
+    any_image_size = True
+    qkv_bias = True
+    use_key_bias = False  # type: ignore[assignment]
+    pooler_act = "linear"
+    classifier_has_pooler = True  # type: ignore[assignment]
+
+    @property
+    def pooling(self) -> Pooling:  # type: ignore[override]
+        """What the classifier looks at."""
+        return "mean" if self.use_mean_pooling else "cls"
+
+    @property
+    def norm_after_pooling(self) -> bool:  # type: ignore[override]
+        """Whether the final norm is applied to the mean of the patches."""
+        return self.use_mean_pooling
+
+    @property
+    def pooler_type(self) -> Literal["dense", "norm", "token"]:
+        """What the pooler does."""
+        return "norm" if self.use_mean_pooling else "token"
+
+    @property
+    def pooler_output_size(self) -> int:  # type: ignore[override]
+        """Width of the pooled output."""
+        return self.hidden_size
+
+
+class Dinov2Config(FamilyConfig):
+    """DINOv2 (Oquab et al. 2023, arXiv:2304.07193). Arguments as `ViTConfig`, and
+
+    Args:
+        mlp_ratio: width of the MLP over `hidden_size`; with `use_swiglu_ffn` two thirds of that,
+            rounded up to a multiple of eight.
+        layerscale_value: what the per-channel factors on both residual branches start as.
+        use_mask_token: whether there is a mask token.
+        drop_path_rate: rate of stochastic depth, the same for every block.
+
+    Source: `models/dinov2/configuration_dinov2.py` of Transformers 4.57.6.
+    """
+
+    model_type = "dinov2"
+    extended_type = "dinov2"
+    fields = _fields(
+        """hidden_size num_hidden_layers num_attention_heads mlp_ratio hidden_act
+        hidden_dropout_prob attention_probs_dropout_prob initializer_range layer_norm_eps
+        image_size patch_size num_channels qkv_bias layerscale_value drop_path_rate use_swiglu_ffn
+        use_mask_token""",
+        layer_norm_eps=1e-6,
+        patch_size=14,
+        use_mask_token=True,
+    )
+    written_if_set = ()
+
+    mlp_ratio: float
+    layerscale_value: float
+
+    any_image_size = True
+    pooler_act = "linear"
+    pooling = "cls_mean"
+    position_tokens: PositionTokens = "cls"
+
+    @property
+    def intermediate_size(self) -> int:  # type: ignore[override]
+        """Width I of the MLP."""
+        width = int(self.hidden_size * self.mlp_ratio)
+        return (int(width * 2 / 3) + 7) // 8 * 8 if self.use_swiglu_ffn else width
+
+    @property
+    def layer_scale_init_value(self) -> float:  # type: ignore[override]
+        """What the per-channel factors start as."""
+        return self.layerscale_value
+
+    @property
+    def has_layer_scale(self) -> bool:
+        """Always: also where `layerscale_value` is zero."""
+        return True
+
+    @property
+    def drop_path_rates(self) -> tuple[float, ...]:
+        """Rate of stochastic depth of each block."""
+        return (self.drop_path_rate,) * self.num_hidden_layers
+
+    @property
+    def pooler_type(self) -> Literal["dense", "norm", "token"]:
+        """What the pooler does."""
+        return "token"
+
+    @property
+    def pooler_output_size(self) -> int:  # type: ignore[override]
+        """Width of the pooled output."""
+        return self.hidden_size
+
+
+class Dinov2WithRegistersConfig(Dinov2Config):
+    """DINOv2 with register tokens (Darcet et al. 2023, arXiv:2309.16588). Arguments as
+    `Dinov2Config`, and `num_register_tokens`.
+
+    Source: `models/dinov2_with_registers/configuration_dinov2_with_registers.py` of Transformers
+    4.57.6.
+    """
+
+    model_type = "dinov2_with_registers"
+    extended_type = "dinov2_with_registers"
+    fields = _fields(
+        """hidden_size num_hidden_layers num_attention_heads mlp_ratio hidden_act
+        hidden_dropout_prob attention_probs_dropout_prob initializer_range layer_norm_eps
+        image_size patch_size num_channels qkv_bias layerscale_value drop_path_rate use_swiglu_ffn
+        num_register_tokens use_mask_token""",
+        layer_norm_eps=1e-6,
+        num_register_tokens=4,
+        position_resize="bicubic_antialias",
+        use_mask_token=True,
+    )
+    written_if_set = ("use_mask_token",)
+
+
+CONFIG_CLASSES: dict[str, type[ViTConfig]] = {
+    "vit": ViTConfig,
+    "vit_extended": ViTConfig,
+    "deit": DeiTConfig,
+    "beit": BeitConfig,
+    "dinov2": Dinov2Config,
+    "dinov2_with_registers": Dinov2WithRegistersConfig,
+}
+"""`model_type` -> class."""
+
+
+def config_class(model_type: Any) -> type[ViTConfig]:
+    """The class of a `model_type`; ConfigError if there is none here."""
+    if model_type not in CONFIG_CLASSES:
+        raise ConfigError(
+            f"config: `model_type` must be one of {', '.join(CONFIG_CLASSES)}; given "
+            f"{model_type!r}."
+        )
+    return CONFIG_CLASSES[model_type]
+
+
+class AutoConfig:
+    """Picks the configuration's class by its `model_type`; it cannot be instantiated."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise ConfigError(
+            "AutoConfig is not a configuration itself; call AutoConfig.from_pretrained(name)."
+        )
+
+    @classmethod
+    def for_model(cls, model_type: str, *args: Any, **kwargs: Any) -> ViTConfig:
+        """A configuration of that family."""
+        return config_class(model_type)(*args, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Any:
+        """As `ViTConfig.from_dict`, of the family that `model_type` names."""
+        if not isinstance(config_dict, Mapping):
+            raise ConfigError(f"config: expected a mapping of fields; given {config_dict!r}.")
+        return config_class(config_dict.get("model_type")).from_dict(config_dict, **overrides)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
+        """As `ViTConfig.from_pretrained`, of the family that `model_type` names.
+
+        Raises:
+            MissingFileError: nothing is there.
+            ConfigError: the file is not a configuration of a family known here.
+        """
+        from vit_common.checkpoint import read_json
+        from vit_common.hub import find_file, split_hub_options
+
+        hub, _ = split_hub_options(kwargs)
+        path = find_file(pretrained_model_name_or_path, CONFIG_NAME, **hub)
+        found = ViTConfig._named(path, config_class, read_json(path).get("model_type"))
+        return found.from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+
+def as_config(config: Any, wanted: type[ViTConfig] = ViTConfig) -> Any:
+    """A configuration of the wanted family: itself, or made from Transformers' own (anything with
+    `to_dict`).
 
     Raises:
         ConfigError: it is neither, or of another architecture.
     """
     if isinstance(config, ViTConfig):
+        if config.model_type != wanted.model_type:
+            raise ConfigError(
+                f"`config` must be a {wanted.__name__}; given {type(config).__name__}. "
+                + config.use_instead()
+            )
         return config
     if hasattr(config, "to_dict"):
-        return ViTConfig.from_dict(config.to_dict())
-    raise ConfigError(f"`config` must be a ViTConfig; given {type(config).__name__}.")
+        return wanted.from_dict(config.to_dict())
+    raise ConfigError(f"`config` must be a {wanted.__name__}; given {type(config).__name__}.")

@@ -172,10 +172,12 @@ class BaseImageProcessor:
         "do_convert_rgb": None,
     }
     _pairs_are_width_height: ClassVar[bool] = False
+    _int_is_shortest_edge: ClassVar[bool] = False  # as `size`; else it is a square
 
     # Options that are written only if they were given.
     do_center_crop: bool | None = None
     crop_size: dict[str, int] | None = None
+    do_convert_rgb: bool | None = None
     data_format: str | None = None
     input_data_format: str | None = None
     return_tensors: str | None = None
@@ -215,6 +217,12 @@ class BaseImageProcessor:
                 return None
         elif self._pairs_are_width_height and name in PAIRS and isinstance(value, (list, tuple)):
             value = value[::-1]
+        elif (
+            self._int_is_shortest_edge
+            and name == "size"
+            and not isinstance(value, (Mapping, list, tuple))
+        ):
+            value = {"shortest_edge": value}
         return check(name, value)
 
     @property
@@ -353,7 +361,8 @@ class BaseImageProcessor:
 
     def _override(self, table: Mapping[str, Any], overrides: dict[str, Any]) -> Any:
         return_unused = overrides.pop("return_unused_kwargs", False)
-        unused = {k: v for k, v in overrides.items() if k not in OPTIONS and k not in table}
+        known = {*OPTIONS, *self._defaults, *table}
+        unused = {k: v for k, v in overrides.items() if k not in known}
         used = {k: v for k, v in overrides.items() if k not in unused}
         refuse_unsupported({k: v for k, v in used.items() if k not in OPTIONS})
         for name, value in used.items():

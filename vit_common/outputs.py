@@ -97,3 +97,26 @@ class MaskedImageModelingOutput(ModelOutput):
     reconstruction: Any = None
     hidden_states: Any = None
     attentions: Any = None
+
+
+@dataclass(eq=False)
+class DeiTForImageClassificationWithTeacherOutput(ModelOutput):
+    """`logits` (B, K), the mean of `cls_logits` and `distillation_logits`, (B, K) each; the rest as
+    `BaseModelOutput`."""
+
+    logits: Any = None
+    cls_logits: Any = None
+    distillation_logits: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+
+
+@dataclass(eq=False)
+class MaskedLMOutput(ModelOutput):
+    """`loss` () if labels were given; `logits` (B, N, vocab_size) of the patches; the rest as
+    `BaseModelOutput`."""
+
+    loss: Any = None
+    logits: Any = None
+    hidden_states: Any = None
+    attentions: Any = None

@@ -10,15 +10,35 @@ from __future__ import annotations
 from typing import Literal
 
 from vit_common.config import ViTConfig
+from vit_common.positions import relative_distances
 
-Head = Literal["classifier", "decoder"]
+Head = Literal["classifier", "teacher", "decoder", "tokens"]
+"""What stands on the base network: one classifier; DeiT's two, on the class and the distillation
+token; a decoder back to pixels; BEiT's prediction of visual tokens."""
 
-BASE_PREFIX = "vit."
-"""What a model with a head puts before the names of the network under it."""
-
-HEAD_PARAMETERS = ("classifier.", "pooler.", "decoder.", "embeddings.mask_token")
+HEAD_PARAMETERS = (
+    "classifier.",
+    "cls_classifier.",
+    "distillation_classifier.",
+    "pooler.",
+    "decoder.",
+    "lm_layernorm.",
+    "lm_head.",
+    "embeddings.mask_token",
+)
 """Starts of (unprefixed) names that a checkpoint of the same network may lack or have in excess:
 they belong to a task, so they are drawn anew, or left aside, where everything else must fit."""
+
+
+TOP_PARAMETERS = (
+    "classifier.",
+    "cls_classifier.",
+    "distillation_classifier.",
+    "decoder.",
+    "lm_layernorm.",
+    "lm_head.",
+)
+"""Starts of the names that stand beside the base network, not in it."""
 
 
 def parameter_shapes(
@@ -31,55 +51,87 @@ def parameter_shapes(
     """Name and shape of every parameter, in the order of the network.
 
     Args:
-        config: the sizes.
-        head: None for the base network, "classifier" for image classification, "decoder" for
-            masked image modelling. With a head the names of the network start with `vit.`, it has
-            no pooler, and "decoder" has a mask token.
+        config: the sizes, and what the network is made of.
+        head: None for the base network, else what stands on it. With a head the names of the
+            network start with `config.base_model_prefix`, it has a pooler only if the classifier
+            looks at it, and "decoder" has a mask token.
         add_pooling_layer: whether the base network has a pooler.
-        use_mask_token: whether the base network has a mask token.
+        use_mask_token: whether the base network has a mask token, if the config does not say so.
 
     Returns:
         Shapes in PyTorch's layouts: dense weights (out, in), the patch projection (D, C, P, P).
     """
-    D, inner = config.hidden_size, config.intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {"embeddings.cls_token": (1, 1, D)}
-    if head == "decoder" or (head is None and use_mask_token):
+    D, A, inner = config.hidden_size, config.num_attention_heads, config.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {}
+    if config.use_cls_token:
+        shapes["embeddings.cls_token"] = (1, 1, D)
+    if config.use_distillation_token:
+        shapes["embeddings.distillation_token"] = (1, 1, D)
+    if config.num_register_tokens:
+        shapes["embeddings.register_tokens"] = (1, config.num_register_tokens, D)
+    if head == "decoder" or config.use_mask_token or (head is None and use_mask_token):
         shapes["embeddings.mask_token"] = (1, 1, D)
-    shapes["embeddings.position_embeddings"] = (1, config.num_patches + 1, D)
-    shapes["embeddings.patch_embeddings.projection.weight"] = (
-        D,
-        config.num_channels,
-        *config.patch_height_width,
-    )
+    if config.use_absolute_position_embeddings:
+        positions = config.num_prefix_positions + config.num_patches
+        shapes["embeddings.position_embeddings"] = (1, positions, D)
+    projection = (D, config.num_channels, *config.patch_height_width)
+    shapes["embeddings.patch_embeddings.projection.weight"] = projection
     shapes["embeddings.patch_embeddings.projection.bias"] = (D,)
+    relative = (relative_distances(config.grid_size), A)
+    if config.use_shared_relative_position_bias:
+        shapes["encoder.relative_position_bias.relative_position_bias_table"] = relative
+    biases = {"query": config.qkv_bias, "key": config.use_key_bias, "value": config.qkv_bias}
     for i in range(config.num_hidden_layers):
         layer = f"encoder.layer.{i}"
-        for name in ("query", "key", "value"):
+        for name, use_bias in biases.items():
             shapes[f"{layer}.attention.attention.{name}.weight"] = (D, D)
-            if config.qkv_bias:
+            if use_bias:
                 shapes[f"{layer}.attention.attention.{name}.bias"] = (D,)
+        if config.use_relative_position_bias:
+            table = "attention.attention.relative_position_bias.relative_position_bias_table"
+            shapes[f"{layer}.{table}"] = relative
         shapes[f"{layer}.attention.output.dense.weight"] = (D, D)
         shapes[f"{layer}.attention.output.dense.bias"] = (D,)
-        shapes[f"{layer}.intermediate.dense.weight"] = (inner, D)
-        shapes[f"{layer}.intermediate.dense.bias"] = (inner,)
+        first = 2 * inner if config.use_swiglu_ffn else inner
+        shapes[f"{layer}.intermediate.dense.weight"] = (first, D)
+        shapes[f"{layer}.intermediate.dense.bias"] = (first,)
         shapes[f"{layer}.output.dense.weight"] = (D, inner)
         shapes[f"{layer}.output.dense.bias"] = (D,)
         for norm in ("layernorm_before", "layernorm_after"):
             shapes[f"{layer}.{norm}.weight"] = (D,)
             shapes[f"{layer}.{norm}.bias"] = (D,)
-    shapes["layernorm.weight"] = (D,)
-    shapes["layernorm.bias"] = (D,)
+        if config.has_layer_scale:
+            shapes[f"{layer}.lambda_1"] = (D,)
+            shapes[f"{layer}.lambda_2"] = (D,)
+    if not config.norm_after_pooling:
+        shapes["layernorm.weight"] = (D,)
+        shapes["layernorm.bias"] = (D,)
 
-    if head is None:
-        if add_pooling_layer:
+    has_pooler = config.classifier_has_pooler if head == "classifier" else head is None
+    if has_pooler and (head is not None or add_pooling_layer):
+        if config.pooler_type == "dense":
             shapes["pooler.dense.weight"] = (config.pooler_output_size, D)
             shapes["pooler.dense.bias"] = (config.pooler_output_size,)
+        elif config.pooler_type == "norm":
+            shapes["pooler.layernorm.weight"] = (D,)
+            shapes["pooler.layernorm.bias"] = (D,)
+    if head is None:
         return shapes
 
-    shapes = {BASE_PREFIX + name: shape for name, shape in shapes.items()}
+    shapes = {f"{config.base_model_prefix}.{name}": shape for name, shape in shapes.items()}
     if head == "classifier":
-        shapes["classifier.weight"] = (config.num_labels, D)
+        shapes["classifier.weight"] = (config.num_labels, config.classifier_width)
         shapes["classifier.bias"] = (config.num_labels,)
+    elif head == "teacher":
+        for name in ("cls_classifier", "distillation_classifier"):
+            shapes[f"{name}.weight"] = (config.num_labels, D)
+            shapes[f"{name}.bias"] = (config.num_labels,)
+    elif head == "tokens":
+        vocabulary: int = config.vocab_size  # type: ignore[attr-defined]
+        shapes["lm_layernorm.weight"] = (D,)
+        shapes["lm_layernorm.bias"] = (D,)
+        shapes["lm_head.weight"] = (vocabulary, D)
+        shapes["lm_head.bias"] = (vocabulary,)
     else:
         pixels = config.encoder_stride**2 * config.num_channels
         shapes["decoder.0.weight"] = (pixels, D, 1, 1)
@@ -87,11 +139,13 @@ def parameter_shapes(
     return shapes
 
 
-def initial_value(name: str) -> Literal["normal", "one", "zero"]:
+def initial_value(name: str) -> Literal["normal", "one", "zero", "layer scale"]:
     """What a new parameter of that canonical name starts as; "normal" is the truncated one."""
     *_, owner, leaf = ("", *name.split("."))
-    if leaf in ("cls_token", "position_embeddings"):
+    if leaf in ("cls_token", "distillation_token", "position_embeddings"):
         return "normal"
+    if leaf in ("lambda_1", "lambda_2"):
+        return "layer scale"
     if leaf != "weight":
         return "zero"
-    return "one" if owner.startswith("layernorm") else "normal"
+    return "one" if "layernorm" in owner else "normal"

@@ -207,6 +207,38 @@ def resize_positions(
     return np.concatenate([prefix, grid.astype(positions.dtype)], axis=1)
 
 
+def relative_distances(grid: tuple[int, int]) -> int:
+    """Rows of a relative position bias table: one for each offset between two patches of a grid,
+    then one each for class token to patch, patch to class token and class token to itself."""
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+
+
+@lru_cache(maxsize=16)
+def relative_position_index(grid: tuple[int, int]) -> np.ndarray:
+    """Which row of the table each pair of tokens takes (Bao et al. 2021, arXiv:2106.08254; BEiT's
+    `modeling_finetune.py`, as Transformers and timm have it).
+
+    Args:
+        grid: (rows, columns) of patches.
+
+    Returns:
+        (1 + N, 1 + N) of int32, read-only: from the token of the row to that of the column, the
+        class token first.
+    """
+    rows, columns = grid
+    down, across = (axis.reshape(-1) for axis in np.indices(grid))
+    offsets = (down[:, None] - down + rows - 1) * (2 * columns - 1)
+    offsets += across[:, None] - across + columns - 1
+    index = np.empty((1 + rows * columns,) * 2, np.int32)
+    distances = relative_distances(grid)
+    index[1:, 1:] = offsets
+    index[0, :] = distances - 3
+    index[:, 0] = distances - 2
+    index[0, 0] = distances - 1
+    index.flags.writeable = False
+    return index
+
+
 @lru_cache(maxsize=256)
 def _matrix(rule: str, source: int, target: int) -> np.ndarray:
     coordinates, kernel, radius, antialias = _RESAMPLINGS[rule]

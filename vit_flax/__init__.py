@@ -1,8 +1,50 @@
 """Vision Transformers in JAX/Flax, a drop-in for the Flax classes of Transformers 4.57.6."""
 
-from vit_common.config import ViTConfig
-from vit_common.image_processor import ViTFeatureExtractor, ViTImageProcessor
+from vit_common.config import (
+    AutoConfig,
+    BeitConfig,
+    DeiTConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    ViTConfig,
+)
+from vit_common.image_processor import (
+    ViTFeatureExtractor,
+    ViTImageProcessor,
+)
+from vit_common.image_processors import (
+    AutoImageProcessor,
+    BeitFeatureExtractor,
+    BeitImageProcessor,
+    BitImageProcessor,
+    DeiTFeatureExtractor,
+    DeiTImageProcessor,
+)
+from vit_flax.auto import (
+    FlaxAutoModel,
+    FlaxAutoModelForImageClassification,
+    FlaxAutoModelForMaskedImageModeling,
+)
+from vit_flax.families import (
+    FlaxBeitForImageClassification,
+    FlaxBeitForMaskedImageModeling,
+    FlaxBeitModel,
+    FlaxBeitPreTrainedModel,
+    FlaxDeiTForImageClassification,
+    FlaxDeiTForImageClassificationWithTeacher,
+    FlaxDeiTForMaskedImageModeling,
+    FlaxDeiTModel,
+    FlaxDeiTPreTrainedModel,
+    FlaxDinov2ForImageClassification,
+    FlaxDinov2Model,
+    FlaxDinov2PreTrainedModel,
+    FlaxDinov2WithRegistersForImageClassification,
+    FlaxDinov2WithRegistersModel,
+    FlaxDinov2WithRegistersPreTrainedModel,
+)
 from vit_flax.model import (
+    FlaxBeitForMaskedImageModelingModule,
+    FlaxDeiTForImageClassificationWithTeacherModule,
     FlaxViTForImageClassificationModule,
     FlaxViTForMaskedImageModelingModule,
     FlaxViTModule,
@@ -10,7 +52,9 @@ from vit_flax.model import (
 from vit_flax.outputs import (
     FlaxBaseModelOutput,
     FlaxBaseModelOutputWithPooling,
+    FlaxDeiTForImageClassificationWithTeacherOutput,
     FlaxMaskedImageModelingOutput,
+    FlaxMaskedLMOutput,
     FlaxSequenceClassifierOutput,
 )
 from vit_flax.pretrained import (
@@ -21,9 +65,42 @@ from vit_flax.pretrained import (
 )
 
 __all__ = [
+    "AutoConfig",
+    "AutoImageProcessor",
+    "BeitConfig",
+    "BeitFeatureExtractor",
+    "BeitImageProcessor",
+    "BitImageProcessor",
+    "DeiTConfig",
+    "DeiTFeatureExtractor",
+    "DeiTImageProcessor",
+    "Dinov2Config",
+    "Dinov2WithRegistersConfig",
+    "FlaxAutoModel",
+    "FlaxAutoModelForImageClassification",
+    "FlaxAutoModelForMaskedImageModeling",
     "FlaxBaseModelOutput",
     "FlaxBaseModelOutputWithPooling",
+    "FlaxBeitForImageClassification",
+    "FlaxBeitForMaskedImageModeling",
+    "FlaxBeitForMaskedImageModelingModule",
+    "FlaxBeitModel",
+    "FlaxBeitPreTrainedModel",
+    "FlaxDeiTForImageClassification",
+    "FlaxDeiTForImageClassificationWithTeacher",
+    "FlaxDeiTForImageClassificationWithTeacherModule",
+    "FlaxDeiTForImageClassificationWithTeacherOutput",
+    "FlaxDeiTForMaskedImageModeling",
+    "FlaxDeiTModel",
+    "FlaxDeiTPreTrainedModel",
+    "FlaxDinov2ForImageClassification",
+    "FlaxDinov2Model",
+    "FlaxDinov2PreTrainedModel",
+    "FlaxDinov2WithRegistersForImageClassification",
+    "FlaxDinov2WithRegistersModel",
+    "FlaxDinov2WithRegistersPreTrainedModel",
     "FlaxMaskedImageModelingOutput",
+    "FlaxMaskedLMOutput",
     "FlaxSequenceClassifierOutput",
     "FlaxViTForImageClassification",
     "FlaxViTForImageClassificationModule",

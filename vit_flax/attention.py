@@ -29,6 +29,7 @@ def attention(
     key: jax.Array,
     value: jax.Array,
     *,
+    bias: jax.Array | None = None,
     head_mask: jax.Array | None = None,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
     output_attentions: bool = False,
@@ -39,6 +40,7 @@ def attention(
 
     Args:
         query, key, value: (B, S, A, D/A).
+        bias: added to the scores; broadcasts against (B, A, S, S).
         head_mask: multiplies the probabilities; broadcasts against (B, A, S, S).
         dropout: applied to the probabilities, element by element; None where none is active.
         output_attentions: whether to return the probabilities.
@@ -55,7 +57,10 @@ def attention(
     query = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
     scores = jnp.einsum("bqad,bkad->baqk", query, key, precision=precision)  # (B, A, S, S)
     statistics = jnp.promote_types(scores.dtype, jnp.float32)
-    probabilities = jax.nn.softmax(scores.astype(statistics), axis=-1).astype(query.dtype)
+    scores = scores.astype(statistics)
+    if bias is not None:
+        scores = scores + bias.astype(statistics)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
     if dropout is not None:
         probabilities = dropout(probabilities)
     if head_mask is not None:

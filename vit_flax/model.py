@@ -4,8 +4,10 @@ Read top to bottom: embeddings, attention, MLP, block, encoder, heads. `vit_torc
 same text in PyTorch. Modules take images as (B, H, W, C); parameter names and the order of
 operations are those of Transformers 4.57.6 (`models/vit/modeling_flax_vit.py`).
 
-B batch, C channels, H W pixels, P patch side, N patches, S = N + 1 tokens, D width, L layers,
-A heads, I MLP width, K labels.
+DeiT, BEiT and DINOv2 are the same network with other fields of the config.
+
+B batch, C channels, H W pixels, P patch side, N patches, T tokens in front of them (the class
+token), S = T + N tokens, D width, L layers, A heads, I MLP width, K labels.
 """
 
 from __future__ import annotations
@@ -24,16 +26,23 @@ from vit_common.checks import (
     check_mask,
     check_rank,
     check_stride,
+    check_token_labels,
     resolve_problem_type,
 )
 from vit_common.config import ViTConfig
 from vit_common.errors import InputError
-from vit_common.positions import resize_matrices
+from vit_common.positions import (
+    relative_distances,
+    relative_position_index,
+    resize_matrices,
+)
 from vit_flax.attention import attention
 from vit_flax.outputs import (
     FlaxBaseModelOutput,
     FlaxBaseModelOutputWithPooling,
+    FlaxDeiTForImageClassificationWithTeacherOutput,
     FlaxMaskedImageModelingOutput,
+    FlaxMaskedLMOutput,
     FlaxSequenceClassifierOutput,
 )
 
@@ -155,21 +164,34 @@ class FlaxViTPatchEmbeddings(FlaxViTPart):
 
 
 class FlaxViTEmbeddings(FlaxViTPart):
-    """Patches, masked ones replaced; then the class token in front; then positions."""
+    """Patches, masked ones replaced; then the tokens in front of them; then positions."""
 
     use_mask_token: bool = False
 
     def setup(self):
-        D = self.config.hidden_size
-        S = self.config.num_patches + 1
-        draw = initializer(self.config.initializer_range)
-        self.cls_token = self.param("cls_token", draw, (1, 1, D), self.param_dtype)
+        config, D = self.config, self.config.hidden_size
+        draw, zeros = initializer(config.initializer_range), nn.initializers.zeros
+        tokens = []
+        if config.use_cls_token:
+            self.cls_token = self.param("cls_token", draw, (1, 1, D), self.param_dtype)
+            tokens.append(self.cls_token)
+        if config.use_distillation_token:
+            self.distillation_token = self.param(
+                "distillation_token", draw, (1, 1, D), self.param_dtype
+            )
+            tokens.append(self.distillation_token)
+        if config.num_register_tokens:
+            R = config.num_register_tokens
+            self.register_tokens = self.param("register_tokens", zeros, (1, R, D), self.param_dtype)
+            tokens.append(self.register_tokens)
+        self.tokens = tokens
         if self.use_mask_token:
-            zeros = nn.initializers.zeros
             self.mask_token = self.param("mask_token", zeros, (1, 1, D), self.param_dtype)
-        self.position_embeddings = self.param(
-            "position_embeddings", draw, (1, S, D), self.param_dtype
-        )
+        if config.use_absolute_position_embeddings:
+            positions = config.num_prefix_positions + config.num_patches
+            self.position_embeddings = self.param(
+                "position_embeddings", draw, (1, positions, D), self.param_dtype
+            )
         self.patch_embeddings = FlaxViTPatchEmbeddings(**options(self))
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
@@ -196,21 +218,31 @@ class FlaxViTEmbeddings(FlaxViTPart):
             mask = bool_masked_pos[:, :, None].astype(self.dtype)  # (B, N, 1)
             embeddings = embeddings * (1.0 - mask) + self.mask_token.astype(self.dtype) * mask
 
-        cls_token = self.cls_token.astype(self.dtype)
-        cls_token = jnp.broadcast_to(cls_token, (B, 1, self.config.hidden_size))
-        embeddings = jnp.concatenate((cls_token, embeddings), axis=1)  # (B, S, D)
-        embeddings = embeddings + self.positions(grid)
+        D, k = self.config.hidden_size, self.config.num_prefix_positions
+        prefix = [
+            jnp.broadcast_to(token.astype(self.dtype), (B, token.shape[1], D))
+            for token in self.tokens
+        ]
+        front = jnp.concatenate((*prefix, embeddings[:, :0]), axis=1)  # (B, T, D)
+        embeddings = jnp.concatenate((front[:, :k], embeddings), axis=1)  # (B, k + N, D)
+        if self.config.use_absolute_position_embeddings:
+            embeddings = embeddings + self.positions(grid)
+        if k < self.config.num_prefix_tokens:  # tokens without positions come in after them
+            parts = (embeddings[:, :k], front[:, k:], embeddings[:, k:])
+            embeddings = jnp.concatenate(parts, axis=1)  # (B, S, D)
         return self.dropout(embeddings, deterministic=deterministic)
 
     def positions(self, grid: tuple[int, int]):
-        """Position embeddings (1, S, D) for a grid (rows, columns) of patches."""
+        """Position embeddings (1, k + N, D) for a grid (rows, columns) of patches; k tokens in
+        front of them have one."""
         positions = self.position_embeddings
         if grid == self.config.grid_size:
             return positions.astype(self.dtype)
         exact = jnp.promote_types(positions.dtype, jnp.float32)
         rows, columns = resize_matrices(self.config.position_resize, self.config.grid_size, grid)
         positions = positions.astype(exact)
-        table = positions[0, 1:].reshape(*self.config.grid_size, self.config.hidden_size)
+        k = self.config.num_prefix_positions
+        table = positions[0, k:].reshape(*self.config.grid_size, self.config.hidden_size)
         table = jnp.einsum(
             "Hh,Ww,hwd->HWd",
             jnp.asarray(rows, exact),
@@ -219,7 +251,38 @@ class FlaxViTEmbeddings(FlaxViTPart):
             precision="highest",
         )
         table = table.reshape(1, grid[0] * grid[1], self.config.hidden_size)  # (1, N, D)
-        return jnp.concatenate((positions[:, :1], table), axis=1).astype(self.dtype)
+        return jnp.concatenate((positions[:, :k], table), axis=1).astype(self.dtype)
+
+
+class FlaxViTRelativePositionBias(FlaxViTPart):
+    """A learned bias on the scores of each head for each offset between two tokens."""
+
+    def setup(self):
+        distances = relative_distances(self.config.grid_size)
+        self.relative_position_bias_table = self.param(
+            "relative_position_bias_table",
+            nn.initializers.zeros,
+            (distances, self.config.num_attention_heads),
+            self.param_dtype,
+        )
+
+    def __call__(self, grid: tuple[int, int]):
+        table = self.relative_position_bias_table
+        table = table.astype(jnp.promote_types(table.dtype, jnp.float32))
+        if grid != self.config.grid_size:
+            (h, w), (H, W), A = self.config.grid_size, grid, self.config.num_attention_heads
+            source, target = (2 * h - 1, 2 * w - 1), (2 * H - 1, 2 * W - 1)
+            rows, columns = resize_matrices("bilinear", source, target)
+            offsets = jnp.einsum(
+                "Hh,Ww,hwa->HWa",
+                jnp.asarray(rows, table.dtype),
+                jnp.asarray(columns, table.dtype),
+                table[:-3].reshape(*source, A),
+                precision="highest",
+            )
+            table = jnp.concatenate((offsets.reshape(target[0] * target[1], A), table[-3:]))
+        bias = table[relative_position_index(grid)]  # (S, S, A)
+        return bias.transpose(2, 0, 1)[None]  # (1, A, S, S)
 
 
 class FlaxViTSelfAttention(FlaxViTPart):
@@ -228,12 +291,25 @@ class FlaxViTSelfAttention(FlaxViTPart):
     def setup(self):
         D = self.config.hidden_size
         self.query = dense(self, D, use_bias=self.config.qkv_bias)
-        self.key = dense(self, D, use_bias=self.config.qkv_bias)
+        self.key = dense(self, D, use_bias=self.config.use_key_bias)
         self.value = dense(self, D, use_bias=self.config.qkv_bias)
         self.dropout = nn.Dropout(self.config.attention_probs_dropout_prob)
+        if self.config.use_relative_position_bias:
+            self.relative_position_bias = FlaxViTRelativePositionBias(**options(self))
 
-    def __call__(self, hidden_states, head_mask, deterministic: bool, output_attentions: bool):
+    def __call__(
+        self,
+        hidden_states,
+        head_mask,
+        bias,
+        deterministic: bool,
+        output_attentions: bool,
+        grid: tuple[int, int],
+    ):
         B, S, D = hidden_states.shape
+        if self.config.use_relative_position_bias:
+            own = self.relative_position_bias(grid)
+            bias = own if bias is None else bias + own  # (1, A, S, S)
         A = self.config.num_attention_heads
         query = self.query(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
         key = self.key(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
@@ -242,6 +318,7 @@ class FlaxViTSelfAttention(FlaxViTPart):
             query,
             key,
             value,
+            bias=bias,
             head_mask=head_mask,
             dropout=None if deterministic or self.dropout.rate == 0.0 else self.active_dropout,
             output_attentions=output_attentions,
@@ -274,9 +351,17 @@ class FlaxViTAttention(FlaxViTPart):
         self.attention = FlaxViTSelfAttention(**options(self))
         self.output = FlaxViTSelfOutput(**options(self))
 
-    def __call__(self, hidden_states, head_mask, deterministic: bool, output_attentions: bool):
+    def __call__(
+        self,
+        hidden_states,
+        head_mask,
+        bias,
+        deterministic: bool,
+        output_attentions: bool,
+        grid: tuple[int, int],
+    ):
         context, probabilities = self.attention(
-            hidden_states, head_mask, deterministic, output_attentions
+            hidden_states, head_mask, bias, deterministic, output_attentions, grid
         )
         return self.output(context, deterministic), probabilities
 
@@ -285,10 +370,14 @@ class FlaxViTIntermediate(FlaxViTPart):
     """First half of the MLP."""
 
     def setup(self):
-        self.dense = dense(self, self.config.intermediate_size)
+        width = self.config.intermediate_size
+        self.dense = dense(self, 2 * width if self.config.use_swiglu_ffn else width)
 
     def __call__(self, hidden_states):
-        hidden_states = self.dense(hidden_states)  # (B, S, I)
+        hidden_states = self.dense(hidden_states)  # (B, S, I), or (B, S, 2 I)
+        if self.config.use_swiglu_ffn:
+            gate, hidden_states = jnp.split(hidden_states, 2, axis=-1)
+            return ACTIVATIONS["silu"](gate) * hidden_states  # (B, S, I)
         return activation(self.config.hidden_act)(hidden_states)
 
 
@@ -305,7 +394,13 @@ class FlaxViTOutput(FlaxViTPart):
 
 
 class FlaxViTLayer(FlaxViTPart):
-    """One pre-norm block: attention and MLP, each with a residual."""
+    """One pre-norm block: attention and MLP, each with a residual.
+
+    Attributes:
+        drop_path_rate: how often, in training, an image goes around a branch.
+    """
+
+    drop_path_rate: float = 0.0
 
     def setup(self):
         self.attention = FlaxViTAttention(**options(self))
@@ -313,14 +408,40 @@ class FlaxViTLayer(FlaxViTPart):
         self.output = FlaxViTOutput(**options(self))
         self.layernorm_before = layer_norm(self)
         self.layernorm_after = layer_norm(self)
+        self.drop_path = nn.Dropout(self.drop_path_rate, broadcast_dims=(1, 2))
+        if self.config.has_layer_scale:
+            D, value = self.config.hidden_size, self.config.layer_scale_init_value
+            start = nn.initializers.constant(value)
+            self.lambda_1 = self.param("lambda_1", start, (D,), self.param_dtype)
+            self.lambda_2 = self.param("lambda_2", start, (D,), self.param_dtype)
 
-    def __call__(self, hidden_states, head_mask, deterministic: bool, output_attentions: bool):
+    def __call__(
+        self,
+        hidden_states,
+        head_mask,
+        bias,
+        deterministic: bool,
+        output_attentions: bool,
+        grid: tuple[int, int],
+    ):
         attention_output, probabilities = self.attention(
-            self.layernorm_before(hidden_states), head_mask, deterministic, output_attentions
+            self.layernorm_before(hidden_states),
+            head_mask,
+            bias,
+            deterministic,
+            output_attentions,
+            grid,
         )
+        if self.config.has_layer_scale:
+            attention_output = attention_output * self.lambda_1.astype(self.dtype)
+        attention_output = self.drop_path(attention_output, deterministic=deterministic)
         hidden_states = attention_output + hidden_states
         mlp_output = self.intermediate(self.layernorm_after(hidden_states))
-        hidden_states = self.output(mlp_output, deterministic) + hidden_states
+        mlp_output = self.output(mlp_output, deterministic)
+        if self.config.has_layer_scale:
+            mlp_output = mlp_output * self.lambda_2.astype(self.dtype)
+        mlp_output = self.drop_path(mlp_output, deterministic=deterministic)
+        hidden_states = mlp_output + hidden_states
         return hidden_states, probabilities
 
 
@@ -330,24 +451,27 @@ class FlaxViTLayerCollection(FlaxViTPart):
     def setup(self):
         layer = FlaxViTLayer
         if self.config.gradient_checkpointing:
-            layer = nn.remat(FlaxViTLayer, static_argnums=(3, 4))  # self is 0
+            layer = nn.remat(FlaxViTLayer, static_argnums=(4, 5, 6))  # self is 0
         self.layers = [
-            layer(**options(self), name=str(i)) for i in range(self.config.num_hidden_layers)
+            layer(**options(self), drop_path_rate=rate, name=str(i))
+            for i, rate in enumerate(self.config.drop_path_rates)
         ]
 
     def __call__(
         self,
         hidden_states,
         head_mask,
+        bias,
         deterministic: bool,
         output_attentions: bool,
         output_hidden_states: bool,
+        grid: tuple[int, int],
     ):
         all_hidden_states, all_attentions = [hidden_states], []
         for i, layer in enumerate(self.layers):
             layer_mask = None if head_mask is None else head_mask[i]
             hidden_states, probabilities = layer(
-                hidden_states, layer_mask, deterministic, output_attentions
+                hidden_states, layer_mask, bias, deterministic, output_attentions, grid
             )
             all_hidden_states.append(hidden_states)
             all_attentions.append(probabilities)
@@ -363,6 +487,8 @@ class FlaxViTEncoder(FlaxViTPart):
 
     def setup(self):
         self.layer = FlaxViTLayerCollection(**options(self))
+        if self.config.use_shared_relative_position_bias:
+            self.relative_position_bias = FlaxViTRelativePositionBias(**options(self))
 
     def __call__(
         self,
@@ -371,11 +497,19 @@ class FlaxViTEncoder(FlaxViTPart):
         deterministic: bool,
         output_attentions: bool,
         output_hidden_states: bool,
+        grid: tuple[int, int],
     ):
         if head_mask is not None:
             head_mask = spread_head_mask(head_mask, self.config)
+        shared = self.config.use_shared_relative_position_bias
         return self.layer(
-            hidden_states, head_mask, deterministic, output_attentions, output_hidden_states
+            hidden_states,
+            head_mask,
+            self.relative_position_bias(grid) if shared else None,
+            deterministic,
+            output_attentions,
+            output_hidden_states,
+            grid,
         )
 
 
@@ -388,15 +522,29 @@ def spread_head_mask(head_mask, config: ViTConfig):
     return jnp.broadcast_to(head_mask, (L, A))[:, None, :, None, None]
 
 
+def mean_of_patches(hidden_states, config: ViTConfig):
+    """(B, S, D) -> (B, D): the mean of the tokens that are patches."""
+    return jnp.mean(hidden_states[:, config.num_prefix_tokens :], axis=1)
+
+
 class FlaxViTPooler(FlaxViTPart):
-    """The class token through a dense layer and `pooler_act`."""
+    """The class token, or the mean of the patches, through what `pooler_type` says: a dense layer
+    and `pooler_act`, a norm, or nothing."""
 
     def setup(self):
-        self.dense = dense(self, self.config.pooler_output_size)
+        if self.config.pooler_type == "dense":
+            self.dense = dense(self, self.config.pooler_output_size)
+        elif self.config.pooler_type == "norm":
+            self.layernorm = layer_norm(self)
 
     def __call__(self, hidden_states):
-        pooled = self.dense(hidden_states[:, 0])  # (B, pooler_output_size)
-        return activation(self.config.pooler_act)(pooled)
+        mean = self.config.pooling == "mean"
+        pooled = mean_of_patches(hidden_states, self.config) if mean else hidden_states[:, 0]
+        if self.config.pooler_type == "norm":
+            return self.layernorm(pooled)  # (B, D)
+        if self.config.pooler_type == "token":
+            return pooled  # (B, D)
+        return activation(self.config.pooler_act)(self.dense(pooled))  # (B, pooler_output_size)
 
 
 class FlaxViTModule(FlaxViTPart):
@@ -411,9 +559,11 @@ class FlaxViTModule(FlaxViTPart):
     use_mask_token: bool = False
 
     def setup(self):
-        self.embeddings = FlaxViTEmbeddings(**options(self), use_mask_token=self.use_mask_token)
+        use_mask_token = self.use_mask_token or self.config.use_mask_token
+        self.embeddings = FlaxViTEmbeddings(**options(self), use_mask_token=use_mask_token)
         self.encoder = FlaxViTEncoder(**options(self))
-        self.layernorm = layer_norm(self)
+        if not self.config.norm_after_pooling:
+            self.layernorm = layer_norm(self)
         if self.add_pooling_layer:
             self.pooler = FlaxViTPooler(**options(self))
 
@@ -437,14 +587,18 @@ class FlaxViTModule(FlaxViTPart):
             bool_masked_pos=bool_masked_pos,
             interpolate_pos_encoding=bool(interpolate_pos_encoding),
         )
+        P = self.config.patch_height_width
         outputs = self.encoder(
             hidden_states,
             head_mask,
             deterministic,
             flags.output_attentions,
             flags.output_hidden_states,
+            (pixel_values.shape[1] // P[0], pixel_values.shape[2] // P[1]),
         )
-        last_hidden_state = self.layernorm(outputs.last_hidden_state)  # (B, S, D)
+        last_hidden_state = outputs.last_hidden_state  # (B, S, D)
+        if not self.config.norm_after_pooling:
+            last_hidden_state = self.layernorm(last_hidden_state)
         pooled = self.pooler(last_hidden_state) if self.add_pooling_layer else None
         output = FlaxBaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
@@ -456,10 +610,14 @@ class FlaxViTModule(FlaxViTPart):
 
 
 class FlaxViTForImageClassificationModule(FlaxViTPart):
-    """The base network and a linear classifier on the class token."""
+    """The base network and a linear classifier on the class token, or on what `pooling` says."""
 
     def setup(self):
-        self.vit = FlaxViTModule(**options(self), add_pooling_layer=False)
+        self.network = FlaxViTModule(
+            **options(self),
+            add_pooling_layer=self.config.classifier_has_pooler,
+            name=self.config.base_model_prefix,
+        )
         self.classifier = dense(self, self.config.num_labels)
 
     def __call__(
@@ -477,7 +635,7 @@ class FlaxViTForImageClassificationModule(FlaxViTPart):
         """Run the network; arguments as `FlaxViTForImageClassification`, but `pixel_values` is
         (B, H, W, C)."""
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
-        outputs = self.vit(
+        outputs = self.network(
             pixel_values,
             deterministic,
             flags.output_attentions,
@@ -486,7 +644,7 @@ class FlaxViTForImageClassificationModule(FlaxViTPart):
             head_mask=head_mask,
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
-        logits = self.classifier(outputs.last_hidden_state[:, 0])  # (B, K)
+        logits = self.classifier(classifier_input(outputs, self.config))  # (B, K)
         output = FlaxSequenceClassifierOutput(
             loss=None if labels is None else classification_loss(logits, labels, self.config),
             logits=logits,
@@ -494,6 +652,19 @@ class FlaxViTForImageClassificationModule(FlaxViTPart):
             attentions=outputs.attentions,
         )
         return output if flags.return_dict else output.to_tuple()
+
+
+def classifier_input(outputs, config: ViTConfig):
+    """What the classifier looks at, (B, classifier_width)."""
+    hidden_states = outputs.last_hidden_state
+    if config.classifier_has_pooler:
+        return outputs.pooler_output
+    if config.pooling == "cls":
+        return hidden_states[:, 0]
+    mean = mean_of_patches(hidden_states, config)
+    if config.pooling == "mean":
+        return mean
+    return jnp.concatenate((hidden_states[:, 0], mean), axis=1)
 
 
 def classification_loss(logits, labels, config: ViTConfig):
@@ -519,6 +690,115 @@ def classification_loss(logits, labels, config: ViTConfig):
     return jnp.mean(losses)
 
 
+class FlaxDeiTForImageClassificationWithTeacherModule(FlaxViTPart):
+    """The base network and two classifiers, on the class and the distillation token, whose logits
+    are averaged."""
+
+    def setup(self):
+        self.network = FlaxViTModule(
+            **options(self), add_pooling_layer=False, name=self.config.base_model_prefix
+        )
+        self.cls_classifier = dense(self, self.config.num_labels)
+        self.distillation_classifier = dense(self, self.config.num_labels)
+
+    def __call__(
+        self,
+        pixel_values,
+        deterministic: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        head_mask=None,
+        interpolate_pos_encoding: bool | None = None,
+    ):
+        """Run the network; arguments as `FlaxDeiTForImageClassificationWithTeacher`, but
+        `pixel_values` is (B, H, W, C)."""
+        flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
+        outputs = self.network(
+            pixel_values,
+            deterministic,
+            flags.output_attentions,
+            flags.output_hidden_states,
+            True,
+            head_mask=head_mask,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+        )
+        cls_logits = self.cls_classifier(outputs.last_hidden_state[:, 0])  # (B, K)
+        distillation_logits = self.distillation_classifier(outputs.last_hidden_state[:, 1])
+        output = FlaxDeiTForImageClassificationWithTeacherOutput(
+            logits=(cls_logits + distillation_logits) / 2,
+            cls_logits=cls_logits,
+            distillation_logits=distillation_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if flags.return_dict else output.to_tuple()
+
+
+class FlaxBeitForMaskedImageModelingModule(FlaxViTPart):
+    """The base network and the prediction of a visual token for each patch."""
+
+    def setup(self):
+        self.network = FlaxViTModule(
+            **options(self), add_pooling_layer=False, name=self.config.base_model_prefix
+        )
+        self.lm_layernorm = layer_norm(self)
+        self.lm_head = dense(self, self.config.vocab_size)
+
+    def __call__(
+        self,
+        pixel_values,
+        deterministic: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        bool_masked_pos=None,
+        head_mask=None,
+        labels=None,
+        interpolate_pos_encoding: bool | None = None,
+    ):
+        """Run the network; arguments as `FlaxBeitForMaskedImageModeling`, but `pixel_values` is
+        (B, H, W, C)."""
+        flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
+        outputs = self.network(
+            pixel_values,
+            deterministic,
+            flags.output_attentions,
+            flags.output_hidden_states,
+            True,
+            bool_masked_pos=bool_masked_pos,
+            head_mask=head_mask,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+        )
+        hidden_states = self.lm_layernorm(outputs.last_hidden_state)
+        logits = self.lm_head(hidden_states[:, self.config.num_prefix_tokens :])  # (B, N, vocab)
+        loss = None
+        if labels is not None:
+            loss = visual_token_loss(logits, labels, bool_masked_pos)
+        output = FlaxMaskedLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if flags.return_dict else output.to_tuple()
+
+
+def visual_token_loss(logits, labels, bool_masked_pos):
+    """Mean cross entropy of the masked patches: logits (B, N, vocab), labels and mask (B, N)."""
+    check_token_labels(labels, bool_masked_pos, logits.shape)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    counted = (bool_masked_pos != 0) & (labels != -100)
+    # Traced labels cannot be looked at; one out of range makes the loss NaN, not another token.
+    chosen = jnp.where(labels < 0, logits.shape[-1], labels)
+    chosen = jnp.where(counted, chosen, 0)[:, :, None]
+    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
+    losses = -jnp.take_along_axis(log_probabilities, chosen, axis=-1)[:, :, 0]  # (B, N)
+    return jnp.sum(jnp.where(counted, losses, 0.0)) / jnp.sum(counted)
+
+
 class FlaxViTDecoder(FlaxViTPart):
     """A 1 x 1 convolution to the pixels of each token, and a pixel shuffle."""
 
@@ -536,7 +816,12 @@ class FlaxViTForMaskedImageModelingModule(FlaxViTPart):
     """The base network and a decoder back to pixels (SimMIM, Xie et al. 2022, arXiv:2111.09886)."""
 
     def setup(self):
-        self.vit = FlaxViTModule(**options(self), add_pooling_layer=False, use_mask_token=True)
+        self.network = FlaxViTModule(
+            **options(self),
+            add_pooling_layer=False,
+            use_mask_token=True,
+            name=self.config.base_model_prefix,
+        )
         self.decoder = FlaxViTDecoder(**options(self))
 
     def __call__(
@@ -556,7 +841,7 @@ class FlaxViTForMaskedImageModelingModule(FlaxViTPart):
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
         if bool_masked_pos is not None:
             check_stride(self.config, pixel_values.shape[1], pixel_values.shape[2])
-        outputs = self.vit(
+        outputs = self.network(
             pixel_values,
             deterministic,
             flags.output_attentions,
@@ -569,7 +854,11 @@ class FlaxViTForMaskedImageModelingModule(FlaxViTPart):
         B, H, W, _ = pixel_values.shape
         P = self.config.patch_height_width
         rows, columns, D = H // P[0], W // P[1], self.config.hidden_size
-        patches = outputs.last_hidden_state[:, 1:].reshape(B, rows, columns, D)
+        # With a distillation token Transformers' decoder still starts at the second token, so what
+        # was trained there expects it.
+        first = 1 if self.config.use_distillation_token else self.config.num_prefix_tokens
+        patches = outputs.last_hidden_state[:, first : first + rows * columns]  # (B, N, D)
+        patches = patches.reshape(B, rows, columns, D)
         reconstruction = self.decoder(patches)  # (B, C, H, W)
         loss = None
         if bool_masked_pos is not None:

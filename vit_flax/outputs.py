@@ -25,11 +25,23 @@ class FlaxMaskedImageModelingOutput(common.MaskedImageModelingOutput):
     __doc__ = common.MaskedImageModelingOutput.__doc__
 
 
+class FlaxDeiTForImageClassificationWithTeacherOutput(
+    common.DeiTForImageClassificationWithTeacherOutput
+):
+    __doc__ = common.DeiTForImageClassificationWithTeacherOutput.__doc__
+
+
+class FlaxMaskedLMOutput(common.MaskedLMOutput):
+    __doc__ = common.MaskedLMOutput.__doc__
+
+
 for _class in (
     FlaxBaseModelOutput,
     FlaxBaseModelOutputWithPooling,
     FlaxSequenceClassifierOutput,
     FlaxMaskedImageModelingOutput,
+    FlaxDeiTForImageClassificationWithTeacherOutput,
+    FlaxMaskedLMOutput,
 ):
     jax.tree_util.register_dataclass(
         _class, data_fields=[f.name for f in fields(_class)], meta_fields=[]

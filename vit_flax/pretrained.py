@@ -24,7 +24,7 @@ import numpy as np
 from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from convert.formats.flax import FLAX
+from convert.formats import TREE
 from convert.load import (
     check_leftovers,
     is_finite,
@@ -32,14 +32,14 @@ from convert.load import (
     read_config,
     warn_if_not_finite,
 )
-from convert.rules import to_canonical, to_foreign
+from convert.rules import to_canonical, to_foreign, unprefixed
 from convert.save import SaveFormat, check_save_keywords, save_parameters
 from vit_common.checks import check_keywords, check_labels, check_rank, resolve_problem_type
 from vit_common.config import ViTConfig, as_config
 from vit_common.containers.tensor import as_tensor
 from vit_common.errors import InputError
 from vit_common.hub import PUSH_OPTIONS, push_folder, push_if_asked, split_hub_options
-from vit_common.parameters import Head, parameter_shapes
+from vit_common.parameters import Head, initial_value, parameter_shapes
 from vit_flax.attention import check_implementation
 from vit_flax.model import (
     FlaxViTForImageClassificationModule,
@@ -106,7 +106,7 @@ class FlaxViTPreTrainedModel:
                 "FlaxViTFor... classes."
             )
         check_keywords(type(self).__name__, kwargs, self._constructor_keywords())
-        self._config = as_config(config)
+        self._config = as_config(config, self.config_class)
         self._config.validate()
         self.dtype = float_dtype("dtype", dtype)
         self.param_dtype = float_dtype("param_dtype", param_dtype)
@@ -215,7 +215,7 @@ class FlaxViTPreTrainedModel:
             name: as_tensor(name, np.broadcast_to(nothing, shape))
             for name, shape in self._canonical_shapes().items()
         }
-        tree = to_foreign(shapes, FLAX).tensors
+        tree = to_foreign(shapes, TREE).tensors
         return {tuple(name.split("/")): tensor.shape for name, tensor in tree.items()}
 
     # -- random parameters
@@ -245,17 +245,19 @@ class FlaxViTPreTrainedModel:
 
     def _draw(self, rng: jax.Array, paths: list[tuple[str, ...]]) -> dict[tuple[str, ...], Any]:
         drawn = {}
+        canonical = dict(zip(self._shapes, self._canonical_shapes(), strict=True))
+        constants = {"zero": 0.0, "one": 1.0, "layer scale": self._config.layer_scale_init_value}
         for path in paths:
             shape = self._shapes[path]
-            if path[-1] in ("kernel", "cls_token", "position_embeddings"):
+            kind = initial_value(canonical[path])
+            if kind == "normal":
                 # The key depends on the name only, so a parameter is the same in every model.
                 key = jax.random.fold_in(rng, zlib.crc32("/".join(path).encode()))
                 std = self._config.initializer_range
                 drawn[path] = draw_normal(key, std, shape, self.param_dtype)
-            elif path[-1] == "scale":
-                drawn[path] = jnp.ones(shape, self.param_dtype)
             else:
-                drawn[path] = jnp.zeros(shape, self.param_dtype)
+                value = constants[kind]
+                drawn[path] = jnp.full(shape, value, self.param_dtype)
         return drawn
 
     # -- calls
@@ -286,7 +288,12 @@ class FlaxViTPreTrainedModel:
     def _call(self, pixel_values, params, dropout_rng, train, flags, interpolate, arrays) -> Any:
         pixel_values = as_array("pixel_values", pixel_values)
         check_rank(pixel_values, "(batch, channels, height, width)")
-        rates = (self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob)
+        config = self.config
+        rates = (
+            config.hidden_dropout_prob,
+            config.attention_probs_dropout_prob,
+            *config.drop_path_rates,
+        )
         if train and max(rates) > 0.0 and dropout_rng is None:
             raise InputError("`train=True` with dropout needs `dropout_rng`, a JAX random key.")
         if dropout_rng is not None:
@@ -312,6 +319,7 @@ class FlaxViTPreTrainedModel:
         config: ViTConfig | str | os.PathLike | None = None,
         ignore_mismatched_sizes: bool = False,
         allow_missing: bool = False,
+        format: str | None = None,
         from_pt: bool = False,
         _do_init: bool = True,
         param_dtype: Any = None,
@@ -328,6 +336,8 @@ class FlaxViTPreTrainedModel:
             ignore_mismatched_sizes: draw parameters anew whose shape does not match.
             allow_missing: draw parameters of the network anew that the file does not have; without
                 it only those of a head may be missing.
+            format: of the weights ("timm", "google", ...; see docs/convert.md), where their names
+                do not tell it.
             from_pt: prefer weights in PyTorch's layout where there are both. (Both are read
                 without it.)
             _do_init: False returns `(model, params)`, the model without parameters.
@@ -348,7 +358,14 @@ class FlaxViTPreTrainedModel:
             CheckpointError: the weights are corrupt, incomplete or do not fit.
         """
         hub, kwargs = split_hub_options(kwargs)
-        settings, kwargs = read_config(pretrained_model_name_or_path, config, hub, kwargs)
+        settings, kwargs = read_config(
+            pretrained_model_name_or_path,
+            config,
+            hub,
+            kwargs,
+            wanted=cls.config_class,
+            format=format,
+        )
         check_leftovers(cls, kwargs, cls._constructor_keywords(), config)
         make: Any = cls
         model = make(
@@ -367,11 +384,12 @@ class FlaxViTPreTrainedModel:
             prefer=_TORCH_FILES if from_pt else None,
             allow_missing=allow_missing,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
+            format=format,
             **hub,
         )
         try:
             flat, not_finite = {}, []
-            for name, tensor in to_foreign(loaded.tensors, FLAX).tensors.items():
+            for name, tensor in to_foreign(loaded.tensors, TREE).tensors.items():
                 array = tensor.read()
                 if not is_finite(array):
                     not_finite.append(name)
@@ -420,16 +438,15 @@ class FlaxViTPreTrainedModel:
         flat = {
             "/".join(path): as_tensor("/".join(path), x) for path, x in flatten_dict(params).items()
         }
-        mapped = to_canonical(flat, FLAX)
+        mapped = to_canonical(flat, TREE)
         if mapped.unused:
             raise InputError(f"`params` hold what no file can: {', '.join(mapped.unused)}.")
-        prefix = f"{self.base_model_prefix}." if self.head is not None else ""
         keywords = inspect.signature(self.save_pretrained).parameters
         check_save_keywords(f"{type(self).__name__}.save_pretrained", kwargs, keywords)
         written = save_parameters(
             save_directory,
             self.config,
-            {name: mapped.tensors[name.removeprefix(prefix)] for name in self._canonical_shapes()},
+            {name: mapped.tensors[unprefixed(name)] for name in self._canonical_shapes()},
             to=to or ("hub" if safe_serialization else "flax"),
             architecture=type(self).__name__.removeprefix("Flax"),
             max_shard_size=max_shard_size,

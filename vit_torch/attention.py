@@ -30,6 +30,7 @@ def attention(
     key: torch.Tensor,
     value: torch.Tensor,
     *,
+    bias: torch.Tensor | None = None,
     head_mask: torch.Tensor | None = None,
     dropout: Callable[[torch.Tensor], torch.Tensor] | None = None,
     output_attentions: bool = False,
@@ -39,6 +40,7 @@ def attention(
 
     Args:
         query, key, value: (B, S, A, D/A).
+        bias: added to the scores; broadcasts against (B, A, S, S).
         head_mask: multiplies the probabilities; broadcasts against (B, A, S, S).
         dropout: applied to the probabilities, element by element; None where none is active.
         output_attentions: whether to return the probabilities.
@@ -52,7 +54,10 @@ def attention(
     plain = head_mask is None and dropout is None and not output_attentions
     if plain and implementation != "eager":
         context = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=None if bias is None else bias.to(query.dtype),
         )
         return context.transpose(1, 2), None
     # The query is scaled, not the scores: the same number, S / (D/A) times fewer products, and
@@ -60,7 +65,10 @@ def attention(
     query = query * query.shape[-1] ** -0.5
     scores = torch.einsum("bqad,bkad->baqk", query, key)  # (B, A, S, S)
     statistics = torch.promote_types(scores.dtype, torch.float32)
-    probabilities = torch.softmax(scores.to(statistics), dim=-1).to(query.dtype)
+    scores = scores.to(statistics)
+    if bias is not None:
+        scores = scores + bias.to(statistics)
+    probabilities = torch.softmax(scores, dim=-1).to(query.dtype)
     if dropout is not None:
         probabilities = dropout(probabilities)
     if head_mask is not None:

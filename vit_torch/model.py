@@ -4,8 +4,10 @@ Read top to bottom: embeddings, attention, MLP, block, encoder, heads. `vit_flax
 same text in Flax. Modules take images as (B, C, H, W); parameter names and the order of
 operations are those of Transformers 4.57.6 (`models/vit/modeling_vit.py`).
 
-B batch, C channels, H W pixels, P patch side, N patches, S = N + 1 tokens, D width, L layers,
-A heads, I MLP width, K labels.
+DeiT, BEiT and DINOv2 are the same network with other fields of the config.
+
+B batch, C channels, H W pixels, P patch side, N patches, T tokens in front of them (the class
+token), S = T + N tokens, D width, L layers, A heads, I MLP width, K labels.
 """
 
 from __future__ import annotations
@@ -25,17 +27,24 @@ from vit_common.checks import (
     check_mask,
     check_rank,
     check_stride,
+    check_token_labels,
     resolve_problem_type,
 )
 from vit_common.config import ViTConfig
 from vit_common.errors import InputError
-from vit_common.positions import resize_matrices
+from vit_common.positions import (
+    relative_distances,
+    relative_position_index,
+    resize_matrices,
+)
 from vit_torch.attention import attention
 from vit_torch.outputs import (
     BaseModelOutput,
     BaseModelOutputWithPooling,
+    DeiTForImageClassificationWithTeacherOutput,
     ImageClassifierOutput,
     MaskedImageModelingOutput,
+    MaskedLMOutput,
 )
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -139,28 +148,42 @@ class ViTPatchEmbeddings(ViTPart):
 
 
 class ViTEmbeddings(ViTPart):
-    """Patches, masked ones replaced; then the class token in front; then positions."""
+    """Patches, masked ones replaced; then the tokens in front of them; then positions."""
 
     def __init__(self, use_mask_token: bool = False, **kwargs):
         super().__init__(**kwargs)
-        D = self.config.hidden_size
-        S = self.config.num_patches + 1
+        config, D = self.config, self.config.hidden_size
         self.use_mask_token = use_mask_token
-        self.cls_token = nn.Parameter(torch.empty(1, 1, D))
-        initialize(self.cls_token, self.config)
+        if config.use_cls_token:
+            self.cls_token = nn.Parameter(torch.empty(1, 1, D))
+            initialize(self.cls_token, config)
+        if config.use_distillation_token:
+            self.distillation_token = nn.Parameter(torch.empty(1, 1, D))
+            initialize(self.distillation_token, config)
+        if config.num_register_tokens:
+            R = config.num_register_tokens
+            self.register_tokens = nn.Parameter(torch.zeros(1, R, D))
         if use_mask_token:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.position_embeddings = nn.Parameter(torch.empty(1, S, D))
-        initialize(self.position_embeddings, self.config)
+        if config.use_absolute_position_embeddings:
+            positions = config.num_prefix_positions + config.num_patches
+            self.position_embeddings = nn.Parameter(torch.empty(1, positions, D))
+            initialize(self.position_embeddings, config)
         self.patch_embeddings = ViTPatchEmbeddings(**options(self))
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
+
+    @property
+    def tokens(self) -> list[torch.Tensor]:
+        """The tokens in front of the patches, (1, 1, D) or (1, R, D)."""
+        names = ("cls_token", "distillation_token", "register_tokens")
+        return [getattr(self, name) for name in names if hasattr(self, name)]
 
     def forward(self, pixel_values, bool_masked_pos=None, interpolate_pos_encoding: bool = False):
         check_rank(pixel_values, "(batch, channels, height, width)")
         B, C, H, W = pixel_values.shape
         grid = check_image(C, H, W, self.config, interpolate=interpolate_pos_encoding)
 
-        dtype = self.cls_token.dtype
+        dtype = self.patch_embeddings.projection.weight.dtype
         embeddings = self.patch_embeddings(pixel_values.to(dtype))  # (B, N, D)
         if bool_masked_pos is not None:
             if not self.use_mask_token:
@@ -172,20 +195,28 @@ class ViTEmbeddings(ViTPart):
             mask = bool_masked_pos[:, :, None].to(dtype)  # (B, N, 1)
             embeddings = embeddings * (1.0 - mask) + self.mask_token * mask
 
-        cls_token = self.cls_token.expand(B, 1, self.config.hidden_size)
-        embeddings = torch.cat((cls_token, embeddings), dim=1)  # (B, S, D)
-        embeddings = embeddings + self.positions(grid)
+        D, k = self.config.hidden_size, self.config.num_prefix_positions
+        prefix = [token.expand(B, token.shape[1], D) for token in self.tokens]
+        front = torch.cat((*prefix, embeddings[:, :0]), dim=1)  # (B, T, D)
+        embeddings = torch.cat((front[:, :k], embeddings), dim=1)  # (B, k + N, D)
+        if self.config.use_absolute_position_embeddings:
+            embeddings = embeddings + self.positions(grid)
+        if k < self.config.num_prefix_tokens:  # tokens without positions come in after them
+            parts = (embeddings[:, :k], front[:, k:], embeddings[:, k:])
+            embeddings = torch.cat(parts, dim=1)  # (B, S, D)
         return self.dropout(embeddings)
 
     def positions(self, grid: tuple[int, int]):
-        """Position embeddings (1, S, D) for a grid (rows, columns) of patches."""
+        """Position embeddings (1, k + N, D) for a grid (rows, columns) of patches; k tokens in
+        front of them have one."""
         positions: torch.Tensor = self.position_embeddings
         if grid == self.config.grid_size:
             return positions
         exact = torch.promote_types(positions.dtype, torch.float32)
         rows, columns = resize_matrices(self.config.position_resize, self.config.grid_size, grid)
         positions = positions.to(exact)
-        table = positions[0, 1:].reshape(*self.config.grid_size, self.config.hidden_size)
+        k = self.config.num_prefix_positions
+        table = positions[0, k:].reshape(*self.config.grid_size, self.config.hidden_size)
         table = torch.einsum(
             "Hh,Ww,hwd->HWd",
             torch.tensor(rows, dtype=exact, device=positions.device),
@@ -193,7 +224,36 @@ class ViTEmbeddings(ViTPart):
             table,
         )
         table = table.reshape(1, grid[0] * grid[1], self.config.hidden_size)  # (1, N, D)
-        return torch.cat((positions[:, :1], table), dim=1).to(self.position_embeddings.dtype)
+        return torch.cat((positions[:, :k], table), dim=1).to(self.position_embeddings.dtype)
+
+
+class ViTRelativePositionBias(ViTPart):
+    """A learned bias on the scores of each head for each offset between two tokens."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        distances = relative_distances(self.config.grid_size)
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros(distances, self.config.num_attention_heads)
+        )
+
+    def forward(self, grid: tuple[int, int]):
+        table: torch.Tensor = self.relative_position_bias_table
+        table = table.to(torch.promote_types(table.dtype, torch.float32))
+        if grid != self.config.grid_size:
+            (h, w), (H, W), A = self.config.grid_size, grid, self.config.num_attention_heads
+            source, target = (2 * h - 1, 2 * w - 1), (2 * H - 1, 2 * W - 1)
+            rows, columns = resize_matrices("bilinear", source, target)
+            offsets = torch.einsum(
+                "Hh,Ww,hwa->HWa",
+                torch.tensor(rows, dtype=table.dtype, device=table.device),
+                torch.tensor(columns, dtype=table.dtype, device=table.device),
+                table[:-3].reshape(*source, A),
+            )
+            table = torch.cat((offsets.reshape(target[0] * target[1], A), table[-3:]))
+        index = torch.tensor(relative_position_index(grid), device=table.device)
+        bias = table[index]  # (S, S, A)
+        return bias.permute(2, 0, 1)[None]  # (1, A, S, S)
 
 
 class ViTSelfAttention(ViTPart):
@@ -203,12 +263,19 @@ class ViTSelfAttention(ViTPart):
         super().__init__(**kwargs)
         D = self.config.hidden_size
         self.query = dense(self, D, D, use_bias=self.config.qkv_bias)
-        self.key = dense(self, D, D, use_bias=self.config.qkv_bias)
+        self.key = dense(self, D, D, use_bias=self.config.use_key_bias)
         self.value = dense(self, D, D, use_bias=self.config.qkv_bias)
         self.dropout = nn.Dropout(self.config.attention_probs_dropout_prob)
+        if self.config.use_relative_position_bias:
+            self.relative_position_bias = ViTRelativePositionBias(**options(self))
 
-    def forward(self, hidden_states, head_mask, output_attentions: bool):
+    def forward(
+        self, hidden_states, head_mask, bias, output_attentions: bool, grid: tuple[int, int]
+    ):
         B, S, D = hidden_states.shape
+        if self.config.use_relative_position_bias:
+            own = self.relative_position_bias(grid)
+            bias = own if bias is None else bias + own  # (1, A, S, S)
         A = self.config.num_attention_heads
         query = self.query(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
         key = self.key(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
@@ -217,6 +284,7 @@ class ViTSelfAttention(ViTPart):
             query,
             key,
             value,
+            bias=bias,
             head_mask=head_mask,
             dropout=self.dropout if self.training and self.dropout.p > 0.0 else None,
             output_attentions=output_attentions,
@@ -246,8 +314,12 @@ class ViTAttention(ViTPart):
         self.attention = ViTSelfAttention(**options(self))
         self.output = ViTSelfOutput(**options(self))
 
-    def forward(self, hidden_states, head_mask, output_attentions: bool):
-        context, probabilities = self.attention(hidden_states, head_mask, output_attentions)
+    def forward(
+        self, hidden_states, head_mask, bias, output_attentions: bool, grid: tuple[int, int]
+    ):
+        context, probabilities = self.attention(
+            hidden_states, head_mask, bias, output_attentions, grid
+        )
         return self.output(context), probabilities
 
 
@@ -256,10 +328,15 @@ class ViTIntermediate(ViTPart):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.dense = dense(self, self.config.hidden_size, self.config.intermediate_size)
+        width = self.config.intermediate_size
+        features = 2 * width if self.config.use_swiglu_ffn else width
+        self.dense = dense(self, self.config.hidden_size, features)
 
     def forward(self, hidden_states):
-        hidden_states = self.dense(hidden_states)  # (B, S, I)
+        hidden_states = self.dense(hidden_states)  # (B, S, I), or (B, S, 2 I)
+        if self.config.use_swiglu_ffn:
+            gate, hidden_states = hidden_states.chunk(2, dim=-1)
+            return ACTIVATIONS["silu"](gate) * hidden_states  # (B, S, I)
         return activation(self.config.hidden_act)(hidden_states)
 
 
@@ -276,24 +353,56 @@ class ViTOutput(ViTPart):
         return self.dropout(hidden_states)
 
 
-class ViTLayer(ViTPart):
-    """One pre-norm block: attention and MLP, each with a residual."""
+class ViTDropPath(nn.Module):
+    """In training, zero for a share `p` of the images; the rest is scaled up to make up for it."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, hidden_states):
+        if not self.training or self.p == 0.0:
+            return hidden_states
+        B, *rest = hidden_states.shape
+        return hidden_states * F.dropout(hidden_states.new_ones(B, *(1 for _ in rest)), self.p)
+
+
+class ViTLayer(ViTPart):
+    """One pre-norm block: attention and MLP, each with a residual.
+
+    Attributes:
+        drop_path_rate: how often, in training, an image goes around a branch.
+    """
+
+    def __init__(self, drop_path_rate: float = 0.0, **kwargs):
         super().__init__(**kwargs)
         self.attention = ViTAttention(**options(self))
         self.intermediate = ViTIntermediate(**options(self))
         self.output = ViTOutput(**options(self))
         self.layernorm_before = layer_norm(self)
         self.layernorm_after = layer_norm(self)
+        self.drop_path = ViTDropPath(drop_path_rate)
+        if self.config.has_layer_scale:
+            D, value = self.config.hidden_size, self.config.layer_scale_init_value
+            self.lambda_1 = nn.Parameter(torch.full((D,), value))
+            self.lambda_2 = nn.Parameter(torch.full((D,), value))
 
-    def forward(self, hidden_states, head_mask, output_attentions: bool):
+    def forward(
+        self, hidden_states, head_mask, bias, output_attentions: bool, grid: tuple[int, int]
+    ):
         attention_output, probabilities = self.attention(
-            self.layernorm_before(hidden_states), head_mask, output_attentions
+            self.layernorm_before(hidden_states), head_mask, bias, output_attentions, grid
         )
+        if self.config.has_layer_scale:
+            attention_output = attention_output * self.lambda_1
+        attention_output = self.drop_path(attention_output)
         hidden_states = attention_output + hidden_states
         mlp_output = self.intermediate(self.layernorm_after(hidden_states))
-        hidden_states = self.output(mlp_output) + hidden_states
+        mlp_output = self.output(mlp_output)
+        if self.config.has_layer_scale:
+            mlp_output = mlp_output * self.lambda_2
+        mlp_output = self.drop_path(mlp_output)
+        hidden_states = mlp_output + hidden_states
         return hidden_states, probabilities
 
 
@@ -303,20 +412,29 @@ class ViTEncoder(ViTPart):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.layer = nn.ModuleList(
-            ViTLayer(**options(self)) for _ in range(self.config.num_hidden_layers)
+            ViTLayer(**options(self), drop_path_rate=rate) for rate in self.config.drop_path_rates
         )
+        if self.config.use_shared_relative_position_bias:
+            self.relative_position_bias = ViTRelativePositionBias(**options(self))
         self.gradient_checkpointing = self.config.gradient_checkpointing
 
     def forward(
-        self, hidden_states, head_mask, output_attentions: bool, output_hidden_states: bool
+        self,
+        hidden_states,
+        head_mask,
+        output_attentions: bool,
+        output_hidden_states: bool,
+        grid: tuple[int, int],
     ):
         if head_mask is not None:
             head_mask = spread_head_mask(head_mask, self.config)
+        shared = self.config.use_shared_relative_position_bias
+        bias = self.relative_position_bias(grid) if shared else None
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         all_hidden_states, all_attentions = [hidden_states], []
         for i, layer in enumerate(self.layer):
             layer_mask = None if head_mask is None else head_mask[i]
-            inputs = (hidden_states, layer_mask, output_attentions)
+            inputs = (hidden_states, layer_mask, bias, output_attentions, grid)
             hidden_states, probabilities = (
                 checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
             )
@@ -338,16 +456,30 @@ def spread_head_mask(head_mask, config: ViTConfig):
     return head_mask.expand(L, A)[:, None, :, None, None]
 
 
+def mean_of_patches(hidden_states, config: ViTConfig):
+    """(B, S, D) -> (B, D): the mean of the tokens that are patches."""
+    return hidden_states[:, config.num_prefix_tokens :].mean(dim=1)
+
+
 class ViTPooler(ViTPart):
-    """The class token through a dense layer and `pooler_act`."""
+    """The class token, or the mean of the patches, through what `pooler_type` says: a dense layer
+    and `pooler_act`, a norm, or nothing."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.dense = dense(self, self.config.hidden_size, self.config.pooler_output_size)
+        if self.config.pooler_type == "dense":
+            self.dense = dense(self, self.config.hidden_size, self.config.pooler_output_size)
+        elif self.config.pooler_type == "norm":
+            self.layernorm = layer_norm(self)
 
     def forward(self, hidden_states):
-        pooled = self.dense(hidden_states[:, 0])  # (B, pooler_output_size)
-        return activation(self.config.pooler_act)(pooled)
+        mean = self.config.pooling == "mean"
+        pooled = mean_of_patches(hidden_states, self.config) if mean else hidden_states[:, 0]
+        if self.config.pooler_type == "norm":
+            return self.layernorm(pooled)  # (B, D)
+        if self.config.pooler_type == "token":
+            return pooled  # (B, D)
+        return activation(self.config.pooler_act)(self.dense(pooled))  # (B, pooler_output_size)
 
 
 class ViTModule(ViTPart):
@@ -361,10 +493,11 @@ class ViTModule(ViTPart):
     def __init__(self, add_pooling_layer: bool = True, use_mask_token: bool = False, **kwargs):
         super().__init__(**kwargs)
         self.add_pooling_layer = add_pooling_layer
-        self.use_mask_token = use_mask_token
-        self.embeddings = ViTEmbeddings(**options(self), use_mask_token=use_mask_token)
+        self.use_mask_token = use_mask_token or self.config.use_mask_token
+        self.embeddings = ViTEmbeddings(**options(self), use_mask_token=self.use_mask_token)
         self.encoder = ViTEncoder(**options(self))
-        self.layernorm = layer_norm(self)
+        if not self.config.norm_after_pooling:
+            self.layernorm = layer_norm(self)
         self.pooler = ViTPooler(**options(self)) if add_pooling_layer else None
 
     def forward(
@@ -401,10 +534,17 @@ class ViTModule(ViTPart):
             bool_masked_pos=bool_masked_pos,
             interpolate_pos_encoding=bool(interpolate_pos_encoding),
         )
+        P = self.config.patch_height_width
         outputs = self.encoder(
-            hidden_states, head_mask, flags.output_attentions, flags.output_hidden_states
+            hidden_states,
+            head_mask,
+            flags.output_attentions,
+            flags.output_hidden_states,
+            (pixel_values.shape[2] // P[0], pixel_values.shape[3] // P[1]),
         )
-        last_hidden_state = self.layernorm(outputs.last_hidden_state)  # (B, S, D)
+        last_hidden_state = outputs.last_hidden_state  # (B, S, D)
+        if not self.config.norm_after_pooling:
+            last_hidden_state = self.layernorm(last_hidden_state)
         pooled = self.pooler(last_hidden_state) if self.pooler is not None else None
         output = BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
@@ -415,13 +555,23 @@ class ViTModule(ViTPart):
         return output if flags.return_dict else output.to_tuple()
 
 
+def add_network(part: ViTPart, **kwargs) -> None:
+    """Put the base network into a model with a head, under the name its family gives it."""
+    part.add_module(part.config.base_model_prefix, ViTModule(**options(part), **kwargs))
+
+
+def network(part: ViTPart) -> nn.Module:
+    """The base network of a model with a head."""
+    return part.get_submodule(part.config.base_model_prefix)
+
+
 class ViTForImageClassificationModule(ViTPart):
-    """The base network and a linear classifier on the class token."""
+    """The base network and a linear classifier on the class token, or on what `pooling` says."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.vit = ViTModule(**options(self), add_pooling_layer=False)
-        self.classifier = dense(self, self.config.hidden_size, self.config.num_labels)
+        add_network(self, add_pooling_layer=self.config.classifier_has_pooler)
+        self.classifier = dense(self, self.config.classifier_width, self.config.num_labels)
 
     def forward(
         self,
@@ -448,7 +598,7 @@ class ViTForImageClassificationModule(ViTPart):
         """
         check_tensors(labels=labels)
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
-        outputs = self.vit(
+        outputs = network(self)(
             pixel_values,
             head_mask=head_mask,
             output_attentions=flags.output_attentions,
@@ -456,7 +606,7 @@ class ViTForImageClassificationModule(ViTPart):
             interpolate_pos_encoding=interpolate_pos_encoding,
             return_dict=True,
         )
-        logits = self.classifier(outputs.last_hidden_state[:, 0])  # (B, K)
+        logits = self.classifier(classifier_input(outputs, self.config))  # (B, K)
         output = ImageClassifierOutput(
             loss=None if labels is None else classification_loss(logits, labels, self.config),
             logits=logits,
@@ -464,6 +614,19 @@ class ViTForImageClassificationModule(ViTPart):
             attentions=outputs.attentions,
         )
         return output if flags.return_dict else output.to_tuple()
+
+
+def classifier_input(outputs, config: ViTConfig):
+    """What the classifier looks at, (B, classifier_width)."""
+    hidden_states = outputs.last_hidden_state
+    if config.classifier_has_pooler:
+        return outputs.pooler_output
+    if config.pooling == "cls":
+        return hidden_states[:, 0]
+    mean = mean_of_patches(hidden_states, config)
+    if config.pooling == "mean":
+        return mean
+    return torch.cat((hidden_states[:, 0], mean), dim=1)
 
 
 def classification_loss(logits, labels, config: ViTConfig):
@@ -479,6 +642,122 @@ def classification_loss(logits, labels, config: ViTConfig):
     if problem_type == "single_label_classification":
         return F.cross_entropy(logits, labels.reshape(-1).long(), ignore_index=-100)
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+class DeiTForImageClassificationWithTeacherModule(ViTPart):
+    """The base network and two classifiers, on the class and the distillation token, whose logits
+    are averaged."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        add_network(self, add_pooling_layer=False)
+        self.cls_classifier = dense(self, self.config.hidden_size, self.config.num_labels)
+        self.distillation_classifier = dense(self, self.config.hidden_size, self.config.num_labels)
+
+    def forward(
+        self,
+        pixel_values,
+        head_mask=None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        return_dict: bool | None = None,
+    ):
+        """Run the network; arguments as `ViTModel`.
+
+        Returns:
+            `DeiTForImageClassificationWithTeacherOutput`, or its tuple with `return_dict=False`.
+
+        Raises:
+            InputError: an argument does not fit the model.
+        """
+        flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
+        outputs = network(self)(
+            pixel_values,
+            head_mask=head_mask,
+            output_attentions=flags.output_attentions,
+            output_hidden_states=flags.output_hidden_states,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            return_dict=True,
+        )
+        cls_logits = self.cls_classifier(outputs.last_hidden_state[:, 0])  # (B, K)
+        distillation_logits = self.distillation_classifier(outputs.last_hidden_state[:, 1])
+        output = DeiTForImageClassificationWithTeacherOutput(
+            logits=(cls_logits + distillation_logits) / 2,
+            cls_logits=cls_logits,
+            distillation_logits=distillation_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if flags.return_dict else output.to_tuple()
+
+
+class BeitForMaskedImageModelingModule(ViTPart):
+    """The base network and the prediction of a visual token for each patch."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        add_network(self, add_pooling_layer=False)
+        self.lm_layernorm = layer_norm(self)
+        self.lm_head = dense(self, self.config.hidden_size, self.config.vocab_size)
+
+    def forward(
+        self,
+        pixel_values,
+        bool_masked_pos=None,
+        head_mask=None,
+        labels=None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        return_dict: bool | None = None,
+    ):
+        """Run the network; arguments as `ViTModel`, and
+
+        Args:
+            labels: visual tokens, (B, N), or those of the masked patches alone, one after the
+                other; then `loss`, over the masked patches, is in the output.
+
+        Returns:
+            `MaskedLMOutput`, or its tuple with `return_dict=False`.
+
+        Raises:
+            InputError: an argument does not fit the model.
+        """
+        check_tensors(labels=labels)
+        flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
+        outputs = network(self)(
+            pixel_values,
+            bool_masked_pos=bool_masked_pos,
+            head_mask=head_mask,
+            output_attentions=flags.output_attentions,
+            output_hidden_states=flags.output_hidden_states,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            return_dict=True,
+        )
+        hidden_states = self.lm_layernorm(outputs.last_hidden_state)
+        logits = self.lm_head(hidden_states[:, self.config.num_prefix_tokens :])  # (B, N, vocab)
+        loss = None
+        if labels is not None:
+            loss = visual_token_loss(logits, labels, bool_masked_pos)
+        output = MaskedLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if flags.return_dict else output.to_tuple()
+
+
+def visual_token_loss(logits, labels, bool_masked_pos):
+    """Mean cross entropy of the masked patches: logits (B, N, vocab), labels and mask (B, N), or
+    one label for each masked patch."""
+    check_token_labels(labels, bool_masked_pos, logits.shape)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    counted = bool_masked_pos != 0
+    if labels.ndim == 2:
+        labels = labels[counted]
+    return F.cross_entropy(logits[counted], labels.long(), ignore_index=-100)
 
 
 class ViTDecoder(nn.Sequential):
@@ -497,7 +776,7 @@ class ViTForMaskedImageModelingModule(ViTPart):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.vit = ViTModule(**options(self), add_pooling_layer=False, use_mask_token=True)
+        add_network(self, add_pooling_layer=False, use_mask_token=True)
         self.decoder = ViTDecoder(self)
 
     def forward(
@@ -523,7 +802,7 @@ class ViTForMaskedImageModelingModule(ViTPart):
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
         if bool_masked_pos is not None:
             check_stride(self.config, pixel_values.shape[2], pixel_values.shape[3])
-        outputs = self.vit(
+        outputs = network(self)(
             pixel_values,
             bool_masked_pos=bool_masked_pos,
             head_mask=head_mask,
@@ -535,7 +814,11 @@ class ViTForMaskedImageModelingModule(ViTPart):
         B, _, H, W = pixel_values.shape
         P = self.config.patch_height_width
         rows, columns, D = H // P[0], W // P[1], self.config.hidden_size
-        patches = outputs.last_hidden_state[:, 1:].reshape(B, rows, columns, D)
+        # With a distillation token Transformers' decoder still starts at the second token, so what
+        # was trained there expects it.
+        first = 1 if self.config.use_distillation_token else self.config.num_prefix_tokens
+        patches = outputs.last_hidden_state[:, first : first + rows * columns]  # (B, N, D)
+        patches = patches.reshape(B, rows, columns, D)
         reconstruction = self.decoder(patches.permute(0, 3, 1, 2))  # (B, C, H, W)
         loss = None
         if bool_masked_pos is not None:

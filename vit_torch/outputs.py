@@ -9,15 +9,19 @@ from torch.utils import _pytree
 from vit_common.outputs import (
     BaseModelOutput,
     BaseModelOutputWithPooling,
+    DeiTForImageClassificationWithTeacherOutput,
     ImageClassifierOutput,
     MaskedImageModelingOutput,
+    MaskedLMOutput,
 )
 
 __all__ = [
     "BaseModelOutput",
     "BaseModelOutputWithPooling",
+    "DeiTForImageClassificationWithTeacherOutput",
     "ImageClassifierOutput",
     "MaskedImageModelingOutput",
+    "MaskedLMOutput",
 ]
 
 
@@ -34,7 +38,9 @@ def _register(output: type) -> None:
 for _class in (
     BaseModelOutput,
     BaseModelOutputWithPooling,
+    DeiTForImageClassificationWithTeacherOutput,
     ImageClassifierOutput,
     MaskedImageModelingOutput,
+    MaskedLMOutput,
 ):
     _register(_class)

@@ -133,6 +133,7 @@ class ViTPreTrainedModel(nn.Module):
         torch_dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
         allow_missing: bool = False,
+        format: str | None = None,
         from_flax: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -147,6 +148,8 @@ class ViTPreTrainedModel(nn.Module):
             ignore_mismatched_sizes: draw parameters anew whose shape does not match.
             allow_missing: draw parameters of the network anew that the file does not have; without
                 it only those of a head may be missing.
+            format: of the weights ("timm", "google", ...; see docs/convert.md), where their names
+                do not tell it.
             from_flax: prefer weights in Flax's layout where there are both. (Both are read
                 without it.)
             **kwargs: options of the Hub (`revision`, `subfolder`, `token`, `cache_dir`,
@@ -166,7 +169,14 @@ class ViTPreTrainedModel(nn.Module):
         for name, same in _ALWAYS_SO.items():
             if name in kwargs and kwargs[name] in same:
                 del kwargs[name]
-        settings, kwargs = read_config(pretrained_model_name_or_path, config, hub, kwargs)
+        settings, kwargs = read_config(
+            pretrained_model_name_or_path,
+            config,
+            hub,
+            kwargs,
+            wanted=cls.config_class,
+            format=format,
+        )
         check_leftovers(cls, kwargs, list(inspect.signature(cls).parameters)[1:], config)
         with torch.device("meta"):
             model = cls(settings, *model_args, **kwargs)
@@ -178,6 +188,7 @@ class ViTPreTrainedModel(nn.Module):
             prefer=("flax_model.msgpack", "flax_model.msgpack.index.json") if from_flax else None,
             allow_missing=allow_missing,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
+            format=format,
             **hub,
         )
         if wanted is None:
@@ -288,9 +299,9 @@ class ViTPreTrainedModel(nn.Module):
             return push_folder(directory, repo_id, **options)
 
 
-def _settle(config: ViTConfig, attn_implementation: str) -> dict[str, Any]:
+def settle(model: ViTPreTrainedModel, config: Any, attn_implementation: str) -> dict[str, Any]:
     """The options of the network, checked."""
-    config = as_config(config)
+    config = as_config(config, model.config_class)
     config.validate()
     return {"config": config, "attn_implementation": check_implementation(attn_implementation)}
 
@@ -316,7 +327,7 @@ class ViTModel(ViTPreTrainedModel, ViTModule):
         super().__init__(
             add_pooling_layer=add_pooling_layer,
             use_mask_token=use_mask_token,
-            **_settle(config, attn_implementation),
+            **settle(self, config, attn_implementation),
         )
 
 
@@ -331,7 +342,7 @@ class ViTForImageClassification(ViTPreTrainedModel, ViTForImageClassificationMod
     head = "classifier"
 
     def __init__(self, config: ViTConfig, *, attn_implementation: str = "auto"):
-        super().__init__(**_settle(config, attn_implementation))
+        super().__init__(**settle(self, config, attn_implementation))
 
     @property
     def num_labels(self) -> int:
@@ -350,13 +361,14 @@ class ViTForMaskedImageModeling(ViTPreTrainedModel, ViTForMaskedImageModelingMod
     head = "decoder"
 
     def __init__(self, config: ViTConfig, *, attn_implementation: str = "auto"):
-        super().__init__(**_settle(config, attn_implementation))
+        super().__init__(**settle(self, config, attn_implementation))
 
 
 def draw_parameter(name: str, shape: tuple[int, ...], config: ViTConfig) -> torch.Tensor:
     """A new parameter of a canonical name, as the constructors draw it."""
     kind = initial_value(name)
-    parameter = torch.ones(shape) if kind == "one" else torch.zeros(shape)
+    constants = {"one": 1.0, "layer scale": config.layer_scale_init_value}
+    parameter = torch.full(shape, constants.get(kind, 0.0))
     if kind == "normal":
         initialize(parameter, config)
     return parameter

@@ -1,10 +1,62 @@
 """One module a family of files; each is a table. `FORMATS` is what the engine knows."""
 
-from convert.formats.flax import FLAX, FLAX_SAFETENSORS
-from convert.formats.huggingface import HUB, HUB_V5
-from convert.formats.timm import TIMM
-from convert.rules import Format
+from __future__ import annotations
 
-FORMATS: dict[str, Format] = {
-    table.name: table for table in (HUB, HUB_V5, FLAX, FLAX_SAFETENSORS, TIMM)
-}
+from convert.formats import flax, google, huggingface, timm
+from convert.formats.flax import TREE
+from convert.rules import Format
+from vit_common.config import ViTConfig
+from vit_common.errors import InputError
+
+FORMATS: tuple[Format, ...] = (
+    *huggingface.FORMATS,
+    *flax.FORMATS,
+    *timm.FORMATS,
+    *google.FORMATS,
+)
+"""Every table: one for each layout and family."""
+
+NAMES: tuple[str, ...] = tuple(dict.fromkeys(table.name for table in FORMATS))
+"""Names of the formats, as users call them."""
+
+
+def check_format(name: str) -> str:
+    """The name itself; InputError if there is no such format."""
+    if name not in NAMES:
+        raise InputError(f"the format must be one of {', '.join(NAMES)}; given {name!r}.")
+    return name
+
+
+def table_for(name: str, config: ViTConfig, head: str | None = None) -> Format:
+    """The table that writes weights of that configuration in a format.
+
+    Args:
+        name: one of `NAMES`.
+        config: what the network is.
+        head: what stands on it, as in `parameter_shapes`.
+
+    Raises:
+        InputError: there is no such format, it is only read, or it cannot hold that family.
+    """
+    tables = FORMATS
+    if check_format(name) == "google":
+        tables = google.formats(config.num_attention_heads)
+        tables = tables[1:] if config.position_tokens == "patches" else tables[:1]
+    written = [table for table in tables if table.name == name and table.written]
+    fitting = [table for table in written if config.model_type in table.families]
+    if not fitting:
+        if not written:
+            raise InputError(f"the format {name!r} is read here, but not written.")
+        families = ", ".join(dict.fromkeys(f for table in written for f in table.families))
+        raise InputError(
+            f"the format {name!r} holds the families {families}; these weights are of "
+            f"{config.model_type!r}."
+        )
+    if len(fitting) > 1:  # DINOv2 with either MLP; BEiT with either head
+        by_name = {"dinov2": config.use_swiglu_ffn, "hub": config.use_swiglu_ffn}
+        second = by_name.get(name, name == "beit" and head == "tokens")
+        return fitting[1 if second else 0]
+    return fitting[0]
+
+
+__all__ = ["FORMATS", "NAMES", "TREE", "Format", "check_format", "table_for"]

@@ -1,61 +1,164 @@
-"""Hub files in PyTorch's layouts: the names Transformers v4 writes (canonical) and those of v5.
+"""Hub files in PyTorch's layouts: the names Transformers v4 writes and those of v5.
 
-Sources: `models/vit/modeling_vit.py` of Transformers 4.57.6 and of 5.x.
+The canonical names are those of v4's ViT, DeiT and BEiT; DINOv2's blocks differ.
+
+Sources: `models/{vit,deit,beit,dinov2,dinov2_with_registers,vit_mae}/modeling_*.py` of
+Transformers 4.57.6 and 5.23.
 """
 
+from convert.layouts import GATE_AND_UP, KEEP, TOKEN, Layout
 from convert.rules import Format, Rule
 
-_EMBEDDINGS = (
+_TOP = (
     "embeddings.cls_token",
-    "embeddings.mask_token",
+    "embeddings.distillation_token",
+    "embeddings.register_tokens",
     "embeddings.position_embeddings",
     "embeddings.patch_embeddings.projection.weight",
     "embeddings.patch_embeddings.projection.bias",
-)
-_TOP = (
     "layernorm.weight",
     "layernorm.bias",
     "pooler.dense.weight",
     "pooler.dense.bias",
+    "pooler.layernorm.weight",
+    "pooler.layernorm.bias",
     "classifier.weight",
     "classifier.bias",
+    "cls_classifier.weight",
+    "cls_classifier.bias",
+    "distillation_classifier.weight",
+    "distillation_classifier.bias",
     "decoder.0.weight",
     "decoder.0.bias",
+    "lm_layernorm.weight",
+    "lm_layernorm.bias",
+    "lm_head.weight",
+    "lm_head.bias",
 )
-# canonical part of a block <-> its v5 name
-_BLOCK = {
+_TABLE = "relative_position_bias.relative_position_bias_table"
+
+# canonical module or parameter of a block <-> its name in v5
+BLOCK = {
     "attention.attention.query": "attention.q_proj",
     "attention.attention.key": "attention.k_proj",
     "attention.attention.value": "attention.v_proj",
+    f"attention.attention.{_TABLE}": _TABLE,
     "attention.output.dense": "attention.o_proj",
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
     "layernorm_before": "layernorm_before",
     "layernorm_after": "layernorm_after",
+    "lambda_1": "lambda_1",
+    "lambda_2": "lambda_2",
+}
+# canonical <-> DINOv2
+DINOV2_BLOCK = {
+    "attention.attention.query": "attention.attention.query",
+    "attention.attention.key": "attention.attention.key",
+    "attention.attention.value": "attention.attention.value",
+    "attention.output.dense": "attention.output.dense",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "lambda_1": "layer_scale1.lambda1",
+    "lambda_2": "layer_scale2.lambda1",
+}
+_SWIGLU_BLOCK = {
+    **DINOV2_BLOCK,
+    "intermediate.dense": "mlp.weights_in",
+    "output.dense": "mlp.weights_out",
 }
 
-_SAME = tuple(Rule(name, name) for name in (*_EMBEDDINGS, *_TOP))
+BEIT_HEAD = (("layernorm.", "lm_layernorm."),)
+"""BEiT's head for masked image modelling calls its norm as the network under it calls its own."""
 
-HUB = Format(
-    name="hub",
-    describes="Hub torch layout, names of Transformers v4",
-    prefix="vit.",
-    rules=_SAME
-    + tuple(
-        Rule(f"encoder.layer.{{i}}.{part}.{leaf}", f"encoder.layer.{{i}}.{part}.{leaf}")
-        for part in _BLOCK
-        for leaf in ("weight", "bias")
-    ),
+_NO_WEIGHTS = (
+    (r".*relative_position_index", "an index computed from the grid, no weight"),
+    (r"embeddings\.position_ids", "an index, no weight"),
 )
 
-HUB_V5 = Format(
-    name="hub-v5",
-    describes="Hub torch layout, names of Transformers v5",
-    prefix="vit.",
-    rules=_SAME
-    + tuple(
-        Rule(f"layers.{{i}}.{new}.{leaf}", f"encoder.layer.{{i}}.{old}.{leaf}")
-        for old, new in _BLOCK.items()
-        for leaf in ("weight", "bias")
+
+def _block(table: dict[str, str], start: str, but: tuple[str, ...] = ()) -> tuple[Rule, ...]:
+    rules = []
+    for ours, theirs in table.items():
+        alone = ours.endswith(("lambda_1", "lambda_2", "_table"))
+        for leaf in ("",) if alone else (".weight", ".bias"):
+            if ours not in but:
+                rules.append(Rule(f"{start}{theirs}{leaf}", f"encoder.layer.{{i}}.{ours}{leaf}"))
+    return tuple(rules)
+
+
+def _top(mask_token: Layout = KEEP, shared: str = f"encoder.{_TABLE}") -> tuple[Rule, ...]:
+    return (
+        *(Rule(name, name) for name in _TOP),
+        Rule("embeddings.mask_token", "embeddings.mask_token", mask_token),
+        Rule(shared, f"encoder.{_TABLE}"),
+    )
+
+
+_V4 = "encoder.layer.{i}."
+_V5 = "layers.{i}."
+_SAME = {name: name for name in BLOCK}
+_V5_DINOV2 = {**DINOV2_BLOCK, **{name: BLOCK[name] for name in list(BLOCK)[:3]}}
+_V5_DINOV2["attention.output.dense"] = "attention.o_proj"
+_V5_SWIGLU = tuple(
+    rule
+    for leaf in ("weight", "bias")
+    for rule in (
+        Rule(
+            (f"{_V4}mlp.gate_proj.{leaf}", f"{_V4}mlp.up_proj.{leaf}"),
+            f"{_V4}intermediate.dense.{leaf}",
+            GATE_AND_UP,
+        ),
+        Rule(f"{_V4}mlp.down_proj.{leaf}", f"{_V4}output.dense.{leaf}"),
+    )
+)
+_V4_NAMES = "Hub torch layout, names of Transformers v4"
+_V5_NAMES = "Hub torch layout, names of Transformers v5"
+_VIT, _BEIT, _DINOV2 = ("vit", "deit"), ("beit",), ("dinov2", "dinov2_with_registers")
+
+
+def _format(families, rules, describes, written=True, **more) -> Format:
+    return Format(
+        name="hub",
+        describes=describes,
+        families=families,
+        rules=rules,
+        prefixed=True,
+        written=written,
+        **{"ignored": _NO_WEIGHTS, **more},
+    )
+
+
+FORMATS = (
+    _format(_VIT, _top() + _block(_SAME, _V4), _V4_NAMES),
+    _format(_BEIT, _top() + _block(_SAME, _V4), _V4_NAMES, only_with_prefix=BEIT_HEAD),
+    _format(_DINOV2, _top(TOKEN) + _block(DINOV2_BLOCK, _V4), _V4_NAMES),
+    _format(_DINOV2, _top(TOKEN) + _block(_SWIGLU_BLOCK, _V4), _V4_NAMES),
+    _format(_VIT, _top() + _block(BLOCK, _V5), _V5_NAMES, False),
+    _format(
+        _BEIT,
+        _top(shared="shared_position_bias.relative_position_bias_table") + _block(BLOCK, _V5),
+        _V5_NAMES,
+        False,
+        only_with_prefix=BEIT_HEAD,
+    ),
+    _format(_DINOV2, _top(TOKEN) + _block(_V5_DINOV2, _V4), _V5_NAMES, False),
+    _format(
+        _DINOV2,
+        _top(TOKEN) + _block(_V5_DINOV2, _V4, ("intermediate.dense", "output.dense")) + _V5_SWIGLU,
+        _V5_NAMES,
+        False,
+    ),
+    _format(
+        ("vit",),
+        _top() + _block(_SAME, _V4),
+        "Hub vit_mae encoder",
+        False,
+        ignored=(
+            *_NO_WEIGHTS,
+            (r"decoder\..*", "the decoder of masked autoencoding, not part of the encoder"),
+        ),
     ),
 )

@@ -21,10 +21,12 @@ from vit_common.containers.tensor import (
     DTYPES,
     MAX_AXES,
     DataFile,
+    Progress,
     Tensor,
     aligned_empty,
     bad_shape,
     little_endian_bytes,
+    no_progress,
 )
 from vit_common.errors import InputError
 
@@ -317,24 +319,28 @@ def nest(tensors: Sequence[Tensor]) -> dict[str, Any]:
     return root
 
 
-def write(stream: BinaryIO, tree: dict[str, Any]) -> None:
+def write(stream: BinaryIO, tree: dict[str, Any], progress: Progress = no_progress) -> None:
     """Write the container, one tensor in memory at a time.
 
     Byte for byte what `flax.serialization.to_bytes` gives for the same tree.
     """
-    _write_map(stream, tree, msgpack.Packer())
+    _write_map(stream, tree, msgpack.Packer(), progress)
 
 
-def _write_map(stream: BinaryIO, table: dict[str, Any], packer: msgpack.Packer) -> None:
+def _write_map(
+    stream: BinaryIO, table: dict[str, Any], packer: msgpack.Packer, progress: Progress
+) -> None:
     stream.write(packer.pack_map_header(len(table)))
     for key, value in table.items():
         stream.write(packer.pack(key))
         if isinstance(value, dict):
-            _write_map(stream, value, packer)
-        elif value.nbytes > MAX_CHUNK_SIZE:
+            _write_map(stream, value, packer, progress)
+            continue
+        if value.nbytes > MAX_CHUNK_SIZE:
             _write_chunked(stream, value, packer)
         else:
             _write_array(stream, value.shape, value.dtype, little_endian_bytes(value), packer)
+        progress(value.nbytes)
 
 
 def _write_chunked(stream: BinaryIO, tensor: Tensor, packer: msgpack.Packer) -> None:

@@ -1,16 +1,26 @@
-"""numpy's `.npz`: a zip archive of `.npy` arrays, read one member at a time, never unpickled."""
+"""numpy's `.npz`: a zip archive of `.npy` arrays, one member at a time, never unpickled."""
 
 from __future__ import annotations
 
 import math
 import warnings
 import zipfile
+from collections.abc import Sequence
 from functools import partial
-from typing import IO
+from typing import IO, BinaryIO
 
 import numpy as np
 
-from vit_common.containers.tensor import DTYPES, DataFile, Tensor, aligned_empty, bad_shape
+from vit_common.containers.tensor import (
+    DTYPES,
+    DataFile,
+    Progress,
+    Tensor,
+    aligned_empty,
+    bad_shape,
+    little_endian_bytes,
+    no_progress,
+)
 from vit_common.errors import CheckpointError
 from vit_common.files import reason
 
@@ -18,6 +28,12 @@ from vit_common.files import reason
 # which a checkpoint may hold (a head that starts at zero), but not a gigabyte of it.
 MAX_RATIO = 1000
 MAX_CONSTANT = 10**9
+
+MAX_NAME = 2**16 - 1 - len(".npy")
+"""Bytes of a name: a zip archive has 16 bits for their number."""
+
+_PIECE = 1 << 20
+"""Bytes asked of zipfile at once; it makes a second copy of each piece."""
 
 
 def read(file: DataFile) -> dict[str, Tensor]:
@@ -41,6 +57,8 @@ def read(file: DataFile) -> dict[str, Tensor]:
 
 def _members(file: DataFile, archive: zipfile.ZipFile) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
+    if sum(info.compress_size for info in archive.infolist()) > file.size:
+        raise file.fail("its members overlap, or are larger than the archive; refused.")
     for info in archive.infolist():
         name = info.filename.removesuffix(".npy")
         if name == info.filename:
@@ -60,7 +78,7 @@ def _members(file: DataFile, archive: zipfile.ZipFile) -> dict[str, Tensor]:
                 f"array {name!r}: {dtype} of shape {list(shape)} takes {wanted} bytes with its "
                 f"header; the archive states {info.file_size}."
             )
-        native = DTYPES["bfloat16"] if dtype.kind == "V" else dtype.newbyteorder("=")
+        native = DTYPES["bfloat16"] if dtype.kind == "V" else DTYPES[dtype.name]
         load = partial(_load, file, archive, info, start, dtype, native, shape, fortran)
         tensors[name] = Tensor(name, shape, native, load)
     return tensors
@@ -124,7 +142,7 @@ def _load(
         with archive.open(info) as stream:
             stream.read(start)
             view, done = raw.data, 0
-            while count := stream.readinto(view[done:]):  # type: ignore[attr-defined]
+            while count := stream.readinto(view[done : done + _PIECE]):  # type: ignore[attr-defined]
                 done += count
             if done == len(raw) and stream.read(1):
                 done += 1
@@ -135,3 +153,43 @@ def _load(
     array = raw.view(native if dtype.kind == "V" else dtype)
     array = array.reshape(shape, order="F" if fortran else "C")
     return array.astype(native, copy=False)
+
+
+def holds(dtype: np.dtype) -> bool:
+    """Whether the container can say that an array has this dtype.
+
+    Of the dtypes that numpy does not have itself only bfloat16 can be told from the two bytes that
+    numpy makes of it; the float8s are all one byte.
+    """
+    return _is_standard(dtype) or dtype.name == "bfloat16"
+
+
+def _is_standard(dtype: np.dtype) -> bool:
+    return DTYPES[dtype.name].isbuiltin == 1  # a copy of such a dtype need not say so itself
+
+
+def write(stream: BinaryIO, tensors: Sequence[Tensor], progress: Progress = no_progress) -> None:
+    """Write the container, uncompressed, one tensor in memory at a time.
+
+    Byte for byte what `numpy.savez` writes for C-contiguous arrays, with bfloat16 as the dtype
+    "|V2": the time of every member is that of numpy, 1980-01-01, and every member has the zip64
+    fields that one over 4 GB needs. `stream` must be seekable, as checksums go before the data.
+    """
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+        for tensor in tensors:
+            _write_member(archive, tensor)
+            progress(tensor.nbytes)
+
+
+def _write_member(archive: zipfile.ZipFile, tensor: Tensor) -> None:
+    raw = little_endian_bytes(tensor)  # before the member is begun, as it may fail
+    info = zipfile.ZipInfo(tensor.name + ".npy")
+    info.create_system = 3  # the same bytes on Windows
+    header = {
+        "descr": tensor.dtype.newbyteorder("<").str if _is_standard(tensor.dtype) else "|V2",
+        "fortran_order": False,
+        "shape": tensor.shape,
+    }
+    with archive.open(info, "w", force_zip64=True) as member:
+        np.lib.format.write_array_header_1_0(member, header)
+        member.write(raw)

@@ -15,7 +15,15 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from vit_common.containers.tensor import DTYPES, DataFile, Tensor, bad_shape, little_endian_bytes
+from vit_common.containers.tensor import (
+    DTYPES,
+    DataFile,
+    Progress,
+    Tensor,
+    bad_shape,
+    little_endian_bytes,
+    no_progress,
+)
 from vit_common.files import MAX_JSON_BYTES, parse_json
 
 _NAMES = {
@@ -125,7 +133,12 @@ def _extent(file: DataFile, name: str, entry: Any) -> _Extent:
     return _Extent(offsets[0], offsets[1], name, tuple(shape), dtype)
 
 
-def write(stream: BinaryIO, tensors: Sequence[Tensor], metadata: Mapping[str, str] | None) -> None:
+def write(
+    stream: BinaryIO,
+    tensors: Sequence[Tensor],
+    metadata: Mapping[str, str] | None,
+    progress: Progress = no_progress,
+) -> None:
     """Write the container, one tensor in memory at a time.
 
     Byte for byte what `safetensors.numpy.save_file` writes: header padded with spaces to 8 bytes,
@@ -148,3 +161,4 @@ def write(stream: BinaryIO, tensors: Sequence[Tensor], metadata: Mapping[str, st
     stream.write(len(text).to_bytes(8, "little") + text)
     for tensor in ordered:
         stream.write(little_endian_bytes(tensor))
+        progress(tensor.nbytes)

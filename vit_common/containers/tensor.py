@@ -16,6 +16,12 @@ import numpy as np
 from vit_common.errors import CheckpointError, InputError, MissingFileError
 from vit_common.files import reason
 
+_TILE = 256
+"""Side of the tiles a transposed array is copied in: 256 kB of float32, which a cache holds."""
+
+Progress = Callable[[int], object]
+"""Told the bytes of each tensor when it has been written."""
+
 MAX_AXES = 32
 """Axes an array may have; torch and numpy stop at 64, real weights at 5."""
 
@@ -208,6 +214,10 @@ def as_tensor(name: str, value: object) -> Tensor:
     return Tensor(name, shape, dtype, read if callable(read) else lambda: np.asarray(value))
 
 
+def no_progress(nbytes: int) -> None:
+    """The `Progress` of a writer that nobody watches."""
+
+
 def little_endian_bytes(tensor: Tensor) -> memoryview:
     """The numbers as bytes, in row-major order; a copy only where the array is laid out otherwise.
 
@@ -220,5 +230,29 @@ def little_endian_bytes(tensor: Tensor) -> memoryview:
             f"tensor {tensor.name!r} said {tensor.dtype.name} of shape {tensor.shape}; reading it "
             f"gave {array.dtype.name} of shape {array.shape}."
         )
-    array = array.astype(tensor.dtype.newbyteorder("<"), order="C", copy=False)
+    array = _row_major(array).astype(tensor.dtype.newbyteorder("<"), copy=False)
     return array.reshape(-1).view(np.uint8).data
+
+
+def _row_major(array: np.ndarray) -> np.ndarray:
+    """The array in row-major order, copied where it is not, tile by tile where that is faster.
+
+    numpy copies a transposed matrix row by row, and each row fetches every cache line of the
+    source. In tiles the lines are still there for the next row: 4096 x 1024 floats take 17 ms
+    instead of 33, 3072 x 768 take 4.6 instead of 7.4 (2 cores of a server, numpy 2.4).
+    """
+    if array.flags.c_contiguous:
+        return array
+    last = array.ndim - 1
+    axes = [axis for axis in range(array.ndim) if array.shape[axis] > 1]
+    fast = min(axes, key=lambda axis: abs(array.strides[axis]), default=last)
+    if fast == last or array.nbytes < 1 << 20:
+        return np.ascontiguousarray(array)
+    out = aligned_empty(array.nbytes).view(array.dtype).reshape(array.shape)
+    where = [slice(None)] * array.ndim
+    for i in range(0, array.shape[fast], _TILE):
+        where[fast] = slice(i, i + _TILE)
+        for j in range(0, array.shape[last], _TILE):
+            where[last] = slice(j, j + _TILE)
+            out[tuple(where)] = array[tuple(where)]
+    return out

@@ -2,7 +2,7 @@
 
 torch's weights-only unpickler (2.6 or newer; earlier ones could be fooled, CVE-2025-32434) knows
 a closed list of instructions and of types, and calls nothing a file names. torch is imported here
-and nowhere else in this package, when such a file is opened.
+and nowhere else in this package, when such a file is opened or written.
 """
 
 from __future__ import annotations
@@ -13,12 +13,20 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from vit_common.containers.tensor import DTYPES, DataFile, Tensor
+from vit_common.containers.tensor import (
+    DTYPES,
+    DataFile,
+    Progress,
+    Tensor,
+    little_endian_bytes,
+    no_progress,
+)
+from vit_common.errors import InputError
 from vit_common.files import reason
 
 LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
@@ -30,7 +38,7 @@ _ASKS_FOR_CODE = re.compile(
 )
 # A pickle can hold one mapping many times over, so a small file can have names without end.
 _MAX_DEPTH = 32
-_MAX_NAME = 1024
+MAX_NAME = 1024
 _MAX_ENTRIES = 100_000
 
 
@@ -50,7 +58,7 @@ def read(file: DataFile) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     try:
         for visited, (name, value) in enumerate(_entries(loaded, "", 0)):
-            if visited >= _MAX_ENTRIES or len(name) > _MAX_NAME:
+            if visited >= _MAX_ENTRIES or len(name) > MAX_NAME:
                 raise file.fail(f"holds more than {_MAX_ENTRIES} entries, or names without end.")
             if not isinstance(value, torch.Tensor):
                 continue
@@ -118,6 +126,8 @@ def _check_archive(file: DataFile) -> None:
     names = {info.filename.rpartition("/")[2] for info in members}
     if "constants.pkl" in names:
         raise file.fail("a TorchScript program, not weights; save its state_dict() instead.")
+    if sum(info.compress_size for info in members) > file.size:
+        raise file.fail("its members overlap, or are larger than the archive; refused.")
     for info in members:
         end = info.header_offset + info.compress_size
         if info.compress_type != zipfile.ZIP_STORED or end > file.size:
@@ -168,3 +178,69 @@ def is_torch_archive(file: DataFile) -> bool:
             return any(name.endswith("data.pkl") for name in archive.namelist())
     except Exception:
         return file.path.suffix != ".npz"
+
+
+class _Sink:
+    """The stream, for torch to write to; keeps the error that torch's C++ would replace."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.error: BaseException | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._stream.write(data)
+        except BaseException as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def write(
+    stream: BinaryIO,
+    tensors: Sequence[Tensor],
+    wrapper: str | None = None,
+    progress: Progress = no_progress,
+) -> None:
+    """Write a state dict, or {wrapper: state dict}, with `torch.save`.
+
+    All tensors are in memory at once, as `torch.save` wants them: one copy of everything, and one
+    tensor more while it is read. Each has memory of its own in the file.
+
+    Args:
+        stream: where to.
+        tensors: in the order the dict has them.
+        wrapper: key of the one entry that holds the state dict, such as "model".
+        progress: told each tensor when it is in memory; `torch.save` follows the last one.
+
+    Raises:
+        InputError: torch is not installed, or does not know a dtype.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            "writing a torch pickle needs torch; run `pip install torch` (or the extra "
+            "`vit-flax[torch]`), or write safetensors, msgpack or npz."
+        ) from error
+    for tensor in tensors:
+        if not isinstance(getattr(torch, tensor.dtype.name, None), torch.dtype):
+            raise InputError(
+                f"tensor {tensor.name!r}: torch {torch.__version__} has no dtype "
+                f"{tensor.dtype.name}."
+            )
+    state: dict[str, Any] = {}
+    for tensor in tensors:
+        own = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype.name))
+        own.reshape(-1).view(torch.uint8).numpy()[:] = little_endian_bytes(tensor)
+        state[tensor.name] = own
+        progress(tensor.nbytes)
+    sink: Any = _Sink(stream)
+    try:
+        torch.save({wrapper: state} if wrapper is not None else state, sink)
+    except BaseException as error:
+        if sink.error is None or sink.error is error:
+            raise
+        raise sink.error from error

@@ -1,0 +1,113 @@
+"""What the `Auto` classes of both twins share: the class for a family.
+
+Here and not in `vit_common`, because a checkpoint without a configuration has to be looked at.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from convert.load import read_config
+from convert.source import open_source
+from vit_common.config import ViTConfig, config_class
+from vit_common.errors import ConfigError, InputError
+from vit_common.hub import split_hub_options
+
+
+class AutoModelBase:
+    """Base of the `Auto` classes; it cannot be instantiated.
+
+    Attributes:
+        classes: `model_type` -> class.
+    """
+
+    classes: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        name = type(self).__name__
+        raise InputError(
+            f"{name} is not a model itself; call {name}.from_pretrained(name) or "
+            f"{name}.from_config(config)."
+        )
+
+    @classmethod
+    def class_for(cls, config: ViTConfig) -> Any:
+        """The model's class for a configuration.
+
+        Raises:
+            ConfigError: that family has none.
+        """
+        family = config.model_type
+        if family not in cls.classes:
+            raise ConfigError(
+                f"{cls.__name__} has no class for the family {family!r}; wanted one of "
+                f"{', '.join(cls.classes)}."
+            )
+        return cls.classes[family]
+
+    @classmethod
+    def from_config(cls, config: Any, **kwargs: Any) -> Any:
+        """A model with random weights of the family of `config`."""
+        if not isinstance(config, ViTConfig):
+            if not hasattr(config, "to_dict"):
+                raise ConfigError(
+                    f"`config` must be a configuration; given a {type(config).__name__}."
+                )
+            table = config.to_dict()
+            config = config_class(table.get("model_type")).from_dict(table)
+        return cls.class_for(config)(config, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a model of the family that its configuration, or else its weights, name.
+
+        Arguments as `from_pretrained` of the models.
+
+        Raises:
+            MissingFileError: there is nothing of that name, or it cannot be reached.
+            ConfigError: the configuration is of no family known here.
+            CheckpointError: the weights are corrupt, incomplete or do not fit.
+        """
+        hub, options = split_hub_options(kwargs)
+        config, _ = read_config(
+            pretrained_model_name_or_path,
+            options.get("config"),
+            hub,
+            {name: value for name, value in options.items() if name not in _NOT_FIELDS},
+            wanted=None,
+            format=options.get("format"),
+        )
+        chosen = cls.choose(config, pretrained_model_name_or_path, hub, options)
+        return chosen.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def choose(cls, config: ViTConfig, name: Any, hub: Any, options: Any) -> Any:
+        """The class for a checkpoint; overridden where more than the family decides."""
+        return cls.class_for(config)
+
+
+_NOT_FIELDS = ("config", "format", "dtype", "torch_dtype", "param_dtype")
+
+
+class AutoClassifierBase(AutoModelBase):
+    """Base of the `Auto` classes for classification: a distilled DeiT with both its heads is loaded
+    with both.
+
+    Attributes:
+        teacher: class for those.
+    """
+
+    teacher: ClassVar[Any] = None
+
+    @classmethod
+    def choose(cls, config: ViTConfig, name: Any, hub: Any, options: Any) -> Any:
+        """The class for a checkpoint."""
+        if config.model_type == "deit":
+            with open_source(name, format=options.get("format"), config=config, **hub) as source:
+                if source.head == "teacher":
+                    return cls.teacher
+        return cls.class_for(config)

@@ -1,0 +1,340 @@
+"""The configuration of weights that come without one: what their names and shapes say, and what
+networks in that format have in common. Nothing is guessed: what neither says is asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from convert.formats import timm_models
+from convert.rules import Format, Mapped, TensorLike
+from vit_common.config import Dinov2Config, ViTConfig, config_class
+from vit_common.errors import CheckpointError, ConfigError
+from vit_common.imagenet import imagenet_labels
+from vit_common.presets import PRESETS
+
+IMAGENET_CLASSES = 1000
+
+# Width -> heads of every published ViT whose file does not say it: the presets (their sources are
+# there), ViT-So400m (Alabdulmohsin et al. 2023, arXiv:2305.13035), DINOv2's giant (Oquab et al.
+# 2023, arXiv:2304.07193) and ViT-G (Zhai et al. 2022, arXiv:2106.04560).
+_HEADS = {width: heads for width, _, heads, _, _ in PRESETS.values()} | {
+    1152: 16,
+    1536: 24,
+    1664: 16,
+}
+
+# Keyword of timm's model -> field here.
+_TIMM_SAME = {
+    "num_heads": "num_attention_heads",
+    "img_size": "image_size",
+    "drop_path_rate": "drop_path_rate",
+}
+# Keywords that the weights show by themselves, or that change nothing in inference.
+_TIMM_SHOWN = {
+    "embed_dim", "depth", "patch_size", "in_chans", "num_classes", "mlp_ratio", "qkv_bias",
+    "init_values", "class_token", "reg_tokens", "no_embed_class", "distilled", "drop_rate",
+    "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "dynamic_img_size",
+    "dynamic_img_pad", "weight_init", "fix_init", "strict_img_size", "fc_norm", "global_pool",
+    "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias", "final_norm",
+}  # fmt: skip
+_TIMM_PLAIN: dict[str, tuple[Any, ...]] = {
+    "pre_norm": (False,),
+    "qk_norm": (False,),
+    "scale_attn_norm": (False,),
+    "scale_mlp_norm": (False,),
+    "use_rot_pos_emb": (False,),
+    "pos_embed": ("learn",),
+    "proj_bias": (True,),
+}
+_TIMM_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "quick_gelu": "quick_gelu",
+    "quickgelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
+
+
+@dataclass(frozen=True)
+class Note:
+    """One thing that was set: which field, to what, and what says so."""
+
+    field: str
+    value: Any
+    origin: str
+
+
+def infer_config(
+    table: Format,
+    mapped: Mapped,
+    source: Mapping[str, TensorLike],
+    timm: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[ViTConfig, list[Note]]:
+    """The configuration that weights in a foreign format imply, and where each field is from.
+
+    Args:
+        table: their format.
+        mapped: the weights under their canonical names.
+        source: the weights as the file has them.
+        timm: timm's own `config.json`, if there is one beside them.
+        overrides: fields that the caller knows better.
+
+    Raises:
+        CheckpointError: blocks are missing, or a size cannot be told; the message says which option
+            tells it.
+        ConfigError: timm's file has a keyword that changes the network and is not understood.
+    """
+    shapes = {name: tensor.shape for name, tensor in mapped.tensors.items()}
+    fields: dict[str, tuple[Any, str]] = {}
+    given = dict(overrides or {})
+
+    def note(origin: str, **values: Any) -> None:
+        fields.update({name: (value, origin) for name, value in values.items()})
+
+    family = table.families[0]
+    if "embeddings.register_tokens" in shapes and "dinov2_with_registers" in table.families:
+        family = "dinov2_with_registers"
+    for name, value in table.settings.items():
+        note(f"the format {table.name}", **{name: value})
+    if family == "dinov2_with_registers":
+        note("DINOv2 with registers", position_resize="bicubic_antialias")
+    _sizes(shapes, family, note)
+    if timm is not None:
+        _read_timm(timm, given, note)
+    if "num_attention_heads" not in {*given, *fields}:
+        _heads(shapes, source, timm, note)
+    _pooling(shapes, family, timm, note)
+    known = {name: value for name, (value, _) in fields.items()} | given
+    _image_size(shapes, known, given, family, note)
+    labels = known.get("num_labels")
+    named = {"id2label", "num_labels"} & set(given)
+    if labels == IMAGENET_CLASSES and not named:
+        table_of_labels = dict(enumerate(imagenet_labels()))
+        note("the order of ImageNet-1k, which a head of 1000 has", id2label=table_of_labels)
+        fields.pop("num_labels")
+    cls = config_class(family)
+    values = {name: value for name, (value, _) in fields.items()} | given
+    if "id2label" in given or "label2id" in given:
+        values.pop("num_labels", None)
+    accepted = {*cls.fields, "num_labels"}
+    try:
+        config = cls(**{name: value for name, value in values.items() if name in accepted})
+    except ConfigError as error:
+        raise ConfigError(f"{error} (read from the weights in {table.name} format)") from error
+    refused = [name for name in given if name not in accepted]
+    if refused:
+        raise ConfigError(
+            f"config: {cls.__name__} has no field {', '.join(map(repr, refused))}; wanted some of "
+            f"{', '.join(cls.fields)}."
+        )
+    notes = [
+        Note(name, value, origin)
+        for name, (value, origin) in fields.items()
+        if name not in given and name in accepted
+    ]
+    notes += [Note(name, value, "given") for name, value in given.items()]
+    return config, notes
+
+
+def _sizes(shapes: Mapping[str, tuple[int, ...]], family: str, note: Any) -> None:
+    D, C, *patch = shapes["embeddings.patch_embeddings.projection.weight"]
+    side: Any = patch[0] if patch[0] == patch[1] else tuple(patch)
+    layers = sorted(
+        {int(name.split(".")[2]) for name in shapes if name.startswith("encoder.layer.")}
+    )
+    if layers != list(range(len(layers))):
+        absent = sorted(set(range(layers[-1])) - set(layers))
+        raise CheckpointError(
+            f"blocks {', '.join(map(str, absent[:12]))} are missing; the last one is {layers[-1]}."
+        )
+    note("shapes", hidden_size=D, num_channels=C, patch_size=side, num_hidden_layers=len(layers))
+    first = shapes.get("encoder.layer.0.intermediate.dense.weight")
+    second = shapes.get("encoder.layer.0.output.dense.weight")
+    if first and second:
+        swiglu = first[0] == 2 * second[1]
+        if family.startswith("dinov2"):
+            ratio = _mlp_ratio(D, second[1], swiglu)
+            note("shapes", mlp_ratio=ratio, use_swiglu_ffn=swiglu)
+        else:
+            note("shapes", intermediate_size=second[1])
+            if swiglu:
+                note("shapes", use_swiglu_ffn=True)
+    scale = "encoder.layer.0.lambda_1" in shapes
+    if family == "beit":
+        note("shapes", layer_scale_init_value=0.1 if scale else 0.0)
+        note(
+            "names",
+            use_mask_token="embeddings.mask_token" in shapes,
+            use_absolute_position_embeddings="embeddings.position_embeddings" in shapes,
+            use_relative_position_bias=any("attention.relative_position" in n for n in shapes),
+            use_shared_relative_position_bias=any(
+                n.startswith("encoder.relative_position") for n in shapes
+            ),
+        )
+    elif family.startswith("dinov2"):
+        note("names", use_mask_token="embeddings.mask_token" in shapes)
+    elif scale:
+        note("names", layer_scale_init_value=1e-5)
+    registers = shapes.get("embeddings.register_tokens")
+    if registers:
+        note("shapes", num_register_tokens=registers[1])
+    if family == "vit" and "embeddings.cls_token" not in shapes:
+        note("names", use_cls_token=False)
+    if family != "beit" and layers:
+        name = "encoder.layer.0.attention.attention.query.bias"
+        note("names", qkv_bias=name in shapes)
+    for name in ("classifier.weight", "cls_classifier.weight"):
+        if name in shapes:
+            note("shapes", num_labels=shapes[name][0])
+    if "lm_head.weight" in shapes:
+        note("shapes", vocab_size=shapes["lm_head.weight"][0])
+    if "pooler.dense.weight" in shapes:
+        note("shapes", pooler_output_size=shapes["pooler.dense.weight"][0])
+        if "classifier.weight" in shapes:
+            note("names (pre-logits)", use_representation_layer=True)
+
+
+def _mlp_ratio(width: int, inner: int, swiglu: bool) -> float:
+    """The `mlp_ratio` from which `Dinov2Config` derives that width of the MLP."""
+    exact = (1.5 * inner if swiglu else inner) / width
+    for ratio in (4, int(exact), exact, math.nextafter(exact, math.inf)):
+        made = Dinov2Config(hidden_size=width, num_attention_heads=1, use_swiglu_ffn=swiglu)
+        if ratio > 0:
+            made.mlp_ratio = ratio
+            if made.intermediate_size == inner:
+                return ratio
+    raise CheckpointError(f"no `mlp_ratio` gives an MLP of width {inner} for a width of {width}.")
+
+
+def _heads(shapes, source, timm, note) -> None:
+    for name, tensor in source.items():
+        if name.endswith("query/kernel") and len(tensor.shape) == 3:
+            note("shapes", num_attention_heads=tensor.shape[1])
+            return
+    table = next((s for n, s in shapes.items() if n.endswith("relative_position_bias_table")), None)
+    if table:
+        note("shapes", num_attention_heads=table[1])
+        return
+    architecture = (timm or {}).get("architecture")
+    if architecture in timm_models.HEADS:
+        note(f"timm's {architecture}", num_attention_heads=timm_models.HEADS[architecture])
+        return
+    width = shapes["embeddings.patch_embeddings.projection.weight"][0]
+    if width not in _HEADS:
+        raise CheckpointError(
+            f"the number of attention heads is not in these weights, and no published model has "
+            f"their width of {width}; say it: `--heads` of the command, `num_attention_heads=` in "
+            "Python, or a config.json beside the file."
+        )
+    note(f"published models of width {width}", num_attention_heads=_HEADS[width])
+
+
+def _read_timm(timm: Mapping[str, Any], given: Mapping[str, Any], note: Any) -> None:
+    architecture = str(timm.get("architecture", ""))
+    name = f"timm's {architecture}"
+    if architecture in timm_models.HEADS:
+        activation = timm_models.ACTIVATIONS.get(architecture, "gelu")
+        note(name, hidden_act=activation, layer_norm_eps=timm_models.EPS.get(architecture, 1e-6))
+    size = (timm.get("pretrained_cfg") or {}).get("input_size")
+    if size:
+        note("timm's pretrained_cfg", image_size=size[1] if size[1] == size[2] else tuple(size[1:]))
+    odd = []
+    for key, value in (timm.get("model_args") or {}).items():
+        if key in _TIMM_SAME:
+            note("timm's model_args", **{_TIMM_SAME[key]: value})
+        elif key == "act_layer" and value in _TIMM_ACTIVATIONS:
+            note("timm's model_args", hidden_act=_TIMM_ACTIVATIONS[value])
+        elif key not in _TIMM_SHOWN and value not in _TIMM_PLAIN.get(key, ()):
+            odd.append(f"{key}={value!r}")
+    if odd:
+        raise ConfigError(
+            f"timm's config.json: `model_args` has {', '.join(odd)}, which changes the network and "
+            "is not understood here; this model cannot be converted."
+        )
+
+
+def _pooling(shapes, family: str, timm: Any, note: Any) -> None:
+    if family == "beit":
+        pretrained = "lm_head.weight" in shapes
+        note("names", use_mean_pooling="pooler.layernorm.weight" in shapes or pretrained)
+        return
+    if family != "vit":
+        return
+    if "pooler.layernorm.weight" in shapes:
+        note("names (fc_norm)", pooling="mean", norm_after_pooling=True)
+        return
+    pool = (timm or {}).get("global_pool") or ((timm or {}).get("model_args") or {}).get(
+        "global_pool"
+    )
+    if pool in ("avg", "token", ""):
+        if pool == "avg":
+            note("timm's global_pool", pooling="mean")
+    elif pool is not None:
+        raise ConfigError(
+            f"timm's config.json: `global_pool` must be 'token' or 'avg'; given {pool!r}."
+        )
+    if "embeddings.cls_token" not in shapes:
+        note("names (no class token)", pooling="mean")
+
+
+def _image_size(shapes, known, given, family: str, note: Any) -> None:
+    patch = known["patch_size"]
+    height, width = patch if isinstance(patch, tuple) else (patch, patch)
+    positions = shapes.get("embeddings.position_embeddings")
+    if positions is None:
+        if "image_size" not in known:
+            table = next(
+                (s for n, s in shapes.items() if n.endswith("relative_position_bias_table")), None
+            )
+            side = 0 if table is None else (math.isqrt(max(table[0] - 3, 0)) + 1) // 2
+            if table is None or (2 * side - 1) ** 2 + 3 != table[0]:
+                raise CheckpointError(_ask_for_size("these weights have no positions"))
+            note("shapes", image_size=_sides(side * height, side * width))
+        return
+    rows = positions[1]
+    registers = known.get("num_register_tokens", 0) if family == "vit" else 0
+    cls = int(known.get("use_cls_token", True))
+    prefix = {"deit": 2}.get(family, cls + registers)
+    # All tokens in front with positions, only the class token, or none: whichever fits the size
+    # that is known, or else leaves a square; consecutive squares are too far apart for two to fit.
+    options = {"all": prefix, "cls": cls, "patches": 0} if family == "vit" else {"all": prefix}
+    size = known.get("image_size")
+    h, w = size if isinstance(size, (tuple, list)) else (size, size)
+    for by_size in (True, False) if size is not None else (False,):
+        for where, count in options.items():
+            side = math.isqrt(max(rows - count, 0))
+            if by_size:
+                fits = (h // height) * (w // width) == rows - count
+            else:
+                fits = side > 0 and side * side == rows - count and "image_size" not in given
+            if fits:
+                if count != prefix:
+                    note("shapes", position_tokens=where)
+                if not by_size:
+                    note("shapes", image_size=_sides(side * height, side * width))
+                return
+    if "image_size" in given:
+        raise CheckpointError(
+            f"{rows} positions do not fit an image of {h} x {w} pixels (height x width) with "
+            f"patches of {patch}. Give the size these weights were trained at; to change it, "
+            "resample with `vit convert --image-size`."
+        )
+    raise CheckpointError(
+        _ask_for_size(f"{rows} positions are those of no square image with patches of {patch}")
+    )
+
+
+def _sides(height: int, width: int) -> Any:
+    return height if height == width else (height, width)
+
+
+def _ask_for_size(why: str) -> str:
+    return (
+        f"the image size is not in these weights ({why}); say it: `image_size=` in Python, or a "
+        "config.json beside the file."
+    )

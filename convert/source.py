@@ -1,0 +1,326 @@
+"""A checkpoint that was found, opened and understood: names, family, configuration, preprocessing.
+
+What `from_pretrained`, `convert` and `vit inspect` have in common. No weight is read yet.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from convert.detect import Root, detect_format, find_root
+from convert.infer import Note, infer_config
+from convert.rules import Format, Mapped, to_canonical
+from vit_common.checkpoint import Checkpoint, open_checkpoint
+from vit_common.config import (
+    CONFIG_CLASSES,
+    CONFIG_NAME,
+    ViTConfig,
+    config_class,
+)
+from vit_common.errors import CheckpointError, ConfigError
+from vit_common.files import read_json
+from vit_common.hub import AbsentFileError, find_file, find_weights
+from vit_common.image_processor import BaseImageProcessor, ViTImageProcessor
+from vit_common.image_processors import (
+    AutoImageProcessor,
+    BeitImageProcessor,
+    BitImageProcessor,
+    DeiTImageProcessor,
+)
+from vit_common.parameters import Head
+from vit_common.timm_preprocessing import processor_from_timm
+
+# Formats whose files are never without a config.json.
+_DESCRIBED = ("hub", "flax", "flax-safetensors")
+
+# Keys of `vit_mae` for its decoder and its training, which an encoder does not have.
+_MAE_ONLY = (
+    "decoder_num_attention_heads",
+    "decoder_hidden_size",
+    "decoder_num_hidden_layers",
+    "decoder_intermediate_size",
+    "mask_ratio",
+    "norm_pix_loss",
+)
+
+# Keys of configurations that change what the network computes, and that no family here has; the
+# values that leave it as it is.
+_CHANGES_NETWORK: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": (None, "absolute"),
+    "add_cross_attention": (False,),
+    "is_decoder": (False,),
+    "pruned_heads": ({}, None),
+    "use_qk_norm": (False, None),
+    "qk_norm": (False, None),
+    "qk_layernorm": (False, None),
+    "rope_theta": (None,),
+    "rope_scaling": (None,),
+    "use_pre_norm": (False, None),
+    "norm_type": (None, "layernorm", "layer_norm"),
+}
+
+_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+@dataclass
+class Source:
+    """An opened checkpoint.
+
+    Attributes:
+        path: the weights file or its index.
+        checkpoint: the tensors under the names of the file, still in it.
+        table: the format's table.
+        root: where in the file the network lies.
+        mapped: the tensors under canonical names, without the prefix of a model with a head.
+        ignored: name in the file -> why it is left aside.
+        unexplained: names in the file that nothing here knows.
+        config: what the network is.
+        notes: what was set that no configuration said, and what says it.
+        timm: timm's own `config.json`, if there was one.
+    """
+
+    path: Path
+    checkpoint: Checkpoint
+    table: Format
+    root: Root
+    mapped: Mapped
+    ignored: dict[str, str]
+    unexplained: list[str]
+    config: ViTConfig
+    notes: list[Note] = field(default_factory=list)
+    timm: Mapping[str, Any] | None = None
+
+    @property
+    def head(self) -> Head | None:
+        """What stands on the base network in this file."""
+        found = self.mapped.tensors
+        if "cls_classifier.weight" in found and "distillation_classifier.weight" in found:
+            return "teacher"
+        heads: dict[str, Head] = {
+            "classifier.weight": "classifier",
+            "decoder.0.weight": "decoder",
+            "lm_head.weight": "tokens",
+        }
+        return next((heads[name] for name in heads if name in found), None)
+
+    def close(self) -> None:
+        """Close the file; tensors not read by now cannot be read any more."""
+        self.checkpoint.close()
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_config_file(name_or_path: str | os.PathLike, **hub: Any) -> dict[str, Any] | None:
+    """The `config.json` of a model as it is, or None where there is none.
+
+    Raises:
+        MissingFileError: it cannot be reached. ConfigError, CheckpointError: it is not JSON.
+    """
+    try:
+        path = find_file(name_or_path, CONFIG_NAME, **hub)
+    except AbsentFileError:
+        return None
+    return read_json(path)
+
+
+def is_timm(table: Mapping[str, Any] | None) -> bool:
+    """Whether a `config.json` is timm's own."""
+    return table is not None and "architecture" in table and "model_type" not in table
+
+
+def config_from_dict(table: Mapping[str, Any], **overrides: Any) -> Any:
+    """The configuration of a Hub `config.json`, of whichever family it is.
+
+    Raises:
+        ConfigError: it is of no family known here, a value is refused, or a key changes the network
+            in a way that is not known here.
+    """
+    odd = [
+        f"{key}={table[key]!r}"
+        for key, harmless in _CHANGES_NETWORK.items()
+        if key in table and table[key] not in harmless
+    ]
+    if odd:
+        raise ConfigError(
+            f"config: {', '.join(odd)} changes what the network computes, which no network here "
+            "can do; this model cannot be used."
+        )
+    table = dict(table)
+    if table.get("model_type") == "vit_mae":
+        table = {key: value for key, value in table.items() if key not in _MAE_ONLY}
+        table.update(model_type="vit", architectures=None)
+    family = table.get("model_type")
+    if family in (None, ""):
+        return ViTConfig.from_dict(table, **overrides)
+    return config_class(family).from_dict(table, **overrides)
+
+
+def open_source(
+    name_or_path: str | os.PathLike,
+    *,
+    format: str | None = None,
+    config: ViTConfig | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    prefer: tuple[str, ...] | None = None,
+    **hub: Any,
+) -> Source:
+    """Find, open and understand a checkpoint.
+
+    Args:
+        name_or_path: directory, weights file, index of shards, or "owner/name".
+        format: its format, where it cannot be told.
+        config: its configuration, if not read from beside it or inferred.
+        overrides: fields of the configuration that the caller knows better.
+        prefer: names of weights files to look for before the others.
+        **hub: options of the Hub.
+
+    Raises:
+        MissingFileError: it is not there.
+        CheckpointError: it is corrupt, of no format known here, or of several.
+        ConfigError: its configuration is refused.
+    """
+    path = find_weights(name_or_path, prefer=prefer, **hub)
+    found = None if config is not None else read_config_file(name_or_path, **hub)
+    timm = found if is_timm(found) else None
+    checkpoint = open_checkpoint(path)
+    try:
+        hints = {"suffix": path.suffix}
+        family = config.model_type if config is not None else (found or {}).get("model_type")
+        if isinstance(family, str):
+            hints["model_type"] = family
+        if timm is not None:
+            hints["architecture"] = str(timm["architecture"])
+        opened = read_tensors(checkpoint, format=format, hints=hints)
+        root, table, mapped, ignored, unexplained = opened
+        notes: list[Note] = []
+        if config is not None:
+            settled = config
+        elif found is not None and timm is None:
+            settled = _named(path, config_from_dict, found, **dict(overrides or {}))
+            notes = [Note(name, value, "given") for name, value in (overrides or {}).items()]
+        elif table.name in _DESCRIBED:
+            find_file(name_or_path, CONFIG_NAME, **hub)  # raises, saying where it looked
+            raise CheckpointError("there is no config.json, which this format needs.")
+        else:
+            tensors = {bare: checkpoint[full] for bare, full in root.keys.items()}
+            settled, notes = infer_config(table, mapped, tensors, timm, overrides)
+        object.__setattr__(settled, "_name_or_path", str(name_or_path)) if config is None else None
+    except (CheckpointError, ConfigError) as error:
+        checkpoint.close()
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
+    except BaseException:
+        checkpoint.close()
+        raise
+    return Source(path, checkpoint, table, root, mapped, ignored, unexplained, settled, notes, timm)
+
+
+def _named(path: Path, build: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return build(*args, **kwargs)
+    except ConfigError as error:
+        raise ConfigError(f"{path.parent / CONFIG_NAME}: {error}") from error
+
+
+def read_tensors(
+    checkpoint: Mapping[str, Any],
+    *,
+    format: str | None = None,
+    hints: Mapping[str, str] | None = None,
+) -> tuple[Root, Format, Mapped, dict[str, str], list[str]]:
+    """Where the network lies in a file, its format, its canonical tensors; what is left aside and
+    why; and names that nothing here knows.
+
+    Raises:
+        CheckpointError: no network is in it, or it fits no format, or several.
+        InputError: there is no format of that name.
+    """
+    root = find_root(checkpoint)
+    tensors = {bare: checkpoint[full] for bare, full in root.keys.items()}
+    hints = {**dict(hints or {}), "root": root.path}
+    table = detect_format(tensors, name=format, hints=hints, shapes=tensors)
+    mapped = to_canonical(tensors, table)
+    bare = table.strip(tensors)
+    original = {full: key for key, full in bare.items()}
+    ignored, unexplained = dict(root.ignored), []
+    for name in mapped.unused:
+        why = table.why_ignored(original.get(name, name))
+        if why:
+            ignored[root.keys[name]] = why
+        else:
+            unexplained.append(root.keys[name])
+    return root, table, mapped, ignored, unexplained
+
+
+def find_processor(
+    source: Source, name_or_path: str | os.PathLike, **hub: Any
+) -> tuple[BaseImageProcessor, str] | None:
+    """What prepares images for a source, and what says so; None where nothing does."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(name_or_path, **hub)
+        return processor, "preprocessor_config.json"
+    except AbsentFileError:
+        pass
+    return implied_processor(source)
+
+
+def implied_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
+    """What networks of a source's format were trained on, and what says so."""
+    config, name = source.config, source.table.name
+    if source.timm is not None and source.timm.get("pretrained_cfg"):
+        return processor_from_timm(source.timm["pretrained_cfg"]), "timm's pretrained_cfg"
+    if config.num_channels != 3:
+        return None
+    height, width = config.image_height_width
+    size = {"height": height, "width": width}
+    if name == "google":
+        return (
+            ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+            "Google's (x - 127.5) / 127.5",
+        )
+    if name == "beit":
+        return (
+            BeitImageProcessor(
+                size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+            ),
+            "the Hub's files of microsoft's BEiT",
+        )
+    if height != width:
+        return None
+    enlarged = int(height * 256 / 224)
+    if name in ("deit", "mae"):
+        return (
+            DeiTImageProcessor(
+                size={"height": enlarged, "width": enlarged}, crop_size=size, **_IMAGENET
+            ),
+            f"the published evaluation of {name}",
+        )
+    if name in ("dino", "dinov2"):
+        if name == "dinov2":
+            size, enlarged = {"height": 224, "width": 224}, 256
+        return (
+            BitImageProcessor(size={"shortest_edge": enlarged}, crop_size=size, **_IMAGENET),
+            f"the published evaluation of {name}",
+        )
+    return None
+
+
+__all__ = [
+    "CONFIG_CLASSES",
+    "Source",
+    "config_from_dict",
+    "find_processor",
+    "implied_processor",
+    "open_source",
+    "read_config_file",
+    "read_tensors",
+]

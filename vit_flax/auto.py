@@ -1,0 +1,59 @@
+"""`FlaxAutoModel` and its like: the model's class by the family of the checkpoint."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from convert.auto import AutoClassifierBase, AutoModelBase
+from vit_flax.families import (
+    FlaxBeitForImageClassification,
+    FlaxBeitModel,
+    FlaxDeiTForImageClassification,
+    FlaxDeiTForImageClassificationWithTeacher,
+    FlaxDeiTForMaskedImageModeling,
+    FlaxDeiTModel,
+    FlaxDinov2ForImageClassification,
+    FlaxDinov2Model,
+    FlaxDinov2WithRegistersForImageClassification,
+    FlaxDinov2WithRegistersModel,
+)
+from vit_flax.pretrained import (
+    FlaxViTForImageClassification,
+    FlaxViTForMaskedImageModeling,
+    FlaxViTModel,
+)
+
+
+class FlaxAutoModel(AutoModelBase):
+    """The base network of any family; see `FlaxViTModel`."""
+
+    classes: ClassVar = {
+        "vit": FlaxViTModel,
+        "deit": FlaxDeiTModel,
+        "beit": FlaxBeitModel,
+        "dinov2": FlaxDinov2Model,
+        "dinov2_with_registers": FlaxDinov2WithRegistersModel,
+    }
+
+
+class FlaxAutoModelForImageClassification(AutoClassifierBase):
+    """The classifier of any family; see `FlaxViTForImageClassification`."""
+
+    classes: ClassVar = {
+        "vit": FlaxViTForImageClassification,
+        "deit": FlaxDeiTForImageClassification,
+        "beit": FlaxBeitForImageClassification,
+        "dinov2": FlaxDinov2ForImageClassification,
+        "dinov2_with_registers": FlaxDinov2WithRegistersForImageClassification,
+    }
+    teacher: ClassVar = FlaxDeiTForImageClassificationWithTeacher
+
+
+class FlaxAutoModelForMaskedImageModeling(AutoModelBase):
+    """The masked autoencoder back to pixels of a ViT or DeiT; see `FlaxViTForMaskedImageModeling`.
+    (BEiT predicts visual tokens: `FlaxBeitForMaskedImageModeling`.)"""
+
+    classes: ClassVar = {
+        "vit": FlaxViTForMaskedImageModeling,
+        "deit": FlaxDeiTForMaskedImageModeling,
+    }

@@ -1,0 +1,230 @@
+"""DeiT, BEiT and DINOv2: the network of `vit_flax.model` with the fields of their configurations.
+
+Names, calls and outputs are those of Transformers 4.57.6: its Flax classes for BEiT and DINOv2, and
+its PyTorch ones where it had none in Flax.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from vit_common.checks import check_rank, check_token_labels
+from vit_common.config import (
+    BeitConfig,
+    DeiTConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+)
+from vit_flax.model import (
+    FlaxBeitForMaskedImageModelingModule,
+    FlaxDeiTForImageClassificationWithTeacherModule,
+)
+from vit_flax.pretrained import (
+    FlaxViTForImageClassification,
+    FlaxViTForMaskedImageModeling,
+    FlaxViTModel,
+    FlaxViTPreTrainedModel,
+    Params,
+    as_array,
+    values_of,
+)
+
+# -- DeiT
+
+
+class FlaxDeiTPreTrainedModel(FlaxViTPreTrainedModel):
+    """Base of the distilled DeiT's models; see `FlaxViTPreTrainedModel`."""
+
+    config_class = DeiTConfig
+    base_model_prefix = "deit"
+
+
+class FlaxDeiTModel(FlaxDeiTPreTrainedModel, FlaxViTModel):
+    """The base network of a distilled DeiT; see `FlaxViTModel`."""
+
+
+class FlaxDeiTForImageClassification(FlaxDeiTPreTrainedModel, FlaxViTForImageClassification):
+    """A distilled DeiT with one classifier, on the class token; see
+    `FlaxViTForImageClassification`. Published checkpoints have two: use
+    `FlaxDeiTForImageClassificationWithTeacher` for them."""
+
+
+class FlaxDeiTForMaskedImageModeling(FlaxDeiTPreTrainedModel, FlaxViTForMaskedImageModeling):
+    """A distilled DeiT with a decoder back to pixels; see `FlaxViTForMaskedImageModeling`."""
+
+
+class FlaxDeiTForImageClassificationWithTeacher(FlaxDeiTPreTrainedModel):
+    """A distilled DeiT with two classifiers, on the class and on the distillation token; the logits
+    are their mean."""
+
+    module_class = FlaxDeiTForImageClassificationWithTeacherModule
+    head = "teacher"
+
+    def __call__(
+        self,
+        pixel_values: Any,
+        params: Params | None = None,
+        dropout_rng: jax.Array | None = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        head_mask: Any = None,
+        interpolate_pos_encoding: bool | None = None,
+    ) -> Any:
+        """Run the network; arguments as `FlaxViTModel`.
+
+        Returns:
+            `FlaxDeiTForImageClassificationWithTeacherOutput`, or its tuple with
+            `return_dict=False`.
+
+        Raises:
+            InputError: an argument does not fit the model.
+        """
+        return self._call(
+            pixel_values,
+            params,
+            dropout_rng,
+            train,
+            (output_attentions, output_hidden_states, return_dict),
+            interpolate_pos_encoding,
+            {"head_mask": head_mask},
+        )
+
+
+# -- BEiT
+
+
+class FlaxBeitPreTrainedModel(FlaxViTPreTrainedModel):
+    """Base of BEiT's models; see `FlaxViTPreTrainedModel`. Images of any size are taken: positions
+    and position biases are resampled."""
+
+    config_class = BeitConfig
+    base_model_prefix = "beit"
+
+
+class FlaxBeitModel(FlaxBeitPreTrainedModel, FlaxViTModel):
+    """The base network of BEiT; its pooled output is the mean of the patches through a norm, or the
+    class token. See `FlaxViTModel`; `bool_masked_pos` comes second, as in Transformers."""
+
+    def __call__(  # type: ignore[override]
+        self, pixel_values: Any, bool_masked_pos: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run the network; arguments as `FlaxViTModel`, but `bool_masked_pos` is the second."""
+        return FlaxViTModel.__call__(
+            self, pixel_values, *args, bool_masked_pos=bool_masked_pos, **kwargs
+        )
+
+
+class FlaxBeitForImageClassification(FlaxBeitPreTrainedModel, FlaxViTForImageClassification):
+    """BEiT with a linear classifier on the pooled output; see `FlaxViTForImageClassification`."""
+
+    def __call__(  # type: ignore[override]
+        self, pixel_values: Any, bool_masked_pos: None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run the network; arguments as `FlaxViTForImageClassification`, but the second place is
+        that of `bool_masked_pos`, which Transformers takes there and does not use."""
+        return FlaxViTForImageClassification.__call__(self, pixel_values, *args, **kwargs)
+
+
+class FlaxBeitForMaskedImageModeling(FlaxBeitPreTrainedModel):
+    """BEiT with the prediction of a visual token for each patch."""
+
+    module_class = FlaxBeitForMaskedImageModelingModule
+    head = "tokens"
+
+    def __call__(
+        self,
+        pixel_values: Any,
+        bool_masked_pos: Any = None,
+        params: Params | None = None,
+        dropout_rng: jax.Array | None = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        head_mask: Any = None,
+        labels: Any = None,
+        interpolate_pos_encoding: bool | None = None,
+    ) -> Any:
+        """Run the network; arguments as `FlaxViTModel`, and
+
+        Args:
+            labels: visual tokens, (B, N), or those of the masked patches alone, one after the
+                other; then `loss`, over the masked patches, is in the output.
+
+        Returns:
+            `FlaxMaskedLMOutput`, or its tuple with `return_dict=False`.
+
+        Raises:
+            InputError: an argument does not fit the model.
+        """
+        pixel_values = as_array("pixel_values", pixel_values)
+        check_rank(pixel_values, "(batch, channels, height, width)")
+        if labels is not None:
+            labels = self._spread(labels, bool_masked_pos, pixel_values.shape)
+        return self._call(
+            pixel_values,
+            params,
+            dropout_rng,
+            train,
+            (output_attentions, output_hidden_states, return_dict),
+            interpolate_pos_encoding,
+            {"bool_masked_pos": bool_masked_pos, "head_mask": head_mask, "labels": labels},
+        )
+
+    def _spread(self, labels: Any, mask: Any, shape: tuple[int, ...]) -> Any:
+        """Labels of the masked patches alone as (B, N), where their values are known."""
+        values = values_of("labels", labels)
+        if values is None or values.ndim != 1:
+            return labels
+        known = None if mask is None else values_of("bool_masked_pos", mask)
+        P = self.config.patch_height_width
+        patches = (shape[0], shape[2] // P[0] * (shape[3] // P[1]))
+        check_token_labels(values, known, patches)
+        assert known is not None
+        spread = np.full(patches, -100, values.dtype)
+        spread[known != 0] = values
+        return spread
+
+
+# -- DINOv2
+
+
+class FlaxDinov2PreTrainedModel(FlaxViTPreTrainedModel):
+    """Base of DINOv2's models; see `FlaxViTPreTrainedModel`. Images of any size are taken:
+    positions are resampled."""
+
+    config_class = Dinov2Config
+    base_model_prefix = "dinov2"
+
+
+class FlaxDinov2Model(FlaxDinov2PreTrainedModel, FlaxViTModel):
+    """The base network of DINOv2; its pooled output is the class token. See `FlaxViTModel`."""
+
+
+class FlaxDinov2ForImageClassification(FlaxDinov2PreTrainedModel, FlaxViTForImageClassification):
+    """DINOv2 with a linear classifier on the class token joined with the mean of the patches; see
+    `FlaxViTForImageClassification`."""
+
+
+class FlaxDinov2WithRegistersPreTrainedModel(FlaxViTPreTrainedModel):
+    """Base of the models of DINOv2 with registers; see `FlaxDinov2PreTrainedModel`."""
+
+    config_class = Dinov2WithRegistersConfig
+    base_model_prefix = "dinov2_with_registers"
+
+
+class FlaxDinov2WithRegistersModel(FlaxDinov2WithRegistersPreTrainedModel, FlaxViTModel):
+    """The base network of DINOv2 with registers; see `FlaxDinov2Model`."""
+
+
+class FlaxDinov2WithRegistersForImageClassification(
+    FlaxDinov2WithRegistersPreTrainedModel, FlaxViTForImageClassification
+):
+    """DINOv2 with registers and a classifier; see `FlaxDinov2ForImageClassification`."""
