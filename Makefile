@@ -22,6 +22,8 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP_INSTALL) --editable '.[cli,torch,train,bench,test]'
+	# timm's models are oracles; of torchvision it needs the Python half, which fits any torch.
+	$(PIP_INSTALL) --no-deps timm==1.0.31 torchvision==0.29.2
 	@touch $@
 
 demo: $(VENV)/.demo  ## classify real images with the embedded checkpoint, beside the PyTorch twin

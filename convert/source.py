@@ -22,7 +22,7 @@ from vit_common.config import (
     config_class,
 )
 from vit_common.errors import CheckpointError, ConfigError
-from vit_common.files import read_json
+from vit_common.files import parse_json, read_json
 from vit_common.hub import AbsentFileError, find_file, find_weights
 from vit_common.image_processor import BaseImageProcessor, ViTImageProcessor
 from vit_common.image_processors import (
@@ -33,6 +33,12 @@ from vit_common.image_processors import (
 )
 from vit_common.parameters import Head
 from vit_common.timm_preprocessing import processor_from_timm
+
+OURS = "vit_flax"
+"""Key of timm's `config.json` under which a conversion puts the whole configuration."""
+
+METADATA_KEY = "vit_config"
+"""Where a safetensors file that stands alone holds its configuration."""
 
 # Formats whose files are never without a config.json.
 _DESCRIBED = ("hub", "flax", "flax-safetensors")
@@ -190,8 +196,14 @@ def open_source(
     path = find_weights(name_or_path, prefer=prefer, **hub)
     found = None if config is not None else read_config_file(name_or_path, **hub)
     timm = found if is_timm(found) else None
+    if timm is not None and isinstance(timm.get(OURS), Mapping):
+        found = dict(
+            timm[OURS]
+        )  # written here: the whole configuration, not what timm has room for
     checkpoint = open_checkpoint(path)
     try:
+        if found is None and config is None and METADATA_KEY in checkpoint.metadata:
+            found = parse_json(checkpoint.metadata[METADATA_KEY].encode(), path, "configuration")
         hints = {"suffix": path.suffix}
         family = config.model_type if config is not None else (found or {}).get("model_type")
         if isinstance(family, str):
@@ -203,7 +215,7 @@ def open_source(
         notes: list[Note] = []
         if config is not None:
             settled = config
-        elif found is not None and timm is None:
+        elif found is not None and found is not timm:
             settled = _named(path, config_from_dict, found, **dict(overrides or {}))
             notes = [Note(name, value, "given") for name, value in (overrides or {}).items()]
         elif table.name in _DESCRIBED:

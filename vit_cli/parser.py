@@ -16,6 +16,8 @@ from vit_common.errors import InputError
 Command = Callable[[], int]
 """A subcommand with its options; returns the exit code."""
 
+# As `convert.formats` has them; repeated here so that `--help` need not load it.
+_WRITTEN = ("hub", "flax", "flax-safetensors", "timm", "deit", "dino", "beit", "dinov2", "google")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -148,8 +150,148 @@ def _info(arguments: Sequence[str]) -> Command:
     return command
 
 
+def _size(text: str) -> int | tuple[int, int]:
+    """ "384" or "384x512" (height x width)."""
+    parts = [_positive(part) for part in text.lower().split("x")]
+    if len(parts) > 2:
+        raise argparse.ArgumentTypeError(f"must be N or HxW; given {text!r}")
+    return parts[0] if len(parts) == 1 else (parts[0], parts[1])
+
+
+def _convert(arguments: Sequence[str]) -> Command:
+    parser = _parser(
+        "vit convert",
+        "Convert a checkpoint. TARGET is a file (.safetensors, .msgpack, .npz, .pth) or a folder, "
+        "which also gets config.json and preprocessor_config.json. Every tensor is accounted for, "
+        "the result is read again and compared, and only then takes its place.",
+        usage="vit convert [options] SOURCE TARGET",
+    )
+    parser.add_argument(
+        "--to",
+        metavar="FORMAT",
+        help=f"format to write: {', '.join(_WRITTEN)}; by default what the suffix says, and hub "
+        "for a folder",
+    )
+    parser.add_argument(
+        "--from", dest="from_", metavar="FORMAT", help="format of the source, if it cannot be told"
+    )
+    parser.add_argument(
+        "--dtype", choices=(*_DTYPES, "float64"), help="of the result; by default the source's"
+    )
+    parser.add_argument(
+        "--num-labels", metavar="N", type=_positive, help="name the N classes LABEL_0, LABEL_1 ..."
+    )
+    parser.add_argument(
+        "--labels", metavar="FILE", help="names of the classes: one a line, or JSON"
+    )
+    parser.add_argument(
+        "--image-size",
+        metavar="N|HxW",
+        type=_size,
+        help="resample the positions to another image size, by the family's own rule",
+    )
+    parser.add_argument(
+        "--heads", metavar="N", type=_positive, help="attention heads, if nothing says how many"
+    )
+    parser.add_argument(
+        "--set",
+        metavar="FIELD=VALUE",
+        action="append",
+        default=[],
+        help="a field of the configuration that wins over what the source implies, such as "
+        "hidden_act=gelu; may be repeated",
+    )
+    parser.add_argument(
+        "--ignore",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="regular expression of names in the source to leave aside; may be repeated",
+    )
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", default="10GB", help="largest file of a folder (10GB)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="do all but writing")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="read the result again, compare every tensor, and run source and result on one image",
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite what is there")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    _add_hub_options(parser)
+    options, names = _parse(parser, arguments, "SOURCE TARGET", "what to convert, and to where")
+    if len(names) != 2:
+        parser.error(f"wanted SOURCE and TARGET; given {', '.join(names) or 'nothing'}")
+
+    def command() -> int:
+        from vit_cli.convert import convert
+
+        return convert(
+            names[0],
+            names[1],
+            to=options.to,
+            from_=options.from_,
+            dtype=options.dtype,
+            num_labels=options.num_labels,
+            labels=options.labels,
+            image_size=options.image_size,
+            heads=options.heads,
+            settings=options.set,
+            ignore=options.ignore,
+            max_shard_size=options.max_shard_size,
+            dry_run=options.dry_run,
+            verify=options.verify,
+            force=options.force,
+            as_json=options.json,
+            hub=_hub(options),
+        )
+
+    return command
+
+
+def _inspect(arguments: Sequence[str]) -> Command:
+    parser = _parser(
+        "vit inspect",
+        "Show what a weights file holds: format, family, sizes, what is odd about it, and its "
+        "first tensors. No weight is read.",
+        usage="vit inspect [options] FILE",
+    )
+    parser.add_argument(
+        "--from", dest="from_", metavar="FORMAT", help="format of the file, if it cannot be told"
+    )
+    parser.add_argument(
+        "--lines", metavar="N", type=_positive, default=10, help="tensors to list (10)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object, with every tensor"
+    )
+    _add_hub_options(parser)
+    options, names = _parse(
+        parser, arguments, "FILE", "weights file, index of shards, folder, or name on the Hub"
+    )
+    if len(names) != 1:
+        parser.error(f"wanted one file; given {', '.join(names) or 'nothing'}")
+
+    def command() -> int:
+        from vit_cli.inspect import inspect
+
+        return inspect(
+            names[0],
+            format=options.from_,
+            lines=options.lines,
+            as_json=options.json,
+            hub=_hub(options),
+        )
+
+    return command
+
+
 _SUBCOMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], Command]]] = {
     "predict": ("classify images", _predict),
+    "convert": ("turn a checkpoint into another layout", _convert),
+    "inspect": ("what a weights file holds", _inspect),
     "info": ("versions, devices and precision; what a model is", _info),
 }
 

@@ -53,6 +53,7 @@ _EXTENSIONS: dict[str, Container] = {
     ".pt": "torch",
     ".ckpt": "torch",
 }
+_SAVED_AS = {"safetensors": "safetensors", "msgpack": "msgpack", "npz": "npz", "torch": "pth"}
 INDEX_SUFFIX = ".index.json"
 _SHOWN = 10
 """Faults named one by one in an error; the rest are counted."""
@@ -269,7 +270,7 @@ def save_checkpoint(
     directory: str | PathLike,
     tensors: Mapping[str, Any],
     *,
-    container: Literal["safetensors", "msgpack"] = "safetensors",
+    container: Container = "safetensors",
     stem: str = "model",
     max_shard_size: int | str = "10GB",
     metadata: Mapping[str, str] | None = None,
@@ -289,7 +290,7 @@ def save_checkpoint(
         tensors: name -> numpy array, JAX array, `Tensor`, or anything with `shape`, `dtype` and
             `read()`; each is read once, and one at a time is in memory. The parts of a nested
             name are joined with "/".
-        container: "safetensors" or "msgpack".
+        container: "safetensors" or "msgpack"; "npz" and "torch" are never sharded.
         stem: the files' name without extension; Transformers has "model" and "flax_model".
         max_shard_size: largest file, as `parse_size` takes it; a larger tensor gets a file alone.
         metadata: texts for the header of safetensors files, such as {"format": "pt"}.
@@ -306,22 +307,24 @@ def save_checkpoint(
         InputError: a name, a dtype or a value the container cannot hold.
         MissingFileError: the directory cannot be written, or the disk is full.
     """
-    if container not in ("safetensors", "msgpack"):
-        raise InputError(f"`container` must be 'safetensors' or 'msgpack'; given {container!r}.")
+    if container not in _SAVED_AS:
+        known = ", ".join(map(repr, _SAVED_AS))
+        raise InputError(f"`container` must be one of {known}; given {container!r}.")
     if not re.fullmatch(r"[\w.-]+", stem):
         raise InputError(f"`stem` must be a plain file name without extension; given {stem!r}.")
     limit = parse_size(max_shard_size)
     entries = _entries(tensors, container, separator)
     texts = _texts(metadata)
 
-    single = f"{stem}.{container}"
-    shards = _split(entries, limit, container)
+    single = f"{stem}.{_SAVED_AS[container]}"
+    whole = container not in ("safetensors", "msgpack")
+    shards = [entries] if whole else _split(entries, limit, container)
     contents: dict[str, Callable[[BinaryIO], object]] = {}
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = single
         if len(shards) > 1:
-            name = f"{stem}-{number:05d}-of-{len(shards):05d}.{container}"
+            name = f"{stem}-{number:05d}-of-{len(shards):05d}.{_SAVED_AS[container]}"
         contents[name] = _writer(container, shard, texts, None, progress)
         weight_map.update({tensor.name: name for tensor in shard})
     if len(shards) > 1:

@@ -148,6 +148,12 @@ def _dtype_name(name: str, value: Any) -> str:
     return text
 
 
+def _ratio(name: str, value: Any) -> int | float:
+    # An integer stays one: FlaxDinov2 of Transformers 4.57.6 takes a layer's width from it.
+    checked = _number("a number above 0", lambda x: x > 0)(name, value)
+    return int(value) if _is_int(value) else checked
+
+
 _rate = _number("a number from 0 to 1", lambda x: 0.0 <= x <= 1.0)
 _size = _integer(1)
 
@@ -163,7 +169,7 @@ _CHECKS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "num_hidden_layers": (12, _integer(0)),
     "num_attention_heads": (12, _size),
     "intermediate_size": (3072, _size),
-    "mlp_ratio": (4, _number("a number above 0", lambda x: x > 0)),
+    "mlp_ratio": (4, _ratio),
     "hidden_act": ("gelu", _activation),
     "hidden_dropout_prob": (0.0, _rate),
     "attention_probs_dropout_prob": (0.0, _rate),

@@ -172,6 +172,28 @@ def replace_files(
     return [final for _, final in staged]
 
 
+def move_files(source: Path, directory: Path, stale: Iterable[str] = ()) -> list[Path]:
+    """Move the files of a folder into another on the same disk: either all of them or none.
+
+    Args:
+        source: the folder, without folders in it; its files are already flushed to the disk.
+        directory: where they go; must exist.
+        stale: names of files there that the new ones make obsolete; they need not exist.
+
+    Raises:
+        MissingFileError: a file cannot be moved; nothing was replaced.
+    """
+    staged = [(file, directory / file.name) for file in sorted(source.iterdir())]
+    try:
+        _rename_all(staged, secrets.token_hex(4))
+        for name in stale:
+            (directory / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise MissingFileError(f"{directory}: cannot be written ({reason(error)}).") from error
+    _flush_directory(directory)
+    return [final for _, final in staged]
+
+
 def _rename_all(staged: list[tuple[Path, Path]], token: str) -> None:
     """Give every temporary file its name; should one fail, put back what was there."""
     done: list[tuple[Path, Path, bool]] = []

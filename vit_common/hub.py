@@ -59,6 +59,8 @@ WEIGHTS = (
     "flax_model.msgpack.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "model.npz",
+    "model.pth",
 )
 """Names of weights files, in the order they are looked for."""
 

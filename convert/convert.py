@@ -1,0 +1,671 @@
+"""`convert`: any checkpoint of the family into any layout that can hold it, and the proof."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from convert.formats import check_format, table_for
+from convert.forward import forward
+from convert.infer import Note
+from convert.report import Report, Verification
+from convert.rules import TensorLike, to_foreign, unprefixed
+from convert.source import METADATA_KEY, Source, find_processor, open_source, read_tensors
+from convert.timm_config import timm_config
+from vit_common.checkpoint import open_checkpoint, save_checkpoint, write_checkpoint
+from vit_common.checks import check_keywords
+from vit_common.config import CONFIG_NAME, ViTConfig
+from vit_common.containers.tensor import Tensor
+from vit_common.errors import CheckpointError, ConfigError, InputError, MissingFileError
+from vit_common.files import move_files
+from vit_common.hub import HUB_OPTIONS
+from vit_common.parameters import Head, parameter_shapes
+from vit_common.positions import resize_matrices, resize_positions
+
+DTYPES = {
+    "float64": np.dtype(np.float64),
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+PROCESSOR_NAME = "preprocessor_config.json"
+
+# suffix of a target that is one file -> what is written if no format is named
+_SUFFIXES = {".safetensors": "hub", ".msgpack": "flax", ".npz": "google"}
+_PICKLES = (".pth", ".pt", ".bin")
+
+
+class _Place(NamedTuple):
+    """How a format is written into a directory."""
+
+    container: Any
+    stem: str
+    separator: str
+    metadata: str | None
+
+
+_PLACES = {
+    "hub": _Place("safetensors", "model", ".", "pt"),
+    "flax": _Place("msgpack", "flax_model", "/", None),
+    "flax-safetensors": _Place("safetensors", "model", ".", "flax"),
+    "timm": _Place("safetensors", "model", ".", "pt"),
+    "google": _Place("npz", "model", "/", None),
+}
+_OTHERS = _Place("torch", "model", ".", None)
+# What the projects' own pickles have around the weights.
+_WRAPPERS = {"deit": "model", "beit": "model"}
+
+_CLASSES: dict[Head | None, str] = {
+    None: "Model",
+    "classifier": "ForImageClassification",
+    "teacher": "ForImageClassificationWithTeacher",
+    "decoder": "ForMaskedImageModeling",
+    "tokens": "ForMaskedImageModeling",
+}
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    to: str | None = None,
+    from_: str | None = None,
+    dtype: str | None = None,
+    num_labels: int | None = None,
+    labels: Sequence[str] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    ignore: Iterable[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+    dry_run: bool = False,
+    verify: bool = True,
+    force: bool = False,
+    max_shard_size: int | str = "10GB",
+    progress: Callable[[int, int], Any] | None = None,
+    **hub: Any,
+) -> Report:
+    """Convert a checkpoint.
+
+    Args:
+        source: directory, weights file, index of shards, or "owner/name" on the Hub.
+        target: a file, whose suffix tells the container, or a directory, which also gets
+            `config.json` and `preprocessor_config.json`.
+        to: the format to write, one of `convert.formats.NAMES`; None takes what the suffix says,
+            and "hub" for a directory.
+        from_: the source's format, where its names do not tell.
+        dtype: of the target: "float32", "bfloat16", "float16" or "float64"; None keeps it.
+        num_labels: number of classes; must be that of the head.
+        labels: names of the classes, in order.
+        image_size: resample the positions to images of this size, with the family's own rule.
+        ignore: regular expressions of names in the source to leave aside.
+        overrides: fields of the configuration that win over what the source implies.
+        dry_run: do all but writing.
+        verify: read the result again and compare it, and run source and target on one image.
+        force: overwrite files of the target.
+        max_shard_size: largest file of a directory, in bytes or as "5GB".
+        progress: called with bytes done and bytes in all.
+        **hub: options of the Hub.
+
+    Returns:
+        What was done.
+
+    Raises:
+        MissingFileError: the source is not there; the target is there already, or cannot be
+            written.
+        CheckpointError: the source is corrupt, of no known format, or does not account for every
+            parameter; all faults are in one message. Or the result is not equal to it: then
+            nothing was replaced.
+        ConfigError: its configuration is refused.
+        InputError: an option is wrong, or the format cannot hold these weights.
+    """
+    started = time.perf_counter()
+    check_keywords("convert", hub, HUB_OPTIONS)
+    target = Path(target)
+    to = _target_format(target, to)
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"`dtype` must be one of {', '.join(DTYPES)}; given {dtype!r}.")
+    wanted = dict(overrides or {})
+    with open_source(source, format=from_, overrides=wanted, **hub) as opened:
+        try:
+            plan = _Plan(opened, to, dtype, image_size, tuple(ignore), num_labels, labels)
+        except (CheckpointError, ConfigError) as error:
+            raise type(error)(f"{opened.path}: {error}") from error
+        report = plan.report(target, dry_run)
+        processor = find_processor(opened, source, **hub)
+        beside = plan.beside(target, processor, report)
+        if not force:
+            _refuse_to_overwrite(plan.names(target, beside))
+        if not dry_run:
+            _write(plan, target, beside, max_shard_size, verify, report, progress, started)
+        else:
+            report.seconds = time.perf_counter() - started
+    return report
+
+
+class _Plan:
+    """What is to be written: the canonical tensors of the target, and its names for them."""
+
+    def __init__(
+        self,
+        source: Source,
+        to: str,
+        dtype: str | None,
+        image_size: Any,
+        ignore: tuple[str, ...],
+        num_labels: int | None,
+        labels: Sequence[str] | None,
+    ) -> None:
+        self.source, self.to = source, to
+        self.head = source.head
+        self.notes = list(source.notes)
+        self.ignored = dict(source.ignored)
+        self.config = type(source.config).from_dict(source.config.to_dict())
+        self._set_labels(num_labels, labels)
+        unexplained = self._ignore(ignore)
+        tensors = self._account(unexplained)
+        if image_size is not None:
+            tensors = self._resample(tensors, image_size)
+        if dtype is not None:
+            tensors = {n: _cast(n, t, DTYPES[dtype]) for n, t in tensors.items()}
+        self.tensors = tensors
+        dtypes = dict.fromkeys(t.dtype.name for t in tensors.values())
+        self.dtype = dtype or max(dtypes, key=lambda name: DTYPES[name].itemsize)
+        self.config.dtype = self.dtype
+        stem = type(self.config).__name__.removesuffix("Config")
+        self.architecture = stem + _CLASSES[self.head]
+        self.config.architectures = [self.architecture]
+        self.table = table_for(to, self.config, self.head)
+        self.written = self._foreign(tensors)
+
+    # -- the source's side
+
+    def _set_labels(self, num_labels: int | None, labels: Sequence[str] | None) -> None:
+        if num_labels is None and labels is None:
+            return
+        weights = self.source.mapped.tensors
+        name = "cls_classifier.weight" if self.head == "teacher" else "classifier.weight"
+        if name not in weights:
+            raise InputError("labels were given, but these weights have no classifier.")
+        rows = weights[name].shape[0]
+        count = len(labels) if labels is not None else num_labels
+        if count != rows or (num_labels is not None and num_labels != rows):
+            raise InputError(
+                f"the classifier has {rows} classes; given {count} labels"
+                + (f" and `num_labels` {num_labels}." if labels is not None else ".")
+            )
+        if labels is not None:
+            self.config.id2label = dict(enumerate(map(str, labels)))
+        else:
+            self.config.id2label = {i: f"LABEL_{i}" for i in range(rows)}
+        self.config.label2id = {label: i for i, label in self.config.id2label.items()}
+        self.notes = [note for note in self.notes if note.field not in ("id2label", "num_labels")]
+        self.notes.append(Note("id2label", self.config.id2label, "given"))
+
+    def _ignore(self, patterns: tuple[str, ...]) -> list[str]:
+        """Move what the caller gave up to what is ignored; the names left that nothing explains."""
+        left = []
+        for name in self.source.unexplained:
+            if any(_match(pattern, name) for pattern in patterns):
+                self.ignored[name] = "given up by the caller"
+            else:
+                left.append(name)
+        return left
+
+    def _account(self, unexplained: list[str]) -> dict[str, TensorLike]:
+        """Every tensor of the source used once or given up, every one of the network filled."""
+        found: dict[str, TensorLike] = dict(self.source.mapped.tensors)
+        pooled = "pooler.dense.weight" in found or "pooler.layernorm.weight" in found
+        shapes = {
+            unprefixed(name): shape
+            for name, shape in parameter_shapes(
+                self.config,
+                self.head,
+                add_pooling_layer=pooled,
+                use_mask_token="embeddings.mask_token" in found,
+            ).items()
+        }
+        faults = [f"{name}: nothing here knows this name" for name in unexplained]
+        for name, tensor in found.items():
+            if tensor.dtype.name not in DTYPES:
+                faults.append(
+                    f"{name}: its dtype is {tensor.dtype}; wanted one of {', '.join(DTYPES)}"
+                )
+            if name not in shapes:
+                why = self._why_left(name)
+                if why is None:
+                    faults.append(f"{name}: the configuration has no such parameter")
+                else:
+                    self.ignored[name] = why
+            elif tuple(tensor.shape) != tuple(shapes[name]):
+                faults.append(
+                    f"{name}: its shape is {tuple(tensor.shape)}; by the configuration it must be "
+                    f"{tuple(shapes[name])}"
+                )
+        missing = [name for name in shapes if name not in found]
+        faults += [f"{name}: missing" for name in missing]
+        if faults:
+            shown = "\n".join(f"- {fault}" for fault in faults[:60])
+            more = f"\n- and {len(faults) - 60} more" if len(faults) > 60 else ""
+            raise CheckpointError(
+                f"{len(faults)} tensors do not fit a network of the family "
+                f"{self.config.model_type!r} in the format {self.source.table.name!r} "
+                f"({self.source.table.describes}):\n{shown}{more}\nNothing was written. Name what "
+                "may be left aside with `--ignore PATTERN` (in Python `ignore=`)."
+            )
+        return {name: found[name] for name in shapes}
+
+    def _why_left(self, name: str) -> str | None:
+        if name == "embeddings.mask_token":
+            return "a mask token, which a model with this head does not have"
+        if name.startswith("pooler.") and self.head is not None:
+            return "a pooler, which the head of this model does not look at"
+        if name.startswith(("classifier.", "cls_classifier.", "distillation_classifier.")):
+            return "a second head"
+        return None
+
+    # -- changes
+
+    def _resample(self, tensors: dict[str, TensorLike], size: Any) -> dict[str, TensorLike]:
+        old, family = self.config.grid_size, self.config
+        self.config.image_size = size
+        self.config.validate()
+        height, width = self.config.image_height_width
+        p, q = self.config.patch_height_width
+        if height % p or width % q:
+            raise InputError(
+                f"`image_size` must be a multiple of the patch, {p} x {q} (height x width); given "
+                f"{height} x {width}."
+            )
+        new, rule, k = self.config.grid_size, family.position_resize, family.num_prefix_positions
+        self.notes = [note for note in self.notes if note.field != "image_size"]
+        self.notes.append(Note("image_size", self.config.image_size, f"given; positions by {rule}"))
+        out = dict(tensors)
+        for name, tensor in tensors.items():
+            if name == "embeddings.position_embeddings":
+                load = partial(_resized_positions, tensor, old, new, rule, k)
+                shape: tuple[int, ...] = (1, k + new[0] * new[1], tensor.shape[2])
+            elif name.endswith("relative_position_bias_table"):
+                load = partial(_resized_table, tensor, old, new)
+                shape = ((2 * new[0] - 1) * (2 * new[1] - 1) + 3, tensor.shape[1])
+            else:
+                continue
+            out[name] = Tensor(name, shape, tensor.dtype, load)
+        return out
+
+    # -- the target's side
+
+    def _foreign(self, tensors: Mapping[str, TensorLike]) -> dict[str, TensorLike]:
+        prefix = f"{self.config.base_model_prefix}." if self.head is not None else ""
+        top = {unprefixed(n): n for n in parameter_shapes(self.config, self.head)}
+        named = {top.get(name, prefix + name): tensor for name, tensor in tensors.items()}
+        mapped = to_foreign(named, self.table)
+        if mapped.unused:
+            raise InputError(
+                f"the format {self.to!r} ({self.table.describes}) cannot hold "
+                f"{len(mapped.unused)} of these tensors: {', '.join(sorted(mapped.unused)[:12])}."
+            )
+        return {self.table.root + name: tensor for name, tensor in mapped.tensors.items()}
+
+    def names(self, target: Path, beside: Mapping[str, str]) -> list[Path]:
+        """The files that would be written, shards aside."""
+        if is_file(target):
+            return [target]
+        place = _PLACES.get(self.to, _OTHERS)
+        suffix = {"torch": "pth"}.get(place.container, place.container)
+        weights = f"{place.stem}.{suffix}"
+        return [target / name for name in (weights, f"{weights}.index.json", *beside)]
+
+    def report(self, target: Path, dry_run: bool) -> Report:
+        source = self.source
+        implied = {
+            field: value
+            for field, value in self.table.settings.items()
+            if getattr(self.config, field) != value
+        }
+        warnings = []
+        if implied:
+            warnings.append(
+                f"networks in the format {self.to!r} have "
+                + ", ".join(f"{name}={value!r}" for name, value in implied.items())
+                + "; this one has "
+                + ", ".join(f"{name}={getattr(self.config, name)!r}" for name in implied)
+                + ". Who reads the weights without the configuration written here gets slightly "
+                "other outputs."
+            )
+        if self.config.is_extended and self.to in ("hub", "flax", "flax-safetensors"):
+            warnings.append(
+                "Transformers has no class for this network; the configuration says model_type "
+                f"{self.config.extended_type!r}, so that it refuses it instead of computing "
+                "something else. vit_flax and vit_torch load it."
+            )
+        found = source.mapped.tensors
+        return Report(
+            source=str(source.path),
+            target=str(target),
+            format_from=source.table.name,
+            format_to=self.to,
+            describes=source.table.describes,
+            family=self.config.model_type,
+            architecture=self.architecture,
+            tensors_read=len(source.checkpoint) - len(self.ignored),
+            tensors_written=len(self.written),
+            parameters=sum(math.prod(t.shape) for t in self.tensors.values()),
+            bytes=sum(math.prod(t.shape) * t.dtype.itemsize for t in self.tensors.values()),
+            dtype=self.dtype,
+            dry_run=dry_run,
+            set=self.notes,
+            ignored={
+                # By the file's own names where a canonical one was given up.
+                name: why
+                for name, why in self.ignored.items()
+                if name in source.checkpoint or name in found
+            },
+            warnings=warnings,
+        )
+
+    def beside(self, target: Path, processor: Any, report: Report) -> dict[str, str]:
+        """The small files of a directory: name -> text."""
+        if is_file(target):
+            return {}
+        beside = {CONFIG_NAME: self.config.to_json_string()}
+        if self.to == "timm":
+            found = None if processor is None else processor[0]
+            beside[CONFIG_NAME] = timm_config(self.config, self.source.timm, found)
+        if processor is not None:
+            found, origin = processor
+            if self.config.grid_size != self.source.config.grid_size:
+                found = _at_size(found, self.source.config, self.config)
+            beside[PROCESSOR_NAME] = found.to_json_string()
+            report.preprocessing = origin
+        return beside
+
+
+def is_file(target: Path) -> bool:
+    """Whether a target is meant as one file, by its suffix."""
+    return target.suffix in (*_SUFFIXES, *_PICKLES) and not target.is_dir()
+
+
+def _target_format(target: Path, to: str | None) -> str:
+    if to is not None:
+        return check_format(to)
+    if not is_file(target):
+        return "hub"
+    if target.suffix in _PICKLES:
+        raise InputError(
+            f"{target}: say which format to write with `to` (`--to` of the command); a "
+            f"{target.suffix} file can have several."
+        )
+    return _SUFFIXES[target.suffix]
+
+
+def _refuse_to_overwrite(paths: Iterable[Path]) -> None:
+    there = [str(path) for path in paths if path.exists()]
+    if there:
+        raise MissingFileError(
+            f"{', '.join(there)}: already there; nothing was written. Pass --force (in Python "
+            "`force=True`) to overwrite."
+        )
+
+
+def _match(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise InputError(
+            f"`ignore` must hold regular expressions; given {pattern!r} ({error})."
+        ) from error
+
+
+def _cast(name: str, tensor: TensorLike, dtype: np.dtype) -> TensorLike:
+    if tensor.dtype == dtype:
+        return tensor
+
+    def load() -> np.ndarray:
+        array = tensor.read()
+        with np.errstate(over="ignore"):
+            out = array.astype(dtype)
+        if dtype == np.float16 and np.isinf(out).any() and not np.isinf(array).any():
+            largest = np.abs(array.astype(np.float32)).max()
+            raise CheckpointError(
+                f"{name}: holds {largest:.4g}, more than float16 can (65504); use bfloat16."
+            )
+        return out
+
+    return Tensor(name, tuple(tensor.shape), dtype, load)
+
+
+def _resized_positions(tensor, old, new, rule, k) -> np.ndarray:
+    return resize_positions(tensor.read(), old, new, rule, k)
+
+
+def _resized_table(tensor, old, new) -> np.ndarray:
+    """A table of relative positions for another grid, as the twins resample it."""
+    table = tensor.read()
+    source, target = ((2 * h - 1, 2 * w - 1) for h, w in (old, new))
+    rows, columns = resize_matrices("bilinear", source, target)
+    offsets = table[:-3].astype(np.float64).reshape(*source, -1)
+    offsets = np.einsum("Hh,Ww,hwa->HWa", rows, columns, offsets, optimize=True)
+    offsets = offsets.reshape(target[0] * target[1], -1).astype(table.dtype)
+    return np.concatenate([offsets, table[-3:]])
+
+
+def _at_size(processor: Any, old: ViTConfig, new: ViTConfig) -> Any:
+    """The same preparation for images of another size."""
+    (h, w), (H, W) = old.image_height_width, new.image_height_width
+    table = processor.to_dict()
+
+    def scaled(size: Any) -> Any:
+        if not isinstance(size, Mapping):
+            return size
+        out = dict(size)
+        for key, factor in (("height", H / h), ("width", W / w), ("shortest_edge", H / h)):
+            if out.get(key):
+                out[key] = round(out[key] * factor)
+        return out
+
+    for key in ("size", "crop_size"):
+        if table.get(key):
+            table[key] = scaled(table[key])
+    return type(processor).from_dict(table)
+
+
+# -- writing
+
+
+def _write(plan, target, beside, max_shard_size, verify, report, progress, started) -> None:
+    """Write beside the target, verify there, and only then put it in its place."""
+    total = sum(math.prod(t.shape) * t.dtype.itemsize for t in plan.written.values())
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    one_file = is_file(target)
+    directory = target.parent if one_file else target
+    made = _make_directories(directory)
+    staging = None
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=directory))
+        _write_into(staging, plan, target, beside, max_shard_size, one_file, advance)
+        report.seconds = time.perf_counter() - started
+        if verify:
+            written = staging / target.name if one_file else staging
+            report.verification = _verify(plan, written)
+        stale = [] if one_file else _stale(directory, {f.name for f in staging.iterdir()})
+        report.written = [str(path) for path in move_files(staging, directory, stale)]
+    except OSError as error:
+        raise MissingFileError(f"{directory}: cannot be written ({error}).") from error
+    except BaseException:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):
+                if staging is not None:
+                    shutil.rmtree(staging, ignore_errors=True)
+                path.rmdir()
+        raise
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _make_directories(directory: Path) -> list[Path]:
+    """Make a directory and those above it; which were made."""
+    made = [path for path in (*reversed(directory.parents), directory) if not path.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MissingFileError(f"{directory}: cannot be made ({error.strerror}).") from error
+    return made
+
+
+def _write_into(staging, plan, target, beside, max_shard_size, one_file, advance) -> None:
+    place = _PLACES.get(plan.to, _OTHERS)
+    if not one_file:
+        metadata = {"format": place.metadata} if place.metadata else None
+        if place.container == "torch":
+            write_checkpoint(
+                staging / "model.pth",
+                plan.written,
+                wrapper=_WRAPPERS.get(plan.to),
+                progress=advance,
+            )
+            for name, text in beside.items():
+                (staging / name).write_text(text, encoding="utf-8")
+            return
+        save_checkpoint(
+            staging,
+            plan.written,
+            container=place.container,
+            stem=place.stem,
+            max_shard_size=max_shard_size,
+            metadata=metadata,
+            separator=place.separator,
+            beside=beside,
+            progress=advance,
+        )
+        return
+    metadata, wrapper = None, None
+    if target.suffix == ".safetensors":
+        tag = "flax" if plan.to.startswith("flax") else "pt"
+        # A file alone says by itself what it is.
+        metadata = {"format": tag, METADATA_KEY: plan.config.to_json_string()}
+    if target.suffix in _PICKLES:
+        wrapper = _WRAPPERS.get(plan.to)
+    separator = "." if target.suffix == ".safetensors" and plan.to == "flax" else "/"
+    write_checkpoint(
+        staging / target.name,
+        plan.written,
+        metadata=metadata,
+        wrapper=wrapper,
+        separator=separator,
+        progress=advance,
+    )
+
+
+def _stale(directory: Path, written: set[str]) -> list[str]:
+    """Weights of an earlier save in a directory, which would be read beside the new ones."""
+    pattern = re.compile(
+        r"(model|flax_model|pytorch_model)(-\d{5,}-of-\d{5,})?"
+        r"\.(safetensors|msgpack|bin|npz|pth)(\.index\.json)?"
+    )
+    return [
+        file.name
+        for file in directory.iterdir()
+        if pattern.fullmatch(file.name) and file.name not in written
+    ]
+
+
+# -- proof
+
+
+def _verify(plan: _Plan, written: Path) -> Verification:
+    """Read the result again: every tensor equal to the bit, and the same outputs.
+
+    Raises:
+        CheckpointError: it is not so.
+    """
+    with _open_result(plan, written) as (config, tensors):
+        missing = sorted(set(plan.tensors) ^ set(tensors))
+        if missing:
+            raise CheckpointError(
+                f"verification failed: {', '.join(missing[:12])} are not in both source and result."
+            )
+        for name, tensor in plan.tensors.items():
+            wanted, given = tensor.read(), tensors[name].read()
+            if wanted.dtype != given.dtype or wanted.shape != given.shape:
+                raise CheckpointError(
+                    f"verification failed: {name} is {given.dtype} {given.shape} in the result; "
+                    f"wanted {wanted.dtype} {wanted.shape}."
+                )
+            if not _same_bits(wanted, given):
+                raise CheckpointError(f"verification failed: {name} differs in the result.")
+            del wanted, given
+        verification = Verification(len(plan.tensors))
+        if isinstance(config.hidden_act, str):
+            _compare_outputs(plan, config, tensors, verification)
+    return verification
+
+
+@contextlib.contextmanager
+def _open_result(plan: _Plan, written: Path):
+    """Configuration and canonical tensors of what was written, read as anyone would."""
+    if written.is_dir() or written.suffix == ".safetensors":
+        with open_source(written, format=plan.to) as source:
+            yield source.config, source.mapped.tensors
+        return
+    with open_checkpoint(written) as checkpoint:
+        hints = {"model_type": plan.config.model_type}
+        _, _, mapped, _, _ = read_tensors(checkpoint, format=plan.to, hints=hints)
+        yield plan.config, mapped.tensors
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    bits = {8: np.uint64, 4: np.uint32, 2: np.uint16}[a.dtype.itemsize]
+    a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
+    return bool(np.array_equal(a.view(bits), b.view(bits)))
+
+
+def _compare_outputs(plan, config, tensors, verification) -> None:
+    resampled = plan.config.grid_size != plan.source.config.grid_size
+    original = plan.tensors if resampled else plan.source.mapped.tensors
+    own = plan.config if resampled else plan.source.config
+    rng = np.random.default_rng(0)
+    height, width = own.image_height_width
+    image = rng.standard_normal((own.num_channels, height, width)).astype(np.float32)
+    with np.errstate(all="ignore"):
+        wanted = forward(own, original, image)
+        given = forward(config, tensors, image)
+    scale = float(np.abs(wanted).max(initial=0.0))
+    difference = float(np.abs(wanted - given).max(initial=0.0))
+    verification.logits_max_abs, verification.logits_scale = difference, scale
+    # One rounding of every weight: half a unit of the last place each, and they add up.
+    loose = {"float16": 0.05, "bfloat16": 0.3}.get(plan.dtype, 1e-5)
+    exact = plan.dtype == _widest(plan.source)
+    bound = (1e-6 if exact else loose) * max(scale, 1e-3)
+    if not difference <= bound and math.isfinite(scale):
+        raise CheckpointError(
+            f"verification failed: the outputs of source and result differ by {difference:.3g} "
+            f"(of {scale:.3g}; bound {bound:.3g}), though the weights are equal: the configuration "
+            "read back is not the same."
+        )
+
+
+def _widest(source: Source) -> str:
+    names = {t.dtype.name for t in source.mapped.tensors.values()}
+    return max(names, key=lambda name: DTYPES[name].itemsize)
+
+
+__all__ = ["Report", "convert"]

@@ -1,0 +1,192 @@
+"""The network in numpy, one layer in memory at a time: what a conversion is checked with.
+
+Written from the papers and from what the families publish, apart from both twins, so that it is a
+third opinion; needs neither JAX nor torch. float32; slow, and meant for one image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from convert.rules import TensorLike
+from vit_common.config import ViTConfig
+from vit_common.errors import ConfigError
+from vit_common.positions import relative_position_index
+
+
+def _erf(x: np.ndarray) -> np.ndarray:
+    """The error function to 3e-7 (Abramowitz and Stegun 1964, 7.1.28, in float64)."""
+    coefficients = (
+        0.0705230784, 0.0422820123, 0.0092705272, 0.0001520143, 0.0002765672, 0.0000430638
+    )  # fmt: skip
+    magnitude = np.abs(x)
+    series = np.ones_like(magnitude)
+    for power, coefficient in enumerate(coefficients, 1):
+        series += coefficient * magnitude**power
+    return np.sign(x) * (1.0 - series**-16)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0.0, -x))
+
+
+def _gelu_tanh(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _selu(x: np.ndarray) -> np.ndarray:
+    return 1.0507009873554805 * np.where(x > 0, x, 1.6732632423543772 * np.expm1(np.minimum(x, 0)))
+
+
+_ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "gelu": lambda x: 0.5 * x * (1.0 + _erf(x / math.sqrt(2.0))),
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": lambda x: np.maximum(x, 0.0),
+    "selu": _selu,
+    "silu": lambda x: x * _sigmoid(x),
+    "swish": lambda x: x * _sigmoid(x),
+    "quick_gelu": lambda x: x * _sigmoid(1.702 * x),
+    "tanh": np.tanh,
+    "sigmoid": _sigmoid,
+    "linear": lambda x: x,
+}
+
+
+class _Network:
+    """The weights by canonical name, read one by one, with what every layer needs."""
+
+    def __init__(self, config: ViTConfig, tensors: Mapping[str, TensorLike]) -> None:
+        self.config = config
+        self.tensors = tensors
+
+    def weight(self, name: str) -> np.ndarray:
+        return self.tensors[name].read().astype(np.float32)
+
+    def dense(self, x: np.ndarray, name: str) -> np.ndarray:
+        y = x @ self.weight(f"{name}.weight").T
+        return y + self.weight(f"{name}.bias") if f"{name}.bias" in self.tensors else y
+
+    def norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        centred = x - x.mean(axis=-1, keepdims=True, dtype=np.float64)
+        variance = np.mean(centred**2, axis=-1, keepdims=True)
+        scaled = centred / np.sqrt(variance + self.config.layer_norm_eps)
+        y = scaled * self.weight(f"{name}.weight") + self.weight(f"{name}.bias")
+        return y.astype(np.float32)
+
+    def activation(self, x: np.ndarray, name: object) -> np.ndarray:
+        if name not in _ACTIVATIONS:
+            raise ConfigError(f"config: the activation {name!r} cannot be run in numpy.")
+        return _ACTIVATIONS[str(name)](x).astype(np.float32)
+
+    # -- the network, top to bottom
+
+    def embeddings(self, image: np.ndarray) -> np.ndarray:
+        """(C, H, W) -> (S, D)."""
+        config = self.config
+        (rows, columns), (p, q) = config.grid_size, config.patch_height_width
+        patches = image[:, : rows * p, : columns * q].reshape(-1, rows, p, columns, q)
+        patches = patches.transpose(1, 3, 0, 2, 4).reshape(rows * columns, -1)
+        name = "embeddings.patch_embeddings.projection"
+        kernel = self.weight(f"{name}.weight").reshape(config.hidden_size, -1)
+        x = patches @ kernel.T + self.weight(f"{name}.bias")
+        names = ("cls_token", "distillation_token", "register_tokens")
+        found = [f"embeddings.{n}" for n in names if f"embeddings.{n}" in self.tensors]
+        front = np.concatenate([x[:0], *(self.weight(name)[0] for name in found)])
+        k = config.num_prefix_positions
+        if config.use_absolute_position_embeddings:
+            positions = self.weight("embeddings.position_embeddings")[0]
+            front[:k] += positions[:k]
+            x = x + positions[k:]
+        return np.concatenate([front, x])
+
+    def bias(self, name: str) -> np.ndarray:
+        """(A, S, S) of a table of relative positions."""
+        table = self.weight(f"{name}.relative_position_bias.relative_position_bias_table")
+        return table[relative_position_index(self.config.grid_size)].transpose(2, 0, 1)
+
+    def attention(self, x: np.ndarray, layer: str, shared: np.ndarray | None) -> np.ndarray:
+        config = self.config
+        S, A = len(x), config.num_attention_heads
+        name = f"{layer}.attention.attention"
+        query, key, value = (
+            self.dense(x, f"{name}.{part}").reshape(S, A, -1).transpose(1, 0, 2)
+            for part in ("query", "key", "value")
+        )  # (A, S, D/A)
+        scores = query @ key.transpose(0, 2, 1) / math.sqrt(config.head_dim)
+        if config.use_relative_position_bias:
+            scores = scores + self.bias(name)
+        if shared is not None:
+            scores = scores + shared
+        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        scores /= scores.sum(axis=-1, keepdims=True)
+        context = (scores @ value).transpose(1, 0, 2).reshape(S, -1)
+        return self.dense(context.astype(np.float32), f"{layer}.attention.output.dense")
+
+    def mlp(self, x: np.ndarray, layer: str) -> np.ndarray:
+        x = self.dense(x, f"{layer}.intermediate.dense")
+        if self.config.use_swiglu_ffn:
+            gate, x = np.split(x, 2, axis=-1)
+            x = self.activation(gate, "silu") * x
+        else:
+            x = self.activation(x, self.config.hidden_act)
+        return self.dense(x, f"{layer}.output.dense")
+
+    def run(self, image: np.ndarray) -> np.ndarray:
+        config = self.config
+        x = self.embeddings(image)
+        shared = self.bias("encoder") if config.use_shared_relative_position_bias else None
+        for i in range(config.num_hidden_layers):
+            layer = f"encoder.layer.{i}"
+            branch = self.attention(self.norm(x, f"{layer}.layernorm_before"), layer, shared)
+            if config.has_layer_scale:
+                branch = branch * self.weight(f"{layer}.lambda_1")
+            x = x + branch
+            branch = self.mlp(self.norm(x, f"{layer}.layernorm_after"), layer)
+            if config.has_layer_scale:
+                branch = branch * self.weight(f"{layer}.lambda_2")
+            x = x + branch
+        return self.head(x if config.norm_after_pooling else self.norm(x, "layernorm"))
+
+    def head(self, x: np.ndarray) -> np.ndarray:
+        """Logits, or without a classifier the pooled output; one vector."""
+        config, T = self.config, self.config.num_prefix_tokens
+        if "lm_head.weight" in self.tensors:
+            return self.dense(self.norm(x[T:], "lm_layernorm"), "lm_head").reshape(-1)
+        if "cls_classifier.weight" in self.tensors:
+            both = [self.dense(x[0], "cls_classifier"), self.dense(x[1], "distillation_classifier")]
+            return np.add(*both) / 2
+        mean = x[T:].mean(axis=0)
+        pooled = mean if config.pooling == "mean" else x[0]
+        if "pooler.layernorm.weight" in self.tensors:
+            pooled = self.norm(pooled, "pooler.layernorm")
+        elif "pooler.dense.weight" in self.tensors and (
+            config.use_representation_layer or "classifier.weight" not in self.tensors
+        ):
+            pooled = self.activation(self.dense(pooled, "pooler.dense"), config.pooler_act)
+        if "classifier.weight" not in self.tensors:
+            return pooled
+        if config.pooling == "cls_mean":
+            pooled = np.concatenate([pooled, mean])
+        return self.dense(pooled, "classifier")
+
+
+def forward(config: ViTConfig, tensors: Mapping[str, TensorLike], image: np.ndarray) -> np.ndarray:
+    """Logits of one image; the mean of both heads of a distilled DeiT, the visual tokens of a
+    pretrained BEiT, and where there is no classifier the pooled output.
+
+    Args:
+        config: what the network is.
+        tensors: canonical name without a prefix -> tensor.
+        image: (C, H, W), float32, of the config's size.
+
+    Returns:
+        One vector, float32.
+
+    Raises:
+        ConfigError: an activation is not known here.
+    """
+    return _Network(config, tensors).run(np.asarray(image, np.float32)).astype(np.float32)

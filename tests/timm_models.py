@@ -1,0 +1,37 @@
+"""timm, whose models are oracles here; imported through this module.
+
+timm imports torchvision, whose compiled half needs a torch of another build than the one used on
+machines without a GPU. Its Python half is enough for the models: the operators it registers
+functions for are declared first, and never run.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+_library = torch.library.Library("torchvision", "DEF")
+_MISSING = "operator torchvision::"
+
+
+def _import_torchvision() -> None:
+    for _ in range(100):
+        try:
+            import torchvision  # noqa: F401
+
+            return
+        except RuntimeError as error:
+            if _MISSING not in str(error):
+                raise
+            name = str(error).split(_MISSING)[1].split()[0]
+            _library.define(f"{name}(Tensor x) -> Tensor")
+            for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+                del sys.modules[module]
+
+
+_import_torchvision()
+
+import timm  # noqa: E402
+
+__all__ = ["timm"]
