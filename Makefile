@@ -20,10 +20,11 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) --editable '.[cli,torch]'
 	@touch $@
 
+# timm's models are oracles of the tests. Of torchvision they need the Python half, which fits any
+# torch; Transformers would import it too if it saw it, so they are in a folder of their own.
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP_INSTALL) --editable '.[cli,torch,train,bench,test]'
-	# timm's models are oracles; of torchvision it needs the Python half, which fits any torch.
-	$(PIP_INSTALL) --no-deps timm==1.0.31 torchvision==0.29.2
+	$(PIP_INSTALL) --no-deps --target $(VENV)/oracles --upgrade timm==1.0.31 torchvision==0.29.2
 	@touch $@
 
 demo: $(VENV)/.demo  ## classify real images with the embedded checkpoint, beside the PyTorch twin
