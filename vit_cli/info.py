@@ -10,24 +10,34 @@ from typing import Any
 
 from PIL.Image import Resampling
 
-from convert.detect import detect_format
-from convert.rules import to_canonical
+from convert.source import (
+    Source,
+    config_from_dict,
+    find_processor,
+    open_source,
+    read_config_file,
+)
 from vit_cli.devices import describe_devices
 from vit_cli.exit_codes import DONE
 from vit_cli.messages import one_line
 from vit_cli.versions import versions
-from vit_common.checkpoint import open_checkpoint
 from vit_common.config import ViTConfig
-from vit_common.errors import CheckpointError, MissingFileError
+from vit_common.errors import MissingFileError
 from vit_common.flops import multiply_adds
-from vit_common.hub import AbsentFileError, find_weights
-from vit_common.image_processor import ViTImageProcessor
-from vit_common.parameters import Head, parameter_shapes
+from vit_common.hub import AbsentFileError
+from vit_common.image_processors import AutoImageProcessor
+from vit_common.parameters import parameter_shapes
 from vit_common.presets import PRESETS
 
 Report = dict[str, Any]
 
-_FAMILIES = {"vit": "ViT"}
+_FAMILIES = {
+    "vit": "ViT",
+    "deit": "DeiT (distilled)",
+    "beit": "BEiT",
+    "dinov2": "DINOv2",
+    "dinov2_with_registers": "DINOv2 with registers",
+}
 _LETTERS = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H", "giant": "g"}
 _LABELS_SHOWN = 5
 
@@ -68,21 +78,29 @@ def describe_model(name: str, hub: dict[str, Any]) -> Report:
     Raises:
         ViTError: there is no such model, or a file of it is refused.
     """
-    config = ViTConfig.from_pretrained(name, **hub)
+    table = read_config_file(name, **hub)
+    local = hub if Path(name).exists() else {**hub, "local_files_only": True}
+    weights: Report | None = None
     try:
-        processor = ViTImageProcessor.from_pretrained(name, **hub)
-    except AbsentFileError:
-        processor = None
-    weights = _describe_weights(name, hub)
-    head: Head | None = "classifier"
-    if weights is not None:
-        head = weights.pop("head")
+        with open_source(name, **local) as source:
+            config, head = source.config, source.head
+            found = find_processor(source, name, **hub)
+            weights = _describe_weights(source)
+            pooled = any(key.startswith("pooler.") for key in source.mapped.tensors)
+    except MissingFileError:
+        # Not here: what the small files say.
+        if table is None or "model_type" not in table:
+            raise
+        config, head, pooled = config_from_dict(table), "classifier", False
+        try:
+            found = AutoImageProcessor.from_pretrained(name, **hub), ""
+        except AbsentFileError:
+            found = None
+    processor = None if found is None else found[0]
     parameters = sum(
         math.prod(shape)
-        for shape in parameter_shapes(config, head, add_pooling_layer=False).values()
+        for shape in parameter_shapes(config, head, add_pooling_layer=pooled).values()
     )
-    if weights is not None and weights.pop("pooler"):
-        parameters += (config.hidden_size + 1) * config.pooler_output_size
     macs = multiply_adds(config, head)
     height, width = config.image_height_width
     return {
@@ -95,12 +113,14 @@ def describe_model(name: str, hub: dict[str, Any]) -> Report:
         "heads": config.num_attention_heads,
         "mlp_width": config.intermediate_size,
         "patch": list(config.patch_height_width),
-        "tokens": config.num_patches + 1,
+        "tokens": config.num_prefix_tokens + config.num_patches,
         "parameters": parameters,
         "gflops_per_image": round(2 * macs / 1e9, 6),
         "input": {"channels": config.num_channels, "height": height, "width": width},
         "preprocessing": None if processor is None else processor.to_dict(),
-        "labels": list(map(str, config.id2label.values())) if head == "classifier" else [],
+        "labels": list(map(str, config.id2label.values()))
+        if head in ("classifier", "teacher")
+        else [],
         "weights": weights,
     }
 
@@ -120,31 +140,17 @@ def _variant(config: ViTConfig) -> str | None:
     return None
 
 
-def _describe_weights(name: str, hub: dict[str, Any]) -> Report | None:
-    """The weights file; None where there is none on this machine."""
-    if not Path(name).exists():
-        hub = {**hub, "local_files_only": True}
-    try:
-        path = find_weights(name, **hub)
-    except MissingFileError:
-        return None
-    with open_checkpoint(path) as checkpoint:
-        try:
-            table = detect_format(checkpoint)
-            found = to_canonical(checkpoint, table).tensors
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        heads: dict[str, Head] = {"classifier.weight": "classifier", "decoder.0.weight": "decoder"}
-        return {
-            "path": str(path),
-            "container": checkpoint.container,
-            "format": table.name,
-            "dtypes": sorted({str(tensor.dtype) for tensor in checkpoint.values()}),
-            "bytes": sum(file.stat().st_size for file in checkpoint.files),
-            "files": len(checkpoint.files),
-            "head": next((heads[key] for key in heads if key in found), None),
-            "pooler": "pooler.dense.weight" in found,
-        }
+def _describe_weights(source: Source) -> Report:
+    """The weights file."""
+    checkpoint = source.checkpoint
+    return {
+        "path": str(source.path),
+        "container": checkpoint.container,
+        "format": source.table.name,
+        "dtypes": sorted({str(tensor.dtype) for tensor in checkpoint.values()}),
+        "bytes": sum(file.stat().st_size for file in checkpoint.files),
+        "files": len(checkpoint.files),
+    }
 
 
 # -- as text
@@ -189,8 +195,9 @@ def _model_lines(model: Report) -> Iterator[str]:
     yield _line("prepared by", _preparation(model["preprocessing"]))
     labels = model["labels"]
     if labels:
-        shown = ", ".join(labels[:_LABELS_SHOWN])
-        shown += f", ... {labels[-1]}" if len(labels) > _LABELS_SHOWN else ""
+        between = "; " if any("," in label for label in labels) else ", "
+        shown = between.join(labels[:_LABELS_SHOWN])
+        shown += f"{between}... {labels[-1]}" if len(labels) > _LABELS_SHOWN else ""
         yield _line("labels", f"{len(labels)}: {shown}")
     else:
         yield _line("labels", "none: the weights have no classifier")

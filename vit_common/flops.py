@@ -18,15 +18,21 @@ def multiply_adds(config: ViTConfig, head: Head | None = "classifier") -> int:
         head: as in `parameter_shapes`; None leaves the head out.
     """
     D, inner, N = config.hidden_size, config.intermediate_size, config.num_patches
-    S = N + 1
+    S = config.num_prefix_tokens + N
     patch = config.patch_height_width[0] * config.patch_height_width[1]
     projections = 4 * S * D * D  # query, key, value and output
     attention = 2 * S * S * D
-    mlp = 2 * S * D * inner
+    mlp = (3 if config.use_swiglu_ffn else 2) * S * D * inner
     total = N * patch * config.num_channels * D
     total += config.num_hidden_layers * (projections + attention + mlp)
     if head == "classifier":
-        total += D * config.num_labels
+        total += config.classifier_width * config.num_labels
+        if config.use_representation_layer:
+            total += D * config.pooler_output_size
+    elif head == "teacher":
+        total += 2 * D * config.num_labels
+    elif head == "tokens":
+        total += N * D * config.vocab_size  # type: ignore[attr-defined]
     elif head == "decoder":
         total += N * D * config.encoder_stride**2 * config.num_channels
     return total

@@ -20,10 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 
-from convert.detect import detect_format
-from convert.rules import to_canonical
-from vit_common.checkpoint import open_checkpoint
-from vit_common.config import ViTConfig
+from convert.source import find_processor, open_source
+from vit_common.config import FIELDS, AutoConfig, ViTConfig
 from vit_common.errors import (
     CheckpointError,
     ConfigError,
@@ -31,10 +29,10 @@ from vit_common.errors import (
     InputError,
     ViTError,
 )
-from vit_common.hub import AbsentFileError, find_weights, split_hub_options
+from vit_common.hub import split_hub_options
 from vit_common.image_processor import BaseImageProcessor, ViTImageProcessor
 from vit_common.images import convert_mode, load_image
-from vit_flax.pretrained import FlaxViTForImageClassification
+from vit_flax.auto import FlaxAutoModelForImageClassification
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -92,7 +90,7 @@ class ImageClassifier:
 
     def __init__(
         self,
-        model: FlaxViTForImageClassification,
+        model: Any,
         image_processor: BaseImageProcessor | None = None,
     ) -> None:
         config = model.config
@@ -106,6 +104,7 @@ class ImageClassifier:
         self._several = (
             config.problem_type == "multi_label_classification" or config.num_labels == 1
         )
+        self.image_size = self._input_size()
         self._compiled: dict[tuple[int, ...], jax.stages.Compiled] = {}
         self._check_processor()
 
@@ -130,22 +129,30 @@ class ImageClassifier:
             CheckpointError: the weights are corrupt, do not fit, or have no classifier.
         """
         hub, options = split_hub_options(options)
-        config = options.pop("config", None)
-        if not isinstance(config, ViTConfig):
-            config = ViTConfig.from_pretrained(config or name_or_path, **hub)
-        weights = find_weights(name_or_path, **hub)
-        if not has_classifier(weights):
-            raise CheckpointError(
-                f"{weights}: these weights have no classifier, so predictions would be random; "
-                "wanted a checkpoint that was trained or fine-tuned to classify."
+        config, format = options.pop("config", None), options.pop("format", None)
+        if isinstance(config, (str, os.PathLike)):
+            config = AutoConfig.from_pretrained(config, **hub)
+        fields = {name: options.pop(name) for name in list(options) if name in FIELDS}
+        if config is not None and fields:
+            raise InputError(
+                f"{', '.join(map(repr, fields))} and `config` were both given; set them in the "
+                "configuration."
             )
-        model = FlaxViTForImageClassification.from_pretrained(
-            weights, dtype=dtype, config=config, **options
+        with open_source(
+            name_or_path, format=format, config=config, overrides=fields, **hub
+        ) as source:
+            config, weights = source.config, source.path
+            if source.head not in ("classifier", "teacher"):
+                raise CheckpointError(
+                    f"{weights}: these weights have no classifier, so predictions would be random; "
+                    "wanted a checkpoint that was trained or fine-tuned to classify."
+                )
+            processor = find_processor(source, name_or_path, **hub)
+        model = FlaxAutoModelForImageClassification.from_pretrained(
+            weights, dtype=dtype, config=config, format=source.table.name, **options
         )
-        try:
-            processor = ViTImageProcessor.from_pretrained(name_or_path, **hub)
-        except AbsentFileError:
-            processor = default_image_processor(config)
+        if processor is None:
+            prepare: BaseImageProcessor = default_image_processor(config)
             height, width = config.image_height_width
             warnings.warn(
                 f"{name_or_path} has no preprocessor_config.json: images are resized to {height} x "
@@ -155,8 +162,10 @@ class ImageClassifier:
                 UserWarning,
                 stacklevel=2,
             )
+        else:
+            prepare = processor[0]
         try:
-            return cls(model, processor)
+            return cls(model, prepare)
         except ConfigError as error:
             raise ConfigError(f"{name_or_path}: {error}") from error
 
@@ -271,8 +280,22 @@ class ImageClassifier:
 
     # -- images
 
+    def _input_size(self) -> tuple[int, int]:
+        """Height and width of what the network is given: the config's, or for a family that takes
+        any size what the processor makes."""
+        options = self.image_processor.to_dict()
+        size = options.get("size") or {}
+        if options.get("do_center_crop") and options.get("crop_size"):
+            size = options["crop_size"]
+        made = (size.get("height"), size.get("width"))
+        if self.config.any_image_size and all(made):
+            patch = self.config.patch_height_width
+            if made[0] % patch[0] == 0 and made[1] % patch[1] == 0:
+                return made
+        return self.config.image_height_width
+
     def _load(self, sources: list[Any], size: int, stop: threading.Event) -> _Batch:
-        C, (H, W) = self.config.num_channels, self.config.image_height_width
+        C, (H, W) = self.config.num_channels, self.image_size
         pixel_values = np.zeros((size, C, H, W), np.float32)
         errors: list[ViTError | None] = []
         for i, source in enumerate(sources):
@@ -292,7 +315,7 @@ class ImageClassifier:
             if isinstance(image, PIL.Image.Image) and self.config.num_channels in _PIL_MODES:
                 image = convert_mode(image, self.config.num_channels)
             pixel_values = self.image_processor(image, return_tensors="np")["pixel_values"]
-            wanted = (1, self.config.num_channels, *self.config.image_height_width)
+            wanted = (1, self.config.num_channels, *self.image_size)
             if pixel_values.shape != wanted:
                 raise ImageError(
                     "the image processor gives (batch, channels, height, width) = "
@@ -311,7 +334,7 @@ class ImageClassifier:
         mode = _PIL_MODES.get(self.config.num_channels)
         if mode is None:
             return  # no image file has so many channels, but an array may
-        height, width = self.config.image_height_width
+        height, width = self.image_size
         # A portrait and a landscape, as a size given by the shortest edge alone may fit neither.
         for size in ((width, height + 16), (width + 16, height)):
             try:
@@ -331,7 +354,7 @@ class ImageClassifier:
 
     def _executable(self, size: int) -> jax.stages.Compiled:
         """The network for a batch of that size, compiled where it is not yet."""
-        shape = (size, self.config.num_channels, *self.config.image_height_width)
+        shape = (size, self.config.num_channels, *self.image_size)
         if shape not in self._compiled:
             pixel_values = jax.ShapeDtypeStruct(shape, jnp.float32)
             lowered = jax.jit(self._probabilities).lower(self.model.params, pixel_values)
@@ -347,20 +370,6 @@ def default_image_processor(config: ViTConfig) -> ViTImageProcessor:
         image_mean=[0.5] * config.num_channels,
         image_std=[0.5] * config.num_channels,
     )
-
-
-def has_classifier(weights: str | os.PathLike) -> bool:
-    """Whether a weights file, in any format, has a classifier; reads names only.
-
-    Raises:
-        MissingFileError, CheckpointError: it cannot be read, or is of no known format.
-    """
-    with open_checkpoint(weights) as checkpoint:
-        try:
-            mapped = to_canonical(checkpoint, detect_format(checkpoint))
-        except CheckpointError as error:
-            raise CheckpointError(f"{weights}: {error}") from error
-        return "classifier.weight" in mapped.tensors
 
 
 def _naming(source: Any, text: str) -> str:
