@@ -373,7 +373,7 @@ def test_models_that_cannot_be_used(folder, images, tmp_path, capsys):
     flax_twin(FlaxViTModel, config, random_weights(config)).save_pretrained(bare)
     for model, said in [
         (tmp_path / "nothing", "nothing: no such file or directory"),
-        (images, "config.json: no such file"),
+        (images, "no weights there; looked for model.safetensors"),
         (broken, "model.safetensors: "),
         (bare, "no classifier, so predictions would be random"),
     ]:
@@ -757,7 +757,7 @@ def test_info_of_a_model(folder, capsys):
     assert weights["bytes"] == (folder / "model.safetensors").stat().st_size
     assert main(["info", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "labels             5: cat, dog, a tree, and more, Zürich, 写真\n" in out
+    assert "labels             5: cat; dog; a tree, and more; Zürich; 写真\n" in out
 
 
 def test_info_of_other_weights(tmp_path, capsys):
