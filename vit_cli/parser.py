@@ -288,10 +288,90 @@ def _inspect(arguments: Sequence[str]) -> Command:
     return command
 
 
+def _list_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    def parse_list(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(name for name in text.split(",") if name))
+        wrong = [name for name in names if name not in known]
+        if wrong or not names:
+            raise argparse.ArgumentTypeError(
+                f"must be some of {', '.join(known)}, with commas between; given {text!r}"
+            )
+        return names
+
+    return parse_list
+
+
+def _verify(arguments: Sequence[str]) -> Command:
+    parser = _parser(
+        "vit verify",
+        "Compare the Flax and the PyTorch twin of a checkpoint, or two checkpoints, stage by "
+        "stage. Where a stage is outside its bound, say which known cause makes it agree. The "
+        "exit code is 0 within bounds, 1 outside, 2 if it could not run.",
+        usage="vit verify [options] A [B]",
+    )
+    parser.add_argument(
+        "--images", metavar="DIR", help="images to compare on; without it random numbers"
+    )
+    parser.add_argument(
+        "--device",
+        metavar="NAMES",
+        type=_list_of(("cpu", "gpu", "tpu", "all")),
+        default=("cpu",),
+        help="cpu, gpu, tpu or all, with commas between (cpu); tpu on a machine without one "
+        "compiles with XLA's TPU compiler and checks what it says",
+    )
+    parser.add_argument(
+        "--dtype",
+        metavar="NAMES",
+        type=_list_of((*_DTYPES, "float64")),
+        default=("float32",),
+        help="float64, float32, bfloat16, float16, with commas between (float32)",
+    )
+    parser.add_argument(
+        "--image-size", metavar="N|HxW", type=_size, help="other than the model's; of random images"
+    )
+    parser.add_argument("--batch", metavar="N", type=_positive, default=2, help="random images (2)")
+    parser.add_argument(
+        "--gradients", action="store_true", help="compare the gradient of every parameter too"
+    )
+    parser.add_argument("--report", metavar="FILE", help="write a report: .html, .json or .md")
+    parser.add_argument(
+        "--from", dest="from_", metavar="FORMAT", help="format of the weights, if it cannot be told"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_hub_options(parser)
+    options, names = _parse(
+        parser, arguments, "A [B]", "folders, weights files, or names on the Hub"
+    )
+    if len(names) not in (1, 2):
+        parser.error(f"wanted one or two models; given {', '.join(names) or 'nothing'}")
+
+    def command() -> int:
+        from vit_cli.verify import verify
+
+        return verify(
+            names[0],
+            names[1] if len(names) == 2 else None,
+            images=options.images,
+            devices=options.device,
+            dtypes=options.dtype,
+            image_size=options.image_size,
+            batch=options.batch,
+            gradients=options.gradients,
+            report=options.report,
+            as_json=options.json,
+            format=options.from_,
+            hub=_hub(options),
+        )
+
+    return command
+
+
 _SUBCOMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], Command]]] = {
     "predict": ("classify images", _predict),
     "convert": ("turn a checkpoint into another layout", _convert),
     "inspect": ("what a weights file holds", _inspect),
+    "verify": ("compare twins or checkpoints, stage by stage", _verify),
     "info": ("versions, devices and precision; what a model is", _info),
 }
 

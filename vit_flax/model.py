@@ -62,8 +62,17 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activation(name: str | Callable) -> Callable[[jax.Array], jax.Array]:
-    """The function of `hidden_act` or `pooler_act`; a callable is taken as it is."""
-    return name if callable(name) else ACTIVATIONS[name]
+    """The function of `hidden_act` or `pooler_act`; a callable is taken as it is.
+
+    In half precision it is computed in float32, as PyTorch's kernels do: JAX would round after
+    every operation inside it, which doubles the error of a block.
+    """
+    function = name if callable(name) else ACTIVATIONS[name]
+
+    def run(x: jax.Array) -> jax.Array:
+        return function(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+
+    return run
 
 
 class FlaxViTPart(nn.Module):
@@ -377,7 +386,7 @@ class FlaxViTIntermediate(FlaxViTPart):
         hidden_states = self.dense(hidden_states)  # (B, S, I), or (B, S, 2 I)
         if self.config.use_swiglu_ffn:
             gate, hidden_states = jnp.split(hidden_states, 2, axis=-1)
-            return ACTIVATIONS["silu"](gate) * hidden_states  # (B, S, I)
+            return activation("silu")(gate) * hidden_states  # (B, S, I)
         return activation(self.config.hidden_act)(hidden_states)
 
 

@@ -336,7 +336,7 @@ class ViTIntermediate(ViTPart):
         hidden_states = self.dense(hidden_states)  # (B, S, I), or (B, S, 2 I)
         if self.config.use_swiglu_ffn:
             gate, hidden_states = hidden_states.chunk(2, dim=-1)
-            return ACTIVATIONS["silu"](gate) * hidden_states  # (B, S, I)
+            return activation("silu")(gate) * hidden_states  # (B, S, I)
         return activation(self.config.hidden_act)(hidden_states)
 
 

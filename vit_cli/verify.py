@@ -1,0 +1,171 @@
+"""`vit verify`: are the twins of a checkpoint, or two checkpoints, the same?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vit_cli.exit_codes import DONE, SOME_FAILED
+from vit_cli.messages import one_line, say
+from vit_cli.sources import find_images
+from vit_common.errors import InputError, MissingFileError
+from vit_common.files import write_text
+
+_REPORTS = (".html", ".json", ".md")
+
+
+def verify(
+    first: str,
+    second: str | None,
+    *,
+    images: str | None = None,
+    devices: tuple[str, ...] = ("cpu",),
+    dtypes: tuple[str, ...] = ("float32",),
+    image_size: Any = None,
+    batch: int = 2,
+    gradients: bool = False,
+    report: str | None = None,
+    as_json: bool = False,
+    format: str | None = None,
+    hub: Mapping[str, Any] | None = None,
+) -> int:
+    """Compare, print a table, and write a report if one is asked for.
+
+    Args:
+        first, second: models; without the second, the Flax and the PyTorch twin of the first.
+        images: folder or file of images; None draws random numbers.
+        devices: "cpu", "gpu", "tpu", "all".
+        dtypes: as `vit_torch.verify.DTYPES`.
+        image_size: (height, width) or a side.
+        batch: random images.
+        gradients: compare gradients too.
+        report: file to write, .html, .json or .md.
+        as_json: print JSON instead of the table.
+        format: of the weights.
+        hub: options of the Hub.
+
+    Returns:
+        0 within bounds, 1 outside.
+
+    Raises:
+        ViTError: it could not run.
+    """
+    if report is not None and Path(report).suffix not in _REPORTS:
+        raise InputError(f"--report must end in {', '.join(_REPORTS)}; given {report!r}.")
+    pictures = None
+    if images is not None:
+        pictures = _read(images)
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            'verifying needs the PyTorch twin; run: pip install "vit-flax[torch]"'
+        ) from error
+    if "tpu" in devices and not _has("tpu"):
+        from vit_cli.tpu import compile_for_tpu
+
+        if len(devices) == 1:
+            return compile_for_tpu(first, batch=batch, as_json=as_json, format=format, hub=hub)
+    if "all" in devices:
+        devices = tuple(name for name in ("cpu", "gpu", "tpu") if _has(name))
+    from vit_torch.verify import verify as run
+
+    side = image_size if image_size is None or isinstance(image_size, tuple) else (image_size,) * 2
+    found = run(
+        first,
+        second,
+        images=pictures,
+        devices=devices,
+        dtypes=dtypes,
+        image_size=side,
+        batch=batch,
+        gradients=gradients,
+        format=format,
+        **(hub or {}),
+    )
+    from vit_cli import verify_report
+
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        _print(found)
+    if report is not None:
+        suffix = Path(report).suffix
+        make = {
+            ".html": verify_report.html,
+            ".json": verify_report.as_json,
+            ".md": verify_report.markdown,
+        }
+        write_text(report, make[suffix](found))
+        say(f"wrote {report}")
+    return DONE if found.passed else SOME_FAILED
+
+
+def _has(name: str) -> bool:
+    import jax
+
+    try:
+        return bool(jax.local_devices(backend=name))
+    except RuntimeError:
+        return False
+
+
+def _read(place: str) -> list[Any]:
+    from vit_common.images import load_image
+
+    faults: list[str] = []
+    files = list(find_images([place], faults.append))
+    if faults or not files:
+        raise MissingFileError(faults[0] if faults else f"{place}: no images there.")
+    return [load_image(file) for file in files]
+
+
+def _print(found: Any) -> None:
+    from vit_cli.verify_report import summary
+
+    lines = summary(found)
+    rich = False
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+            from rich.table import Table
+
+            rich = True
+        except ImportError:
+            pass
+    if rich:
+        table = Table(show_edge=False, header_style="bold")
+        for title in lines[0]:
+            table.add_column(title)
+        for row in lines[1:]:
+            style = "red" if row[-1] != "pass" else None
+            table.add_row(*row, style=style)
+        Console().print(table)
+    else:
+        widths = [max(len(row[i]) for row in lines) for i in range(len(lines[0]))]
+        for row in lines:
+            print(
+                "  ".join(
+                    f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)
+                ).rstrip()
+            )
+    for row in found.rows:
+        over = row.first_over
+        if over is None:
+            continue
+        where = ", ".join(map(str, over.stage.where))
+        print(
+            f"{row.device} {row.dtype}: the first stage outside its bound is {over.stage.name}: "
+            f"{over.value:.3g} (bound {over.bound:.3g}), largest at ({where})"
+        )
+        for cause in row.causes[:3]:
+            print(
+                f"  it agrees with {one_line(cause.change)}: {cause.before:.2g} becomes "
+                f"{cause.after:.2g}"
+            )
+        if not row.causes:
+            print("  none of the known causes makes it agree")
+    print("within bounds" if found.passed else "OUTSIDE bounds")

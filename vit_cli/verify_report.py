@@ -1,0 +1,211 @@
+"""The report of `vit verify`: one HTML page that needs nothing else, JSON, or Markdown."""
+
+from __future__ import annotations
+
+import html as escape
+import json
+import math
+from typing import Any
+
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 920, 380, 70, 90
+_COLOURS = ("#0b5cad", "#c2410c", "#15803d", "#7e22ce", "#b91c1c", "#0e7490", "#a16207", "#475569")
+
+
+def summary(found: Any) -> list[list[str]]:
+    """A table, its header first: one line a device, dtype and precision."""
+    table = [["device", "dtype", "precision", "against", "worst stage", "value", "bound", "result"]]
+    for row in found.rows:
+        worst = row.worst
+        table.append(
+            [
+                row.device,
+                row.dtype,
+                row.precision,
+                row.against,
+                worst.stage.name,
+                f"{worst.value:.2e}" if row.rule == "absolute" else f"{worst.value:.2f} x",
+                f"{worst.bound:.2e}" if row.rule == "absolute" else f"{worst.bound:.2f} x",
+                "pass" if row.passed else "FAIL",
+            ]
+        )
+    return table
+
+
+def as_json(found: Any) -> str:
+    """Everything, for programs."""
+    return json.dumps(found.to_dict(), indent=2) + "\n"
+
+
+def markdown(found: Any) -> str:
+    """The summary and the stages as Markdown."""
+    lines = [f"# {_title(found)}", "", _verdict(found), ""]
+    lines += _markdown_table(summary(found))
+    for row in found.rows:
+        lines += ["", f"## {row.device}, {row.dtype}, {row.precision}, against {row.against}", ""]
+        lines += _markdown_table(_stages(row))
+        lines += [f"\nIt agrees with {cause.change}." for cause in row.causes[:3]]
+    lines += [
+        "",
+        ", ".join(f"{name} {version}" for name, version in found.versions.items() if version),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(rows: list[list[str]]) -> list[str]:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(rows[0]), "|" + "---|" * len(rows[0]), *map(line, rows[1:])]
+
+
+def _stages(row: Any) -> list[list[str]]:
+    table = [["stage", "max abs", "of the largest value", "where", "value", "bound", "result"]]
+    for checked in row.stages:
+        stage = checked.stage
+        table.append(
+            [
+                stage.name,
+                f"{stage.max_abs:.2e}",
+                f"{stage.relative:.2e}",
+                "(" + ", ".join(map(str, stage.where)) + ")",
+                f"{checked.value:.2e}",
+                f"{checked.bound:.2e}",
+                "pass" if checked.passed else "FAIL",
+            ]
+        )
+    return table
+
+
+def _title(found: Any) -> str:
+    other = "its PyTorch twin" if found.second is None else found.second
+    return f"{found.first} against {other}"
+
+
+def _verdict(found: Any) -> str:
+    size = " x ".join(map(str, found.image_size))
+    what = f"{found.family}, {found.batch} images of {size} pixels (height x width)"
+    return f"{'Within bounds' if found.passed else 'OUTSIDE bounds'}: {what}."
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem;
+       color: #111; background: #fff; }
+h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+table { border-collapse: collapse; width: 100%; font-size: 13px; }
+th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #ddd; }
+td { font-variant-numeric: tabular-nums; } .scroll { overflow-x: auto; }
+.FAIL { color: #b91c1c; font-weight: 600; } .pass { color: #15803d; }
+.verdict { font-size: 1.1rem; font-weight: 600; } footer { color: #555; font-size: 13px; }
+svg { width: 100%; height: auto; } details { margin: .5rem 0; }
+"""
+
+
+def html(found: Any) -> str:
+    """One page: verdict, plot of the error by depth, and every stage."""
+    text = escape.escape
+    mark = "pass" if found.passed else "FAIL"
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<title>{text(_title(found))}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{text(_title(found))}</h1><p class='verdict {mark}'>{text(_verdict(found))}</p>",
+        _html_table(summary(found)),
+        "<h2>Error by depth</h2>",
+        _plot(found.rows),
+    ]
+    for row in found.rows:
+        heading = f"{row.device}, {row.dtype}, {row.precision}, against {row.against}"
+        parts.append(f"<h2>{text(heading)}</h2>")
+        for cause in row.causes[:3]:
+            parts.append(
+                f"<p>The first differing stage agrees with <b>{text(cause.change)}</b>: "
+                f"{cause.before:.2g} becomes {cause.after:.2g}.</p>"
+            )
+        opened = "" if row.passed else " open"
+        parts.append(f"<details{opened}><summary>{len(row.stages)} stages</summary>")
+        parts.append(_html_table(_stages(row)) + "</details>")
+    versions = ", ".join(f"{name} {value}" for name, value in found.versions.items() if value)
+    notes = "".join(f"<p>{text(note)}</p>" for note in found.notes)
+    parts.append(f"{notes}<footer><p>{text(versions)}</p></footer></body></html>\n")
+    return "".join(parts)
+
+
+def _html_table(rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{escape.escape(cell)}</th>" for cell in rows[0])
+    body = []
+    for row in rows[1:]:
+        cells = "".join(
+            f"<td class='{cell}'>{cell}</td>"
+            if cell in ("pass", "FAIL")
+            else f"<td>{escape.escape(cell)}</td>"
+            for cell in row
+        )
+        body.append(f"<tr>{cells}</tr>")
+    return (
+        f"<div class='scroll'><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _plot(rows: list[Any]) -> str:
+    """An SVG of the largest absolute difference by stage, logarithmic, a line a row."""
+    lines = [
+        (
+            f"{row.device} {row.dtype} {row.precision}",
+            [
+                (checked.stage.name, checked.stage.max_abs)
+                for checked in row.stages
+                if not checked.stage.name.startswith("gradient")
+            ],
+        )
+        for row in rows
+    ]
+    names = max((points for _, points in lines), key=len, default=[])
+    order = {name: place for place, (name, _) in enumerate(names)}
+    values = [v for _, points in lines for n, v in points if n in order and 0 < v < math.inf]
+    if not values or len(order) < 2:
+        return "<p>There is nothing to plot: no stage differs.</p>"
+    low = math.floor(math.log10(min(values)))
+    high = max(math.ceil(math.log10(max(values))), low + 1)
+    right, top = _WIDTH - 20, 20
+    floor = _HEIGHT - _BOTTOM
+
+    def x(place: int) -> float:
+        return _LEFT + (right - _LEFT) * place / (len(order) - 1)
+
+    def y(value: float) -> float:
+        level = (math.log10(max(value, 10.0**low)) - low) / (high - low)
+        return floor - (floor - top) * level
+
+    height = _HEIGHT + 20 * len(lines)
+    out = [
+        f"<svg viewBox='0 0 {_WIDTH} {height}' role='img' "
+        "aria-label='Largest absolute difference by stage'>"
+    ]
+    for power in range(low, high + 1):
+        at = y(10.0**power)
+        out.append(
+            f"<line x1='{_LEFT}' x2='{right}' y1='{at:.1f}' y2='{at:.1f}' stroke='#e5e5e5'/>"
+            f"<text x='{_LEFT - 8}' y='{at + 4:.1f}' text-anchor='end' font-size='12'>1e{power}</text>"
+        )
+    step = max(1, len(order) // 16)
+    for name, place in order.items():
+        if place % step == 0 or place == len(order) - 1:
+            at = x(place)
+            out.append(
+                f"<text transform='translate({at:.1f},{floor + 12}) rotate(40)' font-size='11'>"
+                f"{escape.escape(name)}</text>"
+            )
+    for number, (label, points) in enumerate(lines):
+        colour = _COLOURS[number % len(_COLOURS)]
+        places = [(x(order[n]), y(v)) for n, v in points if n in order and math.isfinite(v)]
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+        out.append(f"<polyline points='{path}' fill='none' stroke='{colour}' stroke-width='2'/>")
+        out += [f"<circle cx='{a:.1f}' cy='{b:.1f}' r='2.5' fill='{colour}'/>" for a, b in places]
+        at = _HEIGHT + 20 * number
+        out.append(
+            f"<rect x='{_LEFT}' y='{at - 10}' width='18' height='4' fill='{colour}'/>"
+            f"<text x='{_LEFT + 26}' y='{at - 4}' font-size='13'>{escape.escape(label)}</text>"
+        )
+    out.append("</svg>")
+    return "".join(out)

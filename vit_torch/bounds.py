@@ -1,0 +1,30 @@
+"""The one table of bounds on differences, with what was measured beside each.
+
+Weights of the suites are drawn so that activations are of unit scale. Each bound is at most ten
+times the largest difference seen over `tests/test_parity.py` and `tests/test_families.py` (JAX
+0.10.2, torch 2.13, CPU). `vit verify` multiplies those of activations by the stage's largest value
+where that is above one: rounding errors are relative.
+"""
+
+BOUNDS = {
+    # over every stage of every configuration
+    "twins float64": 1e-13,  # measured 1.2e-14
+    "twins float32": 2e-5,  # measured 6.7e-6
+    # against Transformers 4.57.6, PyTorch
+    "reference float64": 1e-13,  # measured 1.1e-14
+    "reference float32": 2e-5,  # measured 5.7e-6
+    # against Transformers 4.57.6, Flax, which takes LayerNorm's variance in one pass
+    "flax reference": 2e-5,  # measured 4.8e-6
+    # relative to the largest entry of each parameter's gradient
+    "gradients float64": 3e-14,  # measured 3.0e-15
+    "gradients float32": 1e-5,  # measured 1.5e-6
+    # each activation by itself, over -9 to 9
+    "activations float64": 3e-14,  # measured 3.6e-15
+    "activations float32": 5e-6,  # measured 9.5e-7
+}
+
+HALF_PRECISION = 2.0
+"""How much larger the Flax twin's root mean square error against float32 may be than that of the
+PyTorch twin in the same half precision. Measured in bfloat16: at most 1.13 over DeiT-Tiny's stages
+and 1.62 over those of the embedded digits network. Flax rounds a product before it adds the bias
+and again after, PyTorch once; with one rounding the two were 1.02 and 1.41."""
