@@ -145,6 +145,25 @@ def torch_reference(
     return load_state(cls(reference_config(config, attention), **kwargs), weights, dtype)
 
 
+def randomize(model: torch.nn.Module, seed: int = 7) -> torch.nn.Module:
+    """Draw every parameter of another's model, as `random_weights` does by our names; in evaluation
+    mode."""
+    rng = np.random.default_rng(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = rng.normal(size=tuple(parameter.shape))
+            if value.ndim == 4 or (value.ndim == 2 and name.endswith(".weight")):
+                value /= np.sqrt(np.prod(value.shape[1:]))
+            elif "lambda" in name:
+                value = 0.7 + 0.3 * value
+            elif "norm" in name and name.endswith("weight"):
+                value = 1.0 + 0.2 * value
+            elif value.ndim == 1:
+                value *= 0.2
+            parameter.copy_(torch.tensor(value))
+    return model.eval()
+
+
 def images(config: ViTConfig, batch: int = 2, seed: int = 1, size=None) -> np.ndarray:
     """Random images (B, C, H, W) of unit scale, float64."""
     height, width = size or config.image_height_width

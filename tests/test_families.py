@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax.serialization import msgpack_restore
 from flax.traverse_util import flatten_dict
-from networks import flax_twin, images, random_weights, torch_twin
+from networks import flax_twin, images, random_weights, randomize, torch_twin
 from safetensors.numpy import load_file
 from tolerances import BOUNDS
 
@@ -49,8 +50,8 @@ DINO = {
 SMALL = {**DINO, "intermediate_size": 36}
 
 NATIVE, LARGER, SMALLER = (16, 16), (24, 24), (8, 8)
-# As many patches as the native size, in another shape; and another number of them.
-WIDE, TALL = (8, 32), (20, 12)
+# As many patches as the native size, in another shape.
+WIDE = (8, 32)
 
 BIASES = {"use_relative_position_bias": True, "use_shared_relative_position_bias": True}
 POSITIONS = {"use_absolute_position_embeddings": True}
@@ -61,26 +62,27 @@ class Case(NamedTuple):
 
     name: str
     fields: dict[str, Any]
-    sizes: tuple[tuple[int, int], ...] = (WIDE,)
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
-ALL_SIZES = (LARGER, SMALLER, WIDE, TALL)
+ALL_SIZES = (LARGER, SMALLER, WIDE)
 CASES = {
     "deit": Case("DeiTModel", {}, ALL_SIZES),
     "deit, no qkv bias": Case("DeiTModel", {"qkv_bias": False, "pooler_output_size": 30}),
     "deit classifier": Case("DeiTForImageClassification", {}),
-    "deit teacher": Case("DeiTForImageClassificationWithTeacher", {}),
-    # The reference's decoder and its loss take the grid for the configured, square one.
-    "deit decoder": Case("DeiTForMaskedImageModeling", {"encoder_stride": 4}, ()),
+    "deit teacher": Case("DeiTForImageClassificationWithTeacher", {}, (WIDE,)),
+    # No other size: the reference's decoder and its loss take the grid for a square one.
+    "deit decoder": Case("DeiTForMaskedImageModeling", {"encoder_stride": 4}),
     "beit, no positions": Case("BeitModel", {}),
-    "beit, biases of a block": Case("BeitModel", {"use_relative_position_bias": True}),
+    "beit, biases of a block": Case("BeitModel", {"use_relative_position_bias": True}, (WIDE,)),
     "beit, shared biases": Case(
-        "BeitModel", {"use_shared_relative_position_bias": True, "use_mean_pooling": False}
+        "BeitModel",
+        {"use_shared_relative_position_bias": True, "use_mean_pooling": False},
+        (WIDE,),
     ),
     "beit, all positions": Case(
         "BeitModel", {**BIASES, **POSITIONS, "use_mask_token": True}, ALL_SIZES
     ),
-    "beit, class token pooled": Case("BeitModel", {**POSITIONS, "use_mean_pooling": False}),
     "beit, no layer scale": Case(
         "BeitModel", {"use_relative_position_bias": True, "layer_scale_init_value": 0.0}
     ),
@@ -91,6 +93,7 @@ CASES = {
     "beit tokens": Case(
         "BeitForMaskedImageModeling",
         {**BIASES, "use_mask_token": True, "use_mean_pooling": False, "vocab_size": 11},
+        (WIDE,),
     ),
     "beit tokens, no final norm": Case(
         "BeitForMaskedImageModeling", {"use_mask_token": True, "vocab_size": 11}
@@ -103,7 +106,9 @@ CASES = {
     "no registers": Case("Dinov2WithRegistersModel", {"num_register_tokens": 0}),
     "one register": Case("Dinov2WithRegistersModel", {"num_register_tokens": 1, "qkv_bias": False}),
     "two registers": Case(
-        "Dinov2WithRegistersForImageClassification", {"num_register_tokens": 2, "mlp_ratio": 2}
+        "Dinov2WithRegistersForImageClassification",
+        {"num_register_tokens": 2, "mlp_ratio": 2},
+        (WIDE,),
     ),
     "three registers, gated": Case(
         "Dinov2WithRegistersForImageClassification",
@@ -129,23 +134,12 @@ def reference_config(case: Case, attention: str = "eager"):
 def make_reference(case: Case, attention: str = "eager", dtype=torch.float64) -> Any:
     """Transformers' model; no parameter is zero, one or equal to another, activations are of unit
     scale."""
-    model = getattr(transformers, case.name)(reference_config(case, attention)).eval()
-    rng = np.random.default_rng(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            value = rng.normal(size=tuple(parameter.shape))
-            if "projection.weight" in name or "decoder.0.weight" in name:
-                value /= np.sqrt(np.prod(value.shape[1:]))
-            elif value.ndim == 2 and name.endswith(".weight"):
-                value /= np.sqrt(value.shape[1])
-            elif "lambda" in name:
-                value = 0.7 + 0.3 * value
-            elif "norm" in name and name.endswith("weight"):
-                value = 1.0 + 0.2 * value
-            elif value.ndim == 1:
-                value *= 0.2
-            parameter.copy_(torch.tensor(value))
-    return model.to(dtype)
+    model = getattr(transformers, case.name)(reference_config(case, attention))
+    return randomize(model.to(torch.float64)).to(dtype)
+
+
+def one_block(case: Case, blocks: int = 1) -> Case:
+    return case._replace(fields={**case.fields, "num_hidden_layers": blocks})
 
 
 def load_twins(directory: Path, name: str, dtype: str = "float64", **kwargs: Any) -> tuple:
@@ -243,9 +237,16 @@ def check_stages(got, want, bound_name: str) -> None:
 # -- against Transformers' PyTorch models
 
 
+# Transformers stores no registers as an array without entries, which a file of ours leaves out.
+NO_REGISTERS = pytest.mark.filterwarnings("ignore:.*not used. embeddings.register_tokens")
+
+
+@NO_REGISTERS
 @pytest.mark.parametrize(("name", "size"), RUNS, ids=lambda value: str(value).replace(" ", ""))
 def test_every_stage_against_the_torch_reference(name, size, tmp_path, monkeypatch):
-    case = CASES[name]
+    # What another size or a variant changes is there in one block, which compiles faster than two.
+    blocks = 2 if size == NATIVE and CASES[name].sizes == ALL_SIZES else 1
+    case = one_block(CASES[name], blocks)
     reference = make_reference(case)
     reference.save_pretrained(tmp_path)
     x, options = random_images(size), options_of(case, size)
@@ -262,18 +263,18 @@ def test_every_stage_against_the_torch_reference(name, size, tmp_path, monkeypat
             got = twin(torch.tensor(x), **as_torch(inputs), **options, **ALL)
         check_stages(got, want, "reference float64")
         check_stages(ours(x, **inputs, **options, **ALL), want, "reference float64")
-    assert len(want.hidden_states) == 3
-    assert len(want.attentions) == 2
+    assert len(want.hidden_states) == 1 + blocks
+    assert len(want.attentions) == blocks
     assert ("labels" in inputs) == (getattr(want, "loss", None) is not None) or "deit d" in name
 
 
 @pytest.mark.parametrize("name", ["deit", "beit, all positions", "dinov2", "registers"])
 def test_head_mask_against_the_torch_reference(name, tmp_path, monkeypatch):
-    case = CASES[name]
+    case = one_block(CASES[name])
     reference = make_reference(case)
     reference.save_pretrained(tmp_path)
     x = random_images(NATIVE)
-    mask = np.array([[0.0, 0.5, 1.0], [1.0, 0.3, 0.0]])
+    mask = np.array([0.0, 0.5, 1.0])
     with jax.enable_x64(True):
         ours, twin = load_twins(tmp_path, case.name)
         with torch.no_grad(), references_in_float64(monkeypatch):
@@ -284,12 +285,14 @@ def test_head_mask_against_the_torch_reference(name, tmp_path, monkeypatch):
         check_stages(ours(x, head_mask=mask, **ALL), want, "reference float64")
 
 
+@NO_REGISTERS
 @pytest.mark.parametrize("name", CASES)
 def test_the_twins_kernel_against_the_references(name, tmp_path):
     """Nothing patched: "sdpa" on both sides, which no one asks for attentions. In float32 also at
     another size."""
     case = CASES[name]
-    for dtype, size in (("float64", NATIVE), ("float32", (case.sizes or (NATIVE,))[0])):
+    other = NATIVE if name == "deit decoder" else WIDE
+    for dtype, size in (("float64", NATIVE), ("float32", other)):
         reference = make_reference(case, "sdpa", getattr(torch, dtype))
         reference.save_pretrained(tmp_path / dtype)
         twin = getattr(vit_torch, case.name).from_pretrained(
@@ -306,7 +309,7 @@ def test_the_twins_kernel_against_the_references(name, tmp_path):
 def test_a_grid_that_is_not_square(name, tmp_path, monkeypatch):
     """DeiT alone: Transformers takes the side of BEiT's and DINOv2's grids for the root of their
     number, and reads BEiT's tables with height and width exchanged."""
-    case = CASES[name]._replace(fields={"image_size": (12, 20)})
+    case = one_block(CASES[name]._replace(fields={"image_size": (12, 20)}))
     reference = make_reference(case)
     reference.save_pretrained(tmp_path)
     x = random_images((12, 20))
@@ -327,7 +330,7 @@ def test_twins_agree_where_the_reference_has_no_answer(name):
     image_size = NATIVE if "decoder" in name else (12, 20)
     small = DINO if family.startswith("Dinov2") else SMALL
     config = getattr(vit_torch, f"{family}Config")(
-        **{**small, **case.fields, "image_size": image_size}
+        **{**small, **case.fields, "image_size": image_size, "num_hidden_layers": 1}
     )
     ours_class, twin_class = getattr(vit_flax, f"Flax{case.name}"), getattr(vit_torch, case.name)
     weights = random_weights(config, ours_class.head)
@@ -354,7 +357,6 @@ def test_relative_position_index_against_the_reference(grid):
 # -- against Transformers' Flax models
 
 FLAX_RUNS = {
-    "biases of a block": Case("BeitModel", {"use_relative_position_bias": True}),
     "all positions": Case("BeitModel", {**BIASES, **POSITIONS, "use_mask_token": True}),
     "class token pooled": Case("BeitModel", {**POSITIONS, "use_mean_pooling": False}),
     "beit classifier": Case("BeitForImageClassification", {**BIASES}),
@@ -365,36 +367,42 @@ FLAX_RUNS = {
 }
 
 
-def flax_outputs(model, x, params=None, **inputs: Any) -> Any:
+def flax_outputs(model, x, params, **inputs: Any) -> Any:
     """What a Flax model gives, compiled, its products at full precision."""
     with jax.default_matmul_precision("highest"):
-        return jax.jit(lambda p: model(x, params=p, **inputs, **ALL))(params or model.params)
+        return jax.jit(lambda p: model(x, params=p, **inputs, **ALL))(params)
 
 
 @pytest.mark.parametrize("name", FLAX_RUNS)
 def test_against_the_flax_reference_through_its_files(name, tmp_path):
     """Ours writes, theirs reads and agrees; theirs writes, both twins read the same bits."""
-    case = FLAX_RUNS[name]
+    case = FLAX_RUNS[name] if name == "all positions" else one_block(FLAX_RUNS[name])
     make_reference(case, dtype=torch.float32).save_pretrained(tmp_path / "torch")
     ours, twin = load_twins(tmp_path / "torch", case.name, "float32")
     ours.save_pretrained(tmp_path / "ours", to="flax")
     twin.save_pretrained(tmp_path / "twin", to="flax")
     reference_class = getattr(transformers, f"Flax{case.name}")
-    reference = reference_class.from_pretrained(tmp_path / "ours")
-    shapes = reference_class(reference.config, _do_init=False).params_shape_tree
-    check_tree(ours.params, shapes, values=False)
-    check_tree(reference.params, ours.params)
-    check_tree(reference_class.from_pretrained(tmp_path / "twin").params, ours.params)
+    tree = msgpack_restore((tmp_path / "ours" / "flax_model.msgpack").read_bytes())
+    assert (
+        tree.keys()
+        == msgpack_restore((tmp_path / "twin" / "flax_model.msgpack").read_bytes()).keys()
+    )
+    reference, params = reference_class.from_pretrained(tmp_path / "ours", _do_init=False)
+    check_tree(tree, reference.params_shape_tree, values=False)
+    check_tree(params, tree)
+    check_tree(reference_class.from_pretrained(tmp_path / "twin", _do_init=False)[1], tree)
 
     x = random_images(NATIVE, dtype="float32")
     inputs = {}
     if "bool_masked_pos" in inspect.signature(reference_class.__call__).parameters:
         inputs = inputs_of(case, ours.config, NATIVE)
         inputs.pop("labels", None)  # accepted by none of them
-    check_stages(ours(x, **inputs, **ALL), flax_outputs(reference, x, **inputs), "flax reference")
+    check_stages(
+        ours(x, **inputs, **ALL), flax_outputs(reference, x, params, **inputs), "flax reference"
+    )
 
-    reference.save_pretrained(tmp_path / "msgpack")
-    reference.save_pretrained(tmp_path / "safetensors", safe_serialization=True)
+    reference.save_pretrained(tmp_path / "msgpack", params=params)
+    reference.save_pretrained(tmp_path / "safetensors", params=params, safe_serialization=True)
     assert (tmp_path / "msgpack" / "flax_model.msgpack").exists()
     assert "encoder.layer.0.attention.output.dense.kernel" in {
         key.removeprefix("beit.").removeprefix("dinov2.")
@@ -427,18 +435,19 @@ def check_state(got: torch.nn.Module, want: torch.nn.Module) -> None:
 )
 def test_defects_of_the_flax_reference_are_not_ours(value, size, tmp_path):
     """FlaxDinov2 of 4.57.6 multiplies the learned factors by `layerscale_value` twice (its last
-    hidden state is 2.0 away from its PyTorch model's with 0.5) and resamples positions with
-    another kernel, at an offset (1.4 away at 8 x 32 from 16 x 16). Ours agrees with PyTorch's."""
-    case = Case("Dinov2Model", {"layerscale_value": value})
+    hidden state is 1.4 away from its PyTorch model's with 0.5) and resamples positions with
+    another kernel, at an offset (0.5 away at 8 x 32 from 16 x 16). Ours agrees with PyTorch's."""
+    case = one_block(Case("Dinov2Model", {"layerscale_value": value}))
     reference = make_reference(case, dtype=torch.float32)
     reference.save_pretrained(tmp_path)
     x = random_images(size, dtype="float32")
     with torch.no_grad():
         want = to_numpy(reference(torch.tensor(x)).last_hidden_state)
     ours, _ = load_twins(tmp_path, case.name, "float32")
-    theirs = transformers.FlaxDinov2Model(ours_to_theirs(ours.config), _do_init=False)
-    wrong = flax_outputs(theirs, x, ours.params).last_hidden_state
-    assert difference("theirs", wrong, want).max_abs > 0.5
+    ours.save_pretrained(tmp_path / "flax", to="flax")
+    theirs, params = transformers.FlaxDinov2Model.from_pretrained(tmp_path / "flax", _do_init=False)
+    wrong = flax_outputs(theirs, x, params).last_hidden_state
+    assert difference("theirs", wrong, want).max_abs > 0.3
     stage = difference("ours", ours(x).last_hidden_state, want)
     assert stage.max_abs <= BOUNDS["reference float32"], stage
 
@@ -454,9 +463,8 @@ def ours_to_theirs(config: ViTConfig):
 GRADIENTS = {
     "deit teacher": CASES["deit teacher"],
     "beit": CASES["beit, all positions"],
-    "beit tokens": CASES["beit tokens"],
-    "three registers, gated": CASES["three registers, gated"],
-    "dinov2": CASES["dinov2"],
+    "registers, gated": Case("Dinov2WithRegistersModel", {"use_swiglu_ffn": True}),
+    "dinov2 classifier": Case("Dinov2ForImageClassification", {"use_mask_token": False}),
 }
 
 
@@ -487,14 +495,14 @@ def scalar(output, array) -> Any:
 def test_gradients_of_every_parameter(name, tmp_path, monkeypatch):
     """The twin against Transformers, whose names it also has up to their order, and Flax against
     the twin."""
-    case = GRADIENTS[name]
+    case = one_block(GRADIENTS[name])
     reference = make_reference(case)
     reference.save_pretrained(tmp_path)
     x = random_images(NATIVE, 2)
     with jax.enable_x64(True):
         ours, twin = load_twins(tmp_path, case.name)
         inputs = {}
-        if case.name.endswith("Model") or "Masked" in case.name:
+        if case.name.endswith("Model"):
             inputs = {"bool_masked_pos": patch_mask(NATIVE, 2)}
         with references_in_float64(monkeypatch):
             scalar(reference(torch.tensor(x), **as_torch(inputs)), torch.tensor).backward()
@@ -525,7 +533,7 @@ def paired(reference, values: list[np.ndarray], twin) -> dict[str, np.ndarray]:
 
 # -- stochastic depth
 
-DEPTHS = {
+DEPTHS: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT": ("linear", SMALL),
     "DeiT": ("linear", SMALL),
     "Beit": ("linear", SMALL),
@@ -556,15 +564,21 @@ def test_rates_of_stochastic_depth(family):
     assert (want == [RATE] * 5) == (DEPTHS[family][0] == "constant")
 
 
-@pytest.mark.parametrize("family", DEPTHS)
-@pytest.mark.parametrize("framework", ["flax", "torch"])
+@pytest.mark.parametrize(
+    ("framework", "family"),
+    [("torch", family) for family in DEPTHS]
+    + [("flax", family) for family in ("ViT", "Beit", "Dinov2")],
+)
 def test_stochastic_depth(family, framework):
     """Of many equal images each goes through or around each branch of the last block, all tokens
-    together; the branch taken is scaled by one over how often it is taken."""
+    together; the branch taken is scaled by one over how often it is taken.
+
+    That evaluation drops nothing, BEiT's tests above show: its rate is 0.1 by default.
+    (FlaxDinov2 of 4.57.6 never drops anything: it does not tell its blocks that they train.)
+    """
     config = depth_model_config(family)
     weights = random_weights(config)
-    cls = getattr(vit_torch, f"{family}Model")
-    twin = torch_twin(cls, config, weights, torch.float32)
+    twin = torch_twin(getattr(vit_torch, f"{family}Model"), config, weights)
     one = random_images((8, 8), 1, "float32")
     many = np.repeat(one, IMAGES, axis=0)
     if framework == "torch":
@@ -572,13 +586,7 @@ def test_stochastic_depth(family, framework):
             torch.manual_seed(0)
             trained = twin.train()(torch.tensor(many), output_hidden_states=True)
             twin.eval()
-            states = [to_numpy(state) for state in trained.hidden_states]
-            plain = to_numpy(twin(torch.tensor(many[:3])).last_hidden_state)
-            want = to_numpy(
-                torch_twin(cls, rates_at_zero(config), weights)(
-                    torch.tensor(many[:3])
-                ).last_hidden_state
-            )
+        states = [to_numpy(state) for state in trained.hidden_states]
     else:
         model = flax_twin(getattr(vit_flax, f"Flax{family}Model"), config, weights)
         key = jax.random.PRNGKey(3)
@@ -586,47 +594,35 @@ def test_stochastic_depth(family, framework):
             model(one, train=True)
         trained = model(many, train=True, dropout_rng=key, output_hidden_states=True)
         states = [np.asarray(state) for state in trained.hidden_states]
-        with torch.no_grad():
-            want = to_numpy(
-                torch_twin(cls, rates_at_zero(config), weights)(torch.tensor(one)).last_hidden_state
-            )
-        plain = np.asarray(model(one, dropout_rng=key).last_hidden_state)
-    assert difference("evaluation", plain, want).max_abs <= BOUNDS["twins float32"]
 
     first = 1 if DEPTHS[family][0] == "linear" else 0
     if first:  # nothing is dropped in the first block
-        assert (states[1] == states[1][:1]).all() or np.ptp(states[1], axis=0).max() < 1e-5
-    layer = twin.encoder.layer[first]
-    keep = 1.0 - RATE
+        assert np.ptp(states[1], axis=0).max() < 1e-5
+    layer, keep = twin.encoder.layer[first], 1.0 - RATE
     before, after = torch.tensor(states[first]), states[first + 1]
-    taken = []
+    scale = (layer.lambda_1, layer.lambda_2) if config.has_layer_scale else (1.0, 1.0)
+    ways = []
     for attention, mlp in itertools.product((0.0, 1.0 / keep), repeat=2):
         with torch.no_grad():
             branch = layer.attention(layer.layernorm_before(before), None, None, False, (2, 2))[0]
-            scale = (layer.lambda_1, layer.lambda_2) if config.has_layer_scale else (1.0, 1.0)
             middle = before + attention * scale[0] * branch
             branch = layer.output(layer.intermediate(layer.layernorm_after(middle)))
             end = to_numpy(middle + mlp * scale[1] * branch)
-        taken.append(np.abs(end - after).max(axis=(1, 2)) < 1e-4)
-    taken = np.stack(taken)  # (4, images): which of the four ways
-    assert (taken.sum(axis=0) == 1).all()
-    through = {"attention": taken[2:].mean(), "mlp": taken[[1, 3]].mean()}
+        ways.append(np.abs(end - after).max(axis=(1, 2)) < 1e-4)
+    around_both, mlp_alone, attention_alone, through_both = ways
+    np.testing.assert_array_equal(np.sum(ways, axis=0), 1)
     # Five standard deviations of a mean of draws; each branch draws its own.
     margin = 5 * np.sqrt(RATE * keep / IMAGES)
-    for share in through.values():
-        assert abs(share * taken.shape[0] / 2 - keep) < 5 * margin
-    assert abs(taken[2:].any(axis=0).mean() - keep) < margin
-    assert abs(taken[[1, 3]].any(axis=0).mean() - keep) < margin
-    assert abs(taken[3].mean() - keep * keep) < margin
-
-
-def rates_at_zero(config: ViTConfig) -> ViTConfig:
-    return type(config).from_dict(config.to_dict(), drop_path_rate=0.0)
+    assert abs((attention_alone | through_both).mean() - keep) < margin
+    assert abs((mlp_alone | through_both).mean() - keep) < margin
+    assert abs(through_both.mean() - keep * keep) < margin
+    assert abs(around_both.mean() - RATE * RATE) < margin
 
 
 # -- files
 
 
+@NO_REGISTERS
 @pytest.mark.parametrize("name", CASES)
 def test_transformers_reads_our_files(name, tmp_path):
     """Both twins' directories: no key missing or in excess, the same weights, and the twins read
@@ -641,6 +637,8 @@ def test_transformers_reads_our_files(name, tmp_path):
         read, report = getattr(transformers, case.name).from_pretrained(
             tmp_path / folder, output_loading_info=True
         )
+        if name == "no registers":
+            assert report.pop("missing_keys") == ["embeddings.register_tokens"]
         assert not any(report.values()), report
         check_state(read, reference)
         assert theirs_without_labels(read.config) == theirs_without_labels(reference.config)
@@ -661,7 +659,7 @@ def theirs_without_labels(config) -> dict[str, Any]:
 
 # -- ViT's extensions
 
-EXTENSIONS = {
+EXTENSIONS: dict[str, dict[str, Any]] = {
     "layer scale": {"layer_scale_init_value": 1e-5},
     "registers, all with positions": {"num_register_tokens": 2},
     "registers without positions": {"num_register_tokens": 3, "position_tokens": "cls"},
@@ -692,7 +690,7 @@ EXTENSIONS = {
 @pytest.mark.parametrize("name", EXTENSIONS)
 def test_extensions_of_vit_in_both_twins(name):
     """Classifiers at another size; timm is the reference elsewhere."""
-    config = ViTConfig(**{**SMALL, **EXTENSIONS[name]})
+    config = ViTConfig(**{**SMALL, **EXTENSIONS[name], "num_hidden_layers": 1})
     weights = random_weights(config, "classifier")
     with jax.enable_x64(True):
         report = compare(
@@ -744,7 +742,7 @@ def check_fields(got: ViTConfig, want: ViTConfig) -> None:
 # -- configurations
 
 # What only Transformers' segmentation heads and backbones read.
-NOT_OURS = {
+NOT_OURS: dict[str, set[str]] = {
     "Beit": {
         "out_indices",
         "add_fpn",
@@ -815,7 +813,7 @@ def test_another_familys_configuration_names_the_class_to_use(family):
 def test_another_familys_files_name_the_class_to_use(cls, tmp_path):
     case = CASES["deit teacher"]
     make_reference(case, dtype=torch.float32).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"config\.json.*use DeiTModel or DeiTFor"):
+    with pytest.raises(ConfigError, match=r"given DeiTConfig.*use DeiTModel or DeiTFor"):
         cls.from_pretrained(tmp_path)
 
 
@@ -870,13 +868,14 @@ def test_config_classes_are_by_their_model_type():
         assert model_type in (cls.model_type, cls.extended_type)
 
 
-def test_a_mask_needs_a_mask_token(tmp_path):
+def test_a_mask_needs_a_mask_token():
     config = vit_torch.BeitConfig(**SMALL)
     x, mask = random_images(NATIVE, 1, "float32"), patch_mask(NATIVE, 1)
+    model = flax_twin(vit_flax.FlaxBeitModel, config, random_weights(config))
     with pytest.raises(InputError, match="needs a mask token"):
         vit_torch.BeitModel(config)(torch.tensor(x), bool_masked_pos=torch.tensor(mask))
     with pytest.raises(InputError, match="needs a mask token"):
-        vit_flax.FlaxBeitModel(config)(x, bool_masked_pos=mask)
+        model(x, bool_masked_pos=mask)
 
 
 def test_layers_that_are_missing_are_refused(tmp_path):

@@ -1,22 +1,5 @@
-"""The one table of bounds on the largest absolute difference, with what was measured.
+"""The one table of bounds is the package's own, which `vit verify` uses too."""
 
-Weights of the suites here are drawn so that activations are of unit scale. Each bound is at most
-ten times the largest difference seen over `test_parity.py` (JAX 0.10.2, torch 2.13, CPU).
-"""
+from vit_torch.bounds import BOUNDS
 
-BOUNDS = {
-    # over every stage of every configuration
-    "twins float64": 1e-13,  # measured 1.2e-14
-    "twins float32": 2e-5,  # measured 6.7e-6
-    # against Transformers 4.57.6, PyTorch
-    "reference float64": 1e-13,  # measured 1.1e-14
-    "reference float32": 2e-5,  # measured 5.7e-6
-    # against Transformers 4.57.6, Flax, which takes LayerNorm's variance in one pass
-    "flax reference": 2e-5,  # measured 4.8e-6
-    # relative to the largest entry of each parameter's gradient
-    "gradients float64": 3e-14,  # measured 3.0e-15
-    "gradients float32": 1e-5,  # measured 1.5e-6
-    # each activation by itself, over -9 to 9
-    "activations float64": 3e-14,  # measured 3.6e-15
-    "activations float32": 5e-6,  # measured 9.5e-7
-}
+__all__ = ["BOUNDS"]

@@ -155,7 +155,7 @@ def _plot(rows: list[Any]) -> str:
             [
                 (checked.stage.name, checked.stage.max_abs)
                 for checked in row.stages
-                if not checked.stage.name.startswith("gradient")
+                if not checked.stage.name.startswith(("gradient", "loss"))
             ],
         )
         for row in rows
@@ -186,7 +186,8 @@ def _plot(rows: list[Any]) -> str:
         at = y(10.0**power)
         out.append(
             f"<line x1='{_LEFT}' x2='{right}' y1='{at:.1f}' y2='{at:.1f}' stroke='#e5e5e5'/>"
-            f"<text x='{_LEFT - 8}' y='{at + 4:.1f}' text-anchor='end' font-size='12'>1e{power}</text>"
+            f"<text x='{_LEFT - 8}' y='{at + 4:.1f}' text-anchor='end' font-size='12'>"
+            f"1e{power}</text>"
         )
     step = max(1, len(order) // 16)
     for name, place in order.items():

@@ -328,7 +328,8 @@ def _positions(part: Any) -> Iterator[tuple[str, Any]]:
     k, grid = part.config.num_prefix_positions, part.config.grid_size
     table = positions[:, k:].reshape(1, *grid, -1)
     changes = {
-        "class token's position last": torch.cat((positions[:, 1:], positions[:, :1]), 1),
+        "positions one token later": positions.roll(1, 1),
+        "positions one token earlier": positions.roll(-1, 1),
         "no positions": torch.zeros_like(positions),
     }
     if grid[0] == grid[1]:
