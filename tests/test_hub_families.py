@@ -1,0 +1,99 @@
+"""Models of other projects straight from a Hub: timm's repositories, and the families' own."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hub_server import HubServer
+from networks import randomize
+from test_hub import hub, waits  # noqa: F401  # fixtures
+from timm_models import timm
+
+import vit_flax
+import vit_torch
+from vit_flax.inference import ImageClassifier
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
+
+
+def serve(server: HubServer, name: str, folder) -> None:
+    from hub_server import Repository
+
+    repository = server.repositories.setdefault(name, Repository())
+    repository.commit({file.name: file.read_bytes() for file in folder.iterdir()})
+
+
+@pytest.fixture
+def timm_repository(hub, tmp_path):  # noqa: F811
+    from safetensors.torch import save_file
+
+    model = randomize(timm.create_model("vit_tiny_patch16_224", num_classes=7, **SIZES).eval())
+    folder = tmp_path / "timm"
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 7,
+        "num_features": 48,
+        "global_pool": "token",
+        "model_args": SIZES,
+        "pretrained_cfg": {
+            "input_size": [3, 32, 32],
+            "crop_pct": 0.9,
+            "interpolation": "bicubic",
+            "mean": [0.485, 0.456, 0.406],
+            "std": [0.229, 0.224, 0.225],
+            "label_names": None,
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    serve(hub, "timm/vit_tiny", folder)
+    return model
+
+
+def test_a_repository_of_timm(timm_repository):
+    x = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
+    with torch.no_grad():
+        wanted = timm_repository(torch.tensor(x)).numpy()
+    flax = vit_flax.FlaxAutoModelForImageClassification.from_pretrained(
+        "timm/vit_tiny", precision="highest"
+    )
+    twin = vit_torch.AutoModelForImageClassification.from_pretrained("timm/vit_tiny")
+    np.testing.assert_allclose(np.asarray(flax(x).logits), wanted, rtol=0, atol=2e-5)
+    with torch.no_grad():
+        np.testing.assert_allclose(twin(torch.tensor(x)).logits, wanted, rtol=0, atol=2e-5)
+    classify = ImageClassifier.from_pretrained("timm/vit_tiny")
+    assert classify.image_processor.crop_size == {"height": 32, "width": 32}
+    assert classify.image_processor.image_mean == [0.485, 0.456, 0.406]
+
+
+def test_a_repository_of_a_family(hub, tmp_path):  # noqa: F811
+    config = transformers.Dinov2Config(
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=14,
+        num_labels=3,
+    )
+    model = randomize(transformers.Dinov2ForImageClassification(config).eval())
+    model.save_pretrained(tmp_path / "m")
+    transformers.BitImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}
+    ).save_pretrained(tmp_path / "m")
+    serve(hub, "facebook/dinov2", tmp_path / "m")
+    x = np.random.default_rng(0).standard_normal((1, 3, 28, 28)).astype(np.float32)
+    with torch.no_grad():
+        wanted = model(torch.tensor(x)).logits.numpy()
+    flax = vit_flax.FlaxAutoModelForImageClassification.from_pretrained(
+        "facebook/dinov2", precision="highest"
+    )
+    assert type(flax).__name__ == "FlaxDinov2ForImageClassification"
+    np.testing.assert_allclose(np.asarray(flax(x).logits), wanted, rtol=0, atol=2e-5)
+    assert vit_flax.AutoConfig.from_pretrained("facebook/dinov2").model_type == "dinov2"
+    processor = vit_flax.AutoImageProcessor.from_pretrained("facebook/dinov2")
+    assert type(processor).__name__ == "BitImageProcessor"
