@@ -1,173 +1,187 @@
-"""How far are the twins from each other, and from Transformers 4.57.6, at true sizes?
+"""How far are the twins from each other, and from Transformers 4.57.6, in every family?
 
-    python benchmarks/parity.py [--models tiny base digits]
+    python benchmarks/parity.py [--families vit beit ...] [--devices cpu gpu tpu] [--dtypes ...]
 
-Random weights (every parameter, none zero or one) scaled so that activations are of unit scale, or
-the embedded checkpoint; random images; every stage of the base network. Writes
-`results/parity.json` and the table in `docs/parity.md`.
+Networks of the width, depth and heads of ViT-Ti/16 (DINOv2's patches are 14 x 14) with random
+weights, every parameter, scaled so that activations are of unit scale; and the embedded digits
+network, which was trained. Every stage of the Flax twin on each device against the PyTorch twin on
+the CPU. Rows of other devices and of families not named stay as they are: run it on a machine with
+a GPU or a TPU to add theirs. Writes `results/parity.json` and the table in `docs/parity.md`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from common import ROOT, write_result
-from flax.traverse_util import unflatten_dict
+from common import RESULTS, ROOT, environment
 
-from convert.formats import FORMATS
-from convert.rules import to_foreign
-from vit_common.checkpoint import open_checkpoint
-from vit_common.config import ViTConfig
+import vit_torch
 from vit_common.embedded import embedded_checkpoint
-from vit_common.parameters import parameter_shapes
-from vit_common.presets import preset
-from vit_flax import FlaxViTForImageClassification
-from vit_torch import ViTForImageClassification
-from vit_torch.parity import compare, difference
+from vit_common.errors import InputError
 from vit_torch.pretrained import to_numpy
+from vit_torch.verify import DTYPES, Verification, verify
 
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
-ALL = {"output_hidden_states": True}
+SIZES = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "num_labels": 1000}
+INNER = {"intermediate_size": 768}
+NETWORKS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "vit": ("ViT", "ForImageClassification", INNER),
+    "deit": ("DeiT", "ForImageClassificationWithTeacher", INNER),
+    "beit": ("Beit", "ForImageClassification", {**INNER, "use_relative_position_bias": True}),
+    "dinov2": ("Dinov2", "ForImageClassification", {}),
+    "dinov2_with_registers": ("Dinov2WithRegisters", "ForImageClassification", {}),
+}
+FAMILIES = (*NETWORKS, "digits")
 
 
-class InMemory:
-    """An array as the converter wants to see it."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array, self.shape, self.dtype = array, array.shape, array.dtype
-
-    def read(self) -> np.ndarray:
-        return self.array
-
-
-def random_weights(config: ViTConfig) -> dict[str, np.ndarray]:
+def randomize(model: torch.nn.Module) -> torch.nn.Module:
     """Every parameter random: dense weights by one over the root of their inputs."""
-    rng = np.random.default_rng(0)
-    weights = {}
-    for name, shape in parameter_shapes(config, "classifier").items():
-        value = rng.standard_normal(shape)
-        if len(shape) in (2, 4):
-            value /= np.sqrt(np.prod(shape[1:]))
-        elif len(shape) == 1:
-            value = 0.2 * value + float("layernorm" in name and name.endswith("weight"))
-        weights[name] = value
-    return weights
-
-
-def network(name: str) -> tuple[ViTConfig, dict[str, np.ndarray]]:
-    """A configuration and its weights, by the name of a preset or "digits"."""
-    if name != "digits":
-        config = preset(name, num_labels=1000)
-        return config, random_weights(config)
-    path = embedded_checkpoint()
-    with open_checkpoint(path / "model.safetensors") as checkpoint:
-        weights = {key: tensor.read() for key, tensor in checkpoint.items()}
-    return ViTConfig.from_pretrained(path), weights
-
-
-def flax_tree(weights: dict[str, np.ndarray], dtype: Any) -> dict[str, Any]:
-    """The weights as a Flax parameter tree."""
-    mapped = to_foreign({n: InMemory(w) for n, w in weights.items()}, FORMATS["flax"]).tensors
-    return unflatten_dict(
-        {tuple(n.split("/")): jnp.asarray(t.read(), dtype) for n, t in mapped.items()}
-    )
-
-
-def load(model: torch.nn.Module, weights: dict[str, np.ndarray], dtype: torch.dtype) -> Any:
-    """The model with these weights, in evaluation mode."""
-    model = model.to(dtype).eval()
-    model.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim in (2, 4) and not name.endswith("_table"):
+                value /= parameter[0].numel() ** 0.5
+            elif parameter.ndim == 1:
+                value = 0.2 * value + float("norm" in name and name.endswith("weight"))
+            parameter.copy_(value)
     return model
 
 
-def largest(ours: Any, theirs: Any) -> float:
-    """Largest difference over hidden states and logits of two outputs."""
+def checkpoint(family: str, folder: Path) -> Path:
+    """A checkpoint of that family."""
+    if family == "digits":
+        return Path(embedded_checkpoint())
+    stem, head, fields = NETWORKS[family]
+    config = getattr(vit_torch, f"{stem}Config")(**SIZES, **fields)
+    randomize(getattr(vit_torch, stem + head)(config)).save_pretrained(folder)
+    return folder
 
-    def array(value: Any) -> np.ndarray:
-        return to_numpy(value) if isinstance(value, torch.Tensor) else np.asarray(value)
 
+def to_transformers(family: str, path: Path, found: Verification) -> float | None:
+    """Largest difference of the PyTorch twin's hidden states and logits to Transformers' model.
+
+    In float64; its attention is "sdpa", since its own takes the softmax in float32.
+    """
+    if family == "digits":
+        stem, head = "ViT", "ForImageClassification"
+    else:
+        stem, head, _ = NETWORKS[family]
+    reference = getattr(transformers, stem + head).from_pretrained(
+        path, attn_implementation="sdpa", dtype=torch.float64
+    )
+    twin = getattr(vit_torch, stem + head).from_pretrained(path, dtype=torch.float64)
+    height, width = found.image_size
+    x = np.random.default_rng(0).standard_normal((2, twin.config.num_channels, height, width))
+    with torch.no_grad():
+        ours, theirs = (
+            model.eval()(torch.tensor(x), output_hidden_states=True) for model in (twin, reference)
+        )
     pairs = [*zip(ours.hidden_states, theirs.hidden_states, strict=True)]
     pairs.append((ours.logits, theirs.logits))
-    return max(difference("", array(a), array(b)).max_abs for a, b in pairs)
+    return max(float(np.abs(to_numpy(a) - to_numpy(b)).max()) for a, b in pairs)
 
 
-def measure(name: str, dtype: str) -> dict[str, Any]:
-    """Differences of one network at one dtype."""
-    config, weights = network(name)
-    rng = np.random.default_rng(1)
-    x = rng.standard_normal((2, config.num_channels, *config.image_height_width))
-    with jax.enable_x64(dtype == "float64"), torch.no_grad():
-        x = x.astype("float64" if dtype == "float64" else "float32")
-        kind = getattr(jnp, dtype)
-        model = FlaxViTForImageClassification(
-            config, dtype=kind, param_dtype=kind, precision="highest", _do_init=False
+def measure(family: str, device: str, dtypes: list[str]) -> list[dict[str, Any]]:
+    """Rows of one family on one device."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = checkpoint(family, Path(folder))
+        found = verify(path, devices=(device,), dtypes=dtypes)
+        reference = to_transformers(family, path, found)
+    rows = []
+    for row in found.rows:
+        worst = row.worst
+        command = f"python benchmarks/parity.py --families {family} --devices {device}"
+        rows.append(
+            {
+                "family": family,
+                "device": row.device,
+                "platform": device,
+                "dtype": row.dtype,
+                "precision": row.precision,
+                "stage": worst.stage.name,
+                "max_abs": max(checked.stage.max_abs for checked in row.stages),
+                "scale": max(checked.stage.scale for checked in row.stages),
+                "rule": row.rule,
+                "value": worst.value,
+                "bound": worst.bound,
+                "passed": row.passed,
+                "transformers_float64": reference,
+                "command": f"{command} --dtypes {row.dtype}",
+                "environment": environment(),
+            }
         )
-        model._is_initialized = True
-        model.params = flax_tree(weights, kind)
-        torch_dtype = getattr(torch, dtype)
-        twin = load(
-            ViTForImageClassification(config, attn_implementation="eager"), weights, torch_dtype
-        )
-        report = compare(model, twin, x)
-        reference_config = transformers.ViTConfig(**config.to_dict())
-        # Transformers' eager attention takes the softmax in float32 whatever the dtype.
-        reference_config._attn_implementation = "sdpa" if dtype == "float64" else "eager"
-        reference = load(
-            transformers.ViTForImageClassification(reference_config), weights, torch_dtype
-        )
-        flax_reference = transformers.FlaxViTForImageClassification(
-            reference_config, dtype=kind, _do_init=False
-        )
-        ours = model(x, **ALL)
-        want = reference(torch.tensor(x), **ALL)
-        with jax.default_matmul_precision("highest"):
-            flax_want = jax.jit(lambda p, x: flax_reference(x, params=p, **ALL))(model.params, x)
-        return {
-            "model": name,
-            "dtype": dtype,
-            "twins": report.largest.max_abs,
-            "twins_stage": report.largest.name,
-            "stages": len(report.stages),
-            "scale": max(stage.scale for stage in report.stages),
-            "flax_to_transformers_torch": largest(ours, want),
-            "flax_to_transformers_flax": largest(ours, flax_want),
-        }
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| network | dtype | twins | Flax to Transformers' PyTorch | Flax to Transformers' Flax "
-        "| largest activation |",
-        "|---|---|---|---|---|---|",
+        "| family | device | dtype | precision | max abs error | closest to its bound | value "
+        "| bound | to Transformers (torch, float64) | jax, torch |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {row['model']} | {row['dtype']} | {row['twins']:.1e} ({row['twins_stage']}) "
-        f"| {row['flax_to_transformers_torch']:.1e} | {row['flax_to_transformers_flax']:.1e} "
-        f"| {row['scale']:.0f} |"
-        for row in rows
-    ]
+    for row in rows:
+        versions = row["environment"]["versions"]
+        times = "" if row["rule"] == "absolute" else " x"
+        form = ".1e" if row["rule"] == "absolute" else ".2f"
+        mark = "" if row["passed"] else " **outside**"
+        lines.append(
+            f"| {row['family']} | {row['device']} | {row['dtype']} | {row['precision']} "
+            f"| {row['max_abs']:.1e} | {row['stage']} | {row['value']:{form}}{times}{mark} "
+            f"| {row['bound']:{form}}{times} | {row['transformers_float64']:.1e} "
+            f"| {versions.get('jax')}, {versions.get('torch')} |"
+        )
     return "\n".join(lines)
+
+
+def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Old rows, those measured again replaced, in the order of families, devices and dtypes."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["family"], row["platform"], row["dtype"], row["precision"]
+
+    rows = {key(row): row for row in (*old, *new)}
+    platforms = ("cpu", "gpu", "tpu")
+    return sorted(
+        rows.values(),
+        key=lambda row: (
+            FAMILIES.index(row["family"]),
+            platforms.index(row["platform"]),
+            DTYPES.index(row["dtype"]),
+            row["precision"] != "highest",
+        ),
+    )
 
 
 def main() -> None:
     """Measure, write the results and the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["tiny", "base", "digits"])
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--devices", nargs="+", choices=("cpu", "gpu", "tpu"), default=["cpu"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    rows = [
-        measure(name, dtype)
-        for name in arguments.models
-        for dtype in ("float64", "float32", "bfloat16")
-    ]
-    write_result("parity", {"question": __doc__.splitlines()[0], "rows": rows})
+    rows = []
+    for family in arguments.families:
+        for device in arguments.devices:
+            try:
+                rows += measure(family, device, arguments.dtypes)
+            except InputError as error:
+                raise SystemExit(str(error)) from error
+            print(table(rows[-len(arguments.dtypes) :]).splitlines()[-1], flush=True)
+    path = RESULTS / "parity.json"
+    old = json.loads(path.read_text()).get("rows", []) if path.exists() else []
+    rows = merge([row for row in old if "platform" in row], rows)
+    text = json.dumps({"question": __doc__.splitlines()[0], "rows": rows}, indent=2) + "\n"
+    path.write_text(text)
     page = ROOT / "docs" / "parity.md"
     text = page.read_text()
     head, tail = text[: text.index(BEGIN)], text[text.index(END) :]

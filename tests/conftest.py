@@ -12,3 +12,21 @@ os.environ.setdefault(
 # The networks are tiny: PyTorch's threads would wait for each other longer than they compute, most
 # of all where the cores are shared (gradients of two blocks: 5 s and 0.2 s).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        choices=("cpu", "gpu", "tpu"),
+        default="cpu",
+        help="what JAX runs the networks on (default: cpu); the PyTorch twins stay on the CPU",
+    )
+
+
+def pytest_configure(config):
+    device = config.getoption("--device")
+    # Read by JAX when it starts; tests of the CPU's numbers are to run on the CPU everywhere.
+    os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}[device]
+    if device == "gpu":
+        # By default JAX takes most of the GPU's memory at once, and torch has none left.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

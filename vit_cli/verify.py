@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,6 +65,9 @@ def verify(
         raise InputError(
             'verifying needs the PyTorch twin; run: pip install "vit-flax[torch]"'
         ) from error
+    if {"gpu", "all"} & set(devices):
+        # JAX would take most of the GPU's memory when it starts, and leave torch none.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if "tpu" in devices and not _has("tpu"):
         from vit_cli.tpu import compile_for_tpu
 
