@@ -63,6 +63,21 @@ def _add_hub_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="folder, weights file, or name on the Hub such as google/vit-base-patch16-224; "
+        "without it, a small model of handwritten digits that comes with the package",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        default="float32",
+        help="what the model computes in (float32)",
+    )
+
+
 def _hub(options: argparse.Namespace) -> dict[str, Any]:
     named = ("revision", "subfolder", "local_files_only")
     return {name: getattr(options, name) for name in named if getattr(options, name)}
@@ -78,12 +93,7 @@ def _predict(arguments: Sequence[str]) -> Command:
         "read is named on standard error and skipped; the exit code is then 1.",
         usage="vit predict [options] IMAGE|DIR ...",
     )
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="folder, weights file, or name on the Hub such as google/vit-base-patch16-224; "
-        "without it, a small model of handwritten digits that comes with the package",
-    )
+    _add_model_options(parser)
     parser.add_argument(
         "--top-k", metavar="N", type=_positive, default=5, help="classes to print an image (5)"
     )
@@ -92,12 +102,6 @@ def _predict(arguments: Sequence[str]) -> Command:
         metavar="N",
         type=_positive,
         help="images that go through the model at once (8 on a CPU, 64 elsewhere)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=_DTYPES,
-        default="float32",
-        help="what the model computes in (float32)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object a line, for each image"
@@ -202,6 +206,11 @@ def _convert(arguments: Sequence[str]) -> Command:
         "hidden_act=gelu; may be repeated",
     )
     parser.add_argument(
+        "--preprocessing",
+        metavar="FILE",
+        help="preprocessor_config.json, or a model with one, instead of what the source implies",
+    )
+    parser.add_argument(
         "--ignore",
         metavar="PATTERN",
         action="append",
@@ -239,6 +248,7 @@ def _convert(arguments: Sequence[str]) -> Command:
             image_size=options.image_size,
             heads=options.heads,
             settings=options.set,
+            preprocessing=options.preprocessing,
             ignore=options.ignore,
             max_shard_size=options.max_shard_size,
             dry_run=options.dry_run,
@@ -367,8 +377,53 @@ def _verify(arguments: Sequence[str]) -> Command:
     return command
 
 
+def _attention(arguments: Sequence[str]) -> Command:
+    parser = _parser(
+        "vit attention",
+        "Draw what the class token looks at over the image as the model sees it: the image, the "
+        "mean of the heads and each head of a block; or one head, or all blocks together.",
+        usage="vit attention [options] IMAGE --output FILE",
+    )
+    _add_model_options(parser)
+    parser.add_argument("--output", metavar="FILE", help=".png, .jpg or .webp file to write")
+    parser.add_argument(
+        "--layer", metavar="L", type=int, default=-1, help="block, the first is 0 (-1: the last)"
+    )
+    parser.add_argument("--head", metavar="H", type=int, help="one head alone")
+    parser.add_argument(
+        "--rollout", action="store_true", help="over all blocks (Abnar and Zuidema 2020)"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite the file")
+    _add_hub_options(parser)
+    options, names = _parse(parser, arguments, "IMAGE", "image file")
+    if len(names) != 1:
+        parser.error(f"wanted one image; given {', '.join(names) or 'nothing'}")
+    if options.output is None:
+        parser.error("--output FILE is needed")
+    if options.rollout and options.head is not None:
+        parser.error("--rollout takes all heads together; leave --head out")
+
+    def command() -> int:
+        from vit_cli.attention import attention
+
+        return attention(
+            names[0],
+            options.model,
+            options.output,
+            layer=options.layer,
+            head=options.head,
+            rollout=options.rollout,
+            dtype=options.dtype,
+            force=options.force,
+            hub=_hub(options),
+        )
+
+    return command
+
+
 _SUBCOMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], Command]]] = {
     "predict": ("classify images", _predict),
+    "attention": ("where a model looks, over the image", _attention),
     "convert": ("turn a checkpoint into another layout", _convert),
     "inspect": ("what a weights file holds", _inspect),
     "verify": ("compare twins or checkpoints, stage by stage", _verify),

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +34,9 @@ from vit_common.errors import (
 from vit_common.hub import split_hub_options
 from vit_common.image_processor import BaseImageProcessor, ViTImageProcessor
 from vit_common.images import convert_mode, load_image
+from vit_flax import attention_maps
 from vit_flax.auto import FlaxAutoModelForImageClassification
+from vit_flax.model import mean_of_patches
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -52,19 +56,36 @@ class Result:
 
     Attributes:
         source: the image or the name, as it was given.
-        error: why there are no predictions, or None.
+        error: why there is no value, or None.
     """
 
     source: Any
-    _predictions: tuple[Prediction, ...] = ()
+    _value: Any = ()
     error: ViTError | None = None
+
+    @property
+    def value(self) -> Any:
+        """What was asked for: predictions, features or attention; raises `error` if there is
+        one."""
+        if self.error is not None:
+            raise self.error
+        return self._value
 
     @property
     def predictions(self) -> tuple[Prediction, ...]:
         """The likeliest classes, best first; raises `error` where there is one."""
-        if self.error is not None:
-            raise self.error
-        return self._predictions
+        return self.value
+
+
+class _Work(NamedTuple):
+    """What the compiled network gives."""
+
+    kind: Literal["probabilities", "features", "attention"]
+    layers: tuple[int, ...] = ()
+    pool: str | None = None
+
+
+_PROBABILITIES = _Work("probabilities")
 
 
 class _Batch(NamedTuple):
@@ -105,7 +126,7 @@ class ImageClassifier:
             config.problem_type == "multi_label_classification" or config.num_labels == 1
         )
         self.image_size = self._input_size()
-        self._compiled: dict[tuple[int, ...], jax.stages.Compiled] = {}
+        self._compiled: dict[Any, jax.stages.Compiled] = {}
         self._check_processor()
 
     @classmethod
@@ -176,7 +197,8 @@ class ImageClassifier:
 
     @property
     def compilations(self) -> int:
-        """How many times the network was compiled: once for each batch size so far."""
+        """How many times the network was compiled: once for each batch size and kind of result so
+        far."""
         return len(self._compiled)
 
     @property
@@ -222,18 +244,146 @@ class ImageClassifier:
             InputError: `top_k` or `batch_size` is not a positive integer. At once, not with the
                 first result.
         """
+        check_positive("top_k", top_k)
+        return self._checked_stream(
+            images, batch_size, _PROBABILITIES, lambda rows: self._best(rows[0], top_k)
+        )
+
+    # -- features and attention
+
+    def features(
+        self,
+        images: Any,
+        layers: Sequence[int] = (-1,),
+        pool: Literal["cls", "mean"] | None = "cls",
+    ) -> Any:
+        """What the network makes of images, before any classifier.
+
+        Args:
+            images: as in a call.
+            layers: blocks, the first is 0; -1 is the last. The last block's is taken after the
+                final norm, as `last_hidden_state` is.
+            pool: "cls" for the class token, "mean" for the mean of the patches, None for all
+                tokens.
+
+        Returns:
+            float32 (D,), or (S, D) without pooling; (layers, D) or (layers, S, D) for several
+            layers; for a list of images, one more axis in front.
+
+        Raises:
+            ImageError, MissingFileError: an image cannot be read or taken.
+            InputError: there is no such block, or nothing of that name to pool.
+        """
+        many = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+        results = self.stream_features(images if many else [images], layers, pool)
+        values = [result.value for result in results]
+        if many:
+            return np.stack(values) if values else np.zeros((0,), np.float32)
+        return values[0]
+
+    def stream_features(
+        self,
+        images: Iterable[Any],
+        layers: Sequence[int] = (-1,),
+        pool: Literal["cls", "mean"] | None = "cls",
+        batch_size: int | None = None,
+    ) -> Generator[Result, None, None]:
+        """`features` of any number of images, as `stream`; each result's `value` holds them."""
+        if pool not in ("cls", "mean", None):
+            raise InputError(f"`pool` must be 'cls', 'mean' or None; given {pool!r}.")
+        if pool == "cls" and not self.config.use_cls_token:
+            raise InputError("`pool` must be 'mean' or None: this network has no class token.")
+        work = _Work("features", self._blocks(layers), pool)
+        single = len(work.layers) == 1
+        return self._checked_stream(
+            images, batch_size, work, lambda rows: rows[0] if single else np.stack(rows)
+        )
+
+    def attention(
+        self, images: Any, layers: Sequence[int] = (-1,), *, rollout: bool = False
+    ) -> Any:
+        """Where the network looks: attention after the softmax.
+
+        Args:
+            images: as in a call.
+            layers: blocks, the first is 0; -1 is the last.
+            rollout: instead of one block's, how much of each token of the input is in each of
+                the output, over all blocks (Abnar and Zuidema 2020); `layers` is not looked at.
+
+        Returns:
+            float32 (layers, A, S, S), or (S, S) with `rollout`; for a list of images, one more axis
+            in front. The tokens are `config.prefix_tokens`, then the patches row by row.
+
+        Raises:
+            ImageError, MissingFileError: an image cannot be read or taken.
+            InputError: there is no such block.
+        """
+        many = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+        every = range(self.config.num_hidden_layers)
+        work = _Work("attention", self._blocks(every if rollout else layers), None)
+
+        def finish(rows: list[np.ndarray]) -> np.ndarray:
+            if rollout:
+                return attention_maps.rollout([row[None] for row in rows])[0].astype(np.float32)
+            return np.stack(rows)
+
+        results = self._checked_stream(images if many else [images], 1, work, finish)
+        values = [result.value for result in results]
+        return values if many else values[0]
+
+    def seen(self, image: Any) -> PIL.Image.Image:
+        """An image as the network is given it: resized and cropped, in its own colours.
+
+        Raises:
+            ImageError, MissingFileError: it cannot be read or taken.
+        """
+        pixels = self._prepare(image).transpose(1, 2, 0).astype(np.float64)  # (H, W, C)
+        options = self.image_processor.to_dict()
+        if options.get("do_normalize"):
+            pixels = pixels * options["image_std"] + options["image_mean"]
+        if options.get("do_rescale"):
+            pixels = pixels / options["rescale_factor"]
+        values = np.clip(np.round(pixels), 0, 255).astype(np.uint8)
+        return PIL.Image.fromarray(values[:, :, 0] if values.shape[2] == 1 else values[:, :, :3])
+
+    def _blocks(self, layers: Iterable[int]) -> tuple[int, ...]:
+        """Indices of blocks, counted from the front."""
+        count = self.config.num_hidden_layers
+        found = []
+        for index in [layers] if isinstance(layers, int) else layers:
+            if isinstance(index, bool) or not isinstance(index, int) or not -count <= index < count:
+                raise InputError(
+                    f"`layers` must hold blocks from 0 to {count - 1}, or from -1 back; given "
+                    f"{index!r}."
+                )
+            found.append(index % count)
+        if not found:
+            raise InputError("`layers` must hold at least one block.")
+        return tuple(found)
+
+    # -- the stream
+
+    def _checked_stream(
+        self,
+        images: Iterable[Any],
+        batch_size: int | None,
+        work: _Work,
+        finish: Callable[[list[np.ndarray]], Any],
+    ) -> Generator[Result, None, None]:
         batch_size = self.default_batch_size if batch_size is None else batch_size
-        for name, value in (("top_k", top_k), ("batch_size", batch_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"`{name}` must be a positive integer; given {value!r}.")
+        check_positive("batch_size", batch_size)
         if isinstance(images, (str, os.PathLike, PIL.Image.Image)):
             raise InputError(
                 f"`images` must be an iterable of images; given one {type(images).__name__}."
             )
-        return self._stream(iter(images), top_k, batch_size)
+        return self._stream(iter(images), batch_size, work, finish)
 
     def _stream(
-        self, images: Iterator[Any], top_k: int, batch_size: int
+        self,
+        images: Iterator[Any],
+        batch_size: int,
+        work: _Work,
+        finish: Callable[[list[np.ndarray]], Any],
     ) -> Generator[Result, None, None]:
         first = list(islice(images, batch_size))
         if not first:
@@ -244,25 +394,30 @@ class ImageClassifier:
         loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vit-decode")
         try:
             loading = loader.submit(self._load, first, size, stop)
-            run = self._executable(size)  # compiled while the first batch is decoded
+            run = self._executable(size, work)  # compiled while the first batch is decoded
             batch = loading.result()
             while batch.sources:
                 # The thread also asks for the next images, so results never wait for them.
                 loading = loader.submit(
                     lambda: self._load(list(islice(images, batch_size)), size, stop)
                 )
-                yield from self._results(batch, run, top_k)
+                yield from self._results(batch, run, finish)
                 batch = loading.result()
         finally:
             stop.set()
             loader.shutdown(cancel_futures=True)
 
-    def _results(self, batch: _Batch, run: jax.stages.Compiled, top_k: int) -> Iterator[Result]:
-        rows: list[np.ndarray] = []
+    def _results(
+        self,
+        batch: _Batch,
+        run: jax.stages.Compiled,
+        finish: Callable[[list[np.ndarray]], Any],
+    ) -> Iterator[Result]:
+        arrays: list[np.ndarray] = []
         if not all(batch.errors):
-            rows = list(np.asarray(run(self.model.params, batch.pixel_values)))  # (K,) each
+            arrays = [np.asarray(a) for a in run(self.model.params, batch.pixel_values)]
         for i, (source, error) in enumerate(zip(batch.sources, batch.errors, strict=True)):
-            if error is None and not np.isfinite(rows[i]).all():
+            if error is None and not all(np.isfinite(array[i]).all() for array in arrays):
                 text = (
                     "the model's output is not finite (NaN or infinity): its weights hold such "
                     f"values, or {self.model.dtype} cannot hold what it computes."
@@ -271,7 +426,7 @@ class ImageClassifier:
             if error is not None:
                 yield Result(source, error=error)
             else:
-                yield Result(source, self._best(rows[i], top_k))
+                yield Result(source, finish([array[i] for array in arrays]))
 
     def _best(self, probabilities: np.ndarray, top_k: int) -> tuple[Prediction, ...]:
         labels = self.config.id2label
@@ -347,19 +502,55 @@ class ImageClassifier:
 
     # -- the network
 
-    def _probabilities(self, params: Any, pixel_values: jax.Array) -> jax.Array:
-        logits = self.model(pixel_values, params=params, return_dict=True).logits  # (B, K)
-        logits = logits.astype(jnp.float32)
-        return jax.nn.sigmoid(logits) if self._several else jax.nn.softmax(logits, axis=-1)
+    def _run(self, params: Any, pixel_values: jax.Array, work: _Work) -> tuple[jax.Array, ...]:
+        """Arrays with a row for each image, in float32."""
+        output = self.model(
+            pixel_values,
+            params=params,
+            return_dict=True,
+            output_hidden_states=work.kind == "features",
+            output_attentions=work.kind == "attention",
+        )
+        if work.kind == "attention":
+            found = [output.attentions[i] for i in work.layers]  # (B, A, S, S)
+        elif work.kind == "features":
+            found = [self._pooled(params, output.hidden_states, i, work.pool) for i in work.layers]
+        else:
+            logits = output.logits.astype(jnp.float32)  # (B, K)
+            several = self._several
+            found = [jax.nn.sigmoid(logits) if several else jax.nn.softmax(logits, axis=-1)]
+        return tuple(array.astype(jnp.float32) for array in found)
 
-    def _executable(self, size: int) -> jax.stages.Compiled:
+    def _pooled(self, params: Any, hidden_states: Any, layer: int, pool: str | None) -> jax.Array:
+        """A block's output; the last one's after the final norm, where that is on the tokens."""
+        x, config = hidden_states[layer + 1], self.config
+        network = params[config.base_model_prefix]
+        if layer == config.num_hidden_layers - 1 and "layernorm" in network:
+            norm = nn.LayerNorm(
+                epsilon=config.layer_norm_eps,
+                dtype=self.model.dtype,
+                use_fast_variance=False,
+                force_float32_reductions=True,
+            )
+            x = norm.apply({"params": network["layernorm"]}, x)
+        if pool == "cls":
+            return x[:, 0]
+        return mean_of_patches(x, config) if pool == "mean" else x
+
+    def _executable(self, size: int, work: _Work) -> jax.stages.Compiled:
         """The network for a batch of that size, compiled where it is not yet."""
         shape = (size, self.config.num_channels, *self.image_size)
-        if shape not in self._compiled:
+        if (shape, work) not in self._compiled:
             pixel_values = jax.ShapeDtypeStruct(shape, jnp.float32)
-            lowered = jax.jit(self._probabilities).lower(self.model.params, pixel_values)
-            self._compiled[shape] = lowered.compile()
-        return self._compiled[shape]
+            lowered = jax.jit(partial(self._run, work=work)).lower(self.model.params, pixel_values)
+            self._compiled[shape, work] = lowered.compile()
+        return self._compiled[shape, work]
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise InputError unless the value is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"`{name}` must be a positive integer; given {value!r}.")
 
 
 def default_image_processor(config: ViTConfig) -> ViTImageProcessor:

@@ -1,0 +1,678 @@
+"""What XLA's TPU compiler says of a network, on a machine that has no TPU.
+
+The package libtpu holds the compiler that a TPU VM uses. It is given a description of the chips
+instead of the chips, so nothing runs: a program that passes here compiles, fits and does the
+arithmetic it should, but neither its numbers nor its time were seen.
+
+A chip has one device in each of these topologies; every figure is of one chip.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.source import config_from_dict, is_timm, open_source, read_config_file
+from vit_common.config import ViTConfig
+from vit_common.errors import InputError
+from vit_common.flops import forward_flops
+from vit_common.presets import PRESETS, preset
+from vit_flax.auto import FlaxAutoModelForImageClassification
+
+FLOPS_BOUND = 0.03
+"""How far the matrix products of a program may be from the analytic count, as a share of it."""
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+class Chip(NamedTuple):
+    """A generation of TPU: the smallest topology the compiler takes, and one chip's figures."""
+
+    topology: str
+    hbm_gb: float
+    bf16_tflops: float
+    hbm_gb_per_second: float
+    source: str
+
+
+CHIPS: dict[str, Chip] = {
+    "v5e": Chip("v5e:2x2", 16, 197, 819, "https://cloud.google.com/tpu/docs/v5e"),
+    "v5p": Chip("v5p:2x2x1", 95, 459, 2765, "https://cloud.google.com/tpu/docs/v5p"),
+    "v6e": Chip("v6e:2x2", 32, 918, 1640, "https://cloud.google.com/tpu/docs/v6e"),
+}
+"""The chips by name; peak figures as Google publishes them, GB being 10^9 bytes here."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One assertion, whether it holds, and what was seen."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program compiled for one kind of chip.
+
+    Attributes:
+        chip: key of `CHIPS`.
+        name: "forward" or "training step".
+        batch: images on each chip.
+        devices: chips of the mesh.
+        seconds: what compiling took.
+        analytic_flops: two for each multiply-add of `vit_common.flops`, on one chip.
+        product_flops: of the matrix products in the optimized program; None where a custom kernel
+            hides some.
+        flops: of all operations, by the compiler's cost analysis.
+        bytes_accessed: by the same: what every operation reads and writes, VMEM included.
+        argument_bytes, output_bytes, aliased_bytes, temporary_bytes, code_bytes: memory that the
+            program takes; aliased are the outputs that take the place of arguments.
+        collectives: how many of each kind there are.
+        checks: the assertions.
+    """
+
+    chip: str
+    name: str
+    batch: int
+    devices: int
+    seconds: float
+    analytic_flops: float
+    product_flops: float | None
+    flops: float
+    bytes_accessed: float
+    argument_bytes: int
+    output_bytes: int
+    aliased_bytes: int
+    temporary_bytes: int
+    code_bytes: int
+    collectives: dict[str, int]
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all assertions hold."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether there is a program; if not, every figure is 0."""
+        return self.flops > 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """HBM that the program needs, arguments included."""
+        held = self.argument_bytes + self.output_bytes - self.aliased_bytes
+        return held + self.temporary_bytes + self.code_bytes
+
+    @property
+    def flops_ratio(self) -> float:
+        """All operations, to the analytic count of matrix products."""
+        return self.flops / self.analytic_flops
+
+
+@dataclass(frozen=True)
+class TPUReport:
+    """What `check` found.
+
+    Attributes:
+        model: what was asked for.
+        dtype: of the computation; parameters are float32.
+        versions: of jax, jaxlib, flax and libtpu.
+        programs: one for each chip and kind.
+    """
+
+    model: str
+    dtype: str
+    versions: dict[str, str]
+    programs: tuple[Program, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every assertion of every program holds."""
+        return all(program.passed for program in self.programs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; `from_dict` reads it."""
+        return {"passed": self.passed, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> TPUReport:
+        """The report that `to_dict` wrote."""
+        programs = tuple(
+            Program(**{**row, "checks": tuple(Check(**check) for check in row["checks"])})
+            for row in table["programs"]
+        )
+        return cls(table["model"], table["dtype"], dict(table["versions"]), programs)
+
+
+def check(
+    config_or_source: ViTConfig | str | os.PathLike,
+    *,
+    chips: Iterable[str] = ("v5e", "v5p", "v6e"),
+    batch: int = 8,
+    dtype: str = "bfloat16",
+    training: bool = True,
+    format: str | None = None,
+    hub: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> TPUReport:
+    """Compile a network for TPUs and check what the compiler says. Needs no weights and no TPU.
+
+    Compiled are the forward pass of the image classifier and a training step (cross entropy,
+    optax's AdamW, the old state donated), batches split over the chips and parameters, float32, on
+    each. It takes a core one to several minutes a program, by depth.
+
+    Asserted of each: it compiles, and fits in the chip's HBM; the floating point operations of its
+    matrix products are within `FLOPS_BOUND` of the analytic count (of a training step: three times
+    that of the forward pass, without the gradient of the pixels); no float64; no float32 matrix
+    product if another dtype was asked for, but for the resampling of positions; and of the forward
+    pass: no collective.
+
+    Args:
+        config_or_source: a configuration, a folder, weights file or Hub name, or a preset's name
+            where no file has that name.
+        chips: keys of `CHIPS`.
+        batch: images on each chip.
+        dtype: of the computation, one of `DTYPES`.
+        training: whether to compile the training step too; needs optax.
+        format: of the weights, where the network must be told from them.
+        hub: options of the Hub.
+        progress: told, before each program, what is compiled.
+
+    Raises:
+        InputError: libtpu or optax is missing, or an argument does not fit.
+        ViTError: there is no such model, or it is refused.
+    """
+    chips = tuple(chips)
+    unknown = [name for name in chips if name not in CHIPS]
+    if unknown or not chips:
+        raise InputError(f"`chips` must be some of {', '.join(CHIPS)}; given {chips!r}.")
+    if batch < 1:
+        raise InputError(f"`batch` must be at least 1; given {batch!r}.")
+    if dtype not in DTYPES:
+        raise InputError(f"`dtype` must be one of {', '.join(DTYPES)}; given {dtype!r}.")
+    require_compiler(training)
+    config, teacher = network(config_or_source, format=format, hub=hub)
+    if isinstance(config_or_source, ViTConfig):
+        named = f"{config.model_type}, {config.num_hidden_layers} x {config.hidden_size}"
+    else:
+        named = os.fspath(config_or_source)
+    programs = []
+    with libtpu_environment():
+        for chip in chips:
+            for name in ("forward", "training step") if training else ("forward",):
+                if progress is not None:
+                    progress(f"compiling for {chip}: {name}, {batch} images on each chip, {dtype}")
+                make = forward if name == "forward" else training_step
+                mesh = chip_mesh(chip)
+                built = make(config, mesh, batch=batch, dtype=dtype, teacher=teacher)
+                programs.append(
+                    check_program(*built, chip=chip, name=name, batch=batch, dtype=dtype)
+                )
+    return TPUReport(named, dtype, versions(), tuple(programs))
+
+
+def require_compiler(training: bool = False) -> None:
+    """Raise InputError unless libtpu, and for training optax, are installed."""
+    needed = ("libtpu", "optax") if training else ("libtpu",)
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"checking without a TPU needs {' and '.join(missing)}; run: "
+            'pip install "vit-flax[tpu-check]"'
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what is compiled."""
+    return {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "libtpu")}
+
+
+def network(
+    config_or_source: ViTConfig | str | os.PathLike,
+    *,
+    format: str | None = None,
+    hub: Mapping[str, Any] | None = None,
+) -> tuple[ViTConfig, bool]:
+    """A configuration, and whether there are a distilled DeiT's two classifiers. Of a model on the
+    Hub no weights are fetched if its `config.json` says what it is."""
+    if isinstance(config_or_source, ViTConfig):
+        return config_or_source, _has_teacher(config_or_source)
+    source = os.fspath(config_or_source)
+    if source in PRESETS and not Path(source).exists():
+        return preset(source, num_labels=1000), False
+    table = read_config_file(source, **(hub or {}))
+    if table is not None and table.get("model_type") and not is_timm(table):
+        config = config_from_dict(table)
+        return config, _has_teacher(config)
+    with open_source(source, format=format, **(hub or {})) as opened:
+        return opened.config, opened.head == "teacher"
+
+
+def _has_teacher(config: ViTConfig) -> bool:
+    return any("WithTeacher" in name for name in config.architectures or ())
+
+
+@contextmanager
+def libtpu_environment() -> Iterator[None]:
+    """Keep libtpu from asking the network what machine this is, and from writing logs.
+
+    libtpu reads these variables when it is loaded; what was set before stays, and the rest is
+    taken away again.
+    """
+    added = {name: value for name, value in LIBTPU_VARIABLES.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+LIBTPU_VARIABLES = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any that exists: asked for, but not used here
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+def chip_mesh(chip: str, devices: int | None = None) -> jax.sharding.Mesh:
+    """A mesh with one axis, "data", over the first devices of the chip's topology; None takes all.
+
+    Raises:
+        InputError: the compiler does not know the chip.
+    """
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=CHIPS[chip].topology
+        ).devices
+    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+        raise InputError(
+            f"libtpu {metadata.version('libtpu')} does not take the topology "
+            f"{CHIPS[chip].topology}: {_first_line(error)}"
+        ) from error
+    return jax.sharding.Mesh(np.array(found[:devices]), ("data",))
+
+
+# -- programs
+
+
+class Built(NamedTuple):
+    """A function, what it is called with, and its matrix products' operations on one chip."""
+
+    jitted: Any
+    arguments: tuple[Any, ...]
+    analytic_flops: float
+    devices: int
+    may_communicate: bool
+
+
+def _shardings(mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+    spec = jax.sharding.PartitionSpec
+    return (
+        jax.sharding.NamedSharding(mesh, spec()),
+        jax.sharding.NamedSharding(mesh, spec("data")),
+    )
+
+
+def _model(config: ViTConfig, dtype: str, teacher: bool) -> Any:
+    auto = FlaxAutoModelForImageClassification
+    cls = auto.teacher if teacher else auto.class_for(config)
+    return cls(config, dtype=dtype, _do_init=False)
+
+
+def _pixels(config: ViTConfig, batch: int, dtype: str) -> jax.ShapeDtypeStruct:
+    shape = (batch, config.num_channels, *config.image_height_width)
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+def forward(
+    config: ViTConfig, mesh: jax.sharding.Mesh, *, batch: int, dtype: str, teacher: bool = False
+) -> Built:
+    """Logits of `batch` images on each device."""
+    everywhere, split = _shardings(mesh)
+    model = _model(config, dtype, teacher)
+    jitted = jax.jit(
+        lambda params, pixel_values: model(pixel_values, params=params, return_dict=True).logits,
+        in_shardings=(everywhere, split),
+        out_shardings=split,
+    )
+    arguments = (model.params_shape_tree, _pixels(config, batch * mesh.size, dtype))
+    flops = batch * forward_flops(config, "teacher" if teacher else "classifier")
+    return Built(jitted, arguments, flops, mesh.size, may_communicate=False)
+
+
+def training_step(
+    config: ViTConfig, mesh: jax.sharding.Mesh, *, batch: int, dtype: str, teacher: bool = False
+) -> Built:
+    """One step of AdamW on `batch` images on each device; gradients are summed over them."""
+    import optax
+
+    everywhere, split = _shardings(mesh)
+    model = _model(config, dtype, teacher)
+    optimizer = optax.adamw(1e-3)
+
+    def step(state, pixel_values, labels, key):
+        params, moments = state
+
+        def loss(params):
+            logits = model(
+                pixel_values, params=params, dropout_rng=key, train=True, return_dict=True
+            ).logits
+            logits = logits.astype(jnp.float32)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, moments = optimizer.update(gradients, moments, params)
+        return (optax.apply_updates(params, updates), moments), value
+
+    jitted = jax.jit(
+        step,
+        in_shardings=(everywhere, split, split, everywhere),
+        out_shardings=(everywhere, everywhere),
+        donate_argnums=0,
+    )
+    params = model.params_shape_tree
+    total = batch * mesh.size
+    arguments = (
+        (params, jax.eval_shape(optimizer.init, params)),
+        _pixels(config, total, dtype),
+        jax.ShapeDtypeStruct((total,), jnp.int32),
+        jax.ShapeDtypeStruct((2,), jnp.uint32),
+    )
+    flops = 3 * forward_flops(config, "teacher" if teacher else "classifier")
+    patch = math.prod(config.patch_height_width) * config.num_channels
+    flops -= 2 * config.num_patches * patch * config.hidden_size  # the pixels need no gradient
+    return Built(jitted, arguments, batch * flops, mesh.size, may_communicate=True)
+
+
+def check_program(
+    jitted: Any,
+    arguments: tuple[Any, ...],
+    analytic_flops: float,
+    devices: int,
+    may_communicate: bool,
+    *,
+    chip: str,
+    name: str,
+    batch: int,
+    dtype: str,
+) -> Program:
+    """Compile a jitted function of shapes and check what comes out.
+
+    Args:
+        jitted: its shardings name the devices.
+        arguments: shapes and dtypes that it is called with.
+        analytic_flops: of its matrix products on one device; 0 leaves that check out.
+        devices: how many there are.
+        may_communicate: whether collectives are expected.
+        chip, name, batch: for the report.
+        dtype: of matrix products; with "float32" those may be float32.
+    """
+    lowered = jitted.lower(*arguments)
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        exhausted = "RESOURCE_EXHAUSTED" in str(error)
+        failed = Check("fits" if exhausted else "compiles", False, _first_line(error))
+        seconds = time.perf_counter() - start
+        empty: tuple[Any, ...] = (None, 0.0, 0.0, 0, 0, 0, 0, 0, {}, (failed,))
+        return Program(chip, name, batch, devices, seconds, analytic_flops, *empty)
+    seconds = time.perf_counter() - start
+
+    text = compiled.as_text()
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    hidden = custom_kernels(text)
+    counted = None if hidden else product_flops(text)
+    found = collectives(text)
+    program = Program(
+        chip=chip,
+        name=name,
+        batch=batch,
+        devices=devices,
+        seconds=seconds,
+        analytic_flops=analytic_flops,
+        product_flops=counted,
+        flops=float(cost["flops"]),
+        bytes_accessed=float(cost["bytes accessed"]),
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        aliased_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
+        collectives=found,
+        checks=(),
+    )
+    limit = CHIPS[chip].hbm_gb
+    used = program.memory_bytes / 1e9
+    checks = [
+        Check("compiles", True, f"in {seconds:.0f} s"),
+        Check("fits", used <= limit, f"{used:.2f} of {limit:g} GB"),
+    ]
+    if analytic_flops:
+        # What a custom kernel does is not in the text; the total then stands for the products.
+        ratio = (program.flops if counted is None else counted) / analytic_flops
+        what = "all operations" if counted is None else "matrix products"
+        checks.append(
+            Check(
+                "flops",
+                abs(ratio - 1.0) <= FLOPS_BOUND,
+                f"{what} {ratio:.4f} of the analytic count",
+            )
+        )
+    wide = float64_operations(lowered.as_text(), text)
+    checks.append(Check("no float64", not wide, _listed(wide) or "none"))
+    if dtype != "float32":
+        exact = float32_products(text)
+        checks.append(Check("no float32 product", not exact, _listed(exact) or "none"))
+    if not may_communicate:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in found.items())
+        checks.append(Check("no collective", not found, kinds or "none"))
+    return Program(**{**vars(program), "checks": tuple(checks)})
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason")
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+# -- reading the compiler's text
+
+_COLLECTIVE = re.compile(
+    r" (all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute"
+    r"|collective-broadcast)(?:-start)?\("
+)
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(
+    r"^\s*(?:ROOT )?%?([\w.\-]+) = (?:([a-z]\w*)\[([\d,]*)\]\S*|\(.*?\)) ([\w\-]+)\((.*)$"
+)
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%([\w.\-]+)")
+_CALLED_LIST = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+_TRIPS = re.compile(r'known_trip_count[^}]*?"n":"(\d+)"')
+_OPERATION = re.compile(r'op_name="([^"]*)"')
+_RESAMPLING = "Hh,Ww,"
+"""In the name of the only float32 products that are meant: positions, resampled (`model.py`)."""
+
+
+class _Array(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class _Instruction(NamedTuple):
+    name: str
+    result: _Array | None
+    opcode: str
+    rest: str
+
+
+@lru_cache(maxsize=2)
+def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
+    """The instructions of every computation of an HLO module, and the name of its entry."""
+    computations: dict[str, list[_Instruction]] = {}
+    current: list[_Instruction] = []
+    entry = ""
+    for line in hlo.splitlines():
+        opened = None if line.startswith(" ") else _COMPUTATION.match(line)
+        if opened:
+            current = computations.setdefault(opened[1], [])
+            entry = opened[1] if line.startswith("ENTRY ") else entry
+            continue
+        found = _INSTRUCTION.match(line)
+        if found:
+            name, dtype, dims, opcode, rest = found.groups()
+            shape = tuple(map(int, dims.split(","))) if dims else ()
+            result = _Array(dtype, shape) if dtype else None
+            current.append(_Instruction(name, result, opcode, rest))
+    return computations, entry
+
+
+def _arrays(hlo: str) -> dict[str, _Array]:
+    return {
+        each.name: each.result
+        for instructions in _parse(hlo)[0].values()
+        for each in instructions
+        if each.result is not None
+    }
+
+
+def _operands(instruction: _Instruction, arrays: Mapping[str, _Array]) -> list[_Array]:
+    return [arrays[name] for name in _NAME.findall(instruction.rest.split(")", 1)[0])]
+
+
+def product_flops(hlo: str) -> float:
+    """Floating point operations of the matrix products and convolutions of an optimized module,
+    two for each multiply-add; loops with a known number of rounds count each round."""
+    computations, entry = _parse(hlo)
+    arrays = _arrays(hlo)
+
+    @cache
+    def total(name: str) -> float:
+        flops = 0.0
+        for each in computations.get(name, ()):
+            if each.opcode in ("dot", "convolution"):
+                flops += _product_flops(each, arrays)
+                continue
+            called = _CALLED.findall(each.rest)
+            for names in _CALLED_LIST.findall(each.rest):
+                called += _NAME.findall(names)
+            rounds = _TRIPS.search(each.rest) if each.opcode == "while" else None
+            flops += (int(rounds[1]) if rounds else 1) * sum(map(total, called))
+        return flops
+
+    return total(entry)
+
+
+def _product_flops(product: _Instruction, arrays: Mapping[str, _Array]) -> float:
+    left, right = _operands(product, arrays)
+    assert product.result is not None
+    if product.opcode == "dot":
+        dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.rest)
+        summed = [left.shape[int(dim)] for dim in dims[1].split(",") if dim] if dims else []
+        return 2.0 * math.prod(product.result.shape) * math.prod(summed)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", product.rest)
+    assert labels is not None
+    window = re.search(r"window=\{([^}]*)\}", product.rest)
+    options = dict(part.split("=") for part in window[1].split()) if window else {}
+    groups = {
+        kind: int(found[1]) if (found := re.search(rf"{kind}=(\d+)", product.rest)) else 1
+        for kind in ("feature_group_count", "batch_group_count")
+    }
+    count = 2.0 * left.shape[labels[1].index("f")] / groups["feature_group_count"]
+    count *= left.shape[labels[1].index("b")] / groups["batch_group_count"]
+    count *= product.result.shape[labels[3].index("f")]
+    spatial = sorted(label for label in labels[1] if label.isdigit())
+    for i, label in enumerate(spatial):
+
+        def option(name: str, default: str, i: int = i) -> str:
+            return options[name].split("x")[i] if name in options else default
+
+        count *= _positions(
+            left.shape[labels[1].index(label)],
+            right.shape[labels[2].index(label)],
+            product.result.shape[labels[3].index(label)],
+            int(option("stride", "1")),
+            int(option("pad", "0_0").split("_")[0]),
+            int(option("lhs_dilate", "1")),
+            int(option("rhs_dilate", "1")),
+        )
+    return count
+
+
+@cache
+def _positions(
+    size: int, kernel: int, outputs: int, stride: int, before: int, dilate: int, spread: int
+) -> int:
+    """Pairs of a kernel's tap and an output that meet an element of the input: neither the padding
+    nor a hole between dilated elements. (The compiler turns batched products into convolutions
+    whose taps meet nothing but holes, one excepted.)"""
+    place = np.arange(outputs)[:, None] * stride + np.arange(kernel)[None, :] * spread - before
+    inside = (place >= 0) & (place <= (size - 1) * dilate) & (place % dilate == 0)
+    return int(inside.sum())
+
+
+def float32_products(hlo: str) -> list[str]:
+    """Names of the matrix products and convolutions of an optimized module that have a float32 (or
+    float64) operand, those that resample positions left out."""
+    arrays = _arrays(hlo)
+    found = []
+    for instructions in _parse(hlo)[0].values():
+        for each in instructions:
+            if each.opcode not in ("dot", "convolution"):
+                continue
+            name = _OPERATION.search(each.rest)
+            wide = any(operand.dtype in ("f32", "f64") for operand in _operands(each, arrays))
+            if wide and not (name and _RESAMPLING in name[1]):
+                found.append(name[1] if name else each.name)
+    return found
+
+
+def float64_operations(stablehlo: str, hlo: str) -> list[str]:
+    """Operations with a float64 result or operand, as the program was written and as it was
+    optimized: the TPU compiler makes pairs of float32 of them, so the second alone shows none."""
+    found = []
+    for line in stablehlo.splitlines():
+        operation = re.search(r"\b((?:stablehlo|chlo|func)\.\w+|call)\b", line)
+        if "f64>" in line and operation:
+            found.append(operation[1])
+    for line in hlo.splitlines():
+        instruction = _INSTRUCTION.match(line)
+        if instruction and instruction[2] == "f64":
+            found.append(instruction[4])
+    return list(dict.fromkeys(found))
+
+
+def collectives(hlo: str) -> dict[str, int]:
+    """How many collective operations of each kind an optimized module has."""
+    return dict(Counter(_COLLECTIVE.findall(hlo)))
+
+
+def custom_kernels(hlo: str) -> int:
+    """How many kernels written by hand (Pallas) an optimized module calls."""
+    return hlo.count('custom_call_target="tpu_custom_call"')
