@@ -28,9 +28,16 @@ from vit_common.checkpoint import open_checkpoint, save_checkpoint, write_checkp
 from vit_common.checks import check_keywords
 from vit_common.config import CONFIG_NAME, ViTConfig
 from vit_common.containers.tensor import Tensor
-from vit_common.errors import CheckpointError, ConfigError, InputError, MissingFileError
-from vit_common.files import move_files
+from vit_common.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    MissingFileError,
+    ViTError,
+)
+from vit_common.files import move_files, reason
 from vit_common.hub import HUB_OPTIONS
+from vit_common.image_processors import AutoImageProcessor
 from vit_common.parameters import Head, parameter_shapes
 from vit_common.positions import resize_matrices, resize_positions
 
@@ -88,6 +95,7 @@ def convert(
     image_size: int | tuple[int, int] | None = None,
     ignore: Iterable[str] = (),
     overrides: Mapping[str, Any] | None = None,
+    preprocessing: str | os.PathLike | None = None,
     dry_run: bool = False,
     verify: bool = True,
     force: bool = False,
@@ -110,6 +118,8 @@ def convert(
         image_size: resample the positions to images of this size, with the family's own rule.
         ignore: regular expressions of names in the source to leave aside.
         overrides: fields of the configuration that win over what the source implies.
+        preprocessing: `preprocessor_config.json`, or a model that has one, to write instead of
+            what the source has or implies.
         dry_run: do all but writing.
         verify: read the result again and compare it, and run source and target on one image.
         force: overwrite files of the target.
@@ -142,7 +152,11 @@ def convert(
         except (CheckpointError, ConfigError) as error:
             raise type(error)(f"{opened.path}: {error}") from error
         report = plan.report(target, dry_run)
-        processor = find_processor(opened, source, **hub)
+        if preprocessing is None:
+            processor = find_processor(opened, source, **hub)
+        else:
+            found = AutoImageProcessor.from_pretrained(preprocessing)
+            processor = found, f"{preprocessing}, as given,"
         beside = plan.beside(target, processor, report)
         if not force:
             _refuse_to_overwrite(plan.names(target, beside))
@@ -215,8 +229,11 @@ class _Plan:
     def _ignore(self, patterns: tuple[str, ...]) -> list[str]:
         """Move what the caller gave up to what is ignored; the names left that nothing explains."""
         left = []
+        for pattern in patterns:
+            _match(pattern, "")  # refused also where there is nothing to match
+        self.given_up = lambda name: any(_match(pattern, name) for pattern in patterns)
         for name in self.source.unexplained:
-            if any(_match(pattern, name) for pattern in patterns):
+            if self.given_up(name):
                 self.ignored[name] = "given up by the caller"
             else:
                 left.append(name)
@@ -270,9 +287,10 @@ class _Plan:
             return "a mask token, which a model with this head does not have"
         if name.startswith("pooler.") and self.head is not None:
             return "a pooler, which the head of this model does not look at"
-        if name.startswith(("classifier.", "cls_classifier.", "distillation_classifier.")):
+        heads = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.")
+        if name.startswith(heads):
             return "a second head"
-        return None
+        return "given up by the caller" if self.given_up(name) else None
 
     # -- changes
 
@@ -507,14 +525,15 @@ def _write(plan, target, beside, max_shard_size, verify, report, progress, start
             report.verification = _verify(plan, written)
         stale = [] if one_file else _stale(directory, {f.name for f in staging.iterdir()})
         report.written = [str(path) for path in move_files(staging, directory, stale)]
-    except OSError as error:
-        raise MissingFileError(f"{directory}: cannot be written ({error}).") from error
-    except BaseException:
+    except BaseException as error:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
         for path in reversed(made):
             with contextlib.suppress(OSError):
-                if staging is not None:
-                    shutil.rmtree(staging, ignore_errors=True)
                 path.rmdir()
+        if isinstance(error, OSError) and not isinstance(error, ViTError):
+            text = f"{directory}: cannot be written ({reason(error)})."
+            raise MissingFileError(text) from error
         raise
     finally:
         if staging is not None:
@@ -527,7 +546,7 @@ def _make_directories(directory: Path) -> list[Path]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MissingFileError(f"{directory}: cannot be made ({error.strerror}).") from error
+        raise MissingFileError(f"{directory}: cannot be made ({reason(error)}).") from error
     return made
 
 

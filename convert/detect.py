@@ -38,8 +38,8 @@ _ELSEWHERE = (
         "an average of the weights over training; the weights themselves are taken",
     ),
     (r"student[/.].*", "the student of DINO's training; the teacher is taken"),
-    (r"(.*[/.])?(dino_loss|dino_head|ibot_head|head)[/.].*", "a head or loss of pretraining"),
     (r"(.*[/.])?(t|txt|text|contrastive)[/.].*", "of a text tower"),
+    (r"(.*[/.])?(dino_loss|dino_head|ibot_head|head)[/.].*", "a head or loss of pretraining"),
     (r"(.*[/.])?(epoch|step|steps|iteration|global_step|count)", "a counter of training"),
 )
 
@@ -225,7 +225,8 @@ def _prefer(tables: list[Format], keys: list[str], hints: Mapping[str, str]) -> 
         return tables[:1] if len(set(known)) == 1 else tables
 
     def only(name: str) -> list[Format]:
-        return [table for table in tables if table.name == name] or tables
+        named = [table for table in tables if table.name == name]
+        return _prefer(named, keys, hints) if named else tables
 
     root = hints.get("root", "")
     if "architecture" in hints:
@@ -234,6 +235,8 @@ def _prefer(tables: list[Format], keys: list[str], hints: Mapping[str, str]) -> 
         return only("dino")
     if any(re.fullmatch(r"head\.(mlp|last_layer)\..*", key) for key in keys):
         return only("dino")
+    if "mask_token" in keys and "dinov2" in names:  # of the shape it has there, unlike MAE's
+        return only("dinov2")
     if any(re.fullmatch(r"decoder_.*|mask_token", key) for key in keys):
         return only("mae") if "mae" in names else only("beit")
     if hints.get("suffix") == ".safetensors":
@@ -244,4 +247,6 @@ def _prefer(tables: list[Format], keys: list[str], hints: Mapping[str, str]) -> 
         return only("beit") if "beit" in names else only("deit")
     if any(key.startswith("head.") for key in keys):
         return only("timm")
+    if "model_type" in hints and len({id(table.rules) for table in tables}) == 1:
+        return tables[:1]  # the configuration says what the weights do not
     return [table for table in tables if table.name in ("timm", "dino", "beit")]

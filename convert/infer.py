@@ -97,12 +97,8 @@ def infer_config(
         fields.update({name: (value, origin) for name, value in values.items()})
 
     family = table.families[0]
-    if "embeddings.register_tokens" in shapes and "dinov2_with_registers" in table.families:
-        family = "dinov2_with_registers"
     for name, value in table.settings.items():
         note(f"the format {table.name}", **{name: value})
-    if family == "dinov2_with_registers":
-        note("DINOv2 with registers", position_resize="bicubic_antialias")
     _sizes(shapes, family, note)
     if timm is not None:
         _read_timm(timm, given, note)
@@ -236,10 +232,19 @@ def _heads(shapes, source, timm, note) -> None:
 
 def _read_timm(timm: Mapping[str, Any], given: Mapping[str, Any], note: Any) -> None:
     architecture = str(timm.get("architecture", ""))
-    name = f"timm's {architecture}"
-    if architecture in timm_models.HEADS:
-        activation = timm_models.ACTIVATIONS.get(architecture, "gelu")
-        note(name, hidden_act=activation, layer_norm_eps=timm_models.EPS.get(architecture, 1e-6))
+    if architecture not in timm_models.HEADS:
+        # Other networks can have the same names: vit_base_patch16_rpn_224 has its norms elsewhere.
+        raise ConfigError(
+            f"timm's config.json: `architecture` is {architecture!r}, whose network is not known "
+            "to be one of those here. If it is, convert the weights file apart from its "
+            "config.json, and say with options what the weights do not."
+        )
+    activation = timm_models.ACTIVATIONS.get(architecture, "gelu")
+    note(
+        f"timm's {architecture}",
+        hidden_act=activation,
+        layer_norm_eps=timm_models.EPS.get(architecture, 1e-6),
+    )
     size = (timm.get("pretrained_cfg") or {}).get("input_size")
     if size:
         note("timm's pretrained_cfg", image_size=size[1] if size[1] == size[2] else tuple(size[1:]))

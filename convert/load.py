@@ -14,6 +14,7 @@ import numpy as np
 
 from convert.rules import Format, MappedTensor, unprefixed
 from convert.source import (
+    OURS,
     config_from_dict,
     is_timm,
     open_source,
@@ -169,9 +170,9 @@ def load_parameters(
     checkpoint = open_checkpoint(path)
     try:
         hints = {"suffix": path.suffix, "model_type": config.model_type}
-        timm = read_config_file(name_or_path, **hub)
-        if timm is not None and is_timm(timm):
-            hints["architecture"] = str(timm["architecture"])
+        beside = read_config_file(name_or_path, **hub)
+        if beside is not None and is_timm(beside):
+            hints["architecture"] = str(beside["architecture"])
         loaded = _fit(
             checkpoint, path, shapes, model, allow_missing, ignore_mismatched_sizes, format, hints
         )
@@ -185,7 +186,8 @@ def load_parameters(
         for field, value in loaded.format.settings.items()
         if getattr(config, field) != value
     }
-    if odd:
+    # A configuration beside the weights knows better than their format.
+    if odd and (beside is None or (is_timm(beside) and OURS not in beside)):
         warnings.warn(
             f"{model} from {path}: networks in {loaded.format.name} layout have "
             + ", ".join(f"{field}={value!r}" for field, value in odd.items())

@@ -18,8 +18,8 @@ from vit_common.checkpoint import Checkpoint, open_checkpoint
 from vit_common.config import (
     CONFIG_CLASSES,
     CONFIG_NAME,
+    AutoConfig,
     ViTConfig,
-    config_class,
 )
 from vit_common.errors import CheckpointError, ConfigError
 from vit_common.files import parse_json, read_json
@@ -42,32 +42,6 @@ METADATA_KEY = "vit_config"
 
 # Formats whose files are never without a config.json.
 _DESCRIBED = ("hub", "flax", "flax-safetensors")
-
-# Keys of `vit_mae` for its decoder and its training, which an encoder does not have.
-_MAE_ONLY = (
-    "decoder_num_attention_heads",
-    "decoder_hidden_size",
-    "decoder_num_hidden_layers",
-    "decoder_intermediate_size",
-    "mask_ratio",
-    "norm_pix_loss",
-)
-
-# Keys of configurations that change what the network computes, and that no family here has; the
-# values that leave it as it is.
-_CHANGES_NETWORK: dict[str, tuple[Any, ...]] = {
-    "position_embedding_type": (None, "absolute"),
-    "add_cross_attention": (False,),
-    "is_decoder": (False,),
-    "pruned_heads": ({}, None),
-    "use_qk_norm": (False, None),
-    "qk_norm": (False, None),
-    "qk_layernorm": (False, None),
-    "rope_theta": (None,),
-    "rope_scaling": (None,),
-    "use_pre_norm": (False, None),
-    "norm_type": (None, "layernorm", "layer_norm"),
-}
 
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
@@ -143,30 +117,15 @@ def is_timm(table: Mapping[str, Any] | None) -> bool:
 
 
 def config_from_dict(table: Mapping[str, Any], **overrides: Any) -> Any:
-    """The configuration of a Hub `config.json`, of whichever family it is.
+    """The configuration of a Hub `config.json`, of whichever family it is; of ViT where it names
+    none.
 
     Raises:
-        ConfigError: it is of no family known here, a value is refused, or a key changes the network
-            in a way that is not known here.
+        ConfigError: as `AutoConfig.from_dict`.
     """
-    odd = [
-        f"{key}={table[key]!r}"
-        for key, harmless in _CHANGES_NETWORK.items()
-        if key in table and table[key] not in harmless
-    ]
-    if odd:
-        raise ConfigError(
-            f"config: {', '.join(odd)} changes what the network computes, which no network here "
-            "can do; this model cannot be used."
-        )
-    table = dict(table)
-    if table.get("model_type") == "vit_mae":
-        table = {key: value for key, value in table.items() if key not in _MAE_ONLY}
-        table.update(model_type="vit", architectures=None)
-    family = table.get("model_type")
-    if family in (None, ""):
-        return ViTConfig.from_dict(table, **overrides)
-    return config_class(family).from_dict(table, **overrides)
+    if table.get("model_type") in (None, ""):
+        table = {**table, "model_type": ViTConfig.model_type}
+    return AutoConfig.from_dict(table, **overrides)
 
 
 def open_source(
@@ -223,7 +182,13 @@ def open_source(
             raise CheckpointError("there is no config.json, which this format needs.")
         else:
             tensors = {bare: checkpoint[full] for bare, full in root.keys.items()}
-            settled, notes = infer_config(table, mapped, tensors, timm, overrides)
+            try:
+                settled, notes = infer_config(table, mapped, tensors, timm, overrides)
+            except (CheckpointError, ConfigError) as error:
+                if not unexplained:
+                    raise
+                names = ", ".join(unexplained[:60])
+                raise type(error)(f"{error} Names that nothing here knows: {names}.") from error
         object.__setattr__(settled, "_name_or_path", str(name_or_path)) if config is None else None
     except (CheckpointError, ConfigError) as error:
         checkpoint.close()
@@ -261,6 +226,10 @@ def read_tensors(
     hints = {**dict(hints or {}), "root": root.path}
     table = detect_format(tensors, name=format, hints=hints, shapes=tensors)
     mapped = to_canonical(tensors, table)
+    # Transformers saves a parameter of no entries where there are no registers.
+    mapped.tensors = {
+        name: tensor for name, tensor in mapped.tensors.items() if 0 not in tensor.shape
+    }
     bare = table.strip(tensors)
     original = {full: key for key, full in bare.items()}
     ignored, unexplained = dict(root.ignored), []

@@ -408,8 +408,12 @@ class ViTConfig:
         object.__setattr__(self, "_name_or_path", kwargs.pop("_name_or_path", ""))
         for name, value in kwargs.items():
             taken = getattr(type(self), name, None)
-            if isinstance(taken, property):
-                continue  # derived here; a file that also stores it cannot contradict it
+            if isinstance(taken, property):  # derived here; a file may store it too
+                if (name in _CHECKS or name == "head_dim") and value != getattr(self, name):
+                    raise _fail(
+                        name, f"{getattr(self, name)!r}, which follows from the rest", value
+                    )
+                continue
             if isinstance(taken, (bool, int, float, str)):  # the same for the whole family
                 if value != taken:
                     raise _fail(name, f"{taken!r} for {type(self).__name__}", value)
@@ -979,6 +983,33 @@ CONFIG_CLASSES: dict[str, type[ViTConfig]] = {
 """`model_type` -> class."""
 
 
+# Keys of `vit_mae` for its decoder and its training, which an encoder does not have.
+_MAE_ONLY = (
+    "decoder_num_attention_heads",
+    "decoder_hidden_size",
+    "decoder_num_hidden_layers",
+    "decoder_intermediate_size",
+    "mask_ratio",
+    "norm_pix_loss",
+)
+
+# Keys of configurations that change what the network computes, and that no family here has; the
+# values that leave it as it is.
+_CHANGES_NETWORK: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": (None, "absolute"),
+    "add_cross_attention": (False,),
+    "is_decoder": (False,),
+    "pruned_heads": ({}, None),
+    "use_qk_norm": (False, None),
+    "qk_norm": (False, None),
+    "qk_layernorm": (False, None),
+    "rope_theta": (None,),
+    "rope_scaling": (None,),
+    "use_pre_norm": (False, None),
+    "norm_type": (None, "layernorm", "layer_norm"),
+}
+
+
 def config_class(model_type: Any) -> type[ViTConfig]:
     """The class of a `model_type`; ConfigError if there is none here."""
     if model_type not in CONFIG_CLASSES:
@@ -1004,10 +1035,30 @@ class AutoConfig:
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Any:
-        """As `ViTConfig.from_dict`, of the family that `model_type` names."""
+        """As `ViTConfig.from_dict`, of the family that `model_type` names; the encoder of a
+        `vit_mae` is a ViT.
+
+        Raises:
+            ConfigError: it is of no family known here, a value is refused, or a key changes the
+                network in a way that is not known here.
+        """
         if not isinstance(config_dict, Mapping):
             raise ConfigError(f"config: expected a mapping of fields; given {config_dict!r}.")
-        return config_class(config_dict.get("model_type")).from_dict(config_dict, **overrides)
+        table = dict(config_dict)
+        odd = [
+            f"{key}={table[key]!r}"
+            for key, harmless in _CHANGES_NETWORK.items()
+            if key in table and table[key] not in harmless
+        ]
+        if odd:
+            raise ConfigError(
+                f"config: {', '.join(odd)} changes what the network computes, which no network "
+                "here can do; this model cannot be used."
+            )
+        if table.get("model_type") == "vit_mae":
+            table = {key: value for key, value in table.items() if key not in _MAE_ONLY}
+            table.update(model_type=ViTConfig.model_type, architectures=None)
+        return config_class(table.get("model_type")).from_dict(table, **overrides)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
@@ -1020,10 +1071,10 @@ class AutoConfig:
         from vit_common.checkpoint import read_json
         from vit_common.hub import find_file, split_hub_options
 
-        hub, _ = split_hub_options(kwargs)
+        hub, overrides = split_hub_options(kwargs)
         path = find_file(pretrained_model_name_or_path, CONFIG_NAME, **hub)
-        found = ViTConfig._named(path, config_class, read_json(path).get("model_type"))
-        return found.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        table = {**read_json(path), "_name_or_path": str(pretrained_model_name_or_path)}
+        return ViTConfig._named(path, cls.from_dict, table, **overrides)
 
 
 def as_config(config: Any, wanted: type[ViTConfig] = ViTConfig) -> Any:

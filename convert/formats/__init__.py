@@ -53,8 +53,7 @@ def table_for(name: str, config: ViTConfig, head: str | None = None) -> Format:
             f"{config.model_type!r}."
         )
     if len(fitting) > 1:  # DINOv2 with either MLP; BEiT with either head
-        by_name = {"dinov2": config.use_swiglu_ffn, "hub": config.use_swiglu_ffn}
-        second = by_name.get(name, name == "beit" and head == "tokens")
+        second = head == "tokens" if name == "beit" else config.use_swiglu_ffn
         return fitting[1 if second else 0]
     return fitting[0]
 

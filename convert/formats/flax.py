@@ -6,7 +6,7 @@ In msgpack files and in memory its levels are joined by "/", in Flax safetensors
 Sources: `models/{vit,beit,dinov2}/modeling_flax_*.py` of Transformers 4.57.6.
 """
 
-from convert.formats.huggingface import BEIT_HEAD, BLOCK, DINOV2_BLOCK
+from convert.formats.huggingface import BEIT_HEAD, BLOCK, DINOV2_BLOCK, DINOV2_SWIGLU_BLOCK
 from convert.layouts import HWIO, KEEP, TOKEN, TRANSPOSE, Layout
 from convert.rules import Format, Rule
 
@@ -87,13 +87,16 @@ def _formats(name: str, separator: str, describes: str) -> tuple[Format, ...]:
             prefixed=True,
             only_with_prefix=beit,
         ),
-        Format(
-            name=name,
-            describes=describes,
-            families=("dinov2", "dinov2_with_registers"),
-            rules=_rules(DINOV2_BLOCK, separator, TOKEN),
-            separator=separator,
-            prefixed=True,
+        *(
+            Format(
+                name=name,
+                describes=describes,
+                families=("dinov2", "dinov2_with_registers"),
+                rules=_rules(block, separator, TOKEN),
+                separator=separator,
+                prefixed=True,
+            )
+            for block in (DINOV2_BLOCK, DINOV2_SWIGLU_BLOCK)
         ),
     )
 

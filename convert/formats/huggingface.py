@@ -64,7 +64,7 @@ DINOV2_BLOCK = {
     "lambda_1": "layer_scale1.lambda1",
     "lambda_2": "layer_scale2.lambda1",
 }
-_SWIGLU_BLOCK = {
+DINOV2_SWIGLU_BLOCK = {
     **DINOV2_BLOCK,
     "intermediate.dense": "mlp.weights_in",
     "output.dense": "mlp.weights_out",
@@ -135,7 +135,7 @@ FORMATS = (
     _format(_VIT, _top() + _block(_SAME, _V4), _V4_NAMES),
     _format(_BEIT, _top() + _block(_SAME, _V4), _V4_NAMES, only_with_prefix=BEIT_HEAD),
     _format(_DINOV2, _top(TOKEN) + _block(DINOV2_BLOCK, _V4), _V4_NAMES),
-    _format(_DINOV2, _top(TOKEN) + _block(_SWIGLU_BLOCK, _V4), _V4_NAMES),
+    _format(_DINOV2, _top(TOKEN) + _block(DINOV2_SWIGLU_BLOCK, _V4), _V4_NAMES),
     _format(_VIT, _top() + _block(BLOCK, _V5), _V5_NAMES, False),
     _format(
         _BEIT,

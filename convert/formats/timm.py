@@ -108,10 +108,13 @@ _BEIT_IGNORED = (
 )
 
 
-def _dinov2(first: str, second: str) -> tuple[Rule, ...]:
+_REGISTERS = {"register_tokens": "embeddings.register_tokens"}
+
+
+def _dinov2(registers: dict[str, str], first: str, second: str) -> tuple[Rule, ...]:
     block = {name: ours for name, ours in _BLOCK.items() if not name.startswith("mlp.")}
     return (
-        _keep({**_EMBEDDINGS, **_NORMS, "register_tokens": "embeddings.register_tokens"})
+        _keep({**_EMBEDDINGS, **_NORMS, **registers})
         + (Rule("mask_token", "embeddings.mask_token", TOKEN),)
         + _blocks({**block, first: "intermediate.dense", second: "output.dense"})
         + _qkv("weight", "bias")
@@ -180,12 +183,17 @@ FORMATS = (
     *(
         _format(
             "dinov2",
-            ("dinov2", "dinov2_with_registers"),
-            rules,
-            "facebookresearch DINOv2",
+            (family,),
+            _dinov2(registers, *names),
+            f"facebookresearch DINOv2{' with registers' * bool(registers)}",
             respelled=((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),),
-            **_OFFSET,
+            requires=tuple(registers),
+            **settings,
         )
-        for rules in (_dinov2("mlp.fc1", "mlp.fc2"), _dinov2("mlp.w12", "mlp.w3"))
+        for family, registers, settings in (
+            ("dinov2", {}, _OFFSET),
+            ("dinov2_with_registers", _REGISTERS, _ANTIALIAS),
+        )
+        for names in (("mlp.fc1", "mlp.fc2"), ("mlp.w12", "mlp.w3"))
     ),
 )
