@@ -25,9 +25,13 @@ def exits_at_once() -> Iterator[None]:
 
 @contextmanager
 def raises() -> Iterator[None]:
-    """Ctrl-C raises `KeyboardInterrupt`, as usual in Python."""
-    with _handled(signal.default_int_handler):
+    """Ctrl-C raises `KeyboardInterrupt`, as usual in Python; so does being asked to end."""
+    with _handled(signal.default_int_handler), _handled(_raise, signal.SIGTERM):
         yield
+
+
+def _raise(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _exit(*_: object) -> NoReturn:
@@ -36,14 +40,14 @@ def _exit(*_: object) -> NoReturn:
 
 
 @contextmanager
-def _handled(handler: Callable[..., Any]) -> Iterator[None]:
+def _handled(handler: Callable[..., Any], number: signal.Signals = signal.SIGINT) -> Iterator[None]:
     # Left alone in a thread, which cannot set it, and where a parent wants it ignored (nohup).
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
+    if not main or signal.getsignal(number) in (signal.SIG_IGN, None):
         yield
         return
-    previous = signal.signal(signal.SIGINT, handler)
+    previous = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(number, previous)

@@ -54,6 +54,14 @@ def _positive(text: str) -> int:
     return number
 
 
+def _shard(text: str) -> tuple[int, int]:
+    """ "2/8" as (1, 8)."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N; given {text!r}")
+    return int(index) - 1, int(count)
+
+
 def _add_hub_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("models on the Hugging Face Hub")
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit")
@@ -106,6 +114,21 @@ def _predict(arguments: Sequence[str]) -> Command:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object a line, for each image"
     )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write the results to a .jsonl, .csv or .parquet file instead",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where an interrupted --output stopped"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite the output")
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        type=_shard,
+        help="only the I-th of N parts of the images, I from 1; for several machines",
+    )
     _add_hub_options(parser)
     options, names = _parse(
         parser,
@@ -115,6 +138,8 @@ def _predict(arguments: Sequence[str]) -> Command:
     )
     if not names:
         parser.error("name at least one image or folder")
+    if options.output is None and (options.resume or options.force):
+        parser.error("--resume and --force are for --output FILE")
 
     def command() -> int:
         from vit_cli.predict import predict
@@ -126,6 +151,10 @@ def _predict(arguments: Sequence[str]) -> Command:
             batch_size=options.batch_size,
             dtype=options.dtype,
             as_json=options.json,
+            output=options.output,
+            resume=options.resume,
+            force=options.force,
+            shard=options.shard,
             hub=_hub(options),
         )
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+import zlib
 from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
 from vit_cli import interrupt
 from vit_cli.exit_codes import DONE, INTERRUPTED, SOME_FAILED
+from vit_cli.journal import Journal
 from vit_cli.messages import say
 from vit_cli.progress import Progress
 from vit_cli.results import JsonLines, PlainText, Table, Writer
@@ -24,6 +27,10 @@ def predict(
     batch_size: int | None = None,
     dtype: str = "float32",
     as_json: bool = False,
+    output: str | None = None,
+    resume: bool = False,
+    force: bool = False,
+    shard: tuple[int, int] | None = None,
     hub: Mapping[str, Any] | None = None,
 ) -> int:
     """Classify image files and print what they show.
@@ -38,6 +45,11 @@ def predict(
         batch_size: images that go through the model at once; None is the model's own choice.
         dtype: of the computation.
         as_json: print JSON lines.
+        output: file for the results instead of standard output; see `vit_cli.journal`.
+        resume: go on with what an earlier run left of `output`.
+        force: overwrite `output`.
+        shard: (i, n): only the i-th of n parts of the files, counted from 0; which part a file is
+            in, its name decides.
         hub: options of the Hub.
 
     Returns:
@@ -56,6 +68,19 @@ def predict(
     files = list(find_images(names, report))
     if not files:
         return SOME_FAILED
+    if shard is not None:
+        files = [file for file in files if in_shard(file, *shard)]
+    journal: Journal | None = None
+    if output is not None:
+        journal = Journal(output, resume=resume, force=force)
+        total = len(files)
+        files = list(dict.fromkeys(file for file in files if file not in journal.done))
+        if len(files) < total:
+            say(f"{total - len(files)} of {total} images are done already")
+    if not files:
+        if journal is not None:
+            journal.finish()
+        return SOME_FAILED if failed else DONE
 
     # Only now: a name that is wrong is told at once, without the seconds that JAX takes.
     from vit_cli.devices import find_devices
@@ -69,7 +94,11 @@ def predict(
     classifier = ImageClassifier.from_pretrained(model, dtype=dtype, **(hub or {}))
     batch_size = batch_size or classifier.default_batch_size
     rich = _has_rich()
-    writer = _writer(as_json, files, classifier.config.id2label, rich=rich)
+    writer: Writer
+    if journal is not None:
+        writer = journal
+    else:
+        writer = _writer(as_json, files, classifier.config.id2label, rich=rich)
 
     done = 0
     results = classifier.stream(files, top_k=top_k, batch_size=batch_size)
@@ -80,6 +109,8 @@ def predict(
                     if result.error is not None:
                         failed += 1
                         progress.say("error", str(result.error))
+                        if journal is not None:
+                            journal.fail(result.source, str(result.error))
                     else:
                         writer.write(result.source, result.predictions)
                     done += 1
@@ -90,11 +121,20 @@ def predict(
         except KeyboardInterrupt:
             with progress.hidden():
                 writer.flush()
-                say(f"interrupted: {done} of {len(files)} images done")
+                how = "" if journal is None else "; --resume goes on from there"
+                say(f"interrupted: {done} of {len(files)} images done{how}")
             return INTERRUPTED
         with progress.hidden():
             writer.flush()
+    if journal is not None:
+        journal.finish()
+        say(f"wrote {output}: {done} images")
     return SOME_FAILED if failed else DONE
+
+
+def in_shard(file: str, index: int, count: int) -> bool:
+    """Whether a file is in one of `count` parts; the same for everyone who asks."""
+    return zlib.crc32(os.fsencode(file)) % count == index
 
 
 def _has_rich() -> bool:

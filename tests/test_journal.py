@@ -1,0 +1,217 @@
+"""`vit predict --output`: whole rows whatever happens, and every image exactly once."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from vit_cli.journal import Journal
+from vit_cli.main import main
+from vit_cli.predict import in_shard
+from vit_common.embedded import embedded_checkpoint
+from vit_common.errors import InputError, MissingFileError
+from vit_flax.inference import Prediction
+
+DIGITS = embedded_checkpoint() / "images"
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def predictions(label="cat"):
+    return (Prediction(label, 0, 0.75), Prediction("dog, or not", 1, 0.25))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Digits, one of them broken."""
+    place = tmp_path / "images"
+    place.mkdir()
+    for file in sorted(DIGITS.iterdir())[:6]:
+        (place / file.name).write_bytes(file.read_bytes())
+    (place / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    return place
+
+
+def test_rows_are_those_of_standard_output(folder, tmp_path, capsys):
+    assert main(["predict", str(folder), "--json"]) == 1
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    target = tmp_path / "out.jsonl"
+    assert main(["predict", str(folder), "--output", str(target)]) == 1
+    assert capsys.readouterr().out == ""
+    rows = rows_of(target)
+    assert [row for row in rows if "error" not in row] == printed
+    (failed,) = [row for row in rows if "error" in row]
+    assert failed["file"].endswith("broken.png")
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_resume_does_each_image_once(folder, tmp_path, capsys):
+    target = tmp_path / "out.jsonl"
+    first = sorted(map(str, folder.glob("digit*")))[:3]
+    journal = Journal(str(target))
+    for name in first:
+        journal.write(name, predictions())
+    journal.flush()
+    journal.close()
+    with open(f"{target}.partial", "ab") as stream:
+        stream.write(b'{"file": "half a row')  # as a killed process leaves it
+    assert main(["predict", str(folder), "--output", str(target)]) == 2
+    assert "pass --resume to go on" in capsys.readouterr().err
+    assert main(["predict", str(folder), "--output", str(target), "--resume"]) == 1
+    assert "3 of 7 images are done already" in capsys.readouterr().err
+    files = [row["file"] for row in rows_of(target)]
+    assert sorted(files) == sorted(map(str, folder.iterdir()))
+    assert rows_of(target)[0]["predictions"][0]["label"] == "cat"  # what was done stays
+    assert main(["predict", str(folder), "--output", str(target), "--resume"]) == 2
+    assert "already there, and whole" in capsys.readouterr().err
+
+
+def test_a_finished_run_needs_no_model(folder, tmp_path, capsys):
+    target = tmp_path / "out.csv"
+    journal = Journal(str(target))
+    for path in folder.iterdir():
+        journal.write(str(path), predictions())
+    journal.flush()
+    journal.close()
+    code = main(
+        ["predict", str(folder), "--output", str(target), "--resume", "--model", "/no/such/model"]
+    )
+    assert code == 0
+    assert target.exists()
+
+
+def test_csv_and_parquet_hold_the_same(tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    tables = []
+    for suffix in ("csv", "parquet"):
+        target = tmp_path / f"out.{suffix}"
+        journal = Journal(str(target))
+        journal.write("a b.png", predictions("Zürich, 写真"))
+        journal.fail("broken.png", 'no "image"\nat all')
+        journal.finish()
+        if suffix == "csv":
+            with open(target, newline="", encoding="utf-8") as stream:
+                tables.append(list(csv.DictReader(stream)))
+        else:
+            tables.append(pq.read_table(target).to_pylist())
+    for text, typed in zip(*tables, strict=True):
+        assert {n: "" if v is None else str(v) for n, v in typed.items()} == text
+
+
+def test_csv_by_itself(tmp_path):
+    target = tmp_path / "out.csv"
+    journal = Journal(str(target))
+    journal.write("a,b.png", predictions())
+    journal.write("a,b.png", predictions("twice"))  # once is enough
+    journal.fail("name\udcff.png", "cannot be read")
+    journal.finish()
+    with open(target, newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["file"] for row in rows] == ["a,b.png", "a,b.png", "name\udcff.png"]
+    assert [row["label"] for row in rows] == ["cat", "dog, or not", ""]
+    assert float(rows[0]["probability"]) == 0.75
+
+
+def test_shards_hold_every_file_once():
+    names = [f"folder/{i}.png" for i in range(2000)] + ["name\udcff.png"]
+    for count in (1, 2, 7):
+        parts = [[n for n in names if in_shard(n, i, count)] for i in range(count)]
+        assert sorted(name for part in parts for name in part) == sorted(names)
+        assert min(map(len, parts)) > 0.8 * len(names) / count
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "1/0"])
+def test_shards_that_are_none(text, capsys):
+    assert main(["predict", "x.png", "--shard", text]) == 2
+    assert "must be I/N" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        ("out.txt", InputError, "must end in"),
+        ("no/such/folder/out.jsonl", MissingFileError, "cannot be written"),
+    ],
+)
+def test_files_that_cannot_be(tmp_path, name, error, said):
+    with pytest.raises(error, match=said):
+        Journal(str(tmp_path / name))
+
+
+def test_force_begins_anew(tmp_path):
+    target = tmp_path / "out.jsonl"
+    for label in ("old", "new"):
+        journal = Journal(str(target), force=label == "new")
+        journal.write("a.png", predictions(label))
+        journal.finish()
+    assert [row["predictions"][0]["label"] for row in rows_of(target)] == ["new"]
+
+
+def test_a_full_disk_leaves_whole_rows(tmp_path):
+    """The limit on a file's size stands for a disk without room."""
+    script = (
+        "import resource, signal, sys\n"
+        "from vit_cli.journal import Journal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"
+        "journal = Journal(sys.argv[1])\n"
+        "try:\n"
+        "    for i in range(1000):\n"
+        "        journal.fail(f'{i}.png', 'x'); journal.flush()\n"
+        "except OSError as error:\n"
+        "    print(error.errno)\n"
+    )
+    target = tmp_path / "out.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(target)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "27", done.stderr  # EFBIG, as the command explains it
+    journal = Journal(str(target), resume=True)
+    assert len(journal.done) > 10
+    journal.finish()
+    assert len(rows_of(target)) == len(journal.done)
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1000
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["term", "kill"])
+def test_a_run_that_is_ended_can_be_resumed(tmp_path, number):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(80):
+        noise = rng.integers(0, 256, (900, 900), np.uint8)
+        PIL.Image.fromarray(noise).save(folder / f"{i:04d}.png", compress_level=1)
+    target = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "vit_cli", "predict", str(folder), "--output", str(target)]
+    process = subprocess.Popen(
+        [*command, "--batch-size", "4"], stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    partial = tmp_path / "out.jsonl.partial"
+    deadline = time.monotonic() + 120
+    while not (partial.exists() and partial.stat().st_size > 2000):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert not target.exists()
+    if number == signal.SIGTERM:
+        assert process.returncode == 130
+        assert "--resume goes on from there" in err
+    before = len(rows_of(partial)) if number == signal.SIGTERM else None
+    assert main(["predict", str(folder), "--output", str(target), "--resume"]) == 0
+    files = [row["file"] for row in rows_of(target)]
+    assert files == sorted(map(str, folder.iterdir()))
+    assert before is None or 0 < before < 80
