@@ -6,7 +6,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := vit_common convert vit_flax vit_torch vit_cli tests benchmarks examples
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-online test-current-hub lint format types wheel check bench clean
+.PHONY: help demo test test-slow mutants test-online test-current-hub test-tpu lint format types wheel check bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -39,10 +39,19 @@ test-slow: $(VENV)/.test  ## the tests that take minutes or gigabytes
 test-online: $(VENV)/.test  ## the tests that need the real Hub
 	$(BIN)/python -m pytest -m online
 
+mutants: $(VENV)/.test  ## faults planted in the twins' source: the suite must notice each
+	$(BIN)/python tests/mutants.py
+
 test-current-hub:  ## Hub access with the newest huggingface_hub, in an environment of its own
 	$(PYTHON) -m venv $(VENV)-hub
 	$(VENV)-hub/bin/python -m pip install --quiet --editable . pytest 'huggingface_hub>=2'
 	$(VENV)-hub/bin/python -m pytest tests/test_hub.py
+
+test-tpu:  ## XLA's TPU compiler, slow tests too, in an environment of its own; no TPU is needed
+	$(PYTHON) -m venv $(VENV)-tpu
+	$(VENV)-tpu/bin/python -m pip install --quiet --constraint constraints.txt \
+	    --editable '.[tpu-check]' pytest
+	$(VENV)-tpu/bin/python -m pytest tests/test_tpu_check.py -m 'not online'
 
 lint: $(VENV)/.test  ## ruff: lint and format
 	$(BIN)/ruff check $(SOURCES)
@@ -63,6 +72,7 @@ check: test lint types wheel  ## what CI checks
 bench: $(VENV)/.test  ## every benchmark, beside its peers; writes benchmarks/results
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/parity.py
+	$(BIN)/python benchmarks/conversion.py
 
 clean:  ## remove the environments
-	rm -rf $(VENV) $(VENV)-hub
+	rm -rf $(VENV) $(VENV)-hub $(VENV)-tpu

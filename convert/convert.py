@@ -51,6 +51,8 @@ PROCESSOR_NAME = "preprocessor_config.json"
 
 # suffix of a target that is one file -> what is written if no format is named
 _SUFFIXES = {".safetensors": "hub", ".msgpack": "flax", ".npz": "google"}
+_MOST_PATCHES = 10_000
+"""Of an image to verify with: a configuration without positions can claim any size."""
 _PICKLES = (".pth", ".pt", ".bin")
 
 
@@ -156,7 +158,7 @@ def convert(
             processor = find_processor(opened, source, **hub)
         else:
             found = AutoImageProcessor.from_pretrained(preprocessing)
-            processor = found, f"{preprocessing}, as given,"
+            processor = found, f"{preprocessing} (given)"
         beside = plan.beside(target, processor, report)
         if not force:
             _refuse_to_overwrite(plan.names(target, beside))
@@ -216,7 +218,7 @@ class _Plan:
         if count != rows or (num_labels is not None and num_labels != rows):
             raise InputError(
                 f"the classifier has {rows} classes; given {count} labels"
-                + (f" and `num_labels` {num_labels}." if labels is not None else ".")
+                + (f" and `num_labels` {num_labels}." if None not in (labels, num_labels) else ".")
             )
         if labels is not None:
             self.config.id2label = dict(enumerate(map(str, labels)))
@@ -242,6 +244,11 @@ class _Plan:
     def _account(self, unexplained: list[str]) -> dict[str, TensorLike]:
         """Every tensor of the source used once or given up, every one of the network filled."""
         found: dict[str, TensorLike] = dict(self.source.mapped.tensors)
+        if self.config.num_hidden_layers > len(found):  # a file can claim any number
+            raise CheckpointError(
+                f"the configuration says {self.config.num_hidden_layers} blocks, and the file "
+                f"holds {len(found)} tensors in all."
+            )
         pooled = "pooler.dense.weight" in found or "pooler.layernorm.weight" in found
         shapes = {
             unprefixed(name): shape
@@ -272,13 +279,13 @@ class _Plan:
         missing = [name for name in shapes if name not in found]
         faults += [f"{name}: missing" for name in missing]
         if faults:
-            shown = "\n".join(f"- {fault}" for fault in faults[:60])
-            more = f"\n- and {len(faults) - 60} more" if len(faults) > 60 else ""
+            shown = ";\n".join(f"- {fault}" for fault in faults[:60])
+            more = f";\n- and {len(faults) - 60} more" if len(faults) > 60 else ""
             raise CheckpointError(
-                f"{len(faults)} tensors do not fit a network of the family "
-                f"{self.config.model_type!r} in the format {self.source.table.name!r} "
-                f"({self.source.table.describes}):\n{shown}{more}\nNothing was written. Name what "
-                "may be left aside with `--ignore PATTERN` (in Python `ignore=`)."
+                f"not every tensor fits a network of the family {self.config.model_type!r} in the "
+                f"format {self.source.table.name!r} ({self.source.table.describes}); "
+                f"{len(faults)} faults:\n{shown}{more}.\nNothing was written. Name what may be "
+                "left aside with `--ignore PATTERN` (in Python `ignore=`)."
             )
         return {name: found[name] for name in shapes}
 
@@ -366,6 +373,27 @@ class _Plan:
                 "Transformers has no class for this network; the configuration says model_type "
                 f"{self.config.extended_type!r}, so that it refuses it instead of computing "
                 "something else. vit_flax and vit_torch load it."
+            )
+        if is_file(target) and target.suffix != ".safetensors":
+            needs = self.to in ("hub", "flax", "flax-safetensors")
+            warnings.append(
+                f"a {target.suffix} file cannot hold the configuration: "
+                + (
+                    "it needs a config.json beside it to be read"
+                    if needs
+                    else "who reads it infers one"
+                )
+                + ". Give a folder as the target to have one written."
+            )
+        if (
+            self.to == "hub"
+            and not self.config.is_extended
+            and self.config.position_resize != type(self.config).fields["position_resize"][0]
+        ):
+            warnings.append(
+                "Transformers does not know `position_resize` and resamples positions to other "
+                f"image sizes by its own rule, not by {self.config.position_resize!r}; at the "
+                "native size nothing differs."
             )
         found = source.mapped.tensors
         return Report(
@@ -633,7 +661,7 @@ def _verify(plan: _Plan, written: Path) -> Verification:
                 raise CheckpointError(f"verification failed: {name} differs in the result.")
             del wanted, given
         verification = Verification(len(plan.tensors))
-        if isinstance(config.hidden_act, str):
+        if isinstance(config.hidden_act, str) and plan.config.num_patches <= _MOST_PATCHES:
             _compare_outputs(plan, config, tensors, verification)
     return verification
 

@@ -90,6 +90,9 @@ def infer_config(
         ConfigError: timm's file has a keyword that changes the network and is not understood.
     """
     shapes = {name: tensor.shape for name, tensor in mapped.tensors.items()}
+    odd = [f"{name} {shape}" for name, shape in shapes.items() if len(shape) != _rank(name)]
+    if odd:
+        raise CheckpointError(f"tensors of an impossible number of axes: {', '.join(odd[:60])}.")
     fields: dict[str, tuple[Any, str]] = {}
     given = dict(overrides or {})
 
@@ -135,6 +138,16 @@ def infer_config(
     ]
     notes += [Note(name, value, "given") for name, value in given.items()]
     return config, notes
+
+
+def _rank(name: str) -> int:
+    """How many axes a parameter has."""
+    if name.endswith(("projection.weight", "decoder.0.weight")):
+        return 4
+    if name.startswith("embeddings.") and "projection" not in name:
+        return 3
+    vector = name.endswith((".bias", "lambda_1", "lambda_2")) or "norm" in name.split(".")[-2]
+    return 1 if vector else 2
 
 
 def _sizes(shapes: Mapping[str, tuple[int, ...]], family: str, note: Any) -> None:
@@ -245,15 +258,22 @@ def _read_timm(timm: Mapping[str, Any], given: Mapping[str, Any], note: Any) -> 
         hidden_act=activation,
         layer_norm_eps=timm_models.EPS.get(architecture, 1e-6),
     )
-    size = (timm.get("pretrained_cfg") or {}).get("input_size")
+    cfg, args = (timm.get(name) or {} for name in ("pretrained_cfg", "model_args"))
+    size = cfg.get("input_size") if isinstance(cfg, Mapping) else cfg
+    given_size = args.get("img_size", 1) if isinstance(args, Mapping) else args
+    if (size and not _whole(size, 3)) or not (_whole([given_size], 1) or _whole(given_size, 2)):
+        raise ConfigError(
+            "timm's config.json: `input_size` must be three integers (channels, height, width), "
+            f"and `img_size` one or two; given {size!r} and {given_size!r}."
+        )
     if size:
         note("timm's pretrained_cfg", image_size=size[1] if size[1] == size[2] else tuple(size[1:]))
     odd = []
-    for key, value in (timm.get("model_args") or {}).items():
+    for key, value in args.items():
         if key in _TIMM_SAME:
             note("timm's model_args", **{_TIMM_SAME[key]: value})
-        elif key == "act_layer" and value in _TIMM_ACTIVATIONS:
-            note("timm's model_args", hidden_act=_TIMM_ACTIVATIONS[value])
+        elif key == "act_layer" and str(value) in _TIMM_ACTIVATIONS:
+            note("timm's model_args", hidden_act=_TIMM_ACTIVATIONS[str(value)])
         elif key not in _TIMM_SHOWN and value not in _TIMM_PLAIN.get(key, ()):
             odd.append(f"{key}={value!r}")
     if odd:
@@ -261,6 +281,12 @@ def _read_timm(timm: Mapping[str, Any], given: Mapping[str, Any], note: Any) -> 
             f"timm's config.json: `model_args` has {', '.join(odd)}, which changes the network and "
             "is not understood here; this model cannot be converted."
         )
+
+
+def _whole(values: Any, count: int) -> bool:
+    """Whether that many positive integers are given."""
+    listed = isinstance(values, (list, tuple)) and len(values) == count
+    return listed and all(type(value) is int and value > 0 for value in values)
 
 
 def _pooling(shapes, family: str, timm: Any, note: Any) -> None:

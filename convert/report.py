@@ -96,7 +96,7 @@ class Report:
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
             yield "ignored", f"{', '.join(names[:_NAMED])}{more}: {why}"
         if self.preprocessing:
-            yield "images", f"prepared as {self.preprocessing} has it"
+            yield "images", f"preprocessing from: {self.preprocessing}"
         for text in self.warnings:
             yield "note", text
         for path in self.written:

@@ -97,12 +97,12 @@ class Format:
     describes: str = ""
 
     @cached_property
-    def _by_foreign(self) -> list[tuple[re.Pattern, Rule]]:
-        return [(_pattern(name), rule) for rule in self.rules for name in rule.foreign_names]
+    def _by_foreign(self) -> dict[str, Rule]:
+        return {name: rule for rule in self.rules[::-1] for name in rule.foreign_names}
 
     @cached_property
-    def _by_canonical(self) -> list[tuple[re.Pattern, Rule]]:
-        return [(_pattern(name), rule) for rule in self.rules for name in rule.canonical_names]
+    def _by_canonical(self) -> dict[str, Rule]:
+        return {name: rule for rule in self.rules[::-1] for name in rule.canonical_names}
 
     def rule_for_foreign(self, key: str) -> tuple[Rule, str | None] | None:
         """The rule and the block index for a foreign key without wrapper and prefix."""
@@ -157,14 +157,18 @@ def unprefixed(name: str) -> str:
     return rest if dot and start in PREFIXES else name
 
 
-def _pattern(name: str) -> re.Pattern:
-    return re.compile(re.escape(name).replace(r"\{i\}", r"(?P<i>0|[1-9]\d{0,4})"))
+# A part of a name that is the index of a block.
+_INDEX = re.compile(r"(?<![^./_])(0|[1-9]\d{0,4})(?![^./])")
 
 
-def _lookup(table: list[tuple[re.Pattern, Rule]], key: str) -> tuple[Rule, str | None] | None:
-    for pattern, rule in table:
-        if match := pattern.fullmatch(key):
-            return rule, match.groupdict().get("i")
+def _lookup(table: Mapping[str, Rule], key: str) -> tuple[Rule, str | None] | None:
+    """The rule for a name, and the index that stands at its `{i}`."""
+    if key in table:
+        return (table[key], None) if "{i}" not in key else None
+    for match in _INDEX.finditer(key):
+        rule = table.get(f"{key[: match.start()]}{{i}}{key[match.end() :]}")
+        if rule is not None:
+            return rule, match[1]
     return None
 
 

@@ -32,7 +32,8 @@ from vit_common.image_processors import (
     DeiTImageProcessor,
 )
 from vit_common.parameters import Head
-from vit_common.timm_preprocessing import processor_from_timm
+
+PROCESSOR_NAME = "preprocessor_config.json"
 
 OURS = "vit_flax"
 """Key of timm's `config.json` under which a conversion puts the whole configuration."""
@@ -43,7 +44,10 @@ METADATA_KEY = "vit_config"
 # Formats whose files are never without a config.json.
 _DESCRIBED = ("hub", "flax", "flax-safetensors")
 
-_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+_IMAGENET: dict[str, Any] = {
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
 
 
 @dataclass
@@ -125,6 +129,9 @@ def config_from_dict(table: Mapping[str, Any], **overrides: Any) -> Any:
     """
     if table.get("model_type") in (None, ""):
         table = {**table, "model_type": ViTConfig.model_type}
+    family = table.get("model_type", "")
+    if not isinstance(family, str | None):
+        raise ConfigError(f"config: `model_type` must be a string; given {family!r}.")
     return AutoConfig.from_dict(table, **overrides)
 
 
@@ -248,7 +255,11 @@ def find_processor(
     """What prepares images for a source, and what says so; None where nothing does."""
     try:
         processor = AutoImageProcessor.from_pretrained(name_or_path, **hub)
-        return processor, "preprocessor_config.json"
+        try:
+            find_file(name_or_path, PROCESSOR_NAME, **hub)
+        except AbsentFileError:
+            return processor, "timm's pretrained_cfg"
+        return processor, PROCESSOR_NAME
     except AbsentFileError:
         pass
     return implied_processor(source)
@@ -257,8 +268,6 @@ def find_processor(
 def implied_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
     """What networks of a source's format were trained on, and what says so."""
     config, name = source.config, source.table.name
-    if source.timm is not None and source.timm.get("pretrained_cfg"):
-        return processor_from_timm(source.timm["pretrained_cfg"]), "timm's pretrained_cfg"
     if config.num_channels != 3:
         return None
     height, width = config.image_height_width

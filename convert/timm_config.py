@@ -97,11 +97,11 @@ def _transform(processor: Any, height: int) -> dict[str, Any]:
     table = processor.to_dict()
     size = table.get("size") or {}
     edge = size.get("shortest_edge") or size.get("height")
-    crop = bool(table.get("do_center_crop")) and edge
+    crop = edge if table.get("do_center_crop") else None
     return {
         "mean": table.get("image_mean"),
         "std": table.get("image_std"),
         "interpolation": Resampling(table.get("resample", 2)).name.lower(),
-        "crop_pct": height / edge if crop else 1.0,
+        "crop_pct": height / crop if crop else 1.0,
         "crop_mode": "center" if size.get("shortest_edge") else "squash",
     }

@@ -12,6 +12,8 @@ os.environ.setdefault(
 # The networks are tiny: PyTorch's threads would wait for each other longer than they compute, most
 # of all where the cores are shared (gradients of two blocks: 5 s and 0.2 s).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests write nothing into the home of who runs them.
+os.environ.setdefault("VIT_COMPILATION_CACHE", "")
 
 
 def pytest_addoption(parser):

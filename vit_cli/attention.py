@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vit_cli import cache
 from vit_cli.exit_codes import DONE
 from vit_cli.messages import say
 from vit_common.errors import InputError, MissingFileError
@@ -65,6 +66,7 @@ def attention(
     from vit_flax.attention_maps import contact_sheet, overlay, patch_map
     from vit_flax.inference import ImageClassifier
 
+    cache.enable()
     find_devices()
     if model is None:
         from vit_common.embedded import embedded_checkpoint

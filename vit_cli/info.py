@@ -17,6 +17,7 @@ from convert.source import (
     open_source,
     read_config_file,
 )
+from vit_cli import cache
 from vit_cli.devices import describe_devices
 from vit_cli.exit_codes import DONE
 from vit_cli.messages import one_line
@@ -58,7 +59,12 @@ def info(model: str | None, *, as_json: bool = False, hub: Mapping[str, Any] | N
     """
     # The model first: a name that is wrong is told without the seconds that JAX takes.
     described = None if model is None else describe_model(model, dict(hub or {}))
-    report: Report = {"versions": versions(), **describe_devices()}
+    place = cache.directory()
+    report: Report = {
+        "versions": versions(),
+        **describe_devices(),
+        "compilation_cache": None if place is None else str(place),
+    }
     if described is not None:
         report["model"] = described
     if as_json:
@@ -170,6 +176,7 @@ def _lines(report: Report) -> Iterator[str]:
         "precision",
         f"float32 matrix products in {precision['float32']} (setting: {precision['setting']})",
     )
+    yield _line("compiled code", report["compilation_cache"] or "not kept between runs")
     if "model" in report:
         yield ""
         yield from _model_lines(report["model"])

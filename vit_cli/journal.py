@@ -67,7 +67,7 @@ class Journal:
             self._recover()
         try:
             mode = "ab" if self.done else "wb"
-            self._stream: BinaryIO = open(self._partial, mode)  # noqa: SIM115  # until `finish`
+            self._stream: Any = open(self._partial, mode)  # noqa: SIM115  # until `finish`
         except OSError as error:
             raise MissingFileError(
                 f"{self._partial}: cannot be written ({reason(error)})."

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
-from vit_cli import interrupt
+from vit_cli import cache, interrupt
 from vit_cli.exit_codes import DONE, INTERRUPTED, SOME_FAILED
 from vit_cli.journal import Journal
 from vit_cli.messages import say
@@ -86,6 +86,7 @@ def predict(
     from vit_cli.devices import find_devices
     from vit_flax.inference import ImageClassifier
 
+    cache.enable()
     find_devices()
     if model is None:
         from vit_common.embedded import embedded_checkpoint

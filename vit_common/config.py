@@ -335,6 +335,7 @@ class ViTConfig:
     any_image_size: ClassVar[bool] = False
 
     # Fields are set by name below; these are for readers and type checkers.
+    vocab_size: int  # of BEiT alone
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
@@ -359,6 +360,7 @@ class ViTConfig:
     use_absolute_position_embeddings: bool
     use_relative_position_bias: bool
     use_shared_relative_position_bias: bool
+    pooling: Pooling
     norm_after_pooling: bool
     use_representation_layer: bool
     drop_path_rate: float
@@ -808,7 +810,7 @@ class FamilyConfig(ViTConfig):
     use_shared_relative_position_bias = False
     norm_after_pooling = False
     use_representation_layer = False
-    pooling: Any = "cls"
+    pooling: Pooling = "cls"
 
 
 class DeiTConfig(FamilyConfig):
@@ -851,16 +853,15 @@ class BeitConfig(FamilyConfig):
         layer_scale_init_value=0.1,
         drop_path_rate=0.1,
     )
-    written_if_set = ()
+    written_if_set: ClassVar[tuple[str, ...]] = ()
 
-    vocab_size: int
     use_mean_pooling: bool
 
     any_image_size = True
     qkv_bias = True
-    use_key_bias = False  # type: ignore[assignment]
+    use_key_bias = False
     pooler_act = "linear"
-    classifier_has_pooler = True  # type: ignore[assignment]
+    classifier_has_pooler = True
 
     @property
     def pooling(self) -> Pooling:  # type: ignore[override]
@@ -907,14 +908,14 @@ class Dinov2Config(FamilyConfig):
         patch_size=14,
         use_mask_token=True,
     )
-    written_if_set = ()
+    written_if_set: ClassVar[tuple[str, ...]] = ()
 
     mlp_ratio: float
     layerscale_value: float
 
     any_image_size = True
     pooler_act = "linear"
-    pooling = "cls_mean"
+    pooling: Pooling = "cls_mean"
     position_tokens: PositionTokens = "cls"
 
     @property
@@ -1012,7 +1013,7 @@ _CHANGES_NETWORK: dict[str, tuple[Any, ...]] = {
 
 def config_class(model_type: Any) -> type[ViTConfig]:
     """The class of a `model_type`; ConfigError if there is none here."""
-    if model_type not in CONFIG_CLASSES:
+    if not isinstance(model_type, str) or model_type not in CONFIG_CLASSES:
         raise ConfigError(
             f"config: `model_type` must be one of {', '.join(CONFIG_CLASSES)}; given "
             f"{model_type!r}."

@@ -32,7 +32,7 @@ def multiply_adds(config: ViTConfig, head: Head | None = "classifier") -> int:
     elif head == "teacher":
         total += 2 * D * config.num_labels
     elif head == "tokens":
-        total += N * D * config.vocab_size  # type: ignore[attr-defined]
+        total += N * D * config.vocab_size
     elif head == "decoder":
         total += N * D * config.encoder_stride**2 * config.num_channels
     return total

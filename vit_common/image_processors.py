@@ -384,7 +384,8 @@ class AutoImageProcessor:
         The class is what `image_processor_type`, or `feature_extractor_type` in older files,
         names: that of ViT, DeiT, BEiT or BiT. A "...Fast" name counts as the one without, and the
         arithmetic is always that of PIL and numpy. Where the file names none, `config.json` tells,
-        by the same keys or by its `model_type`.
+        by the same keys or by its `model_type`; where there is only timm's `config.json`, its
+        `pretrained_cfg` does.
 
         Args:
             pretrained_model_name_or_path: directory, JSON file, or "owner/name".
@@ -395,10 +396,19 @@ class AutoImageProcessor:
             ConfigError: no class, or one that is not known here; or an option is refused.
         """
         from vit_common.checkpoint import read_json
-        from vit_common.hub import find_file, split_hub_options
+        from vit_common.hub import AbsentFileError, find_file, split_hub_options
+        from vit_common.timm_preprocessing import processor_from_timm
 
         hub, overrides = split_hub_options(kwargs)
-        path = find_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub)
+        try:
+            path = find_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub)
+        except AbsentFileError:
+            own = _timm_table(pretrained_model_name_or_path, hub)
+            if own is None:
+                raise
+            return processor_from_timm(own).from_dict(
+                processor_from_timm(own).to_dict(), **overrides
+            )
         table = read_json(path)
         part = table.get("image_processor")
         chosen = _named_class(part if isinstance(part, dict) else table, path)
@@ -421,6 +431,19 @@ def _named_class(table: Mapping[str, Any], path: Path) -> type[BaseImageProcesso
             )
         return _CLASSES[plain]
     return None
+
+
+def _timm_table(name_or_path: str | os.PathLike, hub: Any) -> dict[str, Any] | None:
+    """timm's `pretrained_cfg` in the `config.json` of a model; None where there is none."""
+    from vit_common.checkpoint import read_json
+    from vit_common.hub import AbsentFileError, find_file
+
+    try:
+        table = read_json(find_file(name_or_path, "config.json", **hub))
+    except AbsentFileError:
+        return None
+    found = table.get("pretrained_cfg")
+    return found if isinstance(found, dict) and "architecture" in table else None
 
 
 def _class_by_config(

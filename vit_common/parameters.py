@@ -127,7 +127,7 @@ def parameter_shapes(
             shapes[f"{name}.weight"] = (config.num_labels, D)
             shapes[f"{name}.bias"] = (config.num_labels,)
     elif head == "tokens":
-        vocabulary: int = config.vocab_size  # type: ignore[attr-defined]
+        vocabulary: int = config.vocab_size
         shapes["lm_layernorm.weight"] = (D,)
         shapes["lm_layernorm.bias"] = (D,)
         shapes["lm_head.weight"] = (vocabulary, D)

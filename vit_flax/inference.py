@@ -442,11 +442,11 @@ class ImageClassifier:
         size = options.get("size") or {}
         if options.get("do_center_crop") and options.get("crop_size"):
             size = options["crop_size"]
-        made = (size.get("height"), size.get("width"))
-        if self.config.any_image_size and all(made):
+        height, width = size.get("height"), size.get("width")
+        if self.config.any_image_size and height and width:
             patch = self.config.patch_height_width
-            if made[0] % patch[0] == 0 and made[1] % patch[1] == 0:
-                return made
+            if height % patch[0] == 0 and width % patch[1] == 0:
+                return height, width
         return self.config.image_height_width
 
     def _load(self, sources: list[Any], size: int, stop: threading.Event) -> _Batch:

@@ -11,6 +11,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -300,8 +301,8 @@ class _Rounded(nn.Module):
 
 def _precisions(part: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, keep in (("bfloat16", 7), ("TF32", 10)):
-        made = _replaced(part, nn.Linear, lambda layer, keep=keep: _Rounded(layer, keep))
-        made = _replaced(made, nn.Conv2d, lambda layer, keep=keep: _Rounded(layer, keep))
+        made = _replaced(part, nn.Linear, partial(_Rounded, keep=keep))
+        made = _replaced(made, nn.Conv2d, partial(_Rounded, keep=keep))
         yield f"matrix products in {name}", made
 
 
@@ -384,7 +385,7 @@ def diagnose_pixels(processor: Any, image: Any, wanted: np.ndarray, bound: float
         return np.asarray(processor(picture, return_tensors="np", **options)["pixel_values"])
 
     before = _error(made(image), wanted)
-    flipped = image.__class__ and np.asarray(image)[..., ::-1]
+    flipped = np.asarray(image)[..., ::-1]
     trials: list[tuple[str, Callable[[], np.ndarray]]] = [
         ("channels in the order BGR", lambda: made(flipped)),
     ]
@@ -392,11 +393,11 @@ def diagnose_pixels(processor: Any, image: Any, wanted: np.ndarray, bound: float
         trials.append(
             (
                 f"mean and standard deviation {name}",
-                lambda mean=mean, std=std: made(image, image_mean=mean, image_std=std),
+                partial(made, image, image_mean=mean, image_std=std),
             )
         )
     for code, name in ((0, "nearest"), (1, "Lanczos"), (2, "bilinear"), (3, "bicubic")):
-        trials.append((f"resize filter {name}", lambda code=code: made(image, resample=code)))
+        trials.append((f"resize filter {name}", partial(made, image, resample=code)))
     trials.append(("no rescaling to [0, 1]", lambda: made(image, do_rescale=False)))
     found = []
     for text, run in trials:

@@ -5,8 +5,6 @@ Names, calls and outputs are those of Transformers 4.57.6.
 
 from __future__ import annotations
 
-from typing import Any
-
 from vit_common.config import (
     BeitConfig,
     DeiTConfig,
@@ -124,7 +122,7 @@ class Dinov2PreTrainedModel(ViTPreTrainedModel):
     """Base of DINOv2's models; see `ViTPreTrainedModel`. Images of any size are taken: positions
     are resampled."""
 
-    config_class: Any = Dinov2Config
+    config_class = Dinov2Config
     base_model_prefix = "dinov2"
 
 

@@ -289,7 +289,7 @@ class _Subject:
         elif self.head == "decoder":
             return {"bool_masked_pos": rng.integers(0, 2, (batch, patches))}
         elif self.head == "tokens":
-            vocabulary = self.config.vocab_size  # type: ignore[attr-defined]
+            vocabulary = self.config.vocab_size
             return {
                 "bool_masked_pos": rng.integers(0, 2, (batch, patches)),
                 "labels": rng.integers(0, vocabulary, (batch, patches)),
@@ -548,8 +548,8 @@ def _compare_pixels(subject: _Subject, other: _Subject | None, table: Any) -> Ro
     coarse = PIL.Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
     picture = coarse.resize((640, 480), PIL.Image.Resampling.BICUBIC)
     ours, theirs = (
-        np.asarray(s.processor(picture, return_tensors="np")["pixel_values"]).astype(np.float64)
-        for s in (subject, other)
+        np.asarray(prepare(picture, return_tensors="np")["pixel_values"]).astype(np.float64)
+        for prepare in (subject.processor, other.processor)
     )
     if ours.shape != theirs.shape:
         raise ConfigError(

@@ -1,0 +1,954 @@
+"""`vit convert` and `vit inspect`: options, reports, what is refused, and what is left after a
+failure."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from networks import InMemory, make_config, random_weights
+from safetensors.numpy import load_file, save_file
+
+import convert.convert
+from convert.convert import convert as run_convert
+from convert.formats import table_for
+from convert.rules import to_foreign
+from convert.save import save_parameters
+from vit_cli.main import main
+from vit_common.checkpoint import write_checkpoint
+from vit_common.config import BeitConfig, DeiTConfig, Dinov2Config, ViTConfig
+from vit_common.containers.tensor import Tensor
+from vit_common.errors import CheckpointError, ConfigError, InputError, MissingFileError
+from vit_common.image_processor import ViTImageProcessor
+from vit_torch import AutoModelForImageClassification, ViTForImageClassification, ViTModel
+
+LABELS = ["cat", "dog", "a tree, and more", "Zürich", "写真"]
+
+
+def make_source(place: Path, dtype=np.float32, config=None, head="classifier", scale=1.0) -> Path:
+    """A directory as the Hub has it."""
+    config = config or make_config(num_hidden_layers=1)
+    weights = random_weights(config, head, **({} if head else {"add_pooling_layer": False}))
+    tensors = {n: InMemory((w * scale).astype(dtype)) for n, w in weights.items()}
+    save_parameters(place, config, tensors, architecture="ViTForImageClassification")
+    return place
+
+
+def timm_state(blocks: int = 2) -> dict[str, np.ndarray]:
+    """A network by timm's names, as arrays."""
+    config = make_config(num_hidden_layers=blocks)
+    drawn = random_weights(config, "classifier")
+    weights = {n: InMemory(w.astype(np.float32)) for n, w in drawn.items()}
+    mapped = to_foreign(weights, table_for("timm", config))
+    return {n: np.ascontiguousarray(t.read()) for n, t in mapped.tensors.items()}
+
+
+@pytest.fixture
+def source(tmp_path):
+    place = make_source(tmp_path / "source")
+    ViTImageProcessor(size=32).save_pretrained(place)
+    return place
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Run `vit ...` here: exit code, standard output, standard error."""
+    monkeypatch.delenv("VIT_DEBUG", raising=False)
+
+    def call(*arguments):
+        code = main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        assert "unexpected" not in err
+        return code, out, err
+
+    return call
+
+
+def contents(place: Path) -> dict[str, bytes]:
+    """Every file below a place."""
+    return {
+        str(f.relative_to(place)): f.read_bytes() for f in sorted(place.rglob("*")) if f.is_file()
+    }
+
+
+def rows(out: str) -> dict[str, str]:
+    """The lines of a report by their first word; those of one name joined."""
+    table: dict[str, str] = {}
+    for line in out.splitlines():
+        name, _, text = line.partition("  ")
+        table[name] = (table.get(name, "") + "\n" + text.strip()).strip()
+    return table
+
+
+# -- the report
+
+
+def test_report_for_people(source, tmp_path, command):
+    code, out, err = command("convert", source, tmp_path / "out", "--to", "flax")
+    assert (code, err) == (0, "")
+    table = rows(out)
+    assert table["from"].startswith(f"{source / 'model.safetensors'} (hub:")
+    assert table["to"] == f"{tmp_path / 'out'} (flax, float32)"
+    assert table["model"] == "vit, loads as ViTForImageClassification"
+    shapes = load_file(source / "model.safetensors")
+    count = sum(a.size for a in shapes.values())
+    assert f"{len(shapes)} read, {len(shapes)} written, {count:,} parameters" in table["tensors"]
+    assert table["images"] == "preprocessing from: preprocessor_config.json"
+    assert table["wrote"].splitlines() == [
+        str(tmp_path / "out" / n)
+        for n in ("config.json", "flax_model.msgpack", "preprocessor_config.json")
+    ]
+    assert table["verified"].startswith(
+        f"{len(shapes)} tensors read again and equal; outputs of source and target differ"
+    )
+    assert set(contents(tmp_path / "out")) == {
+        "config.json",
+        "flax_model.msgpack",
+        "preprocessor_config.json",
+    }
+
+
+def test_report_says_what_was_set_and_from_what(tmp_path, command):
+    save_file(timm_state(), tmp_path / "a.safetensors")
+    code, out, _ = command("convert", tmp_path / "a.safetensors", tmp_path / "out", "--heads", 4)
+    assert code == 0
+    said = rows(out)["set"].splitlines()
+    assert "num_attention_heads = 4 (from: given)" in said
+    assert any("layer_norm_eps = 1e-06" in line and "the format timm" in line for line in said)
+    assert any("hidden_size = 48" in line and "shapes" in line for line in said)
+
+
+def test_report_as_json(source, tmp_path, command):
+    code, out, err = command("convert", source, tmp_path / "out.npz", "--json")
+    assert (code, err) == (0, "")
+    table = json.loads(out)
+    assert table["format_from"] == "hub"
+    assert table["format_to"] == "google"
+    assert table["written"] == [str(tmp_path / "out.npz")]
+    assert table["verification"]["tensors"] == table["tensors_read"]
+    assert table["verification"]["logits_max_abs"] <= 1e-6 * table["verification"]["logits_scale"]
+    assert any("hidden_act='gelu_pytorch_tanh'" in text for text in table["warnings"])
+
+
+def test_dry_run_writes_nothing(source, tmp_path, command):
+    before = contents(tmp_path)
+    for target in ("out", "deep/er/out.npz"):
+        code, out, _ = command("convert", source, tmp_path / target, "--dry-run")
+        assert code == 0
+        assert f"would write {tmp_path / target}" in out
+        assert "verified" not in out
+    assert contents(tmp_path) == before
+    assert {p.name for p in tmp_path.iterdir()} == {"source"}
+
+
+def test_no_verify(source, tmp_path, command):
+    code, out, _ = command("convert", source, tmp_path / "out", "--no-verify", "--json")
+    assert code == 0
+    assert json.loads(out)["verification"] is None
+
+
+# -- targets
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("a.safetensors", "hub"), ("a.msgpack", "flax"), ("a.npz", "google"), ("folder", "hub")],
+)
+def test_the_suffix_says_what_is_written(name, wanted, source, tmp_path, command):
+    code, out, _ = command("convert", source, tmp_path / "new" / "deep" / name, "--json")
+    assert code == 0
+    assert json.loads(out)["format_to"] == wanted
+    written = contents(tmp_path / "new" / "deep")
+    assert (name in written) == ("." in name)
+    assert not [n for n in written if ".tmp" in n]
+
+
+def test_pickles_need_a_format(source, tmp_path, command):
+    code, _, err = command("convert", source, tmp_path / "a.pth")
+    assert code == 2
+    assert "say which format to write with `to`" in err
+    code, _, _ = command("convert", source, tmp_path / "a.pth", "--to", "deit")
+    assert code == 0
+    assert set(torch.load(tmp_path / "a.pth", weights_only=True)) == {"model"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "pickle"], "format must be one of hub, flax"),
+        (["--to", "mae"], "read here, but not written"),
+        (["--to", "beit"], "holds the families beit"),
+        (["--from", "timm"], "not weights in the format 'timm'"),
+        (["--from", "nothing"], "format must be one of hub, flax"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--image-size", "0"], "image-size"),
+        (["--image-size", "33"], "multiple of the patch, 8 x 8"),
+        (["--num-labels", "4"], "has 5 classes; given 4"),
+        (["--heads", "0"], "heads"),
+        (["--heads", "5"], "must be a multiple of `num_attention_heads`"),
+        (["--set", "hidden_act"], "--set must be FIELD=VALUE"),
+        (["--set", "hidden_act=sine"], "`hidden_act` must be"),
+        (["--ignore", "("], "regular expressions"),
+        (["--max-shard-size", "many"], "max_shard_size"),
+    ],
+)
+def test_wrong_options(arguments, message, source, tmp_path, command):
+    code, out, err = command("convert", source, tmp_path / "out", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("vit: error: ")
+    assert err.count("\n") == 1 or "usage" in err
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_options_of_the_function(source, tmp_path):
+    with pytest.raises(InputError, match="precision"):
+        run_convert(source, tmp_path / "out", precision="highest")
+
+
+def test_overwriting_needs_force(source, tmp_path, command):
+    for target in (tmp_path / "out", tmp_path / "a.npz"):
+        assert command("convert", source, target)[0] == 0
+        before = contents(tmp_path)
+        code, _, err = command("convert", source, target, "--dtype", "bfloat16")
+        assert code == 2
+        assert "already there; nothing was written. Pass --force" in err
+        assert contents(tmp_path) == before
+        assert command("convert", source, target, "--dtype", "bfloat16", "--force")[0] == 0
+    arrays = load_file(tmp_path / "out" / "model.safetensors")
+    assert {a.dtype.name for a in arrays.values()} == {"bfloat16"}
+
+
+def test_a_source_onto_itself(source, command):
+    before = contents(source)
+    code, _, err = command("convert", source, source)
+    assert (code, contents(source)) == (2, before)
+    assert "already there" in err
+    code, _, _ = command("convert", source, source, "--force", "--dtype", "float16")
+    assert code == 0
+    assert {a.dtype.name for a in load_file(source / "model.safetensors").values()} == {"float16"}
+
+
+def test_a_new_layout_leaves_no_weights_of_the_old_one(source, tmp_path, command):
+    out = tmp_path / "out"
+    assert command("convert", source, out)[0] == 0
+    (out / "notes.txt").write_text("mine")
+    code, _, err = command("convert", source, out, "--to", "flax", "--force")
+    assert (code, err) == (0, "")
+    assert set(contents(out)) == {
+        "config.json",
+        "flax_model.msgpack",
+        "notes.txt",
+        "preprocessor_config.json",
+    }
+
+
+@pytest.mark.parametrize("to", ["hub", "flax", "flax-safetensors"])
+def test_shards(to, source, tmp_path, command):
+    out = tmp_path / "out"
+    code, _, _ = command("convert", source, out, "--to", to, "--max-shard-size", "20KB")
+    assert code == 0
+    files = set(contents(out))
+    assert sum("-of-" in name for name in files) > 2
+    code, _, _ = command("convert", out, tmp_path / "back")
+    assert code == 0
+    first, again = (load_file(p / "model.safetensors") for p in (source, tmp_path / "back"))
+    assert set(first) == set(again)
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, again[name])
+    # From shards to one file, none of them is left.
+    code, _, _ = command("convert", source, out, "--to", to, "--force")
+    assert code == 0
+    assert not [n for n in contents(out) if "-of-" in n or n.endswith(".index.json")]
+
+
+# -- dtypes, labels, sizes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_dtypes_are_rounded_once(dtype, source, tmp_path, command):
+    code, out, _ = command("convert", source, tmp_path / "out", "--dtype", dtype, "--json")
+    assert code == 0
+    assert json.loads(out)["dtype"] == dtype
+    wanted = np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
+    first, again = (load_file(p / "model.safetensors") for p in (source, tmp_path / "out"))
+    for name, array in first.items():
+        assert again[name].dtype == wanted
+        assert again[name].tobytes() == array.astype(wanted).tobytes()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path, command):
+    source = make_source(tmp_path / "source", scale=1e6)
+    code, _, err = command("convert", source, tmp_path / "out", "--dtype", "float16")
+    assert code == 2
+    assert "more than float16 can (65504); use bfloat16" in err
+    assert {p.name for p in tmp_path.iterdir()} == {"source"}
+
+
+@pytest.mark.parametrize("kind", ["text", "list", "table"])
+def test_labels(kind, source, tmp_path, command):
+    path = tmp_path / ("labels.txt" if kind == "text" else "labels.json")
+    table = {str(i): label for i, label in reversed(list(enumerate(LABELS)))}
+    text = {
+        "text": "\n".join(LABELS) + "\n",
+        "list": json.dumps(LABELS),
+        "table": json.dumps(table),
+    }[kind]
+    path.write_text(text, encoding="utf-8")
+    assert command("convert", source, tmp_path / "out", "--labels", path)[0] == 0
+    config = ViTConfig.from_pretrained(tmp_path / "out")
+    assert config.id2label == dict(enumerate(LABELS))
+    assert config.label2id == {label: i for i, label in enumerate(LABELS)}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("l.txt", "a\nb\n", "has 5 classes; given 2 labels"),
+        ("l.json", "{", "must hold a JSON list"),
+        ("l.json", '{"0": "a", "2": "b"}', "without gaps"),
+        ("l.json", '{"a": "a"}', "without gaps"),
+        ("l.json", "3", "must hold a JSON list"),
+        ("none.txt", None, "cannot be read"),
+    ],
+)
+def test_wrong_labels(name, text, message, source, tmp_path, command):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    code, _, err = command("convert", source, tmp_path / "out", "--labels", tmp_path / name)
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_without_a_classifier(tmp_path, command):
+    source = make_source(tmp_path / "source", head=None)
+    code, _, err = command("convert", source, tmp_path / "out", "--num-labels", 5)
+    assert code == 2
+    assert "have no classifier" in err
+
+
+def test_num_labels_names_them_anew(tmp_path, command):
+    config = make_config(num_hidden_layers=1, id2label=dict(enumerate(LABELS)))
+    source = make_source(tmp_path / "source", config=config)
+    assert command("convert", source, tmp_path / "out", "--num-labels", 5)[0] == 0
+    table = ViTConfig.from_pretrained(tmp_path / "out").id2label
+    assert table == {i: f"LABEL_{i}" for i in range(5)}
+
+
+def test_image_size(source, tmp_path, command):
+    code, out, _ = command("convert", source, tmp_path / "out", "--image-size", "48x16")
+    assert code == 0
+    assert "image_size = (48, 16) (from: given; positions by bicubic)" in out
+    config = ViTConfig.from_pretrained(tmp_path / "out")
+    assert config.image_height_width == (48, 16)
+    x = np.random.default_rng(0).normal(size=(1, 3, 48, 16)).astype(np.float32)
+    one, other = (
+        ViTForImageClassification.from_pretrained(place).eval()
+        for place in (source, tmp_path / "out")
+    )
+    with torch.no_grad():
+        want = one(torch.tensor(x), interpolate_pos_encoding=True).logits
+        np.testing.assert_allclose(other(torch.tensor(x)).logits, want, rtol=0, atol=1e-5)
+    prepared = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert prepared["size"] == {"height": 48, "width": 16}
+
+
+def test_settings_win(source, tmp_path, command):
+    code, out, _ = command(
+        "convert", source, tmp_path / "out",
+        "--set", "hidden_act=gelu_new", "--set", "layer_norm_eps=1e-5",
+    )  # fmt: skip
+    assert code == 0
+    assert "hidden_act = 'gelu_new'" in rows(out)["set"]
+    config = ViTConfig.from_pretrained(tmp_path / "out")
+    assert (config.hidden_act, config.layer_norm_eps) == ("gelu_new", 1e-5)
+
+
+# -- accounting
+
+
+def save_hub(place: Path, arrays, **config) -> Path:
+    place.mkdir()
+    save_file(arrays, place / "model.safetensors")
+    made = make_config(num_hidden_layers=2)
+    (place / "config.json").write_text(json.dumps({**made.to_dict(), **config}))
+    return place
+
+
+def hub_arrays(head="classifier", dtype=np.float32, blocks=2):
+    weights = random_weights(make_config(num_hidden_layers=blocks), head)
+    return {name: w.astype(dtype) for name, w in weights.items()}
+
+
+def test_every_fault_is_in_one_error(tmp_path, command):
+    arrays = hub_arrays()
+    del arrays["vit.layernorm.bias"]
+    arrays["classifier.bias"] = np.zeros(6, np.float32)
+    arrays["vit.encoder.layer.0.extra"] = np.zeros(2, np.float32)
+    arrays["vit.encoder.layer.1.output.dense.bias"] = np.zeros(48, np.int64)
+    source = save_hub(tmp_path / "source", arrays)
+    code, _, err = command("convert", source, tmp_path / "out")
+    assert code == 2
+    for part in (
+        "4 faults:",
+        "layernorm.bias: missing",
+        "classifier.bias: its shape is (6,); by the configuration it must be (5,)",
+        "vit.encoder.layer.0.extra: nothing here knows this name",
+        "encoder.layer.1.output.dense.bias: its dtype is int64; wanted one of float64, float32",
+        "Nothing was written",
+    ):
+        assert part in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_ignore(tmp_path, command):
+    arrays = hub_arrays() | {"vit.extra.0": np.zeros(2, np.float32)}
+    source = save_hub(tmp_path / "source", arrays)
+    assert command("convert", source, tmp_path / "out")[0] == 2
+    code, out, _ = command("convert", source, tmp_path / "out", "--ignore", r"vit\.extra\..*")
+    assert code == 0
+    assert "vit.extra.0: given up by the caller" in rows(out)["ignored"]
+
+
+def test_half_of_the_blocks_missing(tmp_path, command):
+    arrays = hub_arrays(blocks=4)
+    half = {n: a for n, a in arrays.items() if ".layer.2." not in n and ".layer.3." not in n}
+    source = save_hub(tmp_path / "source", half, num_hidden_layers=4)
+    code, _, err = command("convert", source, tmp_path / "out")
+    assert code == 2
+    assert "32 faults:" in err
+    assert "encoder.layer.3.layernorm_after.bias: missing" in err
+    # Without a configuration only a gap can be seen.
+    state = {n: a for n, a in timm_state(4).items() if "blocks.1." not in n}
+    save_file(state, tmp_path / "gap.safetensors")
+    code, _, err = command("convert", tmp_path / "gap.safetensors", tmp_path / "o", "--heads", 4)
+    assert code == 2
+    assert "blocks 1 are missing; the last one is 3" in err
+
+
+def test_every_row_of_a_long_list_is_counted(tmp_path, command):
+    source = save_hub(tmp_path / "source", hub_arrays(), num_hidden_layers=12)
+    code, _, err = command("convert", source, tmp_path / "out")
+    assert code == 2
+    assert "160 faults:" in err
+    assert err.count(": missing") == 60
+    assert "and 100 more" in err
+
+
+def test_a_second_head_is_said(tmp_path, command):
+    arrays = hub_arrays() | {
+        "decoder.0.weight": np.ones((192, 48, 1, 1), np.float32),
+        "decoder.0.bias": np.ones(192, np.float32),
+    }
+    arrays["vit.pooler.dense.weight"] = np.ones((48, 48), np.float32)
+    arrays["vit.pooler.dense.bias"] = np.ones(48, np.float32)
+    arrays["vit.embeddings.mask_token"] = np.ones((1, 1, 48), np.float32)
+    source = save_hub(tmp_path / "source", arrays)
+    code, out, _ = command("convert", source, tmp_path / "out", "--json")
+    assert code == 0
+    ignored = json.loads(out)["ignored"]
+    assert {n for n, why in ignored.items() if why == "a second head"} == {
+        "decoder.0.weight",
+        "decoder.0.bias",
+    }
+    assert len(ignored) == 5
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(hub_arrays())
+
+
+def test_parameters_that_the_configuration_has_not_can_be_given_up(tmp_path, command):
+    arrays = hub_arrays() | {"vit.encoder.layer.0.lambda_1": np.ones(48, np.float32)}
+    source = save_hub(tmp_path / "source", arrays)
+    code, _, err = command("convert", source, tmp_path / "out")
+    assert code == 2
+    assert "encoder.layer.0.lambda_1: the configuration has no such parameter" in err
+    code, out, _ = command("convert", source, tmp_path / "out", "--ignore", r".*lambda_1")
+    assert code == 0
+    assert "encoder.layer.0.lambda_1: given up by the caller" in out
+
+
+def test_a_distilled_checkpoint_names_its_classes(tmp_path):
+    config = DeiTConfig(
+        hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96,
+        image_size=32, patch_size=8, num_labels=5,
+    )  # fmt: skip
+    place = make_source(tmp_path / "deit", config=config, head="teacher")
+    for cls in (ViTModel, ViTForImageClassification):
+        with pytest.raises(ConfigError, match=r"'deit'.*use DeiTModel or DeiTForImageClass"):
+            cls.from_pretrained(place)
+    assert type(AutoModelForImageClassification.from_pretrained(place)).__name__ == (
+        "DeiTForImageClassificationWithTeacher"
+    )
+    run_convert(place, tmp_path / "deit.pth", to="deit")
+    with pytest.raises(ConfigError, match=r"'deit'.*use DeiTModel or DeiTForImageClass"):
+        ViTForImageClassification.from_pretrained(tmp_path / "deit.pth", num_attention_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "reason"),
+    [
+        (lambda s: {"module." + n: t for n, t in s.items()}, None),
+        (lambda s: {"_orig_mod." + n: t for n, t in s.items()}, None),
+        (lambda s: {"state_dict": {"module." + n: t for n, t in s.items()}, "epoch": 3}, None),
+        (
+            lambda s: {
+                "model": s,
+                "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}},
+                "scaler": {"scale": torch.ones(1)},
+            },
+            "state of the optimizer",
+        ),
+        (
+            lambda s: {"model": s, "model_ema": {n: t + 1 for n, t in s.items()}},
+            "an average of the weights over training; the weights themselves are taken",
+        ),
+        (
+            lambda s: {"state_dict": s, "state_dict_ema": {n: t + 1 for n, t in s.items()}},
+            "an average of the weights over training; the weights themselves are taken",
+        ),
+        (lambda s: {"model_ema": s}, None),
+    ],
+    ids=["module", "compiled", "lightning", "optimizer", "ema", "timm's ema", "only an average"],
+)
+def test_wrappers_and_copies(wrap, reason, tmp_path, command):
+    state = {n: torch.tensor(a) for n, a in timm_state().items()}
+    torch.save(wrap(state), tmp_path / "a.pth")
+    code, out, err = command(
+        "convert", tmp_path / "a.pth", tmp_path / "out.safetensors", "--heads", 4, "--json",
+        "--to", "timm",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert set(json.loads(out)["ignored"].values()) == ({reason} if reason else set())
+    again = load_file(tmp_path / "out.safetensors")
+    assert set(again) == set(state)
+    for name, tensor in state.items():
+        np.testing.assert_array_equal(again[name], tensor.numpy())
+
+
+def test_several_networks_in_one_file(tmp_path, command):
+    state = {n: torch.tensor(a) for n, a in timm_state().items()}
+    torch.save({"left": state, "right": state}, tmp_path / "a.pth")
+    code, _, err = command("convert", tmp_path / "a.pth", tmp_path / "out", "--heads", 4)
+    assert code == 2
+    assert "several networks, under 'left/', 'right/'" in err
+
+
+def test_two_formats_fit(tmp_path, command):
+    """Nothing in the names tells timm's from DINO's without a head."""
+    state = {n: torch.tensor(a) for n, a in timm_state().items() if not n.startswith("head.")}
+    torch.save(state, tmp_path / "a.pth")
+    for name, rule in (("timm", "bicubic_antialias"), ("dino", "bicubic_offset")):
+        code, _, err = command("convert", tmp_path / "a.pth", tmp_path / name, "--heads", 4)
+        assert code == 2
+        assert "fit timm (" in err
+        assert "dino (" in err
+        assert "`--from` of the command" in err
+        code, _, _ = command(
+            "convert", tmp_path / "a.pth", tmp_path / name, "--heads", 4, "--from", name
+        )
+        assert code == 0
+        assert ViTConfig.from_pretrained(tmp_path / name).position_resize == rule
+
+
+def test_unknown_keys_of_a_configuration_are_kept(tmp_path, command):
+    source = save_hub(tmp_path / "source", hub_arrays(), my_notes={"a": [1, 2]})
+    assert command("convert", source, tmp_path / "out", "--to", "flax")[0] == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["my_notes"] == {"a": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("position_embedding_type", "relative_key"),
+        ("qk_norm", True),
+        ("rope_theta", 100.0),
+        ("is_decoder", True),
+        ("norm_type", "rmsnorm"),
+        ("pruned_heads", {"0": [1]}),
+    ],
+)
+def test_keys_that_change_the_mathematics_are_refused(key, value, tmp_path, command):
+    source = save_hub(tmp_path / "source", hub_arrays(), **{key: value})
+    code, _, err = command("convert", source, tmp_path / "out")
+    assert code == 2
+    assert key in err
+    assert "changes what the network computes" in err
+    with pytest.raises(ConfigError, match=key):
+        AutoModelForImageClassification.from_pretrained(source)
+
+
+def test_a_configuration_of_another_network(tmp_path, command):
+    source = save_hub(tmp_path / "source", hub_arrays(), model_type="swin")
+    code, _, err = command("convert", source, tmp_path / "out")
+    assert code == 2
+    assert "swin" in err
+
+
+# -- hostile and odd files
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """A working directory in which a pickle that is run would leave something."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_pickles_with_code_are_refused_and_not_run(nowhere, command):
+    with zipfile.ZipFile("evil.npz", "w") as archive:
+        stream = io.BytesIO()
+        np.lib.format.write_array(stream, np.array([Evil()], object), allow_pickle=True)
+        archive.writestr("cls.npy", stream.getvalue())
+    with open("old.pth", "wb") as plain:
+        plain.write(pickle.dumps({"model": Evil()}))
+    torch.save({"model": Evil()}, "evil.pth")
+    for name, what in (
+        ("evil.npz", "cls"),
+        ("old.pth", ""),
+        ("evil.pth", "mkdir"),
+    ):
+        code, _, err = command("convert", name, "out")
+        assert code == 2
+        assert name in err
+        assert what in err
+        assert command("inspect", name)[0] == 2
+    assert not Path("executed").exists()
+    assert not Path("out").exists()
+
+
+def test_a_zip_bomb(nowhere, command):
+    """A member that unpacks to more than the file can be."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 26,)}
+    )
+    with zipfile.ZipFile("bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("embedding/kernel.npy", header.getvalue() + bytes(1 << 22))
+    for arguments in (("convert", "bomb.npz", "out"), ("inspect", "bomb.npz")):
+        code, _, err = command(*arguments)
+        assert code == 2
+        assert "bomb.npz" in err
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int32", "bool"])
+def test_weights_that_are_no_floats(dtype, tmp_path, command):
+    kind = np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
+    name = "vit.encoder.layer.0.output.dense.weight"
+    arrays = hub_arrays()
+    arrays[name] = arrays[name].astype(kind)
+    source = tmp_path / "source"
+    source.mkdir()
+    write_checkpoint(source / "model.safetensors", arrays)
+    (source / "config.json").write_text(make_config(num_hidden_layers=2).to_json_string())
+    code, _, err = command("convert", source, tmp_path / "out")
+    assert code == 2
+    assert f"encoder.layer.0.output.dense.weight: its dtype is {dtype}" in err
+    code, out, _ = command("inspect", source)
+    assert code == 0
+    assert f"{dtype}, which is not floating: {name}" in out
+
+
+def test_weights_that_are_not_contiguous_or_shared(tmp_path, command):
+    state = {n: torch.tensor(a) for n, a in timm_state().items()}
+    key = "blocks.0.attn.proj.weight"
+    state[key] = state[key].T.contiguous().T
+    assert not state[key].is_contiguous()
+    state["blocks.1.norm1.weight"] = state["blocks.0.norm1.weight"]
+    state["blocks.1.norm2.bias"] = torch.ones(1).expand(48)
+    torch.save(state, tmp_path / "a.pth")
+    arguments = ("--heads", 4, "--to", "timm")
+    code, _, _ = command("convert", tmp_path / "a.pth", tmp_path / "b.safetensors", *arguments)
+    assert code == 0
+    again = load_file(tmp_path / "b.safetensors")
+    for name, tensor in state.items():
+        np.testing.assert_array_equal(again[name], tensor.numpy())
+
+
+def test_nan_in_the_weights_is_no_failure_of_the_conversion(tmp_path, command):
+    arrays = hub_arrays()
+    arrays["classifier.bias"][0] = np.nan
+    source = save_hub(tmp_path / "source", arrays)
+    assert command("convert", source, tmp_path / "out")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["missing", "empty.npz", "text.pth", "folder"])
+def test_sources_that_are_not_there_or_nothing(name, nowhere, command):
+    Path("empty.npz").touch()
+    Path("text.pth").write_text("not weights at all, " * 20)
+    Path("folder").mkdir()
+    for arguments in (("convert", f"./{name}", "out"), ("inspect", f"./{name}")):
+        code, out, err = command(*arguments)
+        assert (code, out) == (2, "")
+        assert name in err
+    assert not Path("out").exists()
+
+
+# -- failures while writing
+
+
+def test_an_interrupted_read_leaves_what_was_there(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run_convert(source, out)
+    before = contents(tmp_path)
+    reads = stop = 0
+    original = Tensor.read
+
+    def failing(self, *args, **kwargs):
+        nonlocal reads
+        reads += 1
+        if reads > stop:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "read", failing)
+    for limit in (0, 1, 7, 19):
+        reads, stop = 0, limit
+        for target in (out, tmp_path / "new" / "deep", tmp_path / "other" / "a.msgpack"):
+            with pytest.raises(KeyboardInterrupt):
+                run_convert(source, target, to="flax", dtype="float16", force=True)
+            reads = 0
+        assert contents(tmp_path) == before
+        assert {p.name for p in tmp_path.iterdir()} == {"source", "out"}
+
+
+def test_a_failing_rename_leaves_what_was_there(source, tmp_path, monkeypatch, command):
+    out = tmp_path / "out"
+    run_convert(source, out)
+    before = contents(tmp_path)
+    original = os.replace
+    count = stop = 0
+
+    def failing(a, b, **kwargs):
+        nonlocal count
+        if Path(b).parent == out:
+            count += 1
+            if count == stop:
+                raise OSError(28, "No space left on device")
+        return original(a, b, **kwargs)
+
+    monkeypatch.setattr(os, "replace", failing)
+    for number in (1, 2, 3):
+        stop, count = number, 0
+        code, _, err = command("convert", source, out, "--dtype", "float16", "--force")
+        assert code == 2
+        assert "cannot be written" in err
+        assert contents(tmp_path) == before
+
+
+def test_a_full_disk_leaves_no_directories(source, tmp_path, monkeypatch, command):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    for name in ("replace", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, full)
+            for target in (tmp_path / "new" / "deep", tmp_path / "new" / "a.npz"):
+                code, _, err = command("convert", source, target)
+                assert code == 2
+                assert "No space left on device" in err
+    assert {p.name for p in tmp_path.iterdir()} == {"source"}
+
+
+def test_a_directory_that_may_not_be_written(source, tmp_path, monkeypatch, command):
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkdtemp", denied)
+    code, _, err = command("convert", source, tmp_path / "out" / "a.npz")
+    assert code == 2
+    assert f"{tmp_path / 'out'}: cannot be written" in err
+    monkeypatch.undo()
+    assert {p.name for p in tmp_path.iterdir()} == {"source"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_read_only_directory(source, tmp_path, command):
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    closed.chmod(0o555)
+    try:
+        for target in (closed, closed / "a.npz", closed / "new" / "a.npz"):
+            code, _, err = command("convert", source, target)
+            assert code == 2
+            assert "cannot be" in err
+        assert not list(closed.iterdir())
+    finally:
+        closed.chmod(0o755)
+
+
+def test_a_file_where_a_directory_should_be(source, tmp_path, command):
+    (tmp_path / "file").write_text("x")
+    for target in (tmp_path / "file", tmp_path / "file" / "out", tmp_path / "file" / "a.npz"):
+        code, _, err = command("convert", source, target)
+        assert code == 2
+        assert "file" in err
+    assert (tmp_path / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize("fault", ["a bit", "a name", "settings"])
+def test_a_failed_verification_leaves_what_was_there(fault, source, tmp_path, monkeypatch, command):
+    out = tmp_path / "out"
+    run_convert(source, out)
+    before = contents(tmp_path)
+    original = convert.convert._write_into
+
+    def spoiled(staging, *args):
+        original(staging, *args)
+        path = staging / "model.safetensors"
+        arrays = load_file(path)
+        if fault == "a bit":
+            name = "vit.encoder.layer.0.output.dense.bias"
+            arrays[name] = np.nextafter(arrays[name], np.float32(9))
+        elif fault == "a name":
+            a, b = (f"vit.encoder.layer.0.layernorm_{w}.bias" for w in ("before", "after"))
+            arrays[a], arrays[b] = arrays[b], arrays[a]
+        else:
+            config = json.loads((staging / "config.json").read_text())
+            (staging / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+        save_file(arrays, path, {"format": "pt"})
+
+    monkeypatch.setattr(convert.convert, "_write_into", spoiled)
+    code, _, err = command("convert", source, out, "--force")
+    assert code == 2
+    assert "verification failed" in err
+    assert contents(tmp_path) == before
+    # Without looking, nobody sees.
+    assert command("convert", source, out, "--force", "--no-verify")[0] == 0
+
+
+# -- inspect
+
+
+def test_inspect(source, command):
+    code, out, err = command("inspect", source, "--lines", 3)
+    assert (code, err) == (0, "")
+    table = rows(out)
+    assert table["format"] == "hub: Hub torch layout, names of Transformers v4"
+    assert table["family"] == "vit, head: classifier"
+    assert table["sizes"] == (
+        "1 layers, width 48, 4 heads, MLP width 96, patches 8 x 8, image 32 x 32, 17 tokens, "
+        "5 classes"
+    )
+    assert table["numerics"] == "gelu, layer norm eps 1e-12, positions resized by bicubic"
+    assert table["images"] == "preprocessor_config.json"
+    arrays = load_file(source / "model.safetensors")
+    assert table["parameters"] == f"{sum(a.size for a in arrays.values()):,}"
+    assert table["tensors"] == f"{len(arrays)} of float32"
+    assert f"... and {len(arrays) - 3} more" in out
+
+
+def test_inspect_as_json_has_every_tensor(source, command):
+    code, out, _ = command("inspect", source, "--json")
+    assert code == 0
+    arrays = load_file(source / "model.safetensors")
+    table = {row["name"]: row for row in json.loads(out)["tensors"]}
+    assert {n: row["shape"] for n, row in table.items()} == {
+        n: list(a.shape) for n, a in arrays.items()
+    }
+    assert {row["dtype"] for row in table.values()} == {"float32"}
+
+
+def test_inspect_says_what_is_odd(nowhere, command):
+    state = {n: torch.tensor(a) for n, a in timm_state().items()}
+    state["blocks.0.norm1.bias"] = state["blocks.0.norm1.bias"].half()
+    extra = {"head_extra": torch.ones(2), "nothing": torch.ones(0, 3)}
+    torch.save({"model": state | extra, "optimizer": {"m": torch.ones(2)}}, "a.pth")
+    code, out, _ = command("inspect", "a.pth")
+    assert code == 0
+    odd = rows(out)["odd"]
+    assert "1 of float16" in odd
+    assert "empty: model/nothing" in odd
+    assert "state of the optimizer: optimizer/m" in odd
+    assert "names that nothing here knows: model/head_extra" in odd
+    assert "number of attention heads" in odd
+
+
+def test_inspect_files_of_other_things(nowhere, command):
+    save_file({"bert.encoder.weight": np.ones((2, 2), np.float32)}, "bert.safetensors")
+    code, out, _ = command("inspect", "bert.safetensors")
+    assert code == 0
+    assert "not the weights of a Vision Transformer" in rows(out)["odd"]
+    assert "bert.encoder.weight  float32   2 x 2" in out
+    save_file({}, "none.safetensors")
+    assert command("inspect", "none.safetensors")[0] == 0
+    name = "a\x1b[31m\nb"
+    save_file({name: np.ones(2, np.float32)}, "escape.safetensors")
+    code, out, _ = command("inspect", "escape.safetensors")
+    assert code == 0
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 8, 100, 2000])
+def test_inspect_of_truncated_files(keep, source, nowhere, command):
+    for name in ("a.safetensors", "a.msgpack", "a.npz"):
+        run_convert(source, name)
+        whole = Path(name).read_bytes()
+        Path(name).write_bytes(whole[:keep])
+        code, out, err = command("inspect", name)
+        assert code == 2, (name, out)
+        assert name in err
+
+
+# -- what is imported
+
+
+@pytest.mark.parametrize("target", ["b.safetensors", "b.msgpack", "b.npz", "folder"])
+def test_neither_torch_nor_jax_is_imported(target, tmp_path):
+    save_file(timm_state(1), tmp_path / "a.safetensors")
+    script = (
+        "import sys; from vit_cli.main import main\n"
+        f"assert main(['convert', 'a.safetensors', {target!r}, '--heads', '4']) == 0\n"
+        f"assert main(['convert', {target!r}, 'again.npz', '--heads', '4']) in (0, 2)\n"
+        f"assert main(['inspect', {target!r}]) == 0\n"
+        "heavy = {'torch', 'jax', 'jaxlib', 'flax', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_exit_codes_and_errors_of_the_function(tmp_path):
+    with pytest.raises(MissingFileError):
+        run_convert(tmp_path / "none.npz", tmp_path / "out")
+    with pytest.raises(InputError, match="`dtype` must be one of"):
+        run_convert(tmp_path, tmp_path / "out", dtype="int8")
+    with pytest.raises((CheckpointError, MissingFileError)):
+        run_convert(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("cls", [BeitConfig, Dinov2Config])
+def test_families_keep_their_own_configuration(cls, tmp_path, command):
+    fields = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3,
+              "image_size": 16, "patch_size": 4, "num_labels": 5}  # fmt: skip
+    if cls is BeitConfig:
+        fields["intermediate_size"] = 40
+    source = make_source(tmp_path / "source", config=cls(**fields))
+    assert command("convert", source, tmp_path / "out", "--to", "flax")[0] == 0
+    assert cls.from_pretrained(tmp_path / "out").to_dict() | {"architectures": 0} == (
+        cls.from_pretrained(source).to_dict() | {"architectures": 0}
+    )
