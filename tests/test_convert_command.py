@@ -3,6 +3,7 @@ failure."""
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -19,7 +20,6 @@ import torch
 from networks import InMemory, make_config, random_weights
 from safetensors.numpy import load_file, save_file
 
-import convert.convert
 from convert.convert import convert as run_convert
 from convert.formats import table_for
 from convert.rules import to_foreign
@@ -32,6 +32,8 @@ from vit_common.errors import CheckpointError, ConfigError, InputError, MissingF
 from vit_common.image_processor import ViTImageProcessor
 from vit_torch import AutoModelForImageClassification, ViTForImageClassification, ViTModel
 
+# The module: `convert.convert` is the function.
+CONVERT = importlib.import_module("convert.convert")
 LABELS = ["cat", "dog", "a tree, and more", "Zürich", "写真"]
 
 
@@ -807,7 +809,7 @@ def test_a_failed_verification_leaves_what_was_there(fault, source, tmp_path, mo
     out = tmp_path / "out"
     run_convert(source, out)
     before = contents(tmp_path)
-    original = convert.convert._write_into
+    original = CONVERT._write_into
 
     def spoiled(staging, *args):
         original(staging, *args)
@@ -824,7 +826,7 @@ def test_a_failed_verification_leaves_what_was_there(fault, source, tmp_path, mo
             (staging / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
         save_file(arrays, path, {"format": "pt"})
 
-    monkeypatch.setattr(convert.convert, "_write_into", spoiled)
+    monkeypatch.setattr(CONVERT, "_write_into", spoiled)
     code, _, err = command("convert", source, out, "--force")
     assert code == 2
     assert "verification failed" in err

@@ -38,7 +38,7 @@ def convert(
         labels: a file of labels: one a line, or JSON (a list, or index to label).
         as_json: print one JSON object.
         hub: options of the Hub.
-        **options: as `convert.convert.convert`.
+        **options: as `convert.convert`.
 
     Returns:
         The exit code.
@@ -46,7 +46,7 @@ def convert(
     Raises:
         ViTError: it cannot be converted; nothing was written.
     """
-    from convert.convert import convert as run
+    from convert import convert as run
 
     overrides = dict(_setting(text) for text in settings)
     if heads is not None:
