@@ -44,7 +44,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "wide pooler": {"pooler_output_size": 60},
     "narrow mlp": {"intermediate_size": 20},
     "large eps": {"layer_norm_eps": 1e-3},
-    "13 layers": {"num_hidden_layers": 13},
+    "5 layers": {"num_hidden_layers": 5},
     "no layers": {"num_hidden_layers": 0},
     "wide image": {"image_size": (32, 48)},
     "tall image": {"image_size": (48, 16)},

@@ -164,7 +164,10 @@ def test_output_that_cannot_be_written():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nope"], "no such command: nope; wanted one of predict, attention, convert, inspect, verify, info; see `vit --help`"),
+        (
+            ["nope"],
+            "no such command: nope; wanted one of predict, attention, convert, inspect, verify, info; see `vit --help`",
+        ),
         (["--nope"], "no such option: --nope; see `vit --help`"),
         (["predict"], "name at least one image or folder; see `vit predict --help`"),
         (["predict", "x", "--nope"], "unrecognized arguments: --nope"),

@@ -214,6 +214,7 @@ def test_transformers_reads_it_and_agrees(parts, flax_model):
 # -- the example
 
 
+@pytest.mark.slow  # trains for a minute
 def test_the_example_runs_end_to_end(tmp_path, parts):
     out = tmp_path / "made" / "here"
     done = subprocess.run(

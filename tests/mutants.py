@@ -1,0 +1,459 @@
+"""Does the suite notice? Plants faults in the source of the twins, one at a time, in a copy, and
+runs the test that should see each: `make mutants`, or `python tests/mutants.py [TEXT ...]` for
+those whose names contain one of the texts.
+
+Exit code: 0 every fault was seen, 1 at least one was not, 2 the tests could not be run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("vit_common", "convert", "vit_flax", "vit_torch", "vit_cli", "tests", "pyproject.toml")
+FLAX, TORCH = "vit_flax/model.py", "vit_torch/model.py"
+FLAX_ATTENTION, TORCH_ATTENTION = "vit_flax/attention.py", "vit_torch/attention.py"
+
+# -- the tests, each of which takes seconds
+
+_PARITY, _FAMILIES = "tests/test_parity.py::test_", "tests/test_families.py::test_"
+_TRAINING = "tests/test_training_parity.py::test_outputs_and_gradients_under_the_same_masks"
+STAGES = f"{_PARITY}heads_of_the_twins_agree[float64-plain-classifier]"
+DECODER = f"{_PARITY}heads_of_the_twins_agree[float64-wide image-decoder]"
+LOSS = f"{_PARITY}losses_and_their_gradients_against_the_torch_reference[classes, some left out]"
+SIZES = f"{_PARITY}twins_agree_at_other_sizes[float64-bicubic]"
+HEAD_MASK = f"{_PARITY}twins_agree_under_a_head_mask[float64-layers and heads]"
+POOLER = f"{_TRAINING}[vit]"
+_STAGE = f"{_FAMILIES}every_stage_against_the_torch_reference"
+DEIT = f"{_STAGE}[deitteacher-(16,16)]"
+BEIT = f"{_STAGE}[beit,allpositions-(16,16)]"
+DINOV2 = f"{_STAGE}[dinov2classifier-(16,16)]"
+REGISTERS = f"{_STAGE}[tworegisters-(16,16)]"
+KERNEL = f"{_FAMILIES}the_twins_kernel_against_the_references[beit, biases of a block]"
+TRAINING = f"{_TRAINING}[vit with everything]"
+TRAINING_DEIT = f"{_TRAINING}[deit teacher]"
+TOKENS = f"{_TRAINING}[beit tokens]"
+OFFSET = "tests/test_suite.py::test_norms_far_from_zero"
+SOFTMAX = "tests/test_suite.py::test_softmax_in_half_precision"
+
+
+class Mutant(NamedTuple):
+    """A fault: in that file, `old` (there once) becomes `new`; `test` is to fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTANTS = [
+    Mutant("tanh GELU", FLAX, "jax.nn.gelu(x, approximate=False)", "jax.nn.gelu(x)", STAGES),
+    Mutant(
+        "exact GELU for gelu_new",
+        TORCH,
+        '"gelu_new": lambda x: F.gelu(x, approximate="tanh")',
+        '"gelu_new": lambda x: F.gelu(x)',
+        f"{_PARITY}activations[float64-gelu_new]",
+    ),
+    Mutant(
+        "quick GELU's factor",
+        TORCH,
+        "1.702",
+        "1.7",
+        f"{_PARITY}activations[float64-quick_gelu]",
+    ),
+    Mutant("eps", FLAX, "epsilon=part.config.layer_norm_eps", "epsilon=1e-6", STAGES),
+    Mutant("variance", FLAX, "use_fast_variance=False", "use_fast_variance=True", OFFSET),
+    Mutant("scale of the query", FLAX_ATTENTION, "query.shape[-1] ** -0.5", "1.0", STAGES),
+    Mutant(
+        "scale by the width",
+        TORCH_ATTENTION,
+        "query.shape[-1] ** -0.5",
+        "(query.shape[-1] * query.shape[-2]) ** -0.5",
+        STAGES,
+    ),
+    Mutant(
+        "softmax over the queries",
+        TORCH_ATTENTION,
+        "torch.softmax(scores, dim=-1)",
+        "torch.softmax(scores, dim=-2)",
+        STAGES,
+    ),
+    Mutant(
+        "softmax in half precision",
+        FLAX_ATTENTION,
+        "statistics = jnp.promote_types(scores.dtype, jnp.float32)",
+        "statistics = scores.dtype",
+        SOFTMAX,
+    ),
+    Mutant(
+        "query and key exchanged",
+        FLAX_ATTENTION,
+        '"bqad,bkad->baqk", query, key',
+        '"bqad,bkad->baqk", key, query',
+        STAGES,
+    ),
+    Mutant(
+        "probabilities transposed",
+        TORCH_ATTENTION,
+        '"baqk,bkad->bqad"',
+        '"bakq,bkad->bqad"',
+        STAGES,
+    ),
+    Mutant(
+        "position bias not given to the kernel",
+        TORCH_ATTENTION,
+        "attn_mask=None if bias is None else bias.to(query.dtype)",
+        "attn_mask=None",
+        KERNEL,
+    ),
+    Mutant(
+        "head mask rounded up",
+        FLAX_ATTENTION,
+        "probabilities * head_mask.astype(probabilities.dtype)",
+        "probabilities * jnp.sign(head_mask).astype(probabilities.dtype)",
+        HEAD_MASK,
+    ),
+    Mutant("head mask of the first block", FLAX, "head_mask[i]", "head_mask[0]", HEAD_MASK),
+    Mutant(
+        "heads and their width exchanged",
+        FLAX,
+        "key = self.key(hidden_states).reshape(B, S, A, D // A)",
+        "key = self.key(hidden_states).reshape(B, S, D // A, A).swapaxes(2, 3)",
+        STAGES,
+    ),
+    Mutant(
+        "patches by column",
+        TORCH,
+        "embeddings.flatten(2).transpose(1, 2)",
+        "embeddings.transpose(2, 3).flatten(2).transpose(1, 2)",
+        STAGES,
+    ),
+    Mutant(
+        "bias of the MLP dropped",
+        TORCH,
+        "hidden_states = self.dense(hidden_states)  # (B, S, D)",
+        "hidden_states = F.linear(hidden_states, self.dense.weight)",
+        STAGES,
+    ),
+    Mutant(
+        "first norm twice",
+        FLAX,
+        "self.layernorm_after(hidden_states)",
+        "self.layernorm_before(hidden_states)",
+        STAGES,
+    ),
+    Mutant(
+        "final norm left out",
+        TORCH,
+        "last_hidden_state = self.layernorm(last_hidden_state)",
+        "last_hidden_state = last_hidden_state * 1.0",
+        STAGES,
+    ),
+    Mutant(
+        "second token pooled",
+        TORCH,
+        "if mean else hidden_states[:, 0]",
+        "if mean else hidden_states[:, 1]",
+        POOLER,
+    ),
+    Mutant(
+        "activation of the pooler left out",
+        FLAX,
+        "activation(self.config.pooler_act)(self.dense(pooled))",
+        "self.dense(pooled)",
+        POOLER,
+    ),
+    Mutant(
+        "resize rule",
+        FLAX,
+        "resize_matrices(self.config.position_resize,",
+        'resize_matrices("bilinear",',
+        SIZES,
+    ),
+    Mutant(
+        "rows and columns of the positions exchanged",
+        TORCH,
+        '"Hh,Ww,hwd->HWd"',
+        '"Hh,Ww,whd->HWd"',
+        SIZES,
+    ),
+    Mutant(
+        "positions of the tokens after those of the patches",
+        FLAX,
+        "jnp.concatenate((positions[:, :k], table), axis=1)",
+        "jnp.concatenate((table, positions[:, :k]), axis=1)",
+        SIZES,
+    ),
+    Mutant(
+        "class and distillation token exchanged",
+        TORCH,
+        '("cls_token", "distillation_token", "register_tokens")',
+        '("distillation_token", "cls_token", "register_tokens")',
+        DEIT,
+    ),
+    Mutant(
+        "distillation logits of the class token",
+        TORCH,
+        "self.distillation_classifier(outputs.last_hidden_state[:, 1])",
+        "self.distillation_classifier(outputs.last_hidden_state[:, 0])",
+        DEIT,
+    ),
+    Mutant(
+        "logits of the two classifiers added",
+        FLAX,
+        "(cls_logits + distillation_logits) / 2",
+        "cls_logits + distillation_logits",
+        DEIT,
+    ),
+    Mutant(
+        "layer scale left out",
+        FLAX,
+        "attention_output * self.lambda_1.astype(self.dtype)",
+        "attention_output",
+        DINOV2,
+    ),
+    Mutant(
+        "layer scale of the other branch",
+        TORCH,
+        "mlp_output * self.lambda_2",
+        "mlp_output * self.lambda_1",
+        DINOV2,
+    ),
+    Mutant(
+        "gate and values exchanged",
+        FLAX,
+        "gate, hidden_states = jnp.split",
+        "hidden_states, gate = jnp.split",
+        DINOV2,
+    ),
+    Mutant(
+        "mean before the class token",
+        TORCH,
+        "torch.cat((hidden_states[:, 0], mean), dim=1)",
+        "torch.cat((mean, hidden_states[:, 0]), dim=1)",
+        DINOV2,
+    ),
+    Mutant(
+        "registers behind the patches",
+        TORCH,
+        "(embeddings[:, :k], front[:, k:], embeddings[:, k:])",
+        "(embeddings[:, :k], embeddings[:, k:], front[:, k:])",
+        REGISTERS,
+    ),
+    Mutant(
+        "registers in the mean",
+        FLAX,
+        "jnp.mean(hidden_states[:, config.num_prefix_tokens :], axis=1)",
+        "jnp.mean(hidden_states[:, 1:], axis=1)",
+        REGISTERS,
+    ),
+    Mutant(
+        "position biases transposed",
+        TORCH,
+        "bias.permute(2, 0, 1)",
+        "bias.permute(2, 1, 0)",
+        BEIT,
+    ),
+    Mutant(
+        "shared position bias dropped",
+        FLAX,
+        "bias = own if bias is None else bias + own",
+        "bias = own",
+        BEIT,
+    ),
+    Mutant(
+        "mask inverted",
+        TORCH,
+        "embeddings * (1.0 - mask) + self.mask_token * mask",
+        "embeddings * mask + self.mask_token * (1.0 - mask)",
+        DECODER,
+    ),
+    Mutant(
+        "order of the pixel shuffle",
+        FLAX,
+        "pixels.transpose(0, 3, 1, 4, 2, 5)",
+        "pixels.transpose(0, 3, 1, 5, 2, 4)",
+        DECODER,
+    ),
+    Mutant(
+        "token slice off by one",
+        TORCH,
+        "outputs.last_hidden_state[:, first : first + rows * columns]",
+        "outputs.last_hidden_state[:, first - 1 : first - 1 + rows * columns]",
+        DECODER,
+    ),
+    Mutant(
+        "sum over the channels",
+        TORCH,
+        "/ (mask.sum() + 1e-5) / config.num_channels",
+        "/ (mask.sum() + 1e-5)",
+        DECODER,
+    ),
+    Mutant(
+        "sum of the losses",
+        FLAX,
+        "[:, 0]  # (B,)\n        return jnp.sum(",
+        "[:, 0]  # (B,)\n        return jnp.sum(counted) * jnp.sum(",
+        LOSS,
+    ),
+    Mutant("label to leave out", FLAX, "counted = labels != -100", "counted = labels != -1", LOSS),
+    Mutant(
+        "mean over all labels",
+        FLAX,
+        "[:, 0]  # (B,)\n        return jnp.sum(",
+        "[:, 0]  # (B,)\n        return jnp.mean(counted) * jnp.sum(",
+        LOSS,
+    ),
+    Mutant(
+        "visual tokens of patches that are not masked",
+        FLAX,
+        "counted = (bool_masked_pos != 0) & (labels != -100)",
+        "counted = labels != -100",
+        TOKENS,
+    ),
+    Mutant(
+        "scaling of stochastic depth",
+        TORCH,
+        "*(1 for _ in rest)), self.p)",
+        "*(1 for _ in rest)), self.p) * (1.0 - self.p)",
+        TRAINING,
+    ),
+    Mutant(
+        "stochastic depth by channel",
+        FLAX,
+        "broadcast_dims=(1, 2)",
+        "broadcast_dims=(1,)",
+        TRAINING,
+    ),
+    Mutant(
+        "attention dropout shared",
+        FLAX,
+        "nn.Dropout(self.config.attention_probs_dropout_prob)",
+        "nn.Dropout(self.config.attention_probs_dropout_prob, broadcast_dims=(0, 1))",
+        TRAINING,
+    ),
+    Mutant(
+        "hidden dropout at the rate of the attention's",
+        TORCH,
+        "self.dropout = nn.Dropout(self.config.attention_probs_dropout_prob)",
+        "self.dropout = nn.Dropout(self.config.hidden_dropout_prob)",
+        TRAINING_DEIT,
+    ),
+    Mutant(
+        "no dropout of the embeddings",
+        FLAX,
+        "return self.dropout(embeddings, deterministic=deterministic)",
+        "return embeddings",
+        TRAINING_DEIT,
+    ),
+]
+
+
+def check_texts(mutants: list[Mutant]) -> list[str]:
+    """What is wrong with the table: a text that is not there exactly once."""
+    faults = []
+    for mutant in mutants:
+        found = (ROOT / mutant.file).read_text().count(mutant.old)
+        if found != 1:
+            faults.append(f"{mutant.name}: {found} times in {mutant.file}: {mutant.old!r}")
+    return faults
+
+
+def run_tests(folder: Path, tests: list[str]) -> tuple[int, str]:
+    """pytest's exit code and output, over a copy of the packages.
+
+    In a child of this process, which has imported what others wrote: that takes longer than a test.
+    """
+    report = folder / "report.txt"
+    child = os.fork()
+    if child == 0:
+        with report.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.chdir(folder)
+        sys.path.insert(0, str(folder))
+        # A file of the same length, written within the second, would not be compiled anew.
+        sys.dont_write_bytecode = True
+        code = pytest.main(["-x", "-p", "no:cacheprovider", "--tb=line", *tests])
+        import vit_flax
+        import vit_torch
+
+        for package in (vit_flax, vit_torch):
+            if not Path(package.__file__).is_relative_to(folder):
+                print(f"{package.__name__} is not the copy's: {package.__file__}")
+                code = 3
+        sys.stdout.flush()
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), report.read_text()
+
+
+def import_others() -> None:
+    """Import what the tests use and this project has not written; nothing is run."""
+    # As tests/conftest.py sets it; torch reads it when it is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for name in ("torch", "jax", "flax.linen", "transformers", "safetensors.torch"):
+        importlib.import_module(name)
+    import transformers
+
+    for family in ("ViT", "DeiT", "Beit", "Dinov2", "Dinov2WithRegisters"):
+        getattr(transformers, f"{family}Model")
+    ours = {"vit_common", "vit_flax", "vit_torch", "convert"} & sys.modules.keys()
+    assert not ours, f"{ours} must be imported from the copy"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Plant faults in the twins and run the tests.")
+    parser.add_argument("texts", nargs="*", help="only mutants with one of these in their names")
+    texts = parser.parse_args(arguments).texts
+    chosen = [m for m in MUTANTS if not texts or any(text in m.name for text in texts)]
+    if faults := check_texts(chosen):
+        print(*faults, sep="\n")
+        return 2
+    started, survived = time.monotonic(), []
+    import_others()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve() / "copy"
+        folder.mkdir()
+        for part in COPIED:
+            source = ROOT / part
+            if source.is_dir():
+                shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy2(source, folder / part)
+        code, output = run_tests(folder, sorted({m.test for m in chosen}))
+        if code != 0:
+            print(output, "the tests must pass before a fault is planted", sep="\n")
+            return 2
+        for mutant in chosen:
+            file, begun = folder / mutant.file, time.monotonic()
+            right = file.read_text()
+            file.write_text(right.replace(mutant.old, mutant.new))
+            code, output = run_tests(folder, [mutant.test])
+            file.write_text(right)
+            if code not in (0, 1):
+                print(output, f"pytest could not run {mutant.test}", sep="\n")
+                return 2
+            said = "killed" if code == 1 else "SURVIVED"
+            print(f"{said:9} {time.monotonic() - begun:5.1f} s  {mutant.file}  {mutant.name}")
+            sys.stdout.flush()
+            if code == 0:
+                survived.append(mutant.name)
+    killed = len(chosen) - len(survived)
+    print(f"{killed} of {len(chosen)} killed, {time.monotonic() - started:.0f} s")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

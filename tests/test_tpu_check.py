@@ -1,0 +1,431 @@
+"""`vit_flax.tpu_check` and `vit verify --device tpu`: what the TPU compiler says is read rightly,
+and each planted fault is reported. Tests that need the compiler (the package libtpu, no TPU) are
+skipped without it; `make test-tpu` runs them."""
+
+import importlib.util
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vit_cli import tpu as command
+from vit_common.config import ViTConfig
+from vit_common.errors import InputError, MissingFileError
+from vit_common.flops import forward_flops
+from vit_common.presets import preset
+from vit_flax import tpu_check
+from vit_flax.tpu_check import (
+    CHIPS,
+    Check,
+    Program,
+    TPUReport,
+    check,
+    check_program,
+    chip_mesh,
+    collectives,
+    custom_kernels,
+    float32_products,
+    float64_operations,
+    libtpu_environment,
+    network,
+    product_flops,
+)
+
+needs_compiler = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("libtpu", "optax")),
+    reason="needs XLA's TPU compiler and optax: pip install 'vit-flax[tpu-check]'",
+)
+
+SMALL = ViTConfig(
+    hidden_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=128,
+    image_size=32,
+    patch_size=8,
+    num_labels=10,
+)
+
+
+def shape(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+# -- the reading of the compiler's text, on programs compiled for the CPU
+
+
+def product(a, b):
+    return a @ b
+
+
+def batched(a, b):
+    return jnp.einsum("bik,bkj->bij", a, b)
+
+
+def strided(x, kernel):
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(2, 1),
+        padding=((2, 2), (0, 2)),
+        lhs_dilation=(1, 2),
+        rhs_dilation=(2, 1),
+        feature_group_count=2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def patches(x, kernel):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (8, 8), "VALID", dimension_numbers=("NCHW", "HWIO", "NHWC")
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (product, ((5, 7), (7, 3))),
+        (batched, ((5, 6, 7), (5, 7, 9))),
+        (strided, ((2, 12, 10, 6), (3, 2, 3, 8))),
+        (patches, ((2, 3, 32, 24), (8, 8, 3, 16))),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_product_flops_are_those_of_xla(function, shapes):
+    compiled = jax.jit(function).lower(*(shape(*sizes) for sizes in shapes)).compile()
+    assert product_flops(compiled.as_text()) == compiled.cost_analysis()["flops"]
+
+
+def test_product_flops_count_every_round_of_a_loop():
+    def loop(state, weights):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ weights), None), state, length=7)[0]
+
+    compiled = jax.jit(loop).lower(shape(64, 64), shape(64, 64)).compile()
+    assert product_flops(compiled.as_text()) == 7 * 2 * 64**3
+
+
+def test_float32_products_are_named():
+    def f(x, weights):
+        with jax.named_scope("inner"):
+            return jnp.exp(x) @ weights
+
+    text = jax.jit(f).lower(shape(8, 64), shape(64, 64)).compile().as_text()
+    (name,) = float32_products(text)
+    assert name.endswith("inner/dot_general")
+    assert float32_products(jax.jit(jnp.exp).lower(shape(8, 64)).compile().as_text()) == []
+
+
+def test_the_resampling_of_positions_may_be_float32():
+    def resample(rows, columns, table):
+        return jnp.einsum("Hh,Ww,hwd->HWd", rows, columns, table, precision="highest")
+
+    lowered = jax.jit(resample).lower(shape(24, 14), shape(24, 14), shape(14, 14, 32))
+    text = lowered.compile().as_text()
+    assert product_flops(text) > 0
+    assert float32_products(text) == []
+
+
+# As the TPU compiler writes them, cut to what matters.
+PRODUCTS = """HloModule jit_f
+
+ENTRY %main.1 (x.1: bf16[128,256], w.1: f32[256,256]) -> f32[128,256] {
+  %x.1 = bf16[128,256]{1,0:T(8,128)(2,1)} parameter(0)
+  %w.1 = f32[256,256]{1,0:T(8,128)} parameter(1)
+  %w.2 = bf16[256,256]{1,0:T(8,128)(2,1)} convert(%w.1)
+  %small = f32[128,256]{1,0:T(8,128)} convolution(%x.1, %w.2), dim_labels=bf_io->bf, metadata={op_name="jit(f)/small"}
+  ROOT %wide = f32[128,256]{1,0:T(8,128)} convolution(%small, %w.1), dim_labels=bf_io->bf, metadata={op_name="jit(f)/wide"}
+}
+"""  # noqa: E501
+BATCHED = """HloModule jit_f
+
+ENTRY %main.1 (q.1: bf16[64,197,12,64], k.1: bf16[64,197,12,64]) -> bf16[64,12,197,197] {
+  %q.1 = bf16[64,197,12,64]{3,1,2,0:T(8,128)(2,1)} parameter(0)
+  %k.1 = bf16[64,197,12,64]{3,1,2,0:T(8,128)(2,1)} parameter(1)
+  ROOT %c = bf16[64,12,197,197]{2,3,1,0:T(8,128)(2,1)} convolution(%q.1, %k.1), window={size=64x12 stride=63x11 lhs_dilate=64x12}, dim_labels=0b1f_0o1i->01bf
+}
+"""  # noqa: E501
+
+
+def test_operands_decide_not_the_result():
+    assert float32_products(PRODUCTS) == ["jit(f)/wide"]
+    assert product_flops(PRODUCTS) == 2 * (2 * 128 * 256 * 256)
+
+
+def test_batched_products_as_the_tpu_compiler_writes_them():
+    assert product_flops(BATCHED) == 2 * (64 * 12) * 197 * 197 * 64
+
+
+def test_collectives_are_counted_by_kind():
+    text = """
+  %all-reduce.1 = f32[256]{0} all-reduce(%a), channel_id=1, to_apply=%sum
+  %all-reduce.2 = f32[256]{0} all-reduce(%b), channel_id=2, to_apply=%sum
+  %s = (f32[64]{0}, f32[256]{0}) all-gather-start(%c), channel_id=3, dimensions={0}
+  %d = f32[256]{0} all-gather-done(%s)
+  %fusion = f32[256]{0} fusion(%all-reduce.1), kind=kLoop, calls=%fused
+"""
+    assert collectives(text) == {"all-reduce": 2, "all-gather": 1}
+    assert collectives(PRODUCTS) == {}
+
+
+def test_float64_is_found_as_written_and_as_compiled():
+    with jax.enable_x64(True):
+        lowered = jax.jit(lambda x: (x.astype(jnp.float64) * 3.0).astype(x.dtype)).lower(shape(8))
+    assert "stablehlo.convert" in float64_operations(lowered.as_text(), "")
+    assert "multiply" in float64_operations("", lowered.compile().as_text())
+    single = jax.jit(lambda x: x * 3.0).lower(shape(8))
+    assert float64_operations(single.as_text(), single.compile().as_text()) == []
+
+
+def test_custom_kernels_are_counted():
+    text = '  %k = bf16[8]{0} custom-call(%a), custom_call_target="tpu_custom_call"\n'
+    assert custom_kernels(2 * text) == 2
+    assert custom_kernels(PRODUCTS) == 0
+
+
+# -- arguments
+
+
+def test_environment_is_left_as_it_was(monkeypatch):
+    monkeypatch.setenv("TPU_LOG_DIR", "mine")
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    before = dict(os.environ)
+    with libtpu_environment():
+        assert os.environ["TPU_SKIP_MDS_QUERY"] == "1"
+        assert os.environ["TPU_LOG_DIR"] == "mine"
+    assert dict(os.environ) == before
+
+
+def test_without_the_compiler(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    wanted = r'libtpu and optax; run: pip install "vit-flax\[tpu-check\]"'
+    with pytest.raises(InputError, match=wanted):
+        check(SMALL)
+    with pytest.raises(InputError, match=r"needs libtpu; run: pip install"):
+        check(SMALL, training=False)
+    with pytest.raises(InputError, match=wanted):
+        command.compile_for_tpu("base", batch=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chips": ("v5e", "v99")}, r"`chips` must be some of v5e, v5p, v6e; given \('v5e', 'v99'"),
+        ({"chips": ()}, r"`chips` must be some of v5e, v5p, v6e; given \(\)"),
+        ({"batch": 0}, r"`batch` must be at least 1; given 0"),
+        (
+            {"dtype": "float64"},
+            r"`dtype` must be one of bfloat16, float16, float32; given 'float64'",
+        ),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(InputError, match=message):
+        check(SMALL, **options)
+
+
+def test_network_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, teacher = network("base")
+    assert (config.hidden_size, config.num_labels, teacher) == (768, 1000, False)
+    SMALL.save_pretrained(tmp_path / "base")  # what is there comes before a preset's name
+    assert network("base")[0].hidden_size == 64
+    with pytest.raises(MissingFileError, match="no-such-folder"):
+        network(str(tmp_path / "no-such-folder"))
+
+
+# -- the command, with the compiler's answer given
+
+
+def report(**changes):
+    program = {
+        "chip": "v5e",
+        "name": "forward",
+        "batch": 2,
+        "devices": 4,
+        "seconds": 3.0,
+        "analytic_flops": 1e9,
+        "product_flops": 1e9,
+        "flops": 1.1e9,
+        "bytes_accessed": 2e9,
+        "argument_bytes": 30_000_000,
+        "output_bytes": 20_000_000,
+        "aliased_bytes": 10_000_000,
+        "temporary_bytes": 100_000_000,
+        "code_bytes": 0,
+        "collectives": {},
+        "checks": (Check("compiles", True, "in 3 s"),),
+    }
+    return TPUReport("m", "bfloat16", {"jax": "0"}, (Program(**{**program, **changes}),))
+
+
+def test_report_survives_json():
+    found = report()
+    assert TPUReport.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert found.programs[0].memory_bytes == 140_000_000
+
+
+def answer(monkeypatch, found):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(command, "_run", lambda request: found.to_dict())
+
+
+def test_command_prints_a_table(monkeypatch, capsys):
+    answer(monkeypatch, report())
+    assert command.compile_for_tpu("base", batch=2) == 0
+    lines = capsys.readouterr().out.splitlines()
+    wanted = "v5e forward 1.0000 1.1000 2.00 GB 100.0 MB 140.0 MB 0.9% 3 s pass"
+    assert " ".join(lines[2].split()) == wanted
+    assert lines[-1] == "every assertion holds"
+
+
+def test_command_names_what_failed(monkeypatch, capsys):
+    failed = Check("no collective", False, "2 all-reduce")
+    answer(monkeypatch, report(checks=(failed,)))
+    assert command.compile_for_tpu("base", batch=2) == 1
+    out = capsys.readouterr().out
+    assert "v5e, forward: no collective: FAILED: 2 all-reduce" in out
+    assert out.splitlines()[-1] == "some assertions FAILED"
+
+
+def test_command_shows_what_did_not_compile(monkeypatch, capsys):
+    failed = Check("fits", False, "used 20G of 15.75G hbm")
+    answer(monkeypatch, report(flops=0.0, product_flops=None, checks=(failed,)))
+    assert command.compile_for_tpu("base", batch=2) == 1
+    assert "v5e, forward: fits: FAILED: used 20G of 15.75G hbm" in capsys.readouterr().out
+
+
+def test_command_as_json(monkeypatch, capsys):
+    answer(monkeypatch, report())
+    assert command.compile_for_tpu("base", batch=2, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)["programs"][0]["chip"] == "v5e"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import sys; sys.stderr.write('a\\nlast\\n'); sys.exit(3)", "code 3 .* last words: last"),
+        ('print(\'{"error": "no such chip"}\')', "no such chip"),
+    ],
+)
+def test_compiler_process_that_fails(monkeypatch, code, message):
+    monkeypatch.setattr(command, "_CHILD", code)
+    with pytest.raises(InputError, match=message):
+        command._run({})
+
+
+# -- the compiler itself
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    with libtpu_environment():
+        yield chip_mesh("v5e")
+
+
+def planted(mesh, function, *shapes, analytic_flops=0.0, dtype="bfloat16"):
+    """The checks of a function whose last argument is split over the devices."""
+    spec = jax.sharding.PartitionSpec
+    shardings = [jax.sharding.NamedSharding(mesh, spec()) for _ in shapes]
+    shardings[-1] = jax.sharding.NamedSharding(mesh, spec("data"))
+    jitted = jax.jit(function, in_shardings=tuple(shardings))
+    program = check_program(
+        jitted, shapes, analytic_flops, 4, False, chip="v5e", name="planted", batch=1, dtype=dtype
+    )
+    return {each.name: each for each in program.checks}
+
+
+WEIGHTS, BATCH = shape(256, 256, dtype=jnp.bfloat16), shape(512, 256, dtype=jnp.bfloat16)
+
+
+def failures(checks):
+    return [name for name, each in checks.items() if not each.passed]
+
+
+@needs_compiler
+def test_small_network_on_v5e():
+    found = check(SMALL, chips=("v5e",), batch=2)
+    assert [program.name for program in found.programs] == ["forward", "training step"]
+    assert found.passed, [program.checks for program in found.programs]
+    forward, step = found.programs
+    assert forward.product_flops == 2 * forward_flops(SMALL)
+    assert forward.collectives == {}
+    assert 2.5 < step.product_flops / forward.product_flops < 3
+    assert step.collectives  # the sum of the gradients: what the forward pass may not have
+    assert step.aliased_bytes > 0  # the old state gives its memory to the new
+
+
+@needs_compiler
+def test_nothing_planted(mesh):
+    flops = 2 * 128 * 256 * 256
+    checks = planted(mesh, lambda w, x: x @ w, WEIGHTS, BATCH, analytic_flops=flops)
+    assert failures(checks) == []
+
+
+@needs_compiler
+def test_planted_float32_product(mesh):
+    def f(w, x):  # without the exponential the compiler would multiply the bfloat16 numbers
+        return (jnp.exp(x.astype(jnp.float32)) @ w.astype(jnp.float32)).astype(x.dtype)
+
+    checks = planted(mesh, f, WEIGHTS, BATCH)
+    assert failures(checks) == ["no float32 product"]
+    assert "dot_general" in checks["no float32 product"].detail
+    assert failures(planted(mesh, f, WEIGHTS, BATCH, dtype="float32")) == []
+
+
+@needs_compiler
+def test_planted_collective(mesh):
+    checks = planted(mesh, lambda w, x: (x - x.mean(axis=0)) @ w, WEIGHTS, BATCH)
+    assert failures(checks) == ["no collective"]
+    assert checks["no collective"].detail == "1 all-reduce"
+
+
+@needs_compiler
+def test_planted_float64(mesh):
+    def f(w, x):
+        return (x.astype(jnp.float64) + 1e-9).astype(x.dtype) @ w
+
+    with jax.enable_x64(True):
+        checks = planted(mesh, f, WEIGHTS, BATCH)
+    assert failures(checks) == ["no float64"]
+    assert "stablehlo.convert" in checks["no float64"].detail
+
+
+@needs_compiler
+def test_planted_second_product(mesh):
+    flops = 2 * 128 * 256 * 256
+    checks = planted(mesh, lambda w, x: (x @ w) @ w, WEIGHTS, BATCH, analytic_flops=flops)
+    assert failures(checks) == ["flops"]
+    assert "matrix products 2.0000 of the analytic count" in checks["flops"].detail
+
+
+@needs_compiler
+def test_planted_program_that_does_not_fit(mesh):
+    large = shape(4 * 2**17, 2**17, dtype=jnp.bfloat16)  # 34 GB a chip
+    checks = planted(mesh, lambda x: jnp.exp(x), large)
+    assert failures(checks) == ["fits"]
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("name", ["base", "large"])
+def test_presets(name, chip):
+    found = check(preset(name, num_labels=1000), chips=(chip,), batch=32)
+    assert found.passed, [program.checks for program in found.programs]
+    for program in found.programs:
+        # Norms, softmax and activations are what is above the matrix products.
+        assert 1.0 <= program.flops_ratio <= 1.03
+        assert program.memory_bytes < CHIPS[chip].hbm_gb * 1e9
+
+
+@needs_compiler
+def test_command_compiles_in_its_own_process(tmp_path, capfd):
+    SMALL.save_pretrained(tmp_path)
+    model = str(tmp_path)
+    assert command.compile_for_tpu(model, batch=1, chips=("v5e",), training=False) == 0
+    out, err = capfd.readouterr()
+    assert "every assertion holds" in out
+    assert err == "vit: compiling for v5e: forward, 1 images on each chip, bfloat16\n"
+    assert tpu_check.versions()["libtpu"] in out
