@@ -282,7 +282,7 @@ def test_command_prints_a_table(monkeypatch, capsys):
 
 def test_command_names_what_failed(monkeypatch, capsys):
     failed = Check("no collective", False, "2 all-reduce")
-    answer(monkeypatch, report(checks=(failed,)))
+    answer(monkeypatch, report(checks=(Check("compiles", True, "in 3 s"), failed)))
     assert command.compile_for_tpu("base", batch=2) == 1
     out = capsys.readouterr().out
     assert "v5e, forward: no collective: FAILED: 2 all-reduce" in out

@@ -363,7 +363,6 @@ def _verify(arguments: Sequence[str]) -> Command:
         "--dtype",
         metavar="NAMES",
         type=_list_of((*_DTYPES, "float64")),
-        default=("float32",),
         help="float64, float32, bfloat16, float16, with commas between (float32)",
     )
     parser.add_argument(

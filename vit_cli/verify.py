@@ -24,7 +24,7 @@ def verify(
     *,
     images: str | None = None,
     devices: tuple[str, ...] = ("cpu",),
-    dtypes: tuple[str, ...] = ("float32",),
+    dtypes: tuple[str, ...] | None = None,
     image_size: Any = None,
     batch: int = 2,
     gradients: bool = False,
@@ -39,7 +39,8 @@ def verify(
         first, second: models; without the second, the Flax and the PyTorch twin of the first.
         images: folder or file of images; None draws random numbers.
         devices: "cpu", "gpu", "tpu", "all".
-        dtypes: as `vit_torch.verify.DTYPES`.
+        dtypes: as `vit_torch.verify.DTYPES`; None is float32, and bfloat16 where it is only
+            compiled for a TPU.
         image_size: (height, width) or a side.
         batch: random images.
         gradients: compare gradients too.
@@ -59,20 +60,23 @@ def verify(
     pictures = None
     if images is not None:
         pictures = _read(images)
+    if {"gpu", "all"} & set(devices):
+        # JAX would take most of the GPU's memory when it starts, and leave torch none.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    compiled_dtype = "bfloat16" if dtypes is None else dtypes[0]
+    dtypes = dtypes or ("float32",)
+    if devices == ("tpu",) and second is None and not _has("tpu"):
+        from vit_cli.tpu import compile_for_tpu
+
+        return compile_for_tpu(
+            first, batch=batch, as_json=as_json, format=format, hub=hub, dtype=compiled_dtype
+        )
     try:
         import torch  # noqa: F401
     except ImportError as error:
         raise InputError(
             'verifying needs the PyTorch twin; run: pip install "vit-flax[torch]"'
         ) from error
-    if {"gpu", "all"} & set(devices):
-        # JAX would take most of the GPU's memory when it starts, and leave torch none.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if "tpu" in devices and not _has("tpu"):
-        from vit_cli.tpu import compile_for_tpu
-
-        if len(devices) == 1:
-            return compile_for_tpu(first, batch=batch, as_json=as_json, format=format, hub=hub)
     if "all" in devices:
         devices = tuple(name for name in ("cpu", "gpu", "tpu") if _has(name))
     from vit_torch.verify import verify as run
@@ -111,10 +115,18 @@ def verify(
 def _has(name: str) -> bool:
     import jax
 
+    if name == "tpu" and not _libtpu_is_for_a_tpu():
+        return False
     try:
         return bool(jax.local_devices(backend=name))
     except RuntimeError:
         return False
+
+
+def _libtpu_is_for_a_tpu() -> bool:
+    """Whether there is a TPU on this machine: libtpu without one is there to compile with, and
+    would complain at length if it were asked for devices."""
+    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
 
 
 def _read(place: str) -> list[Any]:

@@ -288,6 +288,7 @@ def libtpu_environment() -> Iterator[None]:
 
 LIBTPU_VARIABLES = {
     "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run, so nothing is fought over
     "TPU_LOG_DIR": "disabled",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any that exists: asked for, but not used here
     "TPU_WORKER_HOSTNAMES": "localhost",
