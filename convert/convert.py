@@ -19,9 +19,9 @@ import numpy as np
 
 from convert.formats import check_format, table_for
 from convert.forward import forward
-from convert.infer import Note
+from convert.infer import Note, infer_config
 from convert.report import Report, Verification
-from convert.rules import TensorLike, to_foreign, unprefixed
+from convert.rules import Mapped, TensorLike, to_foreign, unprefixed
 from convert.source import METADATA_KEY, Source, find_processor, open_source, read_tensors
 from convert.timm_config import timm_config
 from vit_common.checkpoint import open_checkpoint, save_checkpoint, write_checkpoint
@@ -51,7 +51,7 @@ PROCESSOR_NAME = "preprocessor_config.json"
 
 # suffix of a target that is one file -> what is written if no format is named
 _SUFFIXES = {".safetensors": "hub", ".msgpack": "flax", ".npz": "google"}
-_MOST_PATCHES = 10_000
+_MOST_PATCHES = 2_600
 """Of an image to verify with: a configuration without positions can claim any size."""
 _PICKLES = (".pth", ".pt", ".bin")
 
@@ -160,10 +160,14 @@ def convert(
             found = AutoImageProcessor.from_pretrained(preprocessing)
             processor = found, f"{preprocessing} (given)"
         beside = plan.beside(target, processor, report)
+        stale = [] if is_file(target) else _stale(target)
         if not force:
-            _refuse_to_overwrite(plan.names(target, beside))
+            _refuse_to_overwrite(plan.names(target, beside), stale)
+        # What is being read is never deleted, whatever else `force` allows.
+        own = {file.resolve() for file in (opened.path, *opened.checkpoint.files)}
+        stale = [path for path in stale if path.resolve() not in own]
         if not dry_run:
-            _write(plan, target, beside, max_shard_size, verify, report, progress, started)
+            _write(plan, target, beside, stale, max_shard_size, verify, report, progress, started)
         else:
             report.seconds = time.perf_counter() - started
     return report
@@ -202,7 +206,16 @@ class _Plan:
         self.architecture = stem + _CLASSES[self.head]
         self.config.architectures = [self.architecture]
         self.table = table_for(to, self.config, self.head)
+        self._refuse_what_readers_drop()
         self.written = self._foreign(tensors)
+
+    def _refuse_what_readers_drop(self) -> None:
+        """Raise InputError where the format has names for what its own library leaves out."""
+        if self.to == "timm" and self.config.use_representation_layer:
+            raise InputError(
+                "the format 'timm' cannot hold this network: timm drops the layer before the "
+                "classifier (pre-logits) when it loads."
+            )
 
     # -- the source's side
 
@@ -222,6 +235,8 @@ class _Plan:
             )
         if labels is not None:
             self.config.id2label = dict(enumerate(map(str, labels)))
+        elif len(self.config.id2label) == rows:
+            return  # they have names
         else:
             self.config.id2label = {i: f"LABEL_{i}" for i in range(rows)}
         self.config.label2id = {label: i for i, label in self.config.id2label.items()}
@@ -295,7 +310,7 @@ class _Plan:
         if name.startswith("pooler.") and self.head is not None:
             return "a pooler, which the head of this model does not look at"
         heads = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.")
-        if name.startswith(heads):
+        if name.startswith(heads) and self.head is not None:
             return "a second head"
         return "given up by the caller" if self.given_up(name) else None
 
@@ -314,7 +329,10 @@ class _Plan:
             )
         new, rule, k = self.config.grid_size, family.position_resize, family.num_prefix_positions
         self.notes = [note for note in self.notes if note.field != "image_size"]
-        self.notes.append(Note("image_size", self.config.image_size, f"given; positions by {rule}"))
+        tables = any(name.endswith("relative_position_bias_table") for name in tensors)
+        by = [f"positions by {rule}"] * ("embeddings.position_embeddings" in tensors)
+        by += ["relative positions by bilinear, as Transformers"] * tables
+        self.notes.append(Note("image_size", self.config.image_size, "; ".join(["given", *by])))
         out = dict(tensors)
         for name, tensor in tensors.items():
             if name == "embeddings.position_embeddings":
@@ -374,6 +392,16 @@ class _Plan:
                 f"{self.config.extended_type!r}, so that it refuses it instead of computing "
                 "something else. vit_flax and vit_torch load it."
             )
+        if self.to == "timm" and self.config.use_swiglu_ffn and source.timm is None:
+            warnings.append(
+                "timm's config.json cannot say that the MLP is a SwiGLU: give timm a model that "
+                "has one, such as vit_giant_patch14_dinov2, the sizes."
+            )
+        if self.to == "google" and not self.config.qkv_bias:
+            warnings.append(
+                "Google's own code wants biases of query, key and value, which this network does "
+                "not have; vit_flax and vit_torch read the file."
+            )
         if is_file(target) and target.suffix != ".safetensors":
             needs = self.to in ("hub", "flax", "flax-safetensors")
             warnings.append(
@@ -395,6 +423,7 @@ class _Plan:
                 f"image sizes by its own rule, not by {self.config.position_resize!r}; at the "
                 "native size nothing differs."
             )
+        warnings += self._differences(target)
         found = source.mapped.tensors
         return Report(
             source=str(source.path),
@@ -420,6 +449,50 @@ class _Plan:
             warnings=warnings,
         )
 
+    def _differences(self, target: Path) -> list[str]:
+        """What the files do not say, and their readers would have otherwise."""
+        said = []
+        given = {note.field for note in self.notes}
+        odd = {
+            field: value
+            for field, value in self.source.table.settings.items()
+            if getattr(self.config, field) != value and field not in given
+        }
+        if odd and not self.source.notes:
+            said.append(
+                f"networks in the format {self.source.table.name!r} have "
+                + ", ".join(f"{name}={value!r}" for name, value in odd.items())
+                + "; the configuration beside the source says "
+                + ", ".join(f"{name}={getattr(self.config, name)!r}" for name in odd)
+                + ", and was believed."
+            )
+        if (
+            is_file(target)
+            and target.suffix != ".safetensors"
+            and not self.to.startswith(("hub", "flax"))
+        ):
+            try:
+                mapped = Mapped(dict(self.tensors), [])  # type: ignore[arg-type]
+                guess, _ = infer_config(self.table, mapped, self.written)
+            except (CheckpointError, ConfigError) as error:
+                return [*said, f"who reads the file alone has to be told: {error}"]
+            fields = [
+                name
+                for name in self.config.fields
+                if name not in ("id2label", "label2id", "architectures", "dtype")
+                and not name.endswith(("_dropout_prob", "drop_path_rate", "initializer_range"))
+                and getattr(guess, name, None) != getattr(self.config, name)
+            ]
+            if fields:
+                said.append(
+                    "who reads the file alone takes "
+                    + ", ".join(f"{name}={getattr(guess, name, None)!r}" for name in fields)
+                    + "; it is "
+                    + ", ".join(f"{name}={getattr(self.config, name)!r}" for name in fields)
+                    + "."
+                )
+        return said
+
     def beside(self, target: Path, processor: Any, report: Report) -> dict[str, str]:
         """The small files of a directory: name -> text."""
         if is_file(target):
@@ -444,6 +517,8 @@ def is_file(target: Path) -> bool:
 
 def _target_format(target: Path, to: str | None) -> str:
     if to is not None:
+        if to == "flax" and target.suffix == ".safetensors":
+            return "flax-safetensors"
         return check_format(to)
     if not is_file(target):
         return "hub"
@@ -455,8 +530,15 @@ def _target_format(target: Path, to: str | None) -> str:
     return _SUFFIXES[target.suffix]
 
 
-def _refuse_to_overwrite(paths: Iterable[Path]) -> None:
+def _refuse_to_overwrite(paths: Iterable[Path], stale: Iterable[Path]) -> None:
     there = [str(path) for path in paths if path.exists()]
+    older = [str(path) for path in stale if str(path) not in there]
+    if older and not there:
+        raise MissingFileError(
+            f"{', '.join(older)}: weights of another format, which would be read instead of the "
+            "new ones or beside them; nothing was written. Choose another folder, or pass --force "
+            "(in Python `force=True`) to replace them."
+        )
     if there:
         raise MissingFileError(
             f"{', '.join(there)}: already there; nothing was written. Pass --force (in Python "
@@ -508,28 +590,29 @@ def _resized_table(tensor, old, new) -> np.ndarray:
 
 def _at_size(processor: Any, old: ViTConfig, new: ViTConfig) -> Any:
     """The same preparation for images of another size."""
-    (h, w), (H, W) = old.image_height_width, new.image_height_width
+    (H, W) = new.image_height_width
     table = processor.to_dict()
-
-    def scaled(size: Any) -> Any:
-        if not isinstance(size, Mapping):
-            return size
-        out = dict(size)
-        for key, factor in (("height", H / h), ("width", W / w), ("shortest_edge", H / h)):
-            if out.get(key):
-                out[key] = round(out[key] * factor)
-        return out
-
-    for key in ("size", "crop_size"):
-        if table.get(key):
-            table[key] = scaled(table[key])
+    size = dict(table.get("size") or {})
+    crop = dict(table.get("crop_size") or {}) if table.get("do_center_crop") else {}
+    # What comes out now: the crop, or else what images are resized to. It need not be the
+    # configuration's size: DINOv2's is 518 and its images are 224.
+    now = crop or size
+    h, w = now.get("height"), now.get("width")
+    if not (h and w):
+        h, w = old.image_height_width
+    for key, factor in (("height", H / h), ("width", W / w), ("shortest_edge", H / h)):
+        if size.get(key):
+            size[key] = round(size[key] * factor)
+    table["size"] = size
+    if crop:
+        table["crop_size"] = {"height": H, "width": W}
     return type(processor).from_dict(table)
 
 
 # -- writing
 
 
-def _write(plan, target, beside, max_shard_size, verify, report, progress, started) -> None:
+def _write(plan, target, beside, stale, max_shard_size, verify, report, progress, started) -> None:
     """Write beside the target, verify there, and only then put it in its place."""
     total = sum(math.prod(t.shape) * t.dtype.itemsize for t in plan.written.values())
     done = 0
@@ -551,8 +634,9 @@ def _write(plan, target, beside, max_shard_size, verify, report, progress, start
         if verify:
             written = staging / target.name if one_file else staging
             report.verification = _verify(plan, written)
-        stale = [] if one_file else _stale(directory, {f.name for f in staging.iterdir()})
-        report.written = [str(path) for path in move_files(staging, directory, stale)]
+        written = {file.name for file in staging.iterdir()}
+        older = [path.name for path in stale if path.name not in written]
+        report.written = [str(path) for path in move_files(staging, directory, older)]
     except BaseException as error:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
@@ -622,17 +706,15 @@ def _write_into(staging, plan, target, beside, max_shard_size, one_file, advance
     )
 
 
-def _stale(directory: Path, written: set[str]) -> list[str]:
-    """Weights of an earlier save in a directory, which would be read beside the new ones."""
+def _stale(directory: Path) -> list[Path]:
+    """Weights of an earlier save in a directory, which could be read beside the new ones."""
     pattern = re.compile(
         r"(model|flax_model|pytorch_model)(-\d{5,}-of-\d{5,})?"
         r"\.(safetensors|msgpack|bin|npz|pth)(\.index\.json)?"
     )
-    return [
-        file.name
-        for file in directory.iterdir()
-        if pattern.fullmatch(file.name) and file.name not in written
-    ]
+    if not directory.is_dir():
+        return []
+    return [file for file in sorted(directory.iterdir()) if pattern.fullmatch(file.name)]
 
 
 # -- proof

@@ -44,6 +44,9 @@ _ELSEWHERE = (
 )
 
 
+_HEAD_BESIDE = re.compile(r"(.*?)((?:head|head_dist|fc_norm)\.(?:weight|bias))")
+
+
 @dataclass(frozen=True)
 class Root:
     """Where in a file the network lies.
@@ -87,7 +90,12 @@ def find_root(keys: Iterable[str]) -> Root:
     inside = {key[len(path) :]: key for key in keys if key.startswith(path)}
     ignored = {}
     for key in keys:
-        if not key.startswith(path):
+        if key.startswith(path):
+            continue
+        head = _HEAD_BESIDE.fullmatch(key)
+        if head and path.startswith(head[1]):
+            inside[head[2]] = key  # a classifier beside the backbone it stands on
+        else:
             ignored[key] = _reason(key) or f"outside {path!r}, where the network is"
     if path == "":
         # Without anything before the network's names, what lies deeper may still be another's.
@@ -231,7 +239,7 @@ def _prefer(tables: list[Format], keys: list[str], hints: Mapping[str, str]) -> 
     root = hints.get("root", "")
     if "architecture" in hints:
         return only("timm")
-    if root.startswith(("teacher", "student")) or "backbone" in root:
+    if root.startswith(("teacher", "student")):
         return only("dino")
     if any(re.fullmatch(r"head\.(mlp|last_layer)\..*", key) for key in keys):
         return only("dino")

@@ -120,14 +120,20 @@ class _Network:
             self.dense(x, f"{name}.{part}").reshape(S, A, -1).transpose(1, 0, 2)
             for part in ("query", "key", "value")
         )  # (A, S, D/A)
-        scores = query @ key.transpose(0, 2, 1) / math.sqrt(config.head_dim)
-        if config.use_relative_position_bias:
-            scores = scores + self.bias(name)
-        if shared is not None:
-            scores = scores + shared
-        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        scores /= scores.sum(axis=-1, keepdims=True)
-        context = (scores @ value).transpose(1, 0, 2).reshape(S, -1)
+        biases = self.bias(name) if config.use_relative_position_bias else None
+        heads = []
+        for head in range(A):  # one S x S in memory at a time
+            scores = query[head] @ key[head].T
+            scores /= math.sqrt(config.head_dim)
+            if biases is not None:
+                scores += biases[head]
+            if shared is not None:
+                scores += shared[head]
+            scores -= scores.max(axis=-1, keepdims=True)
+            np.exp(scores, out=scores)
+            scores /= scores.sum(axis=-1, keepdims=True)
+            heads.append(scores @ value[head])  # (S, D/A)
+        context = np.stack(heads, axis=1).reshape(S, -1)
         return self.dense(context.astype(np.float32), f"{layer}.attention.output.dense")
 
     def mlp(self, x: np.ndarray, layer: str) -> np.ndarray:

@@ -17,13 +17,14 @@ from vit_common.presets import PRESETS
 
 IMAGENET_CLASSES = 1000
 
-# Width -> heads of every published ViT whose file does not say it: the presets (their sources are
-# there), ViT-So400m (Alabdulmohsin et al. 2023, arXiv:2305.13035), DINOv2's giant (Oquab et al.
-# 2023, arXiv:2304.07193) and ViT-G (Zhai et al. 2022, arXiv:2106.04560).
-_HEADS = {width: heads for width, _, heads, _, _ in PRESETS.values()} | {
-    1152: 16,
-    1536: 24,
-    1664: 16,
+# (width, depth, MLP width) -> heads of published ViTs whose files do not say it: the presets (their
+# sources are there), ViT-So400m (Alabdulmohsin et al. 2023, arXiv:2305.13035), DINOv2's giant
+# (Oquab et al. 2023, arXiv:2304.07193) and ViT-G (Zhai et al. 2022, arXiv:2106.04560). Networks
+# without a class token are not looked up: of ViT-B there are such with 12 and with 16 heads.
+_HEADS = {(width, depth, inner): heads for width, depth, heads, inner, _ in PRESETS.values()} | {
+    (1152, 27, 4304): 16,
+    (1536, 40, 4096): 24,
+    (1664, 48, 8192): 16,
 }
 
 # Keyword of timm's model -> field here.
@@ -57,6 +58,21 @@ _TIMM_ACTIVATIONS = {
     "relu": "relu",
     "silu": "silu",
 }
+
+
+# Formats whose classifiers of 1000 classes are those of ImageNet-1k.
+_IMAGENET_FORMATS = ("google", "deit", "beit", "mae", "dino")
+
+
+def _label_names(timm: Mapping[str, Any] | None) -> list[str] | None:
+    """The names of classes in timm's `config.json`, in order."""
+    for place in (timm or {}), ((timm or {}).get("pretrained_cfg") or {}):
+        names = place.get("label_names") if isinstance(place, Mapping) else None
+        if isinstance(names, Mapping):
+            names = [names[key] for key in sorted(names, key=str)] if names else None
+        if isinstance(names, list) and names:
+            return [str(name) for name in names]
+    return None
 
 
 @dataclass(frozen=True)
@@ -94,7 +110,11 @@ def infer_config(
     if odd:
         raise CheckpointError(f"tensors of an impossible number of axes: {', '.join(odd[:60])}.")
     fields: dict[str, tuple[Any, str]] = {}
-    given = dict(overrides or {})
+    given = _checked(table, overrides)
+    for key in ("pretrained_cfg", "model_args"):
+        part = (timm or {}).get(key)
+        if part is not None and not isinstance(part, Mapping):
+            raise ConfigError(f"timm's config.json: `{key}` must be a mapping; given {part!r}.")
 
     def note(origin: str, **values: Any) -> None:
         fields.update({name: (value, origin) for name, value in values.items()})
@@ -111,11 +131,17 @@ def infer_config(
     known = {name: value for name, (value, _) in fields.items()} | given
     _image_size(shapes, known, given, family, note)
     labels = known.get("num_labels")
-    named = {"id2label", "num_labels"} & set(given)
-    if labels == IMAGENET_CLASSES and not named:
-        table_of_labels = dict(enumerate(imagenet_labels()))
-        note("the order of ImageNet-1k, which a head of 1000 has", id2label=table_of_labels)
-        fields.pop("num_labels")
+    if not {"id2label", "num_labels"} & set(given):
+        names = _label_names(timm)
+        if names is not None and len(names) == labels:
+            note("timm's label_names", id2label=dict(enumerate(names)))
+            fields.pop("num_labels")
+        elif labels == IMAGENET_CLASSES and (table.name in _IMAGENET_FORMATS or timm is not None):
+            note(
+                "the order of ImageNet-1k, which a head of 1000 has",
+                id2label=dict(enumerate(imagenet_labels())),
+            )
+            fields.pop("num_labels")
     cls = config_class(family)
     values = {name: value for name, (value, _) in fields.items()} | given
     if "id2label" in given or "label2id" in given:
@@ -148,6 +174,15 @@ def _rank(name: str) -> int:
         return 3
     vector = name.endswith((".bias", "lambda_1", "lambda_2")) or "norm" in name.split(".")[-2]
     return 1 if vector else 2
+
+
+def _checked(table: Format, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The caller's fields, checked as the configuration will check them."""
+    checks = config_class(table.families[-1]).fields | config_class(table.families[0]).fields
+    return {
+        name: checks[name][1](name, value) if name in checks and value is not None else value
+        for name, value in (overrides or {}).items()
+    }
 
 
 def _sizes(shapes: Mapping[str, tuple[int, ...]], family: str, note: Any) -> None:
@@ -234,13 +269,18 @@ def _heads(shapes, source, timm, note) -> None:
         note(f"timm's {architecture}", num_attention_heads=timm_models.HEADS[architecture])
         return
     width = shapes["embeddings.patch_embeddings.projection.weight"][0]
-    if width not in _HEADS:
+    second = shapes.get("encoder.layer.0.output.dense.weight", (0, 0))
+    depth = len({name.split(".")[2] for name in shapes if name.startswith("encoder.layer.")})
+    sizes = (width, depth, second[1])
+    if sizes not in _HEADS or "embeddings.cls_token" not in shapes:
         raise CheckpointError(
-            f"the number of attention heads is not in these weights, and no published model has "
-            f"their width of {width}; say it: `--heads` of the command, `num_attention_heads=` in "
-            "Python, or a config.json beside the file."
+            "the number of attention heads is not in these weights, and no published model that is "
+            f"known here has their width of {width}, {depth} blocks and MLPs of {second[1]} (and a "
+            "class token); say it: `--heads` of the command, `num_attention_heads=` in Python, or "
+            "a config.json beside the file."
         )
-    note(f"published models of width {width}", num_attention_heads=_HEADS[width])
+    origin = f"the published model of width {width}, depth {depth}"
+    note(origin, num_attention_heads=_HEADS[sizes])
 
 
 def _read_timm(timm: Mapping[str, Any], given: Mapping[str, Any], note: Any) -> None:

@@ -18,6 +18,7 @@ from vit_common.checkpoint import Checkpoint, open_checkpoint
 from vit_common.config import (
     CONFIG_CLASSES,
     CONFIG_NAME,
+    OURS,
     AutoConfig,
     ViTConfig,
 )
@@ -29,14 +30,10 @@ from vit_common.image_processors import (
     AutoImageProcessor,
     BeitImageProcessor,
     BitImageProcessor,
-    DeiTImageProcessor,
 )
 from vit_common.parameters import Head
 
 PROCESSOR_NAME = "preprocessor_config.json"
-
-OURS = "vit_flax"
-"""Key of timm's `config.json` under which a conversion puts the whole configuration."""
 
 METADATA_KEY = "vit_config"
 """Where a safetensors file that stands alone holds its configuration."""
@@ -183,6 +180,16 @@ def open_source(
             settled = config
         elif found is not None and found is not timm:
             settled = _named(path, config_from_dict, found, **dict(overrides or {}))
+            unknown = [
+                name
+                for name in overrides or {}
+                if name not in (*settled.fields, "num_labels") and name not in found
+            ]
+            if unknown:
+                raise ConfigError(
+                    f"config: {type(settled).__name__} has no field "
+                    f"{', '.join(map(repr, unknown))}; wanted some of {', '.join(settled.fields)}."
+                )
             notes = [Note(name, value, "given") for name, value in (overrides or {}).items()]
         elif table.name in _DESCRIBED:
             find_file(name_or_path, CONFIG_NAME, **hub)  # raises, saying where it looked
@@ -254,7 +261,13 @@ def find_processor(
 ) -> tuple[BaseImageProcessor, str] | None:
     """What prepares images for a source, and what says so; None where nothing does."""
     try:
-        processor = AutoImageProcessor.from_pretrained(name_or_path, **hub)
+        try:
+            processor = AutoImageProcessor.from_pretrained(name_or_path, **hub)
+        except ConfigError:
+            if source.timm is None or source.timm.get("pretrained_cfg") is None:
+                raise
+            find_file(name_or_path, PROCESSOR_NAME, **hub)
+            raise  # the file is there, and is wrong
         try:
             find_file(name_or_path, PROCESSOR_NAME, **hub)
         except AbsentFileError:
@@ -286,15 +299,9 @@ def implied_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
         )
     if height != width:
         return None
-    enlarged = int(height * 256 / 224)
-    if name in ("deit", "mae"):
-        return (
-            DeiTImageProcessor(
-                size={"height": enlarged, "width": enlarged}, crop_size=size, **_IMAGENET
-            ),
-            f"the published evaluation of {name}",
-        )
-    if name in ("dino", "dinov2"):
+    if name in ("deit", "dino", "mae", "dinov2"):
+        # The shorter side to 256 for 224, then a centre crop; MAE's images above 224 are not cut.
+        enlarged = height if name == "mae" and height > 224 else int(height * 256 / 224)
         if name == "dinov2":
             size, enlarged = {"height": 224, "width": 224}, 256
         return (

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from PIL.Image import Resampling
 
-from convert.source import OURS
-from vit_common.config import ViTConfig
+from convert.formats.timm_models import HEADS
+from vit_common.config import OURS, ViTConfig
 from vit_common.presets import PRESETS
 
 _FAMILIES = {"vit": "vit", "deit": "deit", "beit": "beit"}
@@ -28,6 +29,8 @@ def timm_config(config: ViTConfig, timm: Mapping[str, Any] | None, processor: An
     args = dict(table.get("model_args") or {})
     if timm is None:
         table["architecture"], args = _architecture(config)
+    elif "img_size" in args or (cfg_size(table) not in (None, (height, width))):
+        args["img_size"] = [height, width]
     table["num_classes"] = config.num_labels if "For" in str(config.architectures) else 0
     table["num_features"] = config.hidden_size
     table["global_pool"] = "avg" if config.pooling == "mean" else "token"
@@ -41,13 +44,23 @@ def timm_config(config: ViTConfig, timm: Mapping[str, Any] | None, processor: An
     if processor is not None and timm is None:
         cfg.update(_transform(processor, height))
     table["pretrained_cfg"] = cfg
+    if any(name in where for name in ("label_names",) for where in (table, cfg)):
+        cfg.pop("label_names", None)
+        table["label_names"] = [str(label) for label in config.id2label.values()]
     table[OURS] = json.loads(config.to_json_string())
     return json.dumps(table, indent=2) + "\n"
 
 
+def cfg_size(table: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(height, width) that timm's `pretrained_cfg` names."""
+    size = (table.get("pretrained_cfg") or {}).get("input_size")
+    return None if not size else (size[1], size[2])
+
+
 def _architecture(config: ViTConfig) -> tuple[str, dict[str, Any]]:
     """The nearest of timm's names, and the arguments that make it this network."""
-    patch, _ = config.patch_height_width
+    rows, columns = config.patch_height_width
+    patch: Any = rows if rows == columns else [rows, columns]
     family = _FAMILIES.get(config.model_type, "vit")
     sizes = (
         config.hidden_size,
@@ -56,17 +69,16 @@ def _architecture(config: ViTConfig) -> tuple[str, dict[str, Any]]:
         config.intermediate_size,
     )
     named = {tuple(row[:4]): name for name, row in PRESETS.items()}
-    size = named.get(sizes, "base")
-    name = f"{family}_{size}_patch16_224"
-    if family == "deit":
-        name = f"deit_{size}_distilled_patch16_224"
+    middle = "_distilled" if family == "deit" else ""
+    names = [f"{family}_{size}{middle}_patch16_224" for size in (named.get(sizes), "base")]
+    name = next(each for each in names if each in HEADS)
     args: dict[str, Any] = {
         "img_size": list(config.image_height_width),
         "patch_size": patch,
         "embed_dim": config.hidden_size,
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
-        "mlp_ratio": config.intermediate_size / config.hidden_size,
+        "mlp_ratio": _ratio(config.intermediate_size, config.hidden_size),
         "qkv_bias": config.qkv_bias,
     }
     if config.has_layer_scale:
@@ -85,12 +97,18 @@ def _architecture(config: ViTConfig) -> tuple[str, dict[str, Any]]:
         args["global_pool"] = "avg"
         args["fc_norm"] = config.norm_after_pooling
     if family == "beit":
-        args.pop("global_pool", None)
         args.pop("fc_norm", None)
+        args["global_pool"] = "avg" if config.pooling == "mean" else "token"
         args["use_abs_pos_emb"] = config.use_absolute_position_embeddings
         args["use_rel_pos_bias"] = config.use_relative_position_bias
         args["use_shared_rel_pos_bias"] = config.use_shared_relative_position_bias
     return name, args
+
+
+def _ratio(inner: int, width: int) -> float:
+    """The ratio from which timm, which cuts off, derives that width of the MLP."""
+    ratio = inner / width
+    return ratio if int(width * ratio) == inner else math.nextafter(ratio, math.inf)
 
 
 def _transform(processor: Any, height: int) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from vit_cli import cache
 
+from vit_cli import cache
 from vit_common.embedded import embedded_checkpoint
 
 

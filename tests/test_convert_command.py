@@ -342,12 +342,32 @@ def test_labels_without_a_classifier(tmp_path, command):
     assert "have no classifier" in err
 
 
-def test_num_labels_names_them_anew(tmp_path, command):
+def test_num_labels_keeps_names_there_are(tmp_path, command):
     config = make_config(num_hidden_layers=1, id2label=dict(enumerate(LABELS)))
     source = make_source(tmp_path / "source", config=config)
     assert command("convert", source, tmp_path / "out", "--num-labels", 5)[0] == 0
     table = ViTConfig.from_pretrained(tmp_path / "out").id2label
-    assert table == {i: f"LABEL_{i}" for i in range(5)}
+    assert table == dict(enumerate(LABELS))
+
+
+def test_weights_of_another_format_are_not_deleted_without_force(source, tmp_path, command):
+    """Nor what is being read, whatever is forced."""
+    place = tmp_path / "place"
+    assert command("convert", source, place)[0] == 0
+    code, _, err = command("convert", source, place, "--to", "flax")
+    assert code == 2
+    assert "already there" in err
+    (place / "config.json").unlink()
+    (place / "preprocessor_config.json").unlink(missing_ok=True)
+    code, _, err = command("convert", source, place, "--to", "flax")
+    assert code == 2
+    assert "weights of another format" in err
+    assert (place / "model.safetensors").exists()
+    assert command("convert", source, place, "--to", "flax", "--force")[0] == 0
+    assert not (place / "model.safetensors").exists()  # it would be read instead
+    assert command("convert", place, place, "--force")[0] == 0
+    assert (place / "flax_model.msgpack").exists()  # that is what was read
+    assert (place / "model.safetensors").exists()
 
 
 def test_image_size(source, tmp_path, command):

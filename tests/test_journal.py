@@ -57,6 +57,27 @@ def test_rows_are_those_of_standard_output(folder, tmp_path, capsys):
     assert not (tmp_path / "out.jsonl.partial").exists()
 
 
+def test_a_model_that_cannot_be_loaded_leaves_nothing(folder, tmp_path, capsys):
+    target = tmp_path / "out.jsonl"
+    assert main(["predict", str(folder), "--output", str(target), "--model", "/no/model"]) == 2
+    assert not (tmp_path / "out.jsonl.partial").exists()
+    capsys.readouterr()
+
+
+def test_rows_of_another_run_are_not_mixed(tmp_path):
+    target = str(tmp_path / "out.jsonl")
+    journal = Journal(target, run={"model": "a", "top_k": 5})
+    journal.fail("x.png", "broken")
+    journal.flush()
+    journal.close()
+    with pytest.raises(InputError, match="made with top_k 5, now 1"):
+        Journal(target, resume=True, run={"model": "a", "top_k": 1})
+    again = Journal(target, resume=True, run={"model": "a", "top_k": 5})
+    assert again.done == {"x.png"}
+    assert again.failed == 1
+    again.close()
+
+
 def test_resume_does_each_image_once(folder, tmp_path, capsys):
     target = tmp_path / "out.jsonl"
     first = sorted(map(str, folder.glob("digit*")))[:3]
@@ -210,7 +231,7 @@ def test_a_run_that_is_ended_can_be_resumed(tmp_path, number):
     if number == signal.SIGTERM:
         assert process.returncode == 130
         assert "--resume goes on from there" in err
-    before = len(rows_of(partial)) if number == signal.SIGTERM else None
+    before = len(rows_of(partial)) - 1 if number == signal.SIGTERM else None
     assert main(["predict", str(folder), "--output", str(target), "--resume"]) == 0
     files = [row["file"] for row in rows_of(target)]
     assert files == sorted(map(str, folder.iterdir()))

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_cli.exit_codes import DONE
-from vit_cli.messages import one_line
+from vit_cli import interrupt
+from vit_cli.exit_codes import DONE, INTERRUPTED
+from vit_cli.messages import one_line, say
 from vit_common.errors import InputError, MissingFileError
 from vit_common.files import reason
 
@@ -52,16 +53,20 @@ def convert(
     if heads is not None:
         overrides["num_attention_heads"] = heads
     names = None if labels is None else read_labels(labels)
-    with _bar() as advance:
-        report = run(
-            source,
-            target,
-            overrides=overrides,
-            labels=names,
-            progress=advance,
-            **options,
-            **(hub or {}),
-        )
+    try:
+        with interrupt.raises(), _bar() as advance:
+            report = run(
+                source,
+                target,
+                overrides=overrides,
+                labels=names,
+                progress=advance,
+                **options,
+                **(hub or {}),
+            )
+    except KeyboardInterrupt:
+        say("interrupted: nothing was written")
+        return INTERRUPTED
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:

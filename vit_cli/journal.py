@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -33,13 +34,23 @@ class Journal:
         path: the file; its suffix is its format.
         resume: go on with what an earlier run left.
         force: begin anew, and overwrite.
+        run: what the rows are made with; a run with another cannot be resumed with this.
 
     Raises:
         InputError: no such format, or parquet without pyarrow.
         MissingFileError: the file is there already, or cannot be written.
     """
 
-    def __init__(self, path: str, *, resume: bool = False, force: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        resume: bool = False,
+        force: bool = False,
+        run: dict[str, Any] | None = None,
+    ) -> None:
+        self._run = run or {}
+        self.failed = 0
         self.path = Path(path)
         self._partial = self.path.with_name(self.path.name + ".partial")
         self.done: set[str] = set()
@@ -68,6 +79,8 @@ class Journal:
         try:
             mode = "ab" if self.done else "wb"
             self._stream: Any = open(self._partial, mode)  # noqa: SIM115  # until `finish`
+            if not self.done:
+                self._stream.write(json.dumps({"run": self._run}).encode() + b"\n")
         except OSError as error:
             raise MissingFileError(
                 f"{self._partial}: cannot be written ({reason(error)})."
@@ -78,15 +91,32 @@ class Journal:
         end = 0
         try:
             with open(self._partial, "rb") as stream:
-                for line in stream:
+                for number, line in enumerate(stream):
                     row = _parse(line)
                     if row is None:
                         break
-                    self.done.add(row["file"])
+                    if number == 0:
+                        self._check_run(row.get("run"))
+                    else:
+                        self.done.add(row["file"])
+                        self.failed += "error" in row
                     end += len(line)
             os.truncate(self._partial, end)
         except OSError as error:
             raise MissingFileError(f"{self._partial}: cannot be read ({reason(error)}).") from error
+
+    def _check_run(self, run: Any) -> None:
+        """Raise InputError if the rows that are there were made otherwise."""
+        odd = [
+            f"{name} {run[name]!r}, now {value!r}"
+            for name, value in self._run.items()
+            if isinstance(run, dict) and run.get(name, value) != value
+        ]
+        if odd:
+            raise InputError(
+                f"{self._partial}: its rows were made with {'; '.join(odd)}. Run it as it was, or "
+                "pass --force to begin anew."
+            )
 
     def write(self, file: str, predictions: Sequence[Prediction]) -> None:
         """The row of an image."""
@@ -115,8 +145,10 @@ class Journal:
         self._stream.flush()
 
     def close(self) -> None:
-        """Keep what there is for `resume`."""
+        """Keep what there is for `resume`; nothing where there is nothing."""
         self._stream.close()
+        if not self.done:
+            self._partial.unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Make the file of the rows.
@@ -129,10 +161,8 @@ class Journal:
         self._stream.close()
         suffix = self.path.suffix.lower()
         try:
-            if suffix == ".jsonl":
-                os.replace(self._partial, self.path)
-                return
-            write: Callable[[BinaryIO], object] = self._csv if suffix == ".csv" else self._parquet
+            ways = {".jsonl": self._jsonl, ".csv": self._csv, ".parquet": self._parquet}
+            write: Callable[[BinaryIO], object] = ways[suffix]
             replace_files(self.path.parent, {self.path.name: write})
             self._partial.unlink()
         except OSError as error:
@@ -144,12 +174,18 @@ class Journal:
     def _rows(self) -> Iterator[dict[str, Any]]:
         """One row a class, or one with an error an image."""
         with open(self._partial, "rb") as stream:
+            next(stream, None)  # what the run was
             for line in stream:
                 row = json.loads(line)
                 if "error" in row:
                     yield {"file": row["file"], "error": row["error"]}
                 for rank, each in enumerate(row.get("predictions", ())):
                     yield {"file": row["file"], "rank": rank, **each}
+
+    def _jsonl(self, stream: BinaryIO) -> None:
+        with open(self._partial, "rb") as rows:
+            next(rows, None)  # what the run was
+            shutil.copyfileobj(rows, stream)
 
     def _csv(self, stream: BinaryIO) -> None:
         # A name may hold bytes that are no text; they come out as they were.
@@ -206,5 +242,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    whole = isinstance(row, dict) and isinstance(row.get("file"), str)
-    return row if whole and ("error" in row or "predictions" in row) else None
+    if not isinstance(row, dict):
+        return None
+    whole = isinstance(row.get("file"), str) and ("error" in row or "predictions" in row)
+    return row if whole or "run" in row else None

@@ -72,7 +72,9 @@ def predict(
         files = [file for file in files if in_shard(file, *shard)]
     journal: Journal | None = None
     if output is not None:
-        journal = Journal(output, resume=resume, force=force)
+        run = {"model": model, "top_k": top_k, "dtype": dtype}
+        journal = Journal(output, resume=resume, force=force, run=run)
+        failed += journal.failed
         total = len(files)
         files = list(dict.fromkeys(file for file in files if file not in journal.done))
         if len(files) < total:
@@ -82,17 +84,12 @@ def predict(
             journal.finish()
         return SOME_FAILED if failed else DONE
 
-    # Only now: a name that is wrong is told at once, without the seconds that JAX takes.
-    from vit_cli.devices import find_devices
-    from vit_flax.inference import ImageClassifier
-
-    cache.enable()
-    find_devices()
-    if model is None:
-        from vit_common.embedded import embedded_checkpoint
-
-        model = str(embedded_checkpoint())
-    classifier = ImageClassifier.from_pretrained(model, dtype=dtype, **(hub or {}))
+    try:
+        classifier = _classifier(model, dtype, hub)
+    except BaseException:
+        if journal is not None:
+            journal.close()
+        raise
     batch_size = batch_size or classifier.default_batch_size
     rich = _has_rich()
     writer: Writer
@@ -123,6 +120,8 @@ def predict(
             with progress.hidden():
                 writer.flush()
                 how = "" if journal is None else "; --resume goes on from there"
+                if journal is not None:
+                    journal.close()
                 say(f"interrupted: {done} of {len(files)} images done{how}")
             return INTERRUPTED
         with progress.hidden():
@@ -131,6 +130,20 @@ def predict(
         journal.finish()
         say(f"wrote {output}: {done} images")
     return SOME_FAILED if failed else DONE
+
+
+def _classifier(model: str | None, dtype: str, hub: Mapping[str, Any] | None) -> Any:
+    # Only now: a name that is wrong is told at once, without the seconds that JAX takes.
+    from vit_cli.devices import find_devices
+    from vit_flax.inference import ImageClassifier
+
+    cache.enable()
+    find_devices()
+    if model is None:
+        from vit_common.embedded import embedded_checkpoint
+
+        model = str(embedded_checkpoint())
+    return ImageClassifier.from_pretrained(model, dtype=dtype, **(hub or {}))
 
 
 def in_shard(file: str, index: int, count: int) -> bool:

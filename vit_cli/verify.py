@@ -177,11 +177,11 @@ def _print(found: Any) -> None:
             f"{row.device} {row.dtype}: the first stage outside its bound is {over.stage.name}: "
             f"{over.value:.3g} (bound {over.bound:.3g}), largest at ({where})"
         )
-        for cause in row.causes[:3]:
-            print(
-                f"  it agrees with {one_line(cause.change)}: {cause.before:.2g} becomes "
-                f"{cause.after:.2g}"
-            )
+        for cause in row.agreeing or row.causes[:1]:
+            how = "it agrees with" if row.agreeing else "it comes closest with"
+            print(f"  {how} {one_line(cause.change)}: {cause.before:.2g} becomes {cause.after:.2g}")
         if not row.causes:
             print("  none of the known causes makes it agree")
+    for note in found.notes:
+        print(note)
     print("within bounds" if found.passed else "OUTSIDE bounds")

@@ -43,7 +43,7 @@ def markdown(found: Any) -> str:
     for row in found.rows:
         lines += ["", f"## {row.device}, {row.dtype}, {row.precision}, against {row.against}", ""]
         lines += _markdown_table(_stages(row))
-        lines += [f"\nIt agrees with {cause.change}." for cause in row.causes[:3]]
+        lines += [f"\nIt agrees with {cause.change}." for cause in row.agreeing]
     lines += [
         "",
         ", ".join(f"{name} {version}" for name, version in found.versions.items() if version),
@@ -116,7 +116,7 @@ def html(found: Any) -> str:
     for row in found.rows:
         heading = f"{row.device}, {row.dtype}, {row.precision}, against {row.against}"
         parts.append(f"<h2>{text(heading)}</h2>")
-        for cause in row.causes[:3]:
+        for cause in row.agreeing:
             parts.append(
                 f"<p>The first differing stage agrees with <b>{text(cause.change)}</b>: "
                 f"{cause.before:.2g} becomes {cause.after:.2g}.</p>"

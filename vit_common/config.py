@@ -48,10 +48,16 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
 
 
-def _integer(minimum: int) -> Callable[[str, Any], int]:
+# What a file may claim: far above any network, and far below what would fill the memory.
+_MOST_LAYERS, _MOST_LABELS, _MOST_TOKENS = 10_000, 1_000_000, 1_000_000
+
+
+def _integer(minimum: int, most: int | None = None) -> Callable[[str, Any], int]:
     def check(name: str, value: Any) -> int:
         if not _is_int(value) or value < minimum:
             raise _fail(name, f"an integer of at least {minimum}", value)
+        if most is not None and value > most:
+            raise _fail(name, f"at most {most}", value)
         return int(value)
 
     return check
@@ -166,7 +172,7 @@ Pooling = Literal["cls", "mean", "cls_mean"]
 _CHECKS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "vocab_size": (8192, _size),
     "hidden_size": (768, _size),
-    "num_hidden_layers": (12, _integer(0)),
+    "num_hidden_layers": (12, _integer(0, _MOST_LAYERS)),
     "num_attention_heads": (12, _size),
     "intermediate_size": (3072, _size),
     "mlp_ratio": (4, _ratio),
@@ -191,7 +197,7 @@ _CHECKS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "drop_path_rate": (0.0, _number("a number from 0 to below 1", lambda x: 0.0 <= x < 1.0)),
     "use_mean_pooling": (True, _boolean),
     "use_swiglu_ffn": (False, _boolean),
-    "num_register_tokens": (0, _integer(0)),
+    "num_register_tokens": (0, _integer(0, _MOST_TOKENS)),
     "use_cls_token": (True, _boolean),
     "position_tokens": ("all", _choice(get_args(PositionTokens))),
     "pooling": ("cls", _choice(("cls", "mean"))),
@@ -519,18 +525,9 @@ class ViTConfig:
         return self.qkv_bias
 
     @property
-    def prefix_tokens(self) -> tuple[str, ...]:
-        """The tokens in front of the patches: "cls", "distillation", "register" ...."""
-        return (
-            ("cls",) * self.use_cls_token
-            + ("distillation",) * self.use_distillation_token
-            + ("register",) * self.num_register_tokens
-        )
-
-    @property
     def num_prefix_tokens(self) -> int:
-        """Number of tokens in front of the patches."""
-        return len(self.prefix_tokens)
+        """Number of tokens in front of the patches: class, distillation and register tokens."""
+        return self.use_cls_token + self.use_distillation_token + self.num_register_tokens
 
     @property
     def num_prefix_positions(self) -> int:
@@ -626,7 +623,7 @@ class ViTConfig:
 
     @num_labels.setter
     def num_labels(self, value: int) -> None:
-        count = _size("num_labels", value)
+        count = _integer(1, _MOST_LABELS)("num_labels", value)
         if len(getattr(self, "id2label", ())) != count:
             self.id2label = {i: f"LABEL_{i}" for i in range(count)}
             self.label2id = {label: i for i, label in self.id2label.items()}
@@ -709,7 +706,7 @@ class ViTConfig:
         if not isinstance(config_dict, Mapping):
             raise ConfigError(f"config: expected a mapping of fields; given {config_dict!r}.")
         return_unused = overrides.pop("return_unused_kwargs", False)
-        table = dict(config_dict)
+        table = _without_timm(config_dict)
         known = {*cls.fields, *table, "num_labels", "torch_dtype", "model_type", "_name_or_path"}
         unused = {k: v for k, v in overrides.items() if k not in known} if return_unused else {}
         used = {k: v for k, v in overrides.items() if k not in unused}
@@ -794,6 +791,28 @@ class ViTConfig:
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return value if isinstance(value, tuple) else (value, value)
+
+
+OURS = "vit_flax"
+"""Key of timm's `config.json` under which a conversion puts the whole configuration."""
+
+
+def _without_timm(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration out of a file of timm's own kind; any other as it is.
+
+    Raises:
+        ConfigError: timm's file holds none.
+    """
+    if "architecture" not in table or "model_type" in table:
+        return dict(table)
+    if isinstance(table.get(OURS), Mapping):
+        name = {"_name_or_path": table["_name_or_path"]} if "_name_or_path" in table else {}
+        return {**table[OURS], **name}
+    raise ConfigError(
+        f"config: this is timm's own file, of {table['architecture']!r}; the network's sizes are "
+        "in its weights. Load the model with an Auto class and take its `config`, or convert it with "
+        "`vit convert`."
+    )
 
 
 class FamilyConfig(ViTConfig):
@@ -1045,7 +1064,7 @@ class AutoConfig:
         """
         if not isinstance(config_dict, Mapping):
             raise ConfigError(f"config: expected a mapping of fields; given {config_dict!r}.")
-        table = dict(config_dict)
+        table = _without_timm(config_dict)
         odd = [
             f"{key}={table[key]!r}"
             for key, harmless in _CHANGES_NETWORK.items()

@@ -443,7 +443,9 @@ def _timm_table(name_or_path: str | os.PathLike, hub: Any) -> dict[str, Any] | N
     except AbsentFileError:
         return None
     found = table.get("pretrained_cfg")
-    return found if isinstance(found, dict) and "architecture" in table else None
+    # Without a mean it says nothing about images: a conversion that knew nothing wrote it.
+    known = isinstance(found, dict) and "mean" in found and "architecture" in table
+    return found if known else None
 
 
 def _class_by_config(

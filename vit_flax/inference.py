@@ -312,7 +312,7 @@ class ImageClassifier:
 
         Returns:
             float32 (layers, A, S, S), or (S, S) with `rollout`; for a list of images, one more axis
-            in front. The tokens are `config.prefix_tokens`, then the patches row by row.
+            in front. The tokens in front of the patches come first, then the patches row by row.
 
         Raises:
             ImageError, MissingFileError: an image cannot be read or taken.

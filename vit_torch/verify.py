@@ -73,6 +73,13 @@ class Row:
         return next((checked for checked in self.stages if not checked.passed), None)
 
     @property
+    def agreeing(self) -> list[Cause]:
+        """The causes that bring the first stage within its bound; a few at most."""
+        over = self.first_over
+        bound = 0.0 if over is None else over.bound
+        return [cause for cause in self.causes if cause.after <= bound][:3]
+
+    @property
     def worst(self) -> Checked:
         """The stage closest to its bound, or furthest over it."""
         return max(
@@ -170,13 +177,13 @@ def verify(
     subject = _Subject(first, format, hub)
     other = None if second is None else _Subject(second, format, hub)
     if other is not None:
-        subject.check_like(other)
+        subject.check_like(other, but=("image_size",) if image_size is not None else ())
     pixels, size = _pixels(subject, images, image_size, batch)
     inputs: dict[str, Any] = {}
     if size != subject.config.image_height_width:
         inputs["interpolate_pos_encoding"] = True
     inputs |= subject.extra_inputs(len(pixels), size)
-    notes: list[str] = []
+    notes = [] if other is None else subject.differences(other)
     rows: list[Row] = []
     prepared = _compare_pixels(subject, other, table)
     if prepared is not None:
@@ -216,13 +223,20 @@ class _Subject:
             self.format = source.table.name
         self.processor = None if found is None else found[0]
 
-    def check_like(self, other: _Subject) -> None:
+    def check_like(self, other: _Subject, but: tuple[str, ...] = ()) -> None:
         """Raise ConfigError unless both have the same stages."""
-        sizes = ("model_type", "hidden_size", "num_hidden_layers", "patch_size", "num_labels")
+        sizes = (
+            "image_size",
+            "model_type",
+            "hidden_size",
+            "num_hidden_layers",
+            "patch_size",
+            "num_labels",
+        )
         odd = [
             f"{name} {getattr(self.config, name)!r} and {getattr(other.config, name)!r}"
             for name in sizes
-            if getattr(self.config, name) != getattr(other.config, name)
+            if name not in but and getattr(self.config, name) != getattr(other.config, name)
         ]
         if self.head != other.head:
             odd.append(f"head {self.head!r} and {other.head!r}")
@@ -230,6 +244,22 @@ class _Subject:
             raise ConfigError(
                 f"{self.name} and {other.name} are not versions of one network: {'; '.join(odd)}."
             )
+
+    def differences(self, other: _Subject) -> list[str]:
+        """What the configurations do not have in common."""
+        names = [
+            name
+            for name in self.config.fields
+            if name not in ("architectures", "id2label", "label2id", "dtype")
+            and getattr(self.config, name) != getattr(other.config, name)
+        ]
+        if not names:
+            return []
+        pairs = [
+            f"{name} ({getattr(self.config, name)!r} and {getattr(other.config, name)!r})"
+            for name in names
+        ]
+        return [f"the configurations differ in {', '.join(pairs)}"]
 
     def _class(self, module: Any, flax: str) -> Any:
         stem = type(self.config).__name__.removesuffix("Config")
