@@ -1112,7 +1112,7 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
         ({"\udcff": np.ones(1)}, {}, "not valid Unicode"),
         ({"a": np.ones(1), "a/b": np.ones(1)}, {"container": "msgpack"}, "through the tensor 'a'"),
         ({"a/b": np.ones(1), "a": np.ones(1)}, {"container": "msgpack"}, "paths lead through it"),
-        ({}, {"container": "npz"}, "`container` must be 'safetensors' or 'msgpack'"),
+        ({}, {"container": "zip"}, "`container` must be one of 'safetensors', 'msgpack'"),
         ({}, {"stem": "../x"}, "`stem` must be a plain file name"),
         ({}, {"metadata": {"a": 1}}, "`metadata` must map strings to strings"),
         ({}, {"max_shard_size": "ten"}, "`max_shard_size` must be .* given 'ten'"),

@@ -786,6 +786,7 @@ def test_attention_probabilities_are_dropped_after_the_softmax(x):
 # -- gradient checkpointing
 
 
+@pytest.mark.slow  # compiles two deep networks with their gradients
 def test_gradient_checkpointing_changes_the_memory_and_nothing_else(x):
     config = make_config(
         num_hidden_layers=1, hidden_dropout_prob=0.25, attention_probs_dropout_prob=0.5

@@ -31,7 +31,7 @@ from vit_common.errors import ViTError
 ROOM = 3 << 30
 
 FUZZ = settings(
-    max_examples=16,
+    max_examples=10,
     deadline=5000,
     database=None,
     derandomize=True,

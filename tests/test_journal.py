@@ -206,7 +206,13 @@ def test_a_full_disk_leaves_whole_rows(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1000
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["term", "kill"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGTERM, id="term", marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, id="kill"),
+    ],
+)
 def test_a_run_that_is_ended_can_be_resumed(tmp_path, number):
     folder = tmp_path / "many"
     folder.mkdir()

@@ -810,8 +810,8 @@ def _without_timm(table: Mapping[str, Any]) -> dict[str, Any]:
         return {**table[OURS], **name}
     raise ConfigError(
         f"config: this is timm's own file, of {table['architecture']!r}; the network's sizes are "
-        "in its weights. Load the model with an Auto class and take its `config`, or convert it with "
-        "`vit convert`."
+        "in its weights. Load the model with an Auto class and take its `config`, or convert it "
+        "with `vit convert`."
     )
 
 
