@@ -102,8 +102,10 @@ def predict(
     results = classifier.stream(files, top_k=top_k, batch_size=batch_size)
     with Progress(len(files), show=rich) as progress:
         try:
-            with interrupt.raises(), closing(results):
+            with interrupt.raises() as asked, closing(results):
                 for result in results:
+                    if asked():
+                        raise KeyboardInterrupt
                     if result.error is not None:
                         failed += 1
                         progress.say("error", str(result.error))
