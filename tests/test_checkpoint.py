@@ -1084,7 +1084,7 @@ def test_jax_arrays_and_tensors_of_other_files_are_written(tmp_path: Path) -> No
     )
 
 
-def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
+def test_a_few_tensors_at_a_time_are_in_memory(tmp_path: Path) -> None:
     class Lazy:
         shape, dtype = (1_000_000,), np.dtype(np.uint8)
 
@@ -1094,7 +1094,7 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
     for container in ("safetensors", "msgpack"):
         tensors = {f"w{i}": Lazy() for i in range(12)}
         peak = _peak(lambda c=container, t=tensors: save_checkpoint(tmp_path, t, container=c))
-        assert peak < 2_500_000
+        assert peak < 7_500_000  # of 1 MB: one being turned, up to four that wait, one written
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import numpy as np
 from vit_common.containers.tensor import (
     DTYPES,
     MAX_AXES,
+    Behind,
     DataFile,
     Progress,
     Tensor,
@@ -320,15 +321,16 @@ def nest(tensors: Sequence[Tensor]) -> dict[str, Any]:
 
 
 def write(stream: BinaryIO, tree: dict[str, Any], progress: Progress = no_progress) -> None:
-    """Write the container, one tensor in memory at a time.
+    """Write the container, a few tensors in memory at a time.
 
     Byte for byte what `flax.serialization.to_bytes` gives for the same tree.
     """
-    _write_map(stream, tree, msgpack.Packer(), progress)
+    with Behind(stream) as behind:
+        _write_map(behind, tree, msgpack.Packer(), progress)
 
 
 def _write_map(
-    stream: BinaryIO, table: dict[str, Any], packer: msgpack.Packer, progress: Progress
+    stream: Behind, table: dict[str, Any], packer: msgpack.Packer, progress: Progress
 ) -> None:
     stream.write(packer.pack_map_header(len(table)))
     for key, value in table.items():
@@ -343,7 +345,7 @@ def _write_map(
         progress(value.nbytes)
 
 
-def _write_chunked(stream: BinaryIO, tensor: Tensor, packer: msgpack.Packer) -> None:
+def _write_chunked(stream: Behind, tensor: Tensor, packer: msgpack.Packer) -> None:
     count = max(1, MAX_CHUNK_SIZE // tensor.dtype.itemsize)
     raw = little_endian_bytes(tensor)
     pieces = range(0, math.prod(tensor.shape), count)
@@ -359,7 +361,7 @@ def _write_chunked(stream: BinaryIO, tensor: Tensor, packer: msgpack.Packer) -> 
 
 
 def _write_array(
-    stream: BinaryIO,
+    stream: Behind,
     shape: tuple[int, ...],
     dtype: np.dtype,
     raw: memoryview,

@@ -17,6 +17,7 @@ import numpy as np
 
 from vit_common.containers.tensor import (
     DTYPES,
+    Behind,
     DataFile,
     Progress,
     Tensor,
@@ -139,7 +140,7 @@ def write(
     metadata: Mapping[str, str] | None,
     progress: Progress = no_progress,
 ) -> None:
-    """Write the container, one tensor in memory at a time.
+    """Write the container, a few tensors in memory at a time.
 
     Byte for byte what `safetensors.numpy.save_file` writes: header padded with spaces to 8 bytes,
     arrays in descending order of alignment and then by name.
@@ -159,6 +160,7 @@ def write(
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     stream.write(len(text).to_bytes(8, "little") + text)
-    for tensor in ordered:
-        stream.write(little_endian_bytes(tensor))
-        progress(tensor.nbytes)
+    with Behind(stream) as behind:
+        for tensor in ordered:
+            behind.write(little_endian_bytes(tensor))
+            progress(tensor.nbytes)

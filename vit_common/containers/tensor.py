@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import queue
 import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -216,6 +218,49 @@ def as_tensor(name: str, value: object) -> Tensor:
 
 def no_progress(nbytes: int) -> None:
     """The `Progress` of a writer that nobody watches."""
+
+
+class Behind:
+    """A stream that is written to by a thread, while the next tensor is being read and turned.
+
+    To enter and leave; all is written when it is left. Holds a tensor or two that wait.
+
+    Args:
+        stream: what to write to.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=4)
+        self._error: BaseException | None = None
+        self._given_up = False
+        self._thread = threading.Thread(target=self._work, name="vit-write", daemon=True)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Hand over bytes; raises what an earlier write raised."""
+        if self._error is not None:
+            raise self._error
+        self._queue.put(data)
+
+    def _work(self) -> None:
+        while (data := self._queue.get()) is not None:
+            if self._error is None and not self._given_up:
+                try:
+                    self._stream.write(data)
+                except BaseException as error:
+                    self._error = error
+            del data
+
+    def __enter__(self) -> Behind:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._given_up = kind is not None
+        self._queue.put(None)
+        self._thread.join()
+        if kind is None and self._error is not None:
+            raise self._error
 
 
 def little_endian_bytes(tensor: Tensor) -> memoryview:
