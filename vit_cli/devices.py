@@ -7,12 +7,8 @@ from typing import Any
 
 import jax
 
-from vit_common.errors import ViTError
+from vit_common.errors import DeviceError
 from vit_common.files import reason
-
-
-class DeviceError(ViTError):
-    """JAX has no device to run on."""
 
 
 def find_devices() -> list[jax.Device]:

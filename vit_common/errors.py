@@ -32,3 +32,7 @@ class MissingFileError(ViTError, OSError):
 
     Transformers raises `OSError` in these places, so this is one.
     """
+
+
+class DeviceError(ViTError):
+    """JAX has no device to run on, or the device's memory does not hold the network."""

@@ -1,19 +1,19 @@
 """`ImageClassifier`: images or names of image files in, labels with probabilities out.
 
-The network is compiled once for each batch size, ahead of the first call; a stream of images is
-read, run and handed on batch by batch, the next batch being decoded while the model runs.
+A stream of images is read, run and handed on batch by batch: while the network works on one batch
+the next are decoded, and its results are fetched when the next has been set off.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import threading
+import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -36,6 +36,8 @@ from vit_common.image_processor import BaseImageProcessor, ViTImageProcessor
 from vit_common.images import convert_mode, load_image
 from vit_flax import attention_maps
 from vit_flax.auto import FlaxAutoModelForImageClassification
+from vit_flax.inference.engine import Engine, Running
+from vit_flax.inference.reader import Batch, Reader
 from vit_flax.model import mean_of_patches
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -86,12 +88,30 @@ class _Work(NamedTuple):
 
 
 _PROBABILITIES = _Work("probabilities")
+_RUNNING = 2  # batches on the device: one that is computed, one that waits for it
 
 
-class _Batch(NamedTuple):
-    sources: list[Any]
-    errors: list[ViTError | None]
-    pixel_values: np.ndarray  # (B, C, H, W); rows of images with an error stay zero
+@dataclass
+class Timings:
+    """Where the time of a stream went, in seconds by the clock where nothing else is said.
+
+    Attributes:
+        images: how many came out.
+        total: from the first image asked for to the last result handed on, less `caller`.
+        caller: spent by the caller with results in hand.
+        compiling: programs.
+        waiting_for_images: nothing was left to run: the host could not keep up.
+        waiting_for_device: for results.
+        decoding: reading and preparing images, added up over the threads that do it.
+    """
+
+    images: int = 0
+    total: float = 0.0
+    caller: float = 0.0
+    compiling: float = 0.0
+    waiting_for_images: float = 0.0
+    waiting_for_device: float = 0.0
+    decoding: float = 0.0
 
 
 class ImageClassifier:
@@ -126,7 +146,9 @@ class ImageClassifier:
             config.problem_type == "multi_label_classification" or config.num_labels == 1
         )
         self.image_size = self._input_size()
-        self._compiled: dict[Any, jax.stages.Compiled] = {}
+        shape = (config.num_channels, *self.image_size)
+        self.engine = Engine(model.params, config, shape)
+        self.timings = Timings()
         self._check_processor()
 
     @classmethod
@@ -197,9 +219,16 @@ class ImageClassifier:
 
     @property
     def compilations(self) -> int:
-        """How many times the network was compiled: once for each batch size and kind of result so
-        far."""
-        return len(self._compiled)
+        """How many times the network was compiled: once for each size of batch and kind of result
+        so far."""
+        return self.engine.compilations
+
+    @property
+    def workers(self) -> int:
+        """Threads that decode images: the processor's cores, at most 16; on a CPU half of them, as
+        the network needs them too."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return min(16, max(1, (cores or 1) // (2 if self.engine.platform == "cpu" else 1)))
 
     @property
     def default_batch_size(self) -> int:
@@ -231,8 +260,9 @@ class ImageClassifier:
     ) -> Generator[Result, None, None]:
         """Classify any number of images; results come in order, as they are ready.
 
-        Two batches are in memory at most: one in the model, the next being decoded in a thread.
-        An image that cannot be read gives a `Result` with its error, and the stream goes on.
+        A few batches are in memory at most, however many images there are: those that the device
+        works on, and those that threads decode for it. An image that cannot be read gives a
+        `Result` with its error, and the stream goes on. `timings` then tells where the time went.
 
         Args:
             images: each as in a call.
@@ -385,37 +415,63 @@ class ImageClassifier:
         work: _Work,
         finish: Callable[[list[np.ndarray]], Any],
     ) -> Generator[Result, None, None]:
-        first = list(islice(images, batch_size))
-        if not first:
-            return
-        # Fewer images than a batch: the next power of two, so that few sizes are ever compiled.
-        size = min(batch_size, 1 << (len(first) - 1).bit_length())
-        stop = threading.Event()
-        loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vit-decode")
+        timings = self.timings = Timings()
+        start = time.perf_counter()
+        C, (H, W) = self.config.num_channels, self.image_size
+        reader = Reader(
+            images, batch_size, self._prepare, (C, H, W), self.engine.dtype, self.workers
+        )
+        self.engine.add(work, partial(self._run, work=work))
+        size = 0
+        running: deque[tuple[Batch, Running | None]] = deque()
+
+        def results() -> Iterator[Result]:
+            batch, run = running.popleft()
+            with _clock(timings, "waiting_for_device"):
+                arrays = () if run is None else run.rows()
+            for result in self._results(batch, arrays, finish):
+                timings.images += 1
+                with _clock(timings, "caller"):
+                    yield result
+
         try:
-            loading = loader.submit(self._load, first, size, stop)
-            run = self._executable(size, work)  # compiled while the first batch is decoded
-            batch = loading.result()
-            while batch.sources:
-                # The thread also asks for the next images, so results never wait for them.
-                loading = loader.submit(
-                    lambda: self._load(list(islice(images, batch_size)), size, stop)
-                )
-                yield from self._results(batch, run, finish)
-                batch = loading.result()
+            while True:
+                # What is ready is set off before results are fetched; the device does not wait. A
+                # caller whose images come slowly does not wait for the next batch either.
+                if running and (len(running) == _RUNNING or not reader.ready()):
+                    yield from results()
+                    continue
+                try:
+                    with _clock(timings, "waiting_for_images"):
+                        batch = reader.next()
+                    if batch is None:
+                        break
+                    if not size:
+                        size = self.engine.bucket(work, len(batch.sources), batch_size)
+                        with _clock(timings, "compiling"):  # while the first batch is decoded
+                            self.engine.compile(work, size)
+                    with _clock(timings, "waiting_for_images"):
+                        batch.wait()
+                except BaseException:
+                    while running:  # what came before the fault comes out before it
+                        yield from results()
+                    raise
+                whole = all(batch.errors)
+                run = None if whole else self.engine.start(work, batch.pixel_values, size)
+                running.append((batch, run))
+            while running:
+                yield from results()
         finally:
-            stop.set()
-            loader.shutdown(cancel_futures=True)
+            reader.close()
+            timings.decoding = reader.decoding
+            timings.total = time.perf_counter() - start - timings.caller
 
     def _results(
         self,
-        batch: _Batch,
-        run: jax.stages.Compiled,
+        batch: Batch,
+        arrays: Sequence[np.ndarray],
         finish: Callable[[list[np.ndarray]], Any],
     ) -> Iterator[Result]:
-        arrays: list[np.ndarray] = []
-        if not all(batch.errors):
-            arrays = [np.asarray(a) for a in run(self.model.params, batch.pixel_values)]
         for i, (source, error) in enumerate(zip(batch.sources, batch.errors, strict=True)):
             if error is None and not all(np.isfinite(array[i]).all() for array in arrays):
                 text = (
@@ -448,20 +504,6 @@ class ImageClassifier:
             if height % patch[0] == 0 and width % patch[1] == 0:
                 return height, width
         return self.config.image_height_width
-
-    def _load(self, sources: list[Any], size: int, stop: threading.Event) -> _Batch:
-        C, (H, W) = self.config.num_channels, self.image_size
-        pixel_values = np.zeros((size, C, H, W), np.float32)
-        errors: list[ViTError | None] = []
-        for i, source in enumerate(sources):
-            if stop.is_set():
-                break
-            try:
-                pixel_values[i] = self._prepare(source)
-                errors.append(None)
-            except ViTError as error:
-                errors.append(error)
-        return _Batch(sources, errors, pixel_values)
 
     def _prepare(self, source: Any) -> np.ndarray:
         """One image as (C, H, W); errors name its file."""
@@ -537,14 +579,15 @@ class ImageClassifier:
             return x[:, 0]
         return mean_of_patches(x, config) if pool == "mean" else x
 
-    def _executable(self, size: int, work: _Work) -> jax.stages.Compiled:
-        """The network for a batch of that size, compiled where it is not yet."""
-        shape = (size, self.config.num_channels, *self.image_size)
-        if (shape, work) not in self._compiled:
-            pixel_values = jax.ShapeDtypeStruct(shape, jnp.float32)
-            lowered = jax.jit(partial(self._run, work=work)).lower(self.model.params, pixel_values)
-            self._compiled[shape, work] = lowered.compile()
-        return self._compiled[shape, work]
+
+@contextlib.contextmanager
+def _clock(timings: Timings, name: str) -> Iterator[None]:
+    """Add the time that the block takes."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        setattr(timings, name, getattr(timings, name) + time.perf_counter() - start)
 
 
 def check_positive(name: str, value: Any) -> None:

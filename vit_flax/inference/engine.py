@@ -1,0 +1,196 @@
+"""The compiled network: batches of pixels in, arrays out, compiled once for each size of batch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from vit_common.config import ViTConfig
+from vit_common.errors import DeviceError
+
+Program = Callable[[Any, jax.Array], tuple[jax.Array, ...]]
+"""From parameters and pixels (B, C, H, W) to arrays with a row for each image."""
+
+# What the widest layer's activations of the images that a processor works on together may take, so
+# that they stay in its cache: float32 numbers, 12 MB.
+_MICRO_BATCH_NUMBERS = 3 * 2**20
+
+
+class Engine:
+    """Runs a network on batches of images of one size.
+
+    A batch is padded to a size that is compiled; sizes are powers of two. Where the device's memory
+    does not hold a batch, it is run in halves, and so are those after it.
+
+    Args:
+        params: parameters, on the device.
+        config: sizes of the network.
+        shape: of one image, (C, H, W).
+        dtype: of the pixels.
+
+    Attributes:
+        compilations: how many programs were compiled.
+        padded: rows that were run only to fill a batch.
+    """
+
+    def __init__(
+        self, params: Any, config: ViTConfig, shape: tuple[int, int, int], dtype: Any = np.float32
+    ) -> None:
+        self.params = params
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self.padded = 0
+        self._programs: dict[Hashable, Program] = {}
+        self._compiled: dict[tuple[Hashable, int], jax.stages.Compiled] = {}
+        self._most: int | None = None  # images that fit into the device's memory together
+        patch = config.patch_height_width
+        tokens = config.num_prefix_tokens + (shape[1] // patch[0]) * (shape[2] // patch[1])
+        width = max(config.intermediate_size, config.hidden_size)
+        self._micro_batch = max(1, _MICRO_BATCH_NUMBERS // (tokens * width))
+
+    @property
+    def compilations(self) -> int:
+        return len(self._compiled)
+
+    def add(self, work: Hashable, program: Program) -> None:
+        """Have `work` name a program; the first of a name stays."""
+        self._programs.setdefault(work, program)
+
+    def bucket(self, work: Hashable, images: int, batch_size: int) -> int:
+        """The size of batch that so many images are run in: one that is compiled, if it is not more
+        than twice as large as need be, or the next power of two, at most `batch_size`."""
+        wanted = min(batch_size, 1 << (images - 1).bit_length())
+        return min((n for n in self._sizes(work, images) if n <= 2 * wanted), default=wanted)
+
+    def _sizes(self, work: Hashable, images: int) -> list[int]:
+        """Compiled sizes that hold so many images."""
+        return [size for name, size in self._compiled if name == work and size >= images]
+
+    def compile(self, work: Hashable, size: int) -> jax.stages.Compiled:
+        """The program for a batch of that size."""
+        if (work, size) not in self._compiled:
+            pixel_values = jax.ShapeDtypeStruct((size, *self.shape), self.dtype)
+            program = self._micro_batched(self._programs[work], size)
+            lowered = jax.jit(program).lower(self.params, pixel_values)
+            self._compiled[work, size] = lowered.compile()
+        return self._compiled[work, size]
+
+    def _micro_batched(self, run: Program, size: int) -> Program:
+        """The program, a few images at a time on a processor, whose cache holds only so many."""
+        most = self._micro_batch
+        count = next(n for n in range(-(-size // most), size + 1) if size % n == 0)
+        if count == 1 or self.platform != "cpu":
+            return run
+
+        def _run(params: Any, pixel_values: jax.Array) -> tuple[jax.Array, ...]:
+            parts = pixel_values.reshape(count, size // count, *pixel_values.shape[1:])
+            rows = jax.lax.map(lambda part: run(params, part), parts)
+            return tuple(array.reshape(size, *array.shape[2:]) for array in rows)
+
+        return _run
+
+    @property
+    def platform(self) -> str:
+        """Of the device that holds the parameters: "cpu", "gpu" or "tpu"."""
+        leaf = jax.tree.leaves(self.params)[0]
+        return next(iter(leaf.devices())).platform if isinstance(leaf, jax.Array) else "cpu"
+
+    def start(self, work: Hashable, pixel_values: np.ndarray, size: int) -> Running:
+        """Set a batch (B, C, H, W) off, padded to `size` or a smaller size that is compiled;
+        `Running.rows` waits for it.
+
+        Raises:
+            DeviceError: the device's memory does not hold a single image.
+        """
+        return Running(self, work, pixel_values, size)
+
+    def parts(self, pixel_values: np.ndarray, size: int) -> list[np.ndarray]:
+        """A batch cut into what is run at once."""
+        most = self.limit(size)
+        return [pixel_values[i : i + most] for i in range(0, len(pixel_values), most)]
+
+    def limit(self, size: int) -> int:
+        """`size`, or what of it fits into the device's memory."""
+        return min(size, self._most or size)
+
+    def dispatch(self, work: Hashable, pixel_values: np.ndarray, size: int) -> _Arrays:
+        """Arrays to come of one part."""
+        images = len(pixel_values)
+        size = self.limit(size)
+        size = min((n for n in self._sizes(work, images) if n <= size), default=size)
+        compiled = self.compile(work, size)
+        if images < size:
+            padded = np.zeros((size, *self.shape), self.dtype)
+            padded[:images] = pixel_values
+            pixel_values = padded
+            self.padded += size - images
+        return _Arrays(images, tuple(compiled(self.params, pixel_values)))
+
+    def shrink(self, size: int, error: Exception) -> None:
+        """Remember that so many images do not fit; raise `error` if that is not why it failed."""
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise error
+        if size <= 1:
+            raise DeviceError(
+                f"the device's memory does not hold one image of {self.shape[1]} x {self.shape[2]} "
+                "pixels in this network; use dtype bfloat16, or a smaller network or image."
+            ) from error
+        self._most = size // 2
+        warnings.warn(
+            f"out of device memory with {size} images at once; going on with {self._most}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+class _Arrays(NamedTuple):
+    images: int
+    arrays: tuple[jax.Array, ...]  # (size, ...)
+
+    def rows(self) -> tuple[np.ndarray, ...]:
+        return tuple(np.asarray(array)[: self.images] for array in self.arrays)
+
+
+class Running:
+    """A batch that the device works on."""
+
+    def __init__(self, engine: Engine, work: Hashable, pixel_values: np.ndarray, size: int) -> None:
+        self._engine, self._work = engine, work
+        self._pixel_values, self._size = pixel_values, size
+        self._parts: list[_Arrays] = []
+        self._error: Exception | None = None
+        self._start()
+
+    def _start(self) -> None:
+        """Set the parts off. What fails here is told, or mended, by `rows`: the batches before this
+        one may still hold the memory that it wants."""
+        try:
+            self._error = None
+            self._parts = [
+                self._engine.dispatch(self._work, part, self._size)
+                for part in self._engine.parts(self._pixel_values, self._size)
+            ]
+        except jax.errors.JaxRuntimeError as error:
+            self._parts, self._error = [], error
+
+    def rows(self) -> tuple[np.ndarray, ...]:
+        """Arrays (B, ...) on the host, without padding.
+
+        Raises:
+            DeviceError: the device's memory does not hold a single image.
+        """
+        while True:
+            tried = self._engine.limit(self._size)
+            try:
+                if self._error is not None:
+                    raise self._error
+                parts = [part.rows() for part in self._parts]
+            except jax.errors.JaxRuntimeError as error:
+                self._parts = []
+                self._engine.shrink(tried, error)
+                self._start()
+                continue
+            return tuple(np.concatenate(rows) for rows in zip(*parts, strict=True))
