@@ -128,7 +128,9 @@ _TRANSPOSE = {  # EXIF orientation -> what puts the image upright
 _ORIENTATION_TAG = 0x0112
 
 
-def load_image(source: str | os.PathLike | BinaryIO) -> PIL.Image.Image:
+def load_image(
+    source: str | os.PathLike | BinaryIO, *, at_least: tuple[int, int] | None = None
+) -> PIL.Image.Image:
     """Read one image file: decoded in full, upright, of mode L, LA, RGB or RGBA.
 
     16-bit grey is scaled to 8 bits as in `convert_mode`; palettes, CMYK and other colour spaces
@@ -138,6 +140,9 @@ def load_image(source: str | os.PathLike | BinaryIO) -> PIL.Image.Image:
 
     Args:
         source: path of the file, or a binary file that can seek; it is left open.
+        at_least: (height, width); a JPEG that is larger is decoded at a half, a quarter or an
+            eighth of its size if that holds as much. Several times as fast for a photo of many
+            megapixels, and not the same pixels after a resize as without it.
 
     Raises:
         MissingFileError: the file is not there or cannot be opened.
@@ -157,16 +162,21 @@ def load_image(source: str | os.PathLike | BinaryIO) -> PIL.Image.Image:
                 source = stack.enter_context(Path(source).open("rb"))  # type: ignore[arg-type]
             except (OSError, ValueError) as error:
                 raise MissingFileError(f"{name}: cannot be opened ({reason(error)}).") from error
-        return _decode(source, str(name))  # type: ignore[arg-type]
+        return _decode(source, str(name), at_least)  # type: ignore[arg-type]
 
 
-def _decode(stream: BinaryIO, name: str) -> PIL.Image.Image:
+def _decode(
+    stream: BinaryIO, name: str, at_least: tuple[int, int] | None = None
+) -> PIL.Image.Image:
     try:
         # Pillow warns of large images at half the size it refuses; a filter is the only way to
         # keep that quiet, and the lock keeps threads from leaving each other's filters behind.
         with _open_lock, warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
             image: PIL.Image.Image = PIL.Image.open(stream)
+        if at_least is not None:
+            height, width = max(at_least), max(at_least)  # it may have to be turned
+            image.draft(None, (width, height))  # does nothing to other kinds of file
         image.load()
         image = _upright(image)
         if image.mode in PLAIN_MODES:

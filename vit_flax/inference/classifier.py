@@ -88,6 +88,7 @@ class _Work(NamedTuple):
 
 
 _PROBABILITIES = _Work("probabilities")
+_OWN = ("workers", "normalize_on_device", "fast_decode")  # options of the constructor
 _RUNNING = 2  # batches on the device: one that is computed, one that waits for it
 
 
@@ -124,6 +125,12 @@ class ImageClassifier:
         model: the network with its parameters.
         image_processor: what prepares the images; None means the Hub's defaults for a ViT at the
             model's image size: bilinear resize, mean and standard deviation 0.5.
+        workers: threads that decode images; None means the processor's cores, at most 16; on a CPU
+            half of them, as the network needs them too.
+        normalize_on_device: send pixels to the device as 8-bit numbers, a quarter of the bytes, and
+            rescale and normalise them there. The results may differ in their last digits.
+        fast_decode: decode JPEGs that are much larger than the network's images at a fraction of
+            their size. The results differ somewhat; see `vit_common.images.load_image`.
 
     Raises:
         ConfigError: the model does not classify, or does not take what the processor makes.
@@ -133,7 +140,13 @@ class ImageClassifier:
         self,
         model: Any,
         image_processor: BaseImageProcessor | None = None,
+        *,
+        workers: int | None = None,
+        normalize_on_device: bool = False,
+        fast_decode: bool = False,
     ) -> None:
+        if workers is not None:
+            check_positive("workers", workers)
         config = model.config
         if config.problem_type == "regression":
             raise ConfigError(
@@ -147,7 +160,11 @@ class ImageClassifier:
         )
         self.image_size = self._input_size()
         shape = (config.num_channels, *self.image_size)
-        self.engine = Engine(model.params, config, shape)
+        self.normalize_on_device = normalize_on_device
+        self.fast_decode = fast_decode
+        dtype = np.uint8 if normalize_on_device else np.float32
+        self.engine = Engine(model.params, config, shape, dtype)
+        self.workers = workers or _usual_workers(self.engine.platform)
         self.timings = Timings()
         self._check_processor()
 
@@ -160,7 +177,7 @@ class ImageClassifier:
         Args:
             name_or_path: directory, weights file, or "owner/name" on the Hub.
             dtype: of the computation.
-            **options: of the Hub and of `FlaxViTForImageClassification.from_pretrained`.
+            **options: of this class; of the Hub and of `FlaxViTForImageClassification.from_pretrained`.
 
         Warns:
             UserWarning: there is no `preprocessor_config.json`, so the defaults are used.
@@ -171,6 +188,7 @@ class ImageClassifier:
                 preprocessing.
             CheckpointError: the weights are corrupt, do not fit, or have no classifier.
         """
+        own = {name: options.pop(name) for name in _OWN if name in options}
         hub, options = split_hub_options(options)
         config, format = options.pop("config", None), options.pop("format", None)
         if isinstance(config, (str, os.PathLike)):
@@ -208,7 +226,7 @@ class ImageClassifier:
         else:
             prepare = processor[0]
         try:
-            return cls(model, prepare)
+            return cls(model, prepare, **own)
         except ConfigError as error:
             raise ConfigError(f"{name_or_path}: {error}") from error
 
@@ -222,13 +240,6 @@ class ImageClassifier:
         """How many times the network was compiled: once for each size of batch and kind of result
         so far."""
         return self.engine.compilations
-
-    @property
-    def workers(self) -> int:
-        """Threads that decode images: the processor's cores, at most 16; on a CPU half of them, as
-        the network needs them too."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return min(16, max(1, (cores or 1) // (2 if self.engine.platform == "cpu" else 1)))
 
     @property
     def default_batch_size(self) -> int:
@@ -250,7 +261,7 @@ class ImageClassifier:
             ImageError, MissingFileError: an image cannot be read or taken.
             InputError: `top_k` is not a positive integer.
         """
-        many = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+        many = _are_many(images)
         results = self.stream(images if many else [images], top_k=top_k)
         predictions = [result.predictions for result in results]
         return predictions if many else predictions[0]
@@ -279,6 +290,15 @@ class ImageClassifier:
             images, batch_size, _PROBABILITIES, lambda rows: self._best(rows[0], top_k)
         )
 
+    def compile(self, batch_size: int | None = None) -> None:
+        """Compile what `stream` and calls need for any number of images: every power of two up to
+        `batch_size`, and that. Without it each is compiled when it is first needed."""
+        batch_size = self.default_batch_size if batch_size is None else batch_size
+        check_positive("batch_size", batch_size)
+        self._add(_PROBABILITIES)
+        for size in {*(1 << i for i in range(batch_size.bit_length())), batch_size}:
+            self.engine.compile(_PROBABILITIES, size)
+
     # -- features and attention
 
     def features(
@@ -304,7 +324,7 @@ class ImageClassifier:
             ImageError, MissingFileError: an image cannot be read or taken.
             InputError: there is no such block, or nothing of that name to pool.
         """
-        many = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+        many = _are_many(images)
         results = self.stream_features(images if many else [images], layers, pool)
         values = [result.value for result in results]
         if many:
@@ -348,7 +368,7 @@ class ImageClassifier:
             ImageError, MissingFileError: an image cannot be read or taken.
             InputError: there is no such block.
         """
-        many = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+        many = _are_many(images)
         every = range(self.config.num_hidden_layers)
         work = _Work("attention", self._blocks(every if rollout else layers), None)
 
@@ -421,7 +441,7 @@ class ImageClassifier:
         reader = Reader(
             images, batch_size, self._prepare, (C, H, W), self.engine.dtype, self.workers
         )
-        self.engine.add(work, partial(self._run, work=work))
+        self._add(work)
         size = 0
         running: deque[tuple[Batch, Running | None]] = deque()
 
@@ -508,10 +528,19 @@ class ImageClassifier:
     def _prepare(self, source: Any) -> np.ndarray:
         """One image as (C, H, W); errors name its file."""
         try:
-            image = load_image(source) if isinstance(source, (str, os.PathLike)) else source
+            image = self._open(source) if isinstance(source, (str, os.PathLike)) else source
             if isinstance(image, PIL.Image.Image) and self.config.num_channels in _PIL_MODES:
                 image = convert_mode(image, self.config.num_channels)
-            pixel_values = self.image_processor(image, return_tensors="np")["pixel_values"]
+            # Rescaling and normalising come last, so that leaving them out changes nothing else.
+            left_out = {"do_rescale": False, "do_normalize": False}
+            options = left_out if self.normalize_on_device else {}
+            prepared = self.image_processor(image, return_tensors="np", **options)
+            pixel_values = prepared["pixel_values"]
+            if self.normalize_on_device and pixel_values.dtype != np.uint8:
+                raise ImageError(
+                    "`normalize_on_device` takes images of 8 bits; this one has values of "
+                    f"{pixel_values.dtype}."
+                )
             wanted = (1, self.config.num_channels, *self.image_size)
             if pixel_values.shape != wanted:
                 raise ImageError(
@@ -525,6 +554,12 @@ class ImageClassifier:
             if _naming(source, str(error)) == str(error):
                 raise
             raise ImageError(_naming(source, str(error))) from error
+
+    def _open(self, source: str | os.PathLike) -> PIL.Image.Image:
+        if not self.fast_decode:
+            return load_image(source)
+        H, W = self.image_size  # twice that, so that what is cropped away is there, and for the
+        return load_image(source, at_least=(2 * H, 2 * W))  # resize to have something to average
 
     def _check_processor(self) -> None:
         """Raise ConfigError if no image could come out right; better once than for each image."""
@@ -544,8 +579,13 @@ class ImageClassifier:
 
     # -- the network
 
+    def _add(self, work: _Work) -> None:
+        self.engine.add(work, partial(self._run, work=work))
+
     def _run(self, params: Any, pixel_values: jax.Array, work: _Work) -> tuple[jax.Array, ...]:
         """Arrays with a row for each image, in float32."""
+        if self.normalize_on_device:
+            pixel_values = normalize(pixel_values, self.image_processor)
         output = self.model(
             pixel_values,
             params=params,
@@ -578,6 +618,33 @@ class ImageClassifier:
         if pool == "cls":
             return x[:, 0]
         return mean_of_patches(x, config) if pool == "mean" else x
+
+
+def normalize(pixel_values: jax.Array, processor: BaseImageProcessor) -> jax.Array:
+    """Rescale and normalise 8-bit pixels (B, C, H, W) as the processor does, in float32."""
+    options = processor.to_dict()
+    values = pixel_values.astype(jnp.float32)
+    if options.get("do_rescale"):
+        values = values * np.float32(options["rescale_factor"])
+    if options.get("do_normalize"):
+        mean, std = (
+            np.broadcast_to(np.asarray(options[name], np.float32), pixel_values.shape[1])
+            for name in ("image_mean", "image_std")
+        )
+        values = (values - mean[:, None, None]) / std[:, None, None]
+    return values
+
+
+def _are_many(images: Any) -> bool:
+    """Whether a call was given several images."""
+    return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+
+
+def _usual_workers(platform: str) -> int:
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return min(16, max(1, cores // 2 if platform == "cpu" else cores))
 
 
 @contextlib.contextmanager

@@ -167,6 +167,7 @@ class Running:
     def _start(self) -> None:
         """Set the parts off. What fails here is told, or mended, by `rows`: the batches before this
         one may still hold the memory that it wants."""
+        self._tried = self._engine.limit(self._size)
         try:
             self._error = None
             self._parts = [
@@ -183,14 +184,14 @@ class Running:
             DeviceError: the device's memory does not hold a single image.
         """
         while True:
-            tried = self._engine.limit(self._size)
             try:
                 if self._error is not None:
                     raise self._error
                 parts = [part.rows() for part in self._parts]
             except jax.errors.JaxRuntimeError as error:
                 self._parts = []
-                self._engine.shrink(tried, error)
+                if self._engine.limit(self._size) == self._tried:  # else an earlier batch did
+                    self._engine.shrink(self._tried, error)
                 self._start()
                 continue
             return tuple(np.concatenate(rows) for rows in zip(*parts, strict=True))
