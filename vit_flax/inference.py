@@ -33,21 +33,10 @@ from vit_common.errors import (
 )
 from vit_common.hub import split_hub_options
 from vit_common.image_processor import BaseImageProcessor, ViTImageProcessor
-from vit_common.images import convert_mode, load_image
+from vit_common.predictions import PIL_MODES, Prediction, likeliest, naming, prepare_image
 from vit_flax import attention_maps
 from vit_flax.auto import FlaxAutoModelForImageClassification
 from vit_flax.model import mean_of_patches
-
-_PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """One class: its label, its index and its probability, from 0 to 1."""
-
-    label: str
-    index: int
-    probability: float
 
 
 @dataclass(frozen=True)
@@ -122,9 +111,7 @@ class ImageClassifier:
             )
         self.model = model
         self.image_processor = image_processor or default_image_processor(config)
-        self._several = (
-            config.problem_type == "multi_label_classification" or config.num_labels == 1
-        )
+        self.several = config.problem_type == "multi_label_classification" or config.num_labels == 1
         self.image_size = self._input_size()
         self._compiled: dict[Any, jax.stages.Compiled] = {}
         self._check_processor()
@@ -246,7 +233,10 @@ class ImageClassifier:
         """
         check_positive("top_k", top_k)
         return self._checked_stream(
-            images, batch_size, _PROBABILITIES, lambda rows: self._best(rows[0], top_k)
+            images,
+            batch_size,
+            _PROBABILITIES,
+            lambda rows: likeliest(rows[0], self.config.id2label, top_k),
         )
 
     # -- features and attention
@@ -422,16 +412,11 @@ class ImageClassifier:
                     "the model's output is not finite (NaN or infinity): its weights hold such "
                     f"values, or {self.model.dtype} cannot hold what it computes."
                 )
-                error = ImageError(_naming(source, text))
+                error = ImageError(naming(source, text))
             if error is not None:
                 yield Result(source, error=error)
             else:
                 yield Result(source, finish([array[i] for array in arrays]))
-
-    def _best(self, probabilities: np.ndarray, top_k: int) -> tuple[Prediction, ...]:
-        labels = self.config.id2label
-        order = np.argsort(-probabilities, kind="stable")[:top_k].tolist()
-        return tuple(Prediction(str(labels[i]), i, float(probabilities[i])) for i in order)
 
     # -- images
 
@@ -465,28 +450,12 @@ class ImageClassifier:
 
     def _prepare(self, source: Any) -> np.ndarray:
         """One image as (C, H, W); errors name its file."""
-        try:
-            image = load_image(source) if isinstance(source, (str, os.PathLike)) else source
-            if isinstance(image, PIL.Image.Image) and self.config.num_channels in _PIL_MODES:
-                image = convert_mode(image, self.config.num_channels)
-            pixel_values = self.image_processor(image, return_tensors="np")["pixel_values"]
-            wanted = (1, self.config.num_channels, *self.image_size)
-            if pixel_values.shape != wanted:
-                raise ImageError(
-                    "the image processor gives (batch, channels, height, width) = "
-                    f"{pixel_values.shape}; the model takes {wanted}."
-                )
-            return pixel_values[0]
-        except MemoryError as error:
-            raise ImageError(_naming(source, "not enough memory to decode it.")) from error
-        except ViTError as error:
-            if _naming(source, str(error)) == str(error):
-                raise
-            raise ImageError(_naming(source, str(error))) from error
+        shape = (self.config.num_channels, *self.image_size)
+        return prepare_image(source, self.image_processor, shape)
 
     def _check_processor(self) -> None:
         """Raise ConfigError if no image could come out right; better once than for each image."""
-        mode = _PIL_MODES.get(self.config.num_channels)
+        mode = PIL_MODES.get(self.config.num_channels)
         if mode is None:
             return  # no image file has so many channels, but an array may
         height, width = self.image_size
@@ -517,7 +486,7 @@ class ImageClassifier:
             found = [self._pooled(params, output.hidden_states, i, work.pool) for i in work.layers]
         else:
             logits = output.logits.astype(jnp.float32)  # (B, K)
-            several = self._several
+            several = self.several
             found = [jax.nn.sigmoid(logits) if several else jax.nn.softmax(logits, axis=-1)]
         return tuple(array.astype(jnp.float32) for array in found)
 
@@ -561,9 +530,3 @@ def default_image_processor(config: ViTConfig) -> ViTImageProcessor:
         image_mean=[0.5] * config.num_channels,
         image_std=[0.5] * config.num_channels,
     )
-
-
-def _naming(source: Any, text: str) -> str:
-    """The text of an error, with the name of the file, if there is one, in it."""
-    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
-    return text if name in text else f"{name}: {text}"
