@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from vit_common.errors import ImageError, ViTError
-from vit_common.image_processor import BaseImageProcessor
+from vit_common.config import ViTConfig
+from vit_common.errors import ConfigError, ImageError, ViTError
+from vit_common.image_processor import BaseImageProcessor, ViTImageProcessor
 from vit_common.images import convert_mode, load_image
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -71,6 +72,58 @@ def prepare_image(
         if naming(source, str(error)) == str(error):
             raise
         raise ImageError(naming(source, str(error))) from error
+
+
+def image_size(config: ViTConfig, image_processor: BaseImageProcessor) -> tuple[int, int]:
+    """Height and width of what a network is given: the config's, or for a family that takes any
+    size what the processor makes."""
+    options = image_processor.to_dict()
+    size = options.get("size") or {}
+    if options.get("do_center_crop") and options.get("crop_size"):
+        size = options["crop_size"]
+    height, width = size.get("height"), size.get("width")
+    if config.any_image_size and height and width:
+        patch = config.patch_height_width
+        if height % patch[0] == 0 and width % patch[1] == 0:
+            return height, width
+    return config.image_height_width
+
+
+def check_processor(image_processor: BaseImageProcessor, shape: tuple[int, int, int]) -> None:
+    """Raise ConfigError if no image could come out right; better once than for each image.
+
+    Args:
+        image_processor: what prepares images.
+        shape: (C, H, W) that the network takes.
+    """
+    C, height, width = shape
+    if C not in PIL_MODES:
+        return  # no image file has so many channels, but an array may
+    # A portrait and a landscape, as a size given by the shortest edge alone may fit neither.
+    for size in ((width, height + 16), (width + 16, height)):
+        try:
+            prepare_image(PIL.Image.new(PIL_MODES[C], size), image_processor, shape)
+        except ImageError as error:
+            raise ConfigError(
+                "preprocessor_config.json and config.json contradict each other: for an image "
+                f"of {size[1]} x {size[0]} pixels (height x width) {error}"
+            ) from error
+
+
+def has_several_labels(config: ViTConfig) -> bool:
+    """Whether an image may have several of the classes: probabilities are then the sigmoid of the
+    logits, and else their softmax."""
+    return config.problem_type == "multi_label_classification" or config.num_labels == 1
+
+
+def default_image_processor(config: ViTConfig) -> ViTImageProcessor:
+    """The Hub's defaults for a ViT, at the model's own image size and number of channels."""
+    height, width = config.image_height_width
+    return ViTImageProcessor(
+        size={"height": height, "width": width},
+        image_mean=[0.5] * config.num_channels,
+        image_std=[0.5] * config.num_channels,
+    )
 
 
 def naming(source: Any, text: str) -> str:

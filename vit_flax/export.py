@@ -11,12 +11,10 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +23,16 @@ import numpy as np
 from vit_common.containers import safetensors_file
 from vit_common.containers.tensor import as_tensor
 from vit_common.errors import CheckpointError, InputError
+from vit_common.exports import (
+    DYNAMIC,
+    Export,
+    Reference,
+    check_batch,
+    check_output,
+    measure,
+    random_pixels,
+    versions,
+)
 from vit_common.files import check_target, staged
 from vit_common.image_processor import BaseImageProcessor
 from vit_common.predictions import Prediction
@@ -46,16 +54,8 @@ from vit_flax.exported import (
 
 __all__ = ["DYNAMIC", "Export", "ExportedModel", "Prediction", "export", "load"]
 
-DYNAMIC = "dynamic"
-"""As `batch`: any number of images."""
-
-BOUNDS = {"float32": 2e-5, "bfloat16": 0.05, "float16": 0.01}
-"""Largest difference from the Flax model, by what the model computes in, that an export may have;
-multiplied by the largest logit where that is above one."""
-
 _SEPARATOR = "/"
 _IMAGES = 3
-Reference = Callable[[np.ndarray], np.ndarray]
 
 
 def disabled_checks() -> Sequence[Any]:
@@ -64,34 +64,13 @@ def disabled_checks() -> Sequence[Any]:
     return ()
 
 
-@dataclass
-class Export:
-    """What was written.
-
-    Attributes:
-        path: the file.
-        bytes: its size.
-        program_bytes: of the program in it; the rest are the parameters.
-        metadata: what is in it about the program.
-        check: what was measured; None if nothing was.
-        seconds: name of a step -> how long it took.
-    """
-
-    path: Path
-    bytes: int
-    program_bytes: int
-    metadata: dict[str, Any]
-    check: dict[str, Any] | None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
 def export(
     model: Any,
     path: str | PathLike,
     *,
     image_processor: BaseImageProcessor | None = None,
     platforms: Iterable[str] = ("cpu", "cuda", "tpu"),
-    batch: int | Literal["dynamic"] = DYNAMIC,
+    batch: int | Literal["dynamic"] = "dynamic",
     output: Literal["logits", "features"] = "logits",
     input_dtype: Literal["float32", "uint8"] = "float32",
     check: bool = True,
@@ -127,11 +106,10 @@ def export(
     """
     path = Path(path)
     platforms = check_platforms(platforms)
-    if batch != DYNAMIC and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
-        raise InputError(f"`batch` must be a positive integer or {DYNAMIC!r}; given {batch!r}.")
+    check_batch(batch)
     if input_dtype not in ("float32", "uint8"):
         raise InputError(f"`input_dtype` must be 'float32' or 'uint8'; given {input_dtype!r}.")
-    _check_output(model, output)
+    check_output(type(model).__name__, model.head, output)
     check_target(path, force=force)
     place = _place_to_check(platforms) if check else None
     jax_export = serializer()
@@ -144,7 +122,7 @@ def export(
     run = _program(model, output, processor if input_dtype == "uint8" else None)
     parameters = _flat(model.params)
 
-    seconds, started = {}, time.perf_counter()
+    started = time.perf_counter()
     rows = jax_export.symbolic_shape("b")[0] if batch == DYNAMIC else batch
     with _without_paths():
         exported = jax_export.export(
@@ -154,7 +132,7 @@ def export(
             jax.ShapeDtypeStruct((rows, *shape), jnp.dtype(input_dtype)),
         )
         program = bytes(exported.serialize())
-    seconds["lowering"] = time.perf_counter() - started
+    seconds = time.perf_counter() - started
 
     labels = [str(config.id2label[i]) for i in range(config.num_labels)]
     metadata: dict[str, Any] = {
@@ -168,12 +146,13 @@ def export(
         "batch": batch,
         "dtype": jnp.dtype(model.dtype).name,
         "platforms": list(platforms),
+        "program_bytes": len(program),
         "calling_convention_version": exported.calling_convention_version,
         "labels": labels if output == "logits" else [],
         "several": classifier.several,
         "versions": versions("vit-flax", "jax", "jaxlib", "flax"),
     }
-    report = Export(path, 0, len(program), metadata, None, seconds)
+    report = Export(path, 0, metadata, None, {"lowering": seconds})
     with staged(path) as temporary:
         started = time.perf_counter()
         texts = {
@@ -182,23 +161,22 @@ def export(
             PROCESSOR: processor.to_json_string(),
         }
         _write(temporary, texts, program, parameters)
-        seconds["writing"] = time.perf_counter() - started
+        report.seconds["writing"] = time.perf_counter() - started
         if place is not None:
             started = time.perf_counter()
-            pixels, prepared = random_pixels(
-                processor, shape, _IMAGES if batch == DYNAMIC else batch
-            )
-            report.check = _measure(
-                temporary,
-                place,
-                pixels if input_dtype == "uint8" else prepared,
-                {"Flax": _answers(model, output, place, prepared)}
-                | {name: run(prepared) for name, run in (references or {}).items()},
-                metadata["dtype"],
-            )
+            count = batch if isinstance(batch, int) else _IMAGES
+            pixels, prepared = random_pixels(processor, shape, count)
+            given = pixels if input_dtype == "uint8" else prepared
+            wanted = {"Flax": _answers(model, output, place, prepared)}
+            wanted |= {name: reference(prepared) for name, reference in (references or {}).items()}
+            report.check = {
+                "platform": platform_of(place),
+                "device": place.device_kind,
+                **measure(_run_afresh(temporary, place, given), wanted, metadata["dtype"]),
+            }
             with zipfile.ZipFile(temporary, "a") as archive:
                 archive.writestr(_member(CHECK), json.dumps(report.check, indent=2))
-            seconds["check"] = time.perf_counter() - started
+            report.seconds["check"] = time.perf_counter() - started
         report.bytes = temporary.stat().st_size
     return report
 
@@ -216,50 +194,7 @@ def check_platforms(platforms: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-def versions(*names: str) -> dict[str, str]:
-    """Version by name, of what is installed."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
-
-
-def random_pixels(
-    processor: BaseImageProcessor, shape: tuple[int, int, int], count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Random pictures (B, C, H, W), uint8, and the same as the processor makes of them, float32."""
-    pixels = np.random.default_rng(0).integers(0, 256, (count, *shape), np.uint8)
-    prepared = processor(
-        pixels,
-        do_resize=False,
-        do_center_crop=False,
-        do_convert_rgb=False,
-        input_data_format="channels_first",
-        return_tensors="np",
-    )["pixel_values"]
-    return pixels, prepared.astype(np.float32)
-
-
 # -- the program
-
-
-def _check_output(model: Any, output: str) -> None:
-    head, name = model.head, type(model).__name__
-    if output not in ("logits", "features"):
-        raise InputError(f"`output` must be 'logits' or 'features'; given {output!r}.")
-    if output == "logits" and head not in ("classifier", "teacher"):
-        raise InputError(
-            f"{name} has no classifier, so there are no logits to export; export its features with "
-            '--output features (in Python a base network and `output="features"`).'
-        )
-    if output == "features" and head is not None:
-        raise InputError(
-            f"`output` 'features' is for a base network, such as `FlaxAutoModel` gives; given a "
-            f"{name}."
-        )
 
 
 def _program(model: Any, output: str, processor: BaseImageProcessor | None) -> Callable[..., Any]:
@@ -295,10 +230,11 @@ def _arithmetic(processor: BaseImageProcessor | None) -> Callable[[jax.Array], j
         return lambda pixels: pixels
     options = processor.to_dict()
     scale = options["rescale_factor"] if options.get("do_rescale") else 1.0
-    mean, std = 0.0, 1.0
-    if options.get("do_normalize"):
-        mean, std = options["image_mean"], options["image_std"]
-    mean, std = (np.asarray(x, np.float32).reshape(1, -1, 1, 1) for x in (mean, std))
+    normalize = options.get("do_normalize")
+    mean, std = (
+        np.asarray(value, np.float32).reshape(1, -1, 1, 1)
+        for value in ((options["image_mean"], options["image_std"]) if normalize else (0.0, 1.0))
+    )
 
     def run(pixels: jax.Array) -> jax.Array:
         return (pixels.astype(jnp.float32) * np.float32(scale) - mean) / std
@@ -358,7 +294,7 @@ def _write(
             archive.writestr(_member(name), text)
         archive.writestr(_member(PROGRAM), program)
         with archive.open(_member(PARAMETERS), "w", force_zip64=True) as stream:
-            safetensors_file.write(stream, tensors, {"format": "flax"})
+            safetensors_file.write(cast(BinaryIO, stream), tensors, {"format": "flax"})
 
 
 # -- the check
@@ -369,10 +305,8 @@ def _place_to_check(platforms: Sequence[str]) -> jax.Device:
     devices = [jax.devices()[0]]
     if devices[0].platform == "tpu":
         devices = []  # which one process holds, and the check is made in another
-    try:
+    with suppress(RuntimeError):  # JAX_PLATFORMS may leave it out
         devices.append(jax.devices("cpu")[0])
-    except RuntimeError:  # JAX_PLATFORMS leaves it out
-        pass
     for device in devices:
         if platform_of(device) in platforms:
             return device
@@ -396,28 +330,20 @@ _LOADER = (
 )
 
 
-def _measure(
-    path: Path,
-    place: jax.Device,
-    pixels: np.ndarray,
-    references: Mapping[str, np.ndarray],
-    dtype: str,
-) -> dict[str, Any]:
-    """Run the file in a fresh process; what it gives against each reference.
+def _run_afresh(path: Path, place: jax.Device, pixels: np.ndarray) -> np.ndarray:
+    """What the file gives in a process that has nothing but it.
 
     Raises:
-        CheckpointError: it fails, or is further from the Flax model than the bound.
+        CheckpointError: it cannot be loaded or run there.
     """
     inputs, answers = path.with_name("pixels.npy"), path.with_name("answers.npy")
     np.save(inputs, pixels)
-    platform = platform_of(place)
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,
-        "JAX_PLATFORMS": platform,
+        "JAX_PLATFORMS": platform_of(place),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # this process has taken its part
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        ),
+        "PYTHONPATH": os.pathsep.join(paths),
     }
     process = subprocess.run(
         [sys.executable, "-P", "-c", _LOADER, str(path), str(inputs), str(answers)],
@@ -431,27 +357,4 @@ def _measure(
             f"the exported program cannot be run in a fresh process ({last[:300]}); nothing was "
             "written."
         )
-    found = np.load(answers)
-    check: dict[str, Any] = {
-        "images": len(pixels),
-        "platform": platform,
-        "device": place.device_kind,
-        "largest": float(np.abs(references["Flax"]).max()),
-        "max_abs_error": {},
-    }
-    for name, wanted in references.items():
-        if found.shape != wanted.shape:
-            raise CheckpointError(
-                f"the exported program gives an array of shape {found.shape}, {name} one of "
-                f"{wanted.shape}; nothing was written."
-            )
-        error = float(np.abs(found - wanted).max())
-        check["max_abs_error"][name] = error
-        bound = BOUNDS.get(dtype, BOUNDS["float32"]) * max(1.0, check["largest"])
-        if name == "Flax" and not error <= bound:
-            raise CheckpointError(
-                f"the exported program differs from the model by {error:.3g}, and may by "
-                f"{bound:.3g}; nothing was written. (Not a number means that the model's output is "
-                "not finite.)"
-            )
-    return check
+    return np.load(answers)

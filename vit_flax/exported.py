@@ -384,7 +384,7 @@ class _Archive:
             arrays = {}
             for name, tensor in tensors.items():  # in the order they lie in the file
                 arrays[name] = tensor.read()
-                checksum = zlib.crc32(arrays[name].reshape(-1).view(np.uint8), checksum)
+                checksum = zlib.crc32(arrays[name].reshape(-1).view(np.uint8).data, checksum)
         finally:
             file.close()
         if checksum != member.CRC:

@@ -32,8 +32,16 @@ from vit_common.errors import (
     ViTError,
 )
 from vit_common.hub import split_hub_options
-from vit_common.image_processor import BaseImageProcessor, ViTImageProcessor
-from vit_common.predictions import PIL_MODES, Prediction, likeliest, naming, prepare_image
+from vit_common.image_processor import BaseImageProcessor
+from vit_common.predictions import (
+    Prediction,
+    check_processor,
+    default_image_processor,
+    image_size,
+    likeliest,
+    naming,
+    prepare_image,
+)
 from vit_flax import attention_maps
 from vit_flax.auto import FlaxAutoModelForImageClassification
 from vit_flax.model import mean_of_patches
@@ -112,9 +120,9 @@ class ImageClassifier:
         self.model = model
         self.image_processor = image_processor or default_image_processor(config)
         self.several = config.problem_type == "multi_label_classification" or config.num_labels == 1
-        self.image_size = self._input_size()
+        self.image_size = image_size(config, self.image_processor)
         self._compiled: dict[Any, jax.stages.Compiled] = {}
-        self._check_processor()
+        check_processor(self.image_processor, (config.num_channels, *self.image_size))
 
     @classmethod
     def from_pretrained(
@@ -420,20 +428,6 @@ class ImageClassifier:
 
     # -- images
 
-    def _input_size(self) -> tuple[int, int]:
-        """Height and width of what the network is given: the config's, or for a family that takes
-        any size what the processor makes."""
-        options = self.image_processor.to_dict()
-        size = options.get("size") or {}
-        if options.get("do_center_crop") and options.get("crop_size"):
-            size = options["crop_size"]
-        height, width = size.get("height"), size.get("width")
-        if self.config.any_image_size and height and width:
-            patch = self.config.patch_height_width
-            if height % patch[0] == 0 and width % patch[1] == 0:
-                return height, width
-        return self.config.image_height_width
-
     def _load(self, sources: list[Any], size: int, stop: threading.Event) -> _Batch:
         C, (H, W) = self.config.num_channels, self.image_size
         pixel_values = np.zeros((size, C, H, W), np.float32)
@@ -452,22 +446,6 @@ class ImageClassifier:
         """One image as (C, H, W); errors name its file."""
         shape = (self.config.num_channels, *self.image_size)
         return prepare_image(source, self.image_processor, shape)
-
-    def _check_processor(self) -> None:
-        """Raise ConfigError if no image could come out right; better once than for each image."""
-        mode = PIL_MODES.get(self.config.num_channels)
-        if mode is None:
-            return  # no image file has so many channels, but an array may
-        height, width = self.image_size
-        # A portrait and a landscape, as a size given by the shortest edge alone may fit neither.
-        for size in ((width, height + 16), (width + 16, height)):
-            try:
-                self._prepare(PIL.Image.new(mode, size))
-            except ImageError as error:
-                raise ConfigError(
-                    "preprocessor_config.json and config.json contradict each other: for an image "
-                    f"of {size[1]} x {size[0]} pixels (height x width) {error}"
-                ) from error
 
     # -- the network
 
@@ -520,13 +498,3 @@ def check_positive(name: str, value: Any) -> None:
     """Raise InputError unless the value is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"`{name}` must be a positive integer; given {value!r}.")
-
-
-def default_image_processor(config: ViTConfig) -> ViTImageProcessor:
-    """The Hub's defaults for a ViT, at the model's own image size and number of channels."""
-    height, width = config.image_height_width
-    return ViTImageProcessor(
-        size={"height": height, "width": width},
-        image_mean=[0.5] * config.num_channels,
-        image_std=[0.5] * config.num_channels,
-    )
