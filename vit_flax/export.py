@@ -111,7 +111,7 @@ def export(
         raise InputError(f"`input_dtype` must be 'float32' or 'uint8'; given {input_dtype!r}.")
     check_output(type(model).__name__, model.head, output)
     check_target(path, force=force)
-    place = _place_to_check(platforms) if check else None
+    place = check_place(platforms) if check else None
     jax_export = serializer()
 
     from vit_flax.inference import ImageClassifier
@@ -300,8 +300,12 @@ def _write(
 # -- the check
 
 
-def _place_to_check(platforms: Sequence[str]) -> jax.Device:
-    """Where to run the program and the model: JAX's default device, or else the CPU."""
+def check_place(platforms: Sequence[str]) -> jax.Device:
+    """Where to run a program and its model to compare them: JAX's default device, or else the CPU.
+
+    Raises:
+        InputError: there is none of these platforms here.
+    """
     devices = [jax.devices()[0]]
     if devices[0].platform == "tpu":
         devices = []  # which one process holds, and the check is made in another

@@ -37,7 +37,7 @@ from vit_common.predictions import (
     image_size,
 )
 
-__all__ = ["Export", "export"]
+__all__ = ["Export", "Network", "export", "require"]
 
 INPUT, BATCH_AXIS = "pixel_values", "batch"
 _LARGEST = 2_000_000_000
@@ -92,7 +92,7 @@ def export(
     import onnx
 
     started = time.perf_counter()
-    network = _Network(model, output).eval()
+    network = Network(model, output).eval()
     # Of a dynamic axis torch wants an example that is neither 0 nor 1, which it would keep.
     example = torch.zeros(2 if batch == DYNAMIC else batch, *shape)
     axes = {INPUT: {0: torch.export.Dim(BATCH_AXIS)}} if batch == DYNAMIC else None
@@ -173,7 +173,7 @@ def require(check: bool) -> None:
     raise InputError(f"{text}.")
 
 
-class _Network(nn.Module):
+class Network(nn.Module):
     """A model as a function of images alone to one array."""
 
     def __init__(self, model: Any, output: str) -> None:
