@@ -12,7 +12,6 @@ import torch
 import transformers
 from networks import flax_twin, make_config, random_weights
 
-import vit_flax.inference as inference
 from vit_common.errors import (
     CheckpointError,
     ConfigError,
@@ -286,7 +285,7 @@ def test_decodes_in_another_thread(classify, paths, monkeypatch):
         seen.add(threading.current_thread().name)
         return PIL.Image.open(path)
 
-    monkeypatch.setattr(inference, "load_image", load_image)
+    monkeypatch.setattr("vit_common.predictions.load_image", load_image)
     assert len(list(classify.stream(paths, batch_size=2))) == 7
     assert seen == {"vit-decode_0"}
 
@@ -299,7 +298,7 @@ def test_next_batch_is_decoded_while_results_are_used(classify, paths, monkeypat
             decoded.set()
         return PIL.Image.open(path)
 
-    monkeypatch.setattr(inference, "load_image", load_image)
+    monkeypatch.setattr("vit_common.predictions.load_image", load_image)
     results = classify.stream(paths, batch_size=2)
     next(results)
     assert decoded.wait(timeout=30)  # the second image of the second batch

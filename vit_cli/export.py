@@ -219,17 +219,15 @@ def _torch_answers(weights: Path, config: ViTConfig, table: str, output: str) ->
 def _lines(report: Export, to: str, name: str) -> Iterator[tuple[str, str]]:
     metadata = report.metadata
     C, H, W = metadata["input_shape"]
-    batch = (
-        "any number of images" if metadata["batch"] == DYNAMIC else f"{metadata['batch']} images"
-    )
+    count = "any number of" if metadata["batch"] == DYNAMIC else metadata["batch"]
+    size = f"{C} x {H} x {W} (channels x height x width)"
     yield "model", f"{name} ({metadata['family']}, {metadata['dtype']})"
-    what = {"jax": "StableHLO for " + ", ".join(metadata.get("platforms", ()))}
-    yield "program", what.get(to, f"ONNX, opset {metadata.get('opset', {}).get('ai.onnx')}")
+    if to == "onnx":
+        yield "program", f"ONNX, opset {metadata['opset']['ai.onnx']}"
+    else:
+        yield "program", f"StableHLO for {', '.join(metadata['platforms'])}"
     kind = metadata.get("input_dtype", "float32")
-    yield (
-        "takes",
-        f"pixel_values: {count} images, {C} x {H} x {W} (channels x height x width), {kind}",
-    )
+    yield "takes", f"pixel_values: {count} images, {size}, {kind}"
     labels = metadata["labels"]
     yield "gives", metadata["output"] + (f" of {len(labels)} classes" if labels else "")
     yield "wrote", f"{report.path}: {report.bytes / 1e6:,.1f} MB"

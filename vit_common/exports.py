@@ -44,8 +44,10 @@ class Export:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return {**asdict(self), "path": str(self.path)}
+        """As JSON holds it; of the labels their number."""
+        metadata = {k: v for k, v in self.metadata.items() if k != "labels"}
+        metadata["num_labels"] = len(self.metadata["labels"])
+        return {**asdict(self), "path": str(self.path), "metadata": metadata}
 
 
 def check_batch(batch: Any) -> None:

@@ -242,7 +242,10 @@ def load(path: str | PathLike, *, device: jax.Device | None = None) -> ExportedM
             name: jax.device_put(array, device) for name, array in archive.parameters().items()
         }
         _check_parameters(path, program, parameters)
-        image_processor = processor_from_dict(archive.json(PROCESSOR), path / PROCESSOR)
+        try:
+            image_processor = processor_from_dict(archive.json(PROCESSOR), path / PROCESSOR)
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
         check = archive.json(CHECK) if CHECK in archive.names else None
         config = archive.json(CONFIG)
     return ExportedModel(
@@ -341,7 +344,7 @@ class _Archive:
             self._zip = zipfile.ZipFile(path)
         except OSError as error:
             raise MissingFileError(f"{path}: cannot be read ({reason(error)}).") from error
-        except zipfile.BadZipFile as error:
+        except Exception as error:  # zipfile lets through what broken data led it to
             raise _wrong(path) from error
         members = self._zip.infolist()
         self.names = {member.filename for member in members}

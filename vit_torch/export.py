@@ -92,12 +92,11 @@ def export(
     import onnx
 
     started = time.perf_counter()
+    was_training = model.training
     network = Network(model, output).eval()
     # Of a dynamic axis torch wants an example that is neither 0 nor 1, which it would keep.
     example = torch.zeros(2 if batch == DYNAMIC else batch, *shape)
     axes = {INPUT: {0: torch.export.Dim(BATCH_AXIS)}} if batch == DYNAMIC else None
-    was_training = model.training
-    model.eval()
     try:
         with torch.no_grad(), _quietly():
             program = torch.onnx.export(
