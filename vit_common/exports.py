@@ -120,7 +120,7 @@ def measure(found: np.ndarray, references: Mapping[str, np.ndarray], dtype: str)
                 f"{wanted.shape}; nothing was written."
             )
         errors[name] = float(np.abs(found - wanted).max())
-    bound = BOUNDS[dtype] * max(1.0, largest)
+    bound = BOUNDS.get(dtype, BOUNDS["float32"]) * max(1.0, largest)
     if not errors[own] <= bound:  # nor where one of them is NaN
         raise CheckpointError(
             f"the exported program differs from the model ({own}) by {errors[own]:.3g}, and may by "

@@ -1,5 +1,5 @@
 """Exported models: one file with a program for several platforms, its parameters, what prepares its
-images and names its classes. Reading one needs JAX, numpy and Pillow, not Flax.
+images and names its classes. Reading one needs JAX (with flatbuffers), numpy and Pillow, not Flax.
 
 The file is a zip archive without compression, so that nothing unpacks to more than it is:
 
@@ -26,7 +26,7 @@ import numpy as np
 
 from vit_common.containers import safetensors_file
 from vit_common.containers.tensor import DataFile
-from vit_common.errors import CheckpointError, ImageError, InputError, MissingFileError
+from vit_common.errors import CheckpointError, ConfigError, ImageError, InputError, MissingFileError
 from vit_common.files import MAX_JSON_BYTES, parse_json, reason
 from vit_common.image_processor import BaseImageProcessor
 from vit_common.image_processors import processor_from_dict
