@@ -3,6 +3,7 @@ and every way in which a file or a call can be wrong."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -263,6 +264,7 @@ def test_features_of_a_network_without_a_classifier(theirs, tmp_path):
         program.classify(pictures(1))
 
 
+@pytest.mark.slow
 def test_half_precision_is_computed_and_logits_are_float32(theirs, tmp_path):
     model = ours(theirs[1], dtype="bfloat16", param_dtype="bfloat16")
     export(model, tmp_path / "m.jaxexport", platforms=["cpu"], check=False)
@@ -333,6 +335,7 @@ def test_a_program_for_another_platform_is_made_here_and_refused_here(platform, 
         load(path)
 
 
+@pytest.mark.slow
 def test_checked_in_a_fresh_process(theirs, tmp_path):
     model, folder = theirs
     processor = ViTImageProcessor.from_pretrained(folder)
@@ -785,6 +788,30 @@ def test_the_command_refuses(arguments, said, theirs, tmp_path, command, monkeyp
     assert said in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_command_leaves_nothing(theirs, tmp_path, command, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vit_flax.export, "_run_afresh", interrupted)
+    code, out, err = command(theirs[1], tmp_path / "m.jaxexport")
+    assert (code, out, err) == (130, "", "vit: interrupted: nothing was written\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_what_was_there(theirs, tmp_path, command, monkeypatch):
+    def full(path, *_):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(vit_flax.export, "_write", full)
+    path = tmp_path / "m.jaxexport"
+    path.write_bytes(b"before")
+    code, _, err = command(theirs[1], path, "--force", "--no-check")
+    assert code == 2
+    assert err == f"vit: error: {path}: cannot be written (No space left on device).\n"
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"m.jaxexport": b"before"}
 
 
 def test_the_command_without_a_package(theirs, tmp_path, command, monkeypatch):

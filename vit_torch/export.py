@@ -95,7 +95,7 @@ def export(
     was_training = model.training
     network = Network(model, output).eval()
     # Of a dynamic axis torch wants an example that is neither 0 nor 1, which it would keep.
-    example = torch.zeros(2 if batch == DYNAMIC else batch, *shape)
+    example = torch.zeros(batch if isinstance(batch, int) else 2, *shape)
     axes = {INPUT: {0: torch.export.Dim(BATCH_AXIS)}} if batch == DYNAMIC else None
     try:
         with torch.no_grad(), _quietly():
