@@ -64,7 +64,7 @@ CONTENDERS = {
 }
 IMPORTS = {
     "import jax, flax": [sys.executable, "-c", "import jax, flax"],
-    "import vit_flax": [sys.executable, "-c", "import vit_flax"],
+    "import vit_flax": [sys.executable, "-c", "from vit_flax import *"],
     "vit --help": [str(Path(sys.executable).with_name("vit")), "--help"],
 }
 MAKE = """

@@ -21,7 +21,8 @@ FORBIDDEN = {
     "vit_common.positions, vit_common.presets": {*FRAMEWORKS, "huggingface_hub"},
     "import convert.detect, convert.formats, convert.layouts, convert.load, convert.rules, "
     "convert.save": {*FRAMEWORKS, "huggingface_hub"},
-    "import vit_flax": {"torch", "transformers", "huggingface_hub"},
+    "from vit_flax import *": {"torch", "transformers", "huggingface_hub"},
+    "import vit_flax.export": {"flax", "torch", "transformers", "huggingface_hub"},
     "import vit_flax.inference": {"torch", "transformers", "huggingface_hub"},
     "import vit_torch": {"jax", "jaxlib", "flax", "transformers", "huggingface_hub"},
     "import vit_cli.main": HEAVY,

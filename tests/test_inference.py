@@ -21,7 +21,7 @@ from vit_common.errors import (
 )
 from vit_common.image_processor import ViTImageProcessor
 from vit_flax import FlaxViTForImageClassification, FlaxViTModel
-from vit_flax.inference import ImageClassifier, classifier
+from vit_flax.inference import ImageClassifier
 
 LABELS = ["cat", "dog", "a tree, and more", "Zürich", "写真"]
 TOLERANCE = 2e-6  # of a probability, float32; the largest difference seen was 2.4e-7
@@ -281,11 +281,11 @@ def test_reads_five_batches_ahead_at_most(classify, paths):
 def test_decodes_in_another_thread(classify, paths, monkeypatch):
     seen = set()
 
-    def load_image(path):
+    def load_image(path, at_least):
         seen.add(threading.current_thread().name)
         return PIL.Image.open(path)
 
-    monkeypatch.setattr(classifier, "load_image", load_image)
+    monkeypatch.setattr("vit_common.predictions.load_image", load_image)
     assert len(list(classify.stream(paths, batch_size=2))) == 7
     assert seen == {"vit-decode_0"}
 
@@ -293,12 +293,12 @@ def test_decodes_in_another_thread(classify, paths, monkeypatch):
 def test_next_batch_is_decoded_while_results_are_used(classify, paths, monkeypatch):
     decoded = threading.Event()
 
-    def load_image(path):
+    def load_image(path, at_least):
         if path == paths[3]:
             decoded.set()
         return PIL.Image.open(path)
 
-    monkeypatch.setattr(classifier, "load_image", load_image)
+    monkeypatch.setattr("vit_common.predictions.load_image", load_image)
     results = classify.stream(paths, batch_size=2)
     next(results)
     assert decoded.wait(timeout=30)  # the second image of the second batch

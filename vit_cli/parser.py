@@ -19,6 +19,8 @@ Command = Callable[[], int]
 # As `convert.formats` has them; repeated here so that `--help` need not load it.
 _WRITTEN = ("hub", "flax", "flax-safetensors", "timm", "deit", "dino", "beit", "dinov2", "google")
 _DTYPES = ("float32", "bfloat16", "float16")
+# As `vit_flax.exported` has them.
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -449,10 +451,97 @@ def _attention(arguments: Sequence[str]) -> Command:
     return command
 
 
+def _batch(text: str) -> int | str:
+    if text == "dynamic":
+        return text
+    try:
+        return _positive(text)
+    except argparse.ArgumentTypeError:
+        message = f"must be a positive integer or dynamic; given {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def _export(arguments: Sequence[str]) -> Command:
+    parser = _parser(
+        "vit export",
+        "Write a model as one file that runs without Flax and without this package's networks: a "
+        "program of StableHLO for JAX (.jaxexport), or ONNX (.onnx), with its weights, "
+        "preprocessing and labels. The file is run and compared with the model, and only then "
+        "takes its place.",
+        usage="vit export [options] MODEL OUT",
+    )
+    parser.add_argument("--to", choices=("jax", "onnx"), help="by default what the suffix says")
+    parser.add_argument(
+        "--platforms",
+        metavar="NAMES",
+        type=_list_of(_PLATFORMS),
+        help="what the program is for: cpu, cuda, rocm, tpu, with commas between (cpu,cuda,tpu)",
+    )
+    parser.add_argument(
+        "--batch",
+        metavar="N|dynamic",
+        type=_batch,
+        default="dynamic",
+        help="images a call takes: a number, or dynamic for any (dynamic)",
+    )
+    parser.add_argument(
+        "--output",
+        choices=("logits", "features"),
+        default="logits",
+        help="logits, or features for a model without a classifier: the class token after the last "
+        "norm (logits)",
+    )
+    parser.add_argument(
+        "--input",
+        choices=("float32", "uint8"),
+        help="float32 pixels, rescaled and normalised, or uint8 ones, for which the program does "
+        "that (float32)",
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, help="what the model computes in (float32)")
+    parser.add_argument(
+        "--from", dest="from_", metavar="FORMAT", help="format of the weights, if it cannot be told"
+    )
+    parser.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run the file and compare it with the model, and with the PyTorch twin where torch is "
+        "installed",
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite the file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_hub_options(parser)
+    options, names = _parse(parser, arguments, "MODEL OUT", "model, and the file to write")
+    if len(names) != 2:
+        parser.error(f"wanted MODEL and OUT; given {', '.join(names) or 'nothing'}")
+
+    def command() -> int:
+        from vit_cli.export import export
+
+        return export(
+            names[0],
+            names[1],
+            to=options.to,
+            platforms=options.platforms,
+            batch=options.batch,
+            output=options.output,
+            input_dtype=options.input,
+            dtype=options.dtype,
+            format=options.from_,
+            check=options.check,
+            force=options.force,
+            as_json=options.json,
+            hub=_hub(options),
+        )
+
+    return command
+
+
 _SUBCOMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], Command]]] = {
     "predict": ("classify images", _predict),
     "attention": ("where a model looks, over the image", _attention),
     "convert": ("turn a checkpoint into another layout", _convert),
+    "export": ("a model as a program for JAX or ONNX", _export),
     "inspect": ("what a weights file holds", _inspect),
     "verify": ("compare twins or checkpoints, stage by stage", _verify),
     "info": ("versions, devices and precision; what a model is", _info),

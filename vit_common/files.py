@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -170,6 +172,55 @@ def replace_files(
             ) from error
     _flush_directory(directory)
     return [final for _, final in staged]
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Refuse a file that cannot be written, before the work that it is for.
+
+    Raises:
+        MissingFileError: it is there and `force` is not set, is a directory, or has none to be in.
+    """
+    if target.is_dir():
+        raise MissingFileError(f"{target}: wanted the name of a file; this is a directory.")
+    if target.exists() and not force:
+        raise MissingFileError(
+            f"{target}: already there; nothing was written. Pass --force (in Python `force=True`) "
+            "to overwrite."
+        )
+    if not target.parent.is_dir():
+        raise MissingFileError(f"{target.parent}: no such directory; make it first.")
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A place for a file to be written to, and looked at, before it takes its name.
+
+    It is in a directory of its own beside the target. Where the block raises, nothing is left and
+    what had the name keeps it. A process that is killed can leave a directory
+    `.{name}.{random}.tmp`, which is in nobody's way.
+
+    Raises:
+        MissingFileError: it cannot be written.
+    """
+    staging = None
+    try:
+        staging = Path(
+            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        )
+        yield staging / target.name
+        with (staging / target.name).open("rb+") as stream:
+            os.fsync(stream.fileno())
+        for other in staging.iterdir():
+            if other.name != target.name:
+                other.unlink()
+        move_files(staging, target.parent)
+    except OSError as error:
+        if isinstance(error, ViTError):
+            raise
+        raise MissingFileError(f"{target}: cannot be written ({reason(error)}).") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def move_files(source: Path, directory: Path, stale: Iterable[str] = ()) -> list[Path]:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from PIL.Image import Resampling
 
-from vit_common.errors import ConfigError, InputError
+from vit_common.errors import ConfigError, InputError, ViTError
 from vit_common.image_processor import (
     PROCESSOR_NAME,
     BaseImageProcessor,
@@ -415,6 +415,27 @@ class AutoImageProcessor:
         if chosen is None:
             chosen = _class_by_config(pretrained_model_name_or_path, path, hub)
         return chosen._from_file(path, table, overrides)
+
+
+def processor_from_dict(table: Mapping[str, Any], path: Path) -> BaseImageProcessor:
+    """The processor whose `to_dict` gave a table; it names its class.
+
+    Args:
+        table: of a `preprocessor_config.json`.
+        path: where it stands, for errors.
+
+    Raises:
+        ConfigError: no class, or one that is not known here; or an option is refused.
+    """
+    chosen = _named_class(table, path)
+    if chosen is None:
+        raise ConfigError(
+            f"{path}: names no `image_processor_type`; wanted one of {', '.join(_CLASSES)}."
+        )
+    try:
+        return chosen.from_dict(table)
+    except ViTError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _named_class(table: Mapping[str, Any], path: Path) -> type[BaseImageProcessor] | None:

@@ -1,68 +1,78 @@
-"""Vision Transformers in JAX/Flax, a drop-in for the Flax classes of Transformers 4.57.6."""
+"""Vision Transformers in JAX/Flax, a drop-in for the Flax classes of Transformers 4.57.6.
 
-from vit_common.config import (
-    AutoConfig,
-    BeitConfig,
-    DeiTConfig,
-    Dinov2Config,
-    Dinov2WithRegistersConfig,
-    ViTConfig,
-)
-from vit_common.image_processor import (
-    ViTFeatureExtractor,
-    ViTImageProcessor,
-)
-from vit_common.image_processors import (
-    AutoImageProcessor,
-    BeitFeatureExtractor,
-    BeitImageProcessor,
-    BitImageProcessor,
-    DeiTFeatureExtractor,
-    DeiTImageProcessor,
-)
-from vit_flax.auto import (
-    FlaxAutoModel,
-    FlaxAutoModelForImageClassification,
-    FlaxAutoModelForMaskedImageModeling,
-)
-from vit_flax.families import (
-    FlaxBeitForImageClassification,
-    FlaxBeitForMaskedImageModeling,
-    FlaxBeitModel,
-    FlaxBeitPreTrainedModel,
-    FlaxDeiTForImageClassification,
-    FlaxDeiTForImageClassificationWithTeacher,
-    FlaxDeiTForMaskedImageModeling,
-    FlaxDeiTModel,
-    FlaxDeiTPreTrainedModel,
-    FlaxDinov2ForImageClassification,
-    FlaxDinov2Model,
-    FlaxDinov2PreTrainedModel,
-    FlaxDinov2WithRegistersForImageClassification,
-    FlaxDinov2WithRegistersModel,
-    FlaxDinov2WithRegistersPreTrainedModel,
-)
-from vit_flax.model import (
-    FlaxBeitForMaskedImageModelingModule,
-    FlaxDeiTForImageClassificationWithTeacherModule,
-    FlaxViTForImageClassificationModule,
-    FlaxViTForMaskedImageModelingModule,
-    FlaxViTModule,
-)
-from vit_flax.outputs import (
-    FlaxBaseModelOutput,
-    FlaxBaseModelOutputWithPooling,
-    FlaxDeiTForImageClassificationWithTeacherOutput,
-    FlaxMaskedImageModelingOutput,
-    FlaxMaskedLMOutput,
-    FlaxSequenceClassifierOutput,
-)
-from vit_flax.pretrained import (
-    FlaxViTForImageClassification,
-    FlaxViTForMaskedImageModeling,
-    FlaxViTModel,
-    FlaxViTPreTrainedModel,
-)
+A name is imported when it is asked for: `vit_flax.export.load` runs without Flax, and without the
+second that importing it takes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vit_common.config import (
+        AutoConfig,
+        BeitConfig,
+        DeiTConfig,
+        Dinov2Config,
+        Dinov2WithRegistersConfig,
+        ViTConfig,
+    )
+    from vit_common.image_processor import (
+        ViTFeatureExtractor,
+        ViTImageProcessor,
+    )
+    from vit_common.image_processors import (
+        AutoImageProcessor,
+        BeitFeatureExtractor,
+        BeitImageProcessor,
+        BitImageProcessor,
+        DeiTFeatureExtractor,
+        DeiTImageProcessor,
+    )
+    from vit_flax.auto import (
+        FlaxAutoModel,
+        FlaxAutoModelForImageClassification,
+        FlaxAutoModelForMaskedImageModeling,
+    )
+    from vit_flax.families import (
+        FlaxBeitForImageClassification,
+        FlaxBeitForMaskedImageModeling,
+        FlaxBeitModel,
+        FlaxBeitPreTrainedModel,
+        FlaxDeiTForImageClassification,
+        FlaxDeiTForImageClassificationWithTeacher,
+        FlaxDeiTForMaskedImageModeling,
+        FlaxDeiTModel,
+        FlaxDeiTPreTrainedModel,
+        FlaxDinov2ForImageClassification,
+        FlaxDinov2Model,
+        FlaxDinov2PreTrainedModel,
+        FlaxDinov2WithRegistersForImageClassification,
+        FlaxDinov2WithRegistersModel,
+        FlaxDinov2WithRegistersPreTrainedModel,
+    )
+    from vit_flax.model import (
+        FlaxBeitForMaskedImageModelingModule,
+        FlaxDeiTForImageClassificationWithTeacherModule,
+        FlaxViTForImageClassificationModule,
+        FlaxViTForMaskedImageModelingModule,
+        FlaxViTModule,
+    )
+    from vit_flax.outputs import (
+        FlaxBaseModelOutput,
+        FlaxBaseModelOutputWithPooling,
+        FlaxDeiTForImageClassificationWithTeacherOutput,
+        FlaxMaskedImageModelingOutput,
+        FlaxMaskedLMOutput,
+        FlaxSequenceClassifierOutput,
+    )
+    from vit_flax.pretrained import (
+        FlaxViTForImageClassification,
+        FlaxViTForMaskedImageModeling,
+        FlaxViTModel,
+        FlaxViTPreTrainedModel,
+    )
 
 __all__ = [
     "AutoConfig",
@@ -113,3 +123,31 @@ __all__ = [
     "ViTFeatureExtractor",
     "ViTImageProcessor",
 ]
+
+_HOMES = (
+    "vit_common.config",
+    "vit_common.image_processor",
+    "vit_common.image_processors",
+    "vit_flax.outputs",
+    "vit_flax.model",
+    "vit_flax.pretrained",
+    "vit_flax.families",
+    "vit_flax.auto",
+)
+_MODULES = ("attention", "auto", "families", "model", "outputs", "pretrained")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"vit_flax.{name}")
+    if name in __all__:
+        for home in _HOMES:
+            module = importlib.import_module(home)
+            if name in vars(module):
+                globals()[name] = value = vars(module)[name]
+                return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -32,24 +32,23 @@ from vit_common.errors import (
     ViTError,
 )
 from vit_common.hub import split_hub_options
-from vit_common.image_processor import BaseImageProcessor, ViTImageProcessor
-from vit_common.images import convert_mode, load_image
+from vit_common.image_processor import BaseImageProcessor
+from vit_common.predictions import (
+    Prediction,
+    check_processor,
+    default_image_processor,
+    has_several_labels,
+    image_size,
+    likeliest,
+    naming,
+    prepare_image,
+)
 from vit_flax import attention_maps
 from vit_flax.auto import FlaxAutoModelForImageClassification
 from vit_flax.inference.engine import Engine, Running
 from vit_flax.inference.reader import Batch, Reader
 from vit_flax.model import mean_of_patches
-
-_PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """One class: its label, its index and its probability, from 0 to 1."""
-
-    label: str
-    index: int
-    probability: float
+from vit_flax.pixels import normalize
 
 
 @dataclass(frozen=True)
@@ -155,18 +154,16 @@ class ImageClassifier:
             )
         self.model = model
         self.image_processor = image_processor or default_image_processor(config)
-        self._several = (
-            config.problem_type == "multi_label_classification" or config.num_labels == 1
-        )
-        self.image_size = self._input_size()
+        self.several = has_several_labels(config)
+        self.image_size = image_size(config, self.image_processor)
         shape = (config.num_channels, *self.image_size)
+        check_processor(self.image_processor, shape)
         self.normalize_on_device = normalize_on_device
         self.fast_decode = fast_decode
         dtype = np.uint8 if normalize_on_device else np.float32
         self.engine = Engine(model.params, config, shape, dtype)
         self.workers = workers or _usual_workers(self.engine.platform)
         self.timings = Timings()
-        self._check_processor()
 
     @classmethod
     def from_pretrained(
@@ -177,7 +174,8 @@ class ImageClassifier:
         Args:
             name_or_path: directory, weights file, or "owner/name" on the Hub.
             dtype: of the computation.
-            **options: of this class; of the Hub and of `FlaxViTForImageClassification.from_pretrained`.
+            **options: of this class, of the Hub, and of
+                `FlaxViTForImageClassification.from_pretrained`.
 
         Warns:
             UserWarning: there is no `preprocessor_config.json`, so the defaults are used.
@@ -287,17 +285,20 @@ class ImageClassifier:
         """
         check_positive("top_k", top_k)
         return self._checked_stream(
-            images, batch_size, _PROBABILITIES, lambda rows: self._best(rows[0], top_k)
+            images,
+            batch_size,
+            _PROBABILITIES,
+            lambda rows: likeliest(rows[0], self.config.id2label, top_k),
         )
 
     def compile(self, batch_size: int | None = None) -> None:
         """Compile what `stream` and calls need for any number of images: every power of two up to
-        `batch_size`, and that. Without it each is compiled when it is first needed."""
+        `batch_size`, and that. A last batch of few images is then run in the smallest that holds
+        it. Without this each size is compiled when a stream begins with so many images."""
         batch_size = self.default_batch_size if batch_size is None else batch_size
         check_positive("batch_size", batch_size)
         self._add(_PROBABILITIES)
-        for size in {*(1 << i for i in range(batch_size.bit_length())), batch_size}:
-            self.engine.compile(_PROBABILITIES, size)
+        self.engine.compile_all(_PROBABILITIES, batch_size)
 
     # -- features and attention
 
@@ -388,7 +389,7 @@ class ImageClassifier:
             ImageError, MissingFileError: it cannot be read or taken.
         """
         pixels = self._prepare(image).transpose(1, 2, 0).astype(np.float64)  # (H, W, C)
-        options = self.image_processor.to_dict()
+        options = {} if self.normalize_on_device else self.image_processor.to_dict()
         if options.get("do_normalize"):
             pixels = pixels * options["image_std"] + options["image_mean"]
         if options.get("do_rescale"):
@@ -467,7 +468,7 @@ class ImageClassifier:
                     if batch is None:
                         break
                     if not size:
-                        size = self.engine.bucket(work, len(batch.sources), batch_size)
+                        size = self.engine.bucket(len(batch.sources), batch_size)
                         with _clock(timings, "compiling"):  # while the first batch is decoded
                             self.engine.compile(work, size)
                     with _clock(timings, "waiting_for_images"):
@@ -498,84 +499,34 @@ class ImageClassifier:
                     "the model's output is not finite (NaN or infinity): its weights hold such "
                     f"values, or {self.model.dtype} cannot hold what it computes."
                 )
-                error = ImageError(_naming(source, text))
+                error = ImageError(naming(source, text))
             if error is not None:
                 yield Result(source, error=error)
             else:
                 yield Result(source, finish([array[i] for array in arrays]))
 
-    def _best(self, probabilities: np.ndarray, top_k: int) -> tuple[Prediction, ...]:
-        labels = self.config.id2label
-        order = np.argsort(-probabilities, kind="stable")[:top_k].tolist()
-        return tuple(Prediction(str(labels[i]), i, float(probabilities[i])) for i in order)
-
     # -- images
-
-    def _input_size(self) -> tuple[int, int]:
-        """Height and width of what the network is given: the config's, or for a family that takes
-        any size what the processor makes."""
-        options = self.image_processor.to_dict()
-        size = options.get("size") or {}
-        if options.get("do_center_crop") and options.get("crop_size"):
-            size = options["crop_size"]
-        height, width = size.get("height"), size.get("width")
-        if self.config.any_image_size and height and width:
-            patch = self.config.patch_height_width
-            if height % patch[0] == 0 and width % patch[1] == 0:
-                return height, width
-        return self.config.image_height_width
 
     def _prepare(self, source: Any) -> np.ndarray:
         """One image as (C, H, W); errors name its file."""
-        try:
-            image = self._open(source) if isinstance(source, (str, os.PathLike)) else source
-            if isinstance(image, PIL.Image.Image) and self.config.num_channels in _PIL_MODES:
-                image = convert_mode(image, self.config.num_channels)
-            # Rescaling and normalising come last, so that leaving them out changes nothing else.
-            left_out = {"do_rescale": False, "do_normalize": False}
-            options = left_out if self.normalize_on_device else {}
-            prepared = self.image_processor(image, return_tensors="np", **options)
-            pixel_values = prepared["pixel_values"]
-            if self.normalize_on_device and pixel_values.dtype != np.uint8:
-                raise ImageError(
+        shape = (self.config.num_channels, *self.image_size)
+        # Twice the size, so that what is cropped away is there, and for the resize to have
+        # something to average.
+        at_least = (2 * shape[1], 2 * shape[2]) if self.fast_decode else None
+        if not self.normalize_on_device:
+            return prepare_image(source, self.image_processor, shape, at_least=at_least)
+        # Rescaling and normalising come last, so that leaving them out changes nothing else.
+        options: dict[str, Any] = {"do_rescale": False, "do_normalize": False}
+        pixels = prepare_image(source, self.image_processor, shape, at_least=at_least, **options)
+        if pixels.dtype != np.uint8:
+            raise ImageError(
+                naming(
+                    source,
                     "`normalize_on_device` takes images of 8 bits; this one has values of "
-                    f"{pixel_values.dtype}."
+                    f"{pixels.dtype}.",
                 )
-            wanted = (1, self.config.num_channels, *self.image_size)
-            if pixel_values.shape != wanted:
-                raise ImageError(
-                    "the image processor gives (batch, channels, height, width) = "
-                    f"{pixel_values.shape}; the model takes {wanted}."
-                )
-            return pixel_values[0]
-        except MemoryError as error:
-            raise ImageError(_naming(source, "not enough memory to decode it.")) from error
-        except ViTError as error:
-            if _naming(source, str(error)) == str(error):
-                raise
-            raise ImageError(_naming(source, str(error))) from error
-
-    def _open(self, source: str | os.PathLike) -> PIL.Image.Image:
-        if not self.fast_decode:
-            return load_image(source)
-        H, W = self.image_size  # twice that, so that what is cropped away is there, and for the
-        return load_image(source, at_least=(2 * H, 2 * W))  # resize to have something to average
-
-    def _check_processor(self) -> None:
-        """Raise ConfigError if no image could come out right; better once than for each image."""
-        mode = _PIL_MODES.get(self.config.num_channels)
-        if mode is None:
-            return  # no image file has so many channels, but an array may
-        height, width = self.image_size
-        # A portrait and a landscape, as a size given by the shortest edge alone may fit neither.
-        for size in ((width, height + 16), (width + 16, height)):
-            try:
-                self._prepare(PIL.Image.new(mode, size))
-            except ImageError as error:
-                raise ConfigError(
-                    "preprocessor_config.json and config.json contradict each other: for an image "
-                    f"of {size[1]} x {size[0]} pixels (height x width) {error}"
-                ) from error
+            )
+        return pixels
 
     # -- the network
 
@@ -599,7 +550,7 @@ class ImageClassifier:
             found = [self._pooled(params, output.hidden_states, i, work.pool) for i in work.layers]
         else:
             logits = output.logits.astype(jnp.float32)  # (B, K)
-            several = self._several
+            several = self.several
             found = [jax.nn.sigmoid(logits) if several else jax.nn.softmax(logits, axis=-1)]
         return tuple(array.astype(jnp.float32) for array in found)
 
@@ -618,21 +569,6 @@ class ImageClassifier:
         if pool == "cls":
             return x[:, 0]
         return mean_of_patches(x, config) if pool == "mean" else x
-
-
-def normalize(pixel_values: jax.Array, processor: BaseImageProcessor) -> jax.Array:
-    """Rescale and normalise 8-bit pixels (B, C, H, W) as the processor does, in float32."""
-    options = processor.to_dict()
-    values = pixel_values.astype(jnp.float32)
-    if options.get("do_rescale"):
-        values = values * np.float32(options["rescale_factor"])
-    if options.get("do_normalize"):
-        mean, std = (
-            np.broadcast_to(np.asarray(options[name], np.float32), pixel_values.shape[1])
-            for name in ("image_mean", "image_std")
-        )
-        values = (values - mean[:, None, None]) / std[:, None, None]
-    return values
 
 
 def _are_many(images: Any) -> bool:
@@ -661,19 +597,3 @@ def check_positive(name: str, value: Any) -> None:
     """Raise InputError unless the value is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"`{name}` must be a positive integer; given {value!r}.")
-
-
-def default_image_processor(config: ViTConfig) -> ViTImageProcessor:
-    """The Hub's defaults for a ViT, at the model's own image size and number of channels."""
-    height, width = config.image_height_width
-    return ViTImageProcessor(
-        size={"height": height, "width": width},
-        image_mean=[0.5] * config.num_channels,
-        image_std=[0.5] * config.num_channels,
-    )
-
-
-def _naming(source: Any, text: str) -> str:
-    """The text of an error, with the name of the file, if there is one, in it."""
-    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
-    return text if name in text else f"{name}: {text}"

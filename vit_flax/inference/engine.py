@@ -23,7 +23,7 @@ _MICRO_BATCH_NUMBERS = 3 * 2**20
 class Engine:
     """Runs a network on batches of images of one size.
 
-    A batch is padded to a size that is compiled; sizes are powers of two. Where the device's memory
+    A batch is padded to a size that is compiled, ahead of the call. Where the device's memory
     does not hold a batch, it is run in halves, and so are those after it.
 
     Args:
@@ -45,6 +45,7 @@ class Engine:
         self.padded = 0
         self._programs: dict[Hashable, Program] = {}
         self._compiled: dict[tuple[Hashable, int], jax.stages.Compiled] = {}
+        self._ready: set[tuple[Hashable, int]] = set()
         self._most: int | None = None  # images that fit into the device's memory together
         patch = config.patch_height_width
         tokens = config.num_prefix_tokens + (shape[1] // patch[0]) * (shape[2] // patch[1])
@@ -59,15 +60,18 @@ class Engine:
         """Have `work` name a program; the first of a name stays."""
         self._programs.setdefault(work, program)
 
-    def bucket(self, work: Hashable, images: int, batch_size: int) -> int:
-        """The size of batch that so many images are run in: one that is compiled, if it is not more
-        than twice as large as need be, or the next power of two, at most `batch_size`."""
-        wanted = min(batch_size, 1 << (images - 1).bit_length())
-        return min((n for n in self._sizes(work, images) if n <= 2 * wanted), default=wanted)
+    def bucket(self, images: int, batch_size: int) -> int:
+        """The size of batch that so many images are run in: a power of two, at most
+        `batch_size`."""
+        return min(batch_size, 1 << (images - 1).bit_length())
 
-    def _sizes(self, work: Hashable, images: int) -> list[int]:
-        """Compiled sizes that hold so many images."""
-        return [size for name, size in self._compiled if name == work and size >= images]
+    def compile_all(self, work: Hashable, batch_size: int) -> None:
+        """Compile every size that batches of at most so many images are run in, and from then on
+        run a last batch of few images in the smallest that holds it."""
+        sizes = {*(1 << i for i in range(batch_size.bit_length())), batch_size}
+        for size in sizes:
+            self.compile(work, size)
+            self._ready.add((work, size))
 
     def compile(self, work: Hashable, size: int) -> jax.stages.Compiled:
         """The program for a batch of that size."""
@@ -99,8 +103,8 @@ class Engine:
         return next(iter(leaf.devices())).platform if isinstance(leaf, jax.Array) else "cpu"
 
     def start(self, work: Hashable, pixel_values: np.ndarray, size: int) -> Running:
-        """Set a batch (B, C, H, W) off, padded to `size` or a smaller size that is compiled;
-        `Running.rows` waits for it.
+        """Set a batch (B, C, H, W) off, padded to `size`, or to a smaller one of
+        `compile_all`; `Running.rows` waits for it.
 
         Raises:
             DeviceError: the device's memory does not hold a single image.
@@ -120,7 +124,9 @@ class Engine:
         """Arrays to come of one part."""
         images = len(pixel_values)
         size = self.limit(size)
-        size = min((n for n in self._sizes(work, images) if n <= size), default=size)
+        # Not what happens to be compiled: the bits of a result would depend on what ran before.
+        ready = [n for name, n in self._ready if name == work and images <= n <= size]
+        size = min(ready, default=size)
         compiled = self.compile(work, size)
         if images < size:
             padded = np.zeros((size, *self.shape), self.dtype)
