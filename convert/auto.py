@@ -73,7 +73,7 @@ class AutoModelBase:
             CheckpointError: the weights are corrupt, incomplete or do not fit.
         """
         hub, options = split_hub_options(kwargs)
-        config, _ = read_config(
+        config, _, _ = read_config(
             pretrained_model_name_or_path,
             options.get("config"),
             hub,

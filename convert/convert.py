@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from convert.formats import check_format, table_for
@@ -26,8 +25,8 @@ from convert.source import METADATA_KEY, Source, find_processor, open_source, re
 from convert.timm_config import timm_config
 from vit_common.checkpoint import open_checkpoint, save_checkpoint, write_checkpoint
 from vit_common.checks import check_keywords
-from vit_common.config import CONFIG_NAME, ViTConfig
-from vit_common.containers.tensor import Tensor
+from vit_common.config import CONFIG_NAME, FLOATS, ViTConfig
+from vit_common.containers.tensor import DTYPES, Tensor
 from vit_common.errors import (
     CheckpointError,
     ConfigError,
@@ -37,17 +36,14 @@ from vit_common.errors import (
 )
 from vit_common.files import move_files, reason
 from vit_common.hub import HUB_OPTIONS
+from vit_common.image_processor import PROCESSOR_NAME
 from vit_common.image_processors import AutoImageProcessor
-from vit_common.parameters import Head, parameter_shapes
-from vit_common.positions import resize_matrices, resize_positions
-
-DTYPES = {
-    "float64": np.dtype(np.float64),
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
-PROCESSOR_NAME = "preprocessor_config.json"
+from vit_common.parameters import class_name, parameter_shapes
+from vit_common.positions import (
+    relative_distances,
+    resize_positions,
+    resize_relative_positions,
+)
 
 # suffix of a target that is one file -> what is written if no format is named
 _SUFFIXES = {".safetensors": "hub", ".msgpack": "flax", ".npz": "google"}
@@ -61,28 +57,19 @@ class _Place(NamedTuple):
 
     container: Any
     stem: str
-    separator: str
     metadata: str | None
 
 
 _PLACES = {
-    "hub": _Place("safetensors", "model", ".", "pt"),
-    "flax": _Place("msgpack", "flax_model", "/", None),
-    "flax-safetensors": _Place("safetensors", "model", ".", "flax"),
-    "timm": _Place("safetensors", "model", ".", "pt"),
-    "google": _Place("npz", "model", "/", None),
+    "hub": _Place("safetensors", "model", "pt"),
+    "flax": _Place("msgpack", "flax_model", None),
+    "flax-safetensors": _Place("safetensors", "model", "flax"),
+    "timm": _Place("safetensors", "model", "pt"),
+    "google": _Place("npz", "model", None),
 }
-_OTHERS = _Place("torch", "model", ".", None)
+_OTHERS = _Place("torch", "model", None)
 # What the projects' own pickles have around the weights.
 _WRAPPERS = {"deit": "model", "beit": "model"}
-
-_CLASSES: dict[Head | None, str] = {
-    None: "Model",
-    "classifier": "ForImageClassification",
-    "teacher": "ForImageClassificationWithTeacher",
-    "decoder": "ForMaskedImageModeling",
-    "tokens": "ForMaskedImageModeling",
-}
 
 
 def convert(
@@ -145,8 +132,8 @@ def convert(
     check_keywords("convert", hub, HUB_OPTIONS)
     target = Path(target)
     to = _target_format(target, to)
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"`dtype` must be one of {', '.join(DTYPES)}; given {dtype!r}.")
+    if dtype is not None and dtype not in FLOATS:
+        raise InputError(f"`dtype` must be one of {', '.join(FLOATS)}; given {dtype!r}.")
     wanted = dict(overrides or {})
     with open_source(source, format=from_, overrides=wanted, **hub) as opened:
         try:
@@ -202,8 +189,7 @@ class _Plan:
         dtypes = dict.fromkeys(t.dtype.name for t in tensors.values())
         self.dtype = dtype or max(dtypes, key=lambda name: DTYPES[name].itemsize)
         self.config.dtype = self.dtype
-        stem = type(self.config).__name__.removesuffix("Config")
-        self.architecture = stem + _CLASSES[self.head]
+        self.architecture = class_name(self.config, self.head)
         self.config.architectures = [self.architecture]
         self.table = table_for(to, self.config, self.head)
         self._refuse_what_readers_drop()
@@ -276,9 +262,9 @@ class _Plan:
         }
         faults = [f"{name}: nothing here knows this name" for name in unexplained]
         for name, tensor in found.items():
-            if tensor.dtype.name not in DTYPES:
+            if tensor.dtype.name not in FLOATS:
                 faults.append(
-                    f"{name}: its dtype is {tensor.dtype}; wanted one of {', '.join(DTYPES)}"
+                    f"{name}: its dtype is {tensor.dtype}; wanted one of {', '.join(FLOATS)}"
                 )
             if name not in shapes:
                 why = self._why_left(name)
@@ -336,11 +322,11 @@ class _Plan:
         out = dict(tensors)
         for name, tensor in tensors.items():
             if name == "embeddings.position_embeddings":
-                load = partial(_resized_positions, tensor, old, new, rule, k)
+                load = partial(_resized, tensor, resize_positions, old, new, rule, k)
                 shape: tuple[int, ...] = (1, k + new[0] * new[1], tensor.shape[2])
             elif name.endswith("relative_position_bias_table"):
-                load = partial(_resized_table, tensor, old, new)
-                shape = ((2 * new[0] - 1) * (2 * new[1] - 1) + 3, tensor.shape[1])
+                load = partial(_resized, tensor, resize_relative_positions, old, new)
+                shape = (relative_distances(new), tensor.shape[1])
             else:
                 continue
             out[name] = Tensor(name, shape, tensor.dtype, load)
@@ -573,19 +559,8 @@ def _cast(name: str, tensor: TensorLike, dtype: np.dtype) -> TensorLike:
     return Tensor(name, tuple(tensor.shape), dtype, load)
 
 
-def _resized_positions(tensor, old, new, rule, k) -> np.ndarray:
-    return resize_positions(tensor.read(), old, new, rule, k)
-
-
-def _resized_table(tensor, old, new) -> np.ndarray:
-    """A table of relative positions for another grid, as the twins resample it."""
-    table = tensor.read()
-    source, target = ((2 * h - 1, 2 * w - 1) for h, w in (old, new))
-    rows, columns = resize_matrices("bilinear", source, target)
-    offsets = table[:-3].astype(np.float64).reshape(*source, -1)
-    offsets = np.einsum("Hh,Ww,hwa->HWa", rows, columns, offsets, optimize=True)
-    offsets = offsets.reshape(target[0] * target[1], -1).astype(table.dtype)
-    return np.concatenate([offsets, table[-3:]])
+def _resized(tensor: TensorLike, resize: Callable[..., np.ndarray], *args: Any) -> np.ndarray:
+    return resize(tensor.read(), *args)
 
 
 def _at_size(processor: Any, old: ViTConfig, new: ViTConfig) -> Any:
@@ -683,7 +658,7 @@ def _write_into(staging, plan, target, beside, max_shard_size, one_file, advance
             stem=place.stem,
             max_shard_size=max_shard_size,
             metadata=metadata,
-            separator=place.separator,
+            separator="/",
             beside=beside,
             progress=advance,
         )
@@ -695,13 +670,11 @@ def _write_into(staging, plan, target, beside, max_shard_size, one_file, advance
         metadata = {"format": tag, METADATA_KEY: plan.config.to_json_string()}
     if target.suffix in _PICKLES:
         wrapper = _WRAPPERS.get(plan.to)
-    separator = "." if target.suffix == ".safetensors" and plan.to == "flax" else "/"
     write_checkpoint(
         staging / target.name,
         plan.written,
         metadata=metadata,
         wrapper=wrapper,
-        separator=separator,
         progress=advance,
     )
 
@@ -795,6 +768,3 @@ def _compare_outputs(plan, config, tensors, verification) -> None:
 def _widest(source: Source) -> str:
     names = {t.dtype.name for t in source.mapped.tensors.values()}
     return max(names, key=lambda name: DTYPES[name].itemsize)
-
-
-__all__ = ["Report", "convert"]

@@ -15,25 +15,13 @@ from convert.detect import Root, detect_format, find_root
 from convert.infer import Note, infer_config
 from convert.rules import Format, Mapped, to_canonical
 from vit_common.checkpoint import Checkpoint, open_checkpoint
-from vit_common.config import (
-    CONFIG_CLASSES,
-    CONFIG_NAME,
-    OURS,
-    AutoConfig,
-    ViTConfig,
-)
+from vit_common.config import CONFIG_NAME, OURS, AutoConfig, ViTConfig, is_timm
 from vit_common.errors import CheckpointError, ConfigError
 from vit_common.files import parse_json, read_json
 from vit_common.hub import AbsentFileError, find_file, find_weights
-from vit_common.image_processor import BaseImageProcessor, ViTImageProcessor
-from vit_common.image_processors import (
-    AutoImageProcessor,
-    BeitImageProcessor,
-    BitImageProcessor,
-)
+from vit_common.image_processor import PROCESSOR_NAME, BaseImageProcessor, ViTImageProcessor
+from vit_common.image_processors import AutoImageProcessor, BeitImageProcessor, BitImageProcessor
 from vit_common.parameters import Head
-
-PROCESSOR_NAME = "preprocessor_config.json"
 
 METADATA_KEY = "vit_config"
 """Where a safetensors file that stands alone holds its configuration."""
@@ -62,6 +50,7 @@ class Source:
         config: what the network is.
         notes: what was set that no configuration said, and what says it.
         timm: timm's own `config.json`, if there was one.
+        described: whether a file beside the weights says all of the configuration.
     """
 
     path: Path
@@ -74,6 +63,7 @@ class Source:
     config: ViTConfig
     notes: list[Note] = field(default_factory=list)
     timm: Mapping[str, Any] | None = None
+    described: bool = False
 
     @property
     def head(self) -> Head | None:
@@ -105,16 +95,18 @@ def read_config_file(name_or_path: str | os.PathLike, **hub: Any) -> dict[str, A
     Raises:
         MissingFileError: it cannot be reached. ConfigError, CheckpointError: it is not JSON.
     """
+    return find_config(name_or_path, **hub)[1]
+
+
+def find_config(
+    name_or_path: str | os.PathLike, **hub: Any
+) -> tuple[Path | None, dict[str, Any] | None]:
+    """As `read_config_file`, with the path it was read from."""
     try:
         path = find_file(name_or_path, CONFIG_NAME, **hub)
     except AbsentFileError:
-        return None
-    return read_json(path)
-
-
-def is_timm(table: Mapping[str, Any] | None) -> bool:
-    """Whether a `config.json` is timm's own."""
-    return table is not None and "architecture" in table and "model_type" not in table
+        return None, None
+    return path, read_json(path)
 
 
 def config_from_dict(table: Mapping[str, Any], **overrides: Any) -> Any:
@@ -139,6 +131,7 @@ def open_source(
     config: ViTConfig | None = None,
     overrides: Mapping[str, Any] | None = None,
     prefer: tuple[str, ...] | None = None,
+    beside: Mapping[str, Any] | None = None,
     **hub: Any,
 ) -> Source:
     """Find, open and understand a checkpoint.
@@ -149,6 +142,8 @@ def open_source(
         config: its configuration, if not read from beside it or inferred.
         overrides: fields of the configuration that the caller knows better.
         prefer: names of weights files to look for before the others.
+        beside: the `config.json` beside the weights, where it has been read before; empty where
+            there is none.
         **hub: options of the Hub.
 
     Raises:
@@ -157,12 +152,11 @@ def open_source(
         ConfigError: its configuration is refused.
     """
     path = find_weights(name_or_path, prefer=prefer, **hub)
-    found = None if config is not None else read_config_file(name_or_path, **hub)
+    found = read_config_file(name_or_path, **hub) if beside is None else dict(beside) or None
     timm = found if is_timm(found) else None
     if timm is not None and isinstance(timm.get(OURS), Mapping):
-        found = dict(
-            timm[OURS]
-        )  # written here: the whole configuration, not what timm has room for
+        found = dict(timm[OURS])  # the whole configuration, not what timm has room for
+    described = found is not None and found is not timm
     checkpoint = open_checkpoint(path)
     try:
         if found is None and config is None and METADATA_KEY in checkpoint.metadata:
@@ -203,7 +197,8 @@ def open_source(
                     raise
                 names = ", ".join(unexplained[:60])
                 raise type(error)(f"{error} Names that nothing here knows: {names}.") from error
-        object.__setattr__(settled, "_name_or_path", str(name_or_path)) if config is None else None
+        if config is None:
+            object.__setattr__(settled, "_name_or_path", str(name_or_path))
     except (CheckpointError, ConfigError) as error:
         checkpoint.close()
         if str(path) in str(error):
@@ -212,7 +207,19 @@ def open_source(
     except BaseException:
         checkpoint.close()
         raise
-    return Source(path, checkpoint, table, root, mapped, ignored, unexplained, settled, notes, timm)
+    return Source(
+        path=path,
+        checkpoint=checkpoint,
+        table=table,
+        root=root,
+        mapped=mapped,
+        ignored=ignored,
+        unexplained=unexplained,
+        config=settled,
+        notes=notes,
+        timm=timm,
+        described=described,
+    )
 
 
 def _named(path: Path, build: Any, *args: Any, **kwargs: Any) -> Any:
@@ -261,21 +268,19 @@ def find_processor(
 ) -> tuple[BaseImageProcessor, str] | None:
     """What prepares images for a source, and what says so; None where nothing does."""
     try:
-        try:
-            processor = AutoImageProcessor.from_pretrained(name_or_path, **hub)
-        except ConfigError:
-            if source.timm is None or source.timm.get("pretrained_cfg") is None:
-                raise
-            find_file(name_or_path, PROCESSOR_NAME, **hub)
-            raise  # the file is there, and is wrong
-        try:
-            find_file(name_or_path, PROCESSOR_NAME, **hub)
-        except AbsentFileError:
-            return processor, "timm's pretrained_cfg"
-        return processor, PROCESSOR_NAME
+        find_file(name_or_path, PROCESSOR_NAME, **hub)
+        origin = PROCESSOR_NAME
     except AbsentFileError:
-        pass
-    return implied_processor(source)
+        origin = "timm's pretrained_cfg"
+    try:
+        return AutoImageProcessor.from_pretrained(name_or_path, **hub), origin
+    except AbsentFileError:
+        return implied_processor(source)
+    except ConfigError:
+        # What timm does and no processor here can do leaves the images to whoever has the network.
+        if origin == PROCESSOR_NAME or source.timm is None:
+            raise
+        return implied_processor(source)
 
 
 def implied_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
@@ -309,15 +314,3 @@ def implied_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
             f"the published evaluation of {name}",
         )
     return None
-
-
-__all__ = [
-    "CONFIG_CLASSES",
-    "Source",
-    "config_from_dict",
-    "find_processor",
-    "implied_processor",
-    "open_source",
-    "read_config_file",
-    "read_tensors",
-]

@@ -37,6 +37,9 @@ ACTIVATIONS = (
 )
 """Names that `hidden_act` and `pooler_act` may have; both twins implement each (see `model.py`)."""
 
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+"""Names of the dtypes that weights of a network may have."""
+
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
@@ -149,8 +152,8 @@ def _dtype_name(name: str, value: Any) -> str:
         except TypeError as error:
             raise _fail(name, "a floating dtype such as 'float32' or 'bfloat16'", value) from error
     text = text.removeprefix("torch.")
-    if text not in ("float64", "float32", "float16", "bfloat16"):
-        raise _fail(name, "one of 'float64', 'float32', 'float16', 'bfloat16'", value)
+    if text not in FLOATS:
+        raise _fail(name, "one of " + ", ".join(map(repr, FLOATS)), value)
     return text
 
 
@@ -496,9 +499,14 @@ class ViTConfig:
     # -- what the network is made of; the same names for every family
 
     @classmethod
+    def class_stem(cls) -> str:
+        """What the names of the family's classes begin with: "ViT", "DeiT", ...."""
+        return cls.__name__.removesuffix("Config")
+
+    @classmethod
     def use_instead(cls) -> str:
         """What to say to who loads this family into another's class."""
-        stem = cls.__name__.removesuffix("Config")
+        stem = cls.class_stem()
         return (
             f"These are weights of the family {cls.model_type!r}: use {stem}Model or "
             f"{stem}ForImageClassification (in JAX Flax{stem}Model ...), or the Auto classes, "
@@ -752,13 +760,18 @@ class ViTConfig:
             MissingFileError: nothing is there.
             ConfigError: the file is not a configuration of this architecture.
         """
+        return cls._read(pretrained_model_name_or_path, cls.from_dict, kwargs)
+
+    @classmethod
+    def _read(cls, place: str | os.PathLike, build: Callable, kwargs: Mapping[str, Any]):
+        """What `build` makes of the `config.json` of a model."""
         from vit_common.checkpoint import read_json
         from vit_common.hub import find_file, split_hub_options
 
         hub, overrides = split_hub_options(kwargs)
-        path = find_file(pretrained_model_name_or_path, CONFIG_NAME, **hub)
-        table = {**read_json(path), "_name_or_path": str(pretrained_model_name_or_path)}
-        return cls._named(path, cls.from_dict, table, **overrides)
+        path = find_file(place, CONFIG_NAME, **hub)
+        table = {**read_json(path), "_name_or_path": str(place)}
+        return cls._named(path, build, table, **overrides)
 
     @classmethod
     def _named(cls, path: str | os.PathLike, build: Callable, *args: Any, **kwargs: Any):
@@ -797,13 +810,18 @@ OURS = "vit_flax"
 """Key of timm's `config.json` under which a conversion puts the whole configuration."""
 
 
+def is_timm(table: Mapping[str, Any] | None) -> bool:
+    """Whether a `config.json` is timm's own."""
+    return table is not None and "architecture" in table and "model_type" not in table
+
+
 def _without_timm(table: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration out of a file of timm's own kind; any other as it is.
 
     Raises:
         ConfigError: timm's file holds none.
     """
-    if "architecture" not in table or "model_type" in table:
+    if not is_timm(table):
         return dict(table)
     if isinstance(table.get(OURS), Mapping):
         name = {"_name_or_path": table["_name_or_path"]} if "_name_or_path" in table else {}
@@ -1088,13 +1106,7 @@ class AutoConfig:
             MissingFileError: nothing is there.
             ConfigError: the file is not a configuration of a family known here.
         """
-        from vit_common.checkpoint import read_json
-        from vit_common.hub import find_file, split_hub_options
-
-        hub, overrides = split_hub_options(kwargs)
-        path = find_file(pretrained_model_name_or_path, CONFIG_NAME, **hub)
-        table = {**read_json(path), "_name_or_path": str(pretrained_model_name_or_path)}
-        return ViTConfig._named(path, cls.from_dict, table, **overrides)
+        return ViTConfig._read(pretrained_model_name_or_path, cls.from_dict, kwargs)
 
 
 def as_config(config: Any, wanted: type[ViTConfig] = ViTConfig) -> Any:

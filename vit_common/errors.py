@@ -6,6 +6,8 @@ built-in (or Transformers) error that code written for Transformers 4.57.6 alrea
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class ViTError(Exception):
     """Base of every error raised on purpose by this project."""
@@ -32,3 +34,10 @@ class MissingFileError(ViTError, OSError):
 
     Transformers raises `OSError` in these places, so this is one.
     """
+
+
+def some(names: Iterable[str], most: int) -> str:
+    """For a message: the first names, and how many more there are; "nothing" if there are none."""
+    listed = list(names)
+    rest = len(listed) - most
+    return (", ".join(listed[:most]) or "nothing") + (f" and {rest} more" if rest > 0 else "")

@@ -213,6 +213,28 @@ def relative_distances(grid: tuple[int, int]) -> int:
     return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
 
 
+def resize_relative_positions(
+    table: np.ndarray, source_grid: tuple[int, int], target_grid: tuple[int, int]
+) -> np.ndarray:
+    """Resample a relative position bias table bilinearly, as Transformers' BEIT does and as the
+    twins do when they run at another size; the last three rows stay as they are.
+
+    Args:
+        table: (relative_distances(source_grid), A).
+        source_grid: (h, w) in patches.
+        target_grid: (H, W) in patches.
+
+    Returns:
+        (relative_distances(target_grid), A) in the dtype of `table`; the arithmetic is float64.
+    """
+    source, target = ((2 * h - 1, 2 * w - 1) for h, w in (source_grid, target_grid))
+    rows, columns = resize_matrices("bilinear", source, target)
+    offsets = table[:-3].astype(np.float64).reshape(*source, -1)  # (2h - 1, 2w - 1, A)
+    offsets = np.einsum("Hh,Ww,hwa->HWa", rows, columns, offsets, optimize=True)
+    offsets = offsets.reshape(target[0] * target[1], -1).astype(table.dtype)
+    return np.concatenate([offsets, table[-3:]])
+
+
 @lru_cache(maxsize=16)
 def relative_position_index(grid: tuple[int, int]) -> np.ndarray:
     """Which row of the table each pair of tokens takes (Bao et al. 2021, arXiv:2106.08254; BEiT's
