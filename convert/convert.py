@@ -34,7 +34,7 @@ from vit_common.errors import (
     MissingFileError,
     ViTError,
 )
-from vit_common.files import move_files, reason
+from vit_common.files import move_files, reason, write_text
 from vit_common.hub import HUB_OPTIONS
 from vit_common.image_processor import PROCESSOR_NAME
 from vit_common.image_processors import AutoImageProcessor
@@ -601,20 +601,20 @@ def _write(plan, target, beside, stale, max_shard_size, verify, report, progress
     one_file = is_file(target)
     directory = target.parent if one_file else target
     made = _make_directories(directory)
-    staging = None
     try:
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=directory))
-        _write_into(staging, plan, target, beside, max_shard_size, one_file, advance)
-        report.seconds = time.perf_counter() - started
-        if verify:
-            written = staging / target.name if one_file else staging
-            report.verification = _verify(plan, written)
-        written = {file.name for file in staging.iterdir()}
-        older = [path.name for path in stale if path.name not in written]
-        report.written = [str(path) for path in move_files(staging, directory, older)]
-    except BaseException as error:
-        if staging is not None:
+        try:
+            _write_into(staging, plan, target, beside, max_shard_size, one_file, advance)
+            report.seconds = time.perf_counter() - started
+            if verify:
+                written = staging / target.name if one_file else staging
+                report.verification = _verify(plan, written)
+            names = {file.name for file in staging.iterdir()}
+            older = [path.name for path in stale if path.name not in names]
+            report.written = [str(path) for path in move_files(staging, directory, older)]
+        finally:
             shutil.rmtree(staging, ignore_errors=True)
+    except BaseException as error:
         for path in reversed(made):
             with contextlib.suppress(OSError):
                 path.rmdir()
@@ -622,9 +622,6 @@ def _write(plan, target, beside, stale, max_shard_size, verify, report, progress
             text = f"{directory}: cannot be written ({reason(error)})."
             raise MissingFileError(text) from error
         raise
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _make_directories(directory: Path) -> list[Path]:
@@ -649,7 +646,7 @@ def _write_into(staging, plan, target, beside, max_shard_size, one_file, advance
                 progress=advance,
             )
             for name, text in beside.items():
-                (staging / name).write_text(text, encoding="utf-8")
+                write_text(staging / name, text)
             return
         save_checkpoint(
             staging,

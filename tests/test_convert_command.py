@@ -750,7 +750,9 @@ def test_an_interrupted_read_leaves_what_was_there(source, tmp_path, monkeypatch
         assert {p.name for p in tmp_path.iterdir()} == {"source", "out"}
 
 
-def test_a_failing_rename_leaves_what_was_there(source, tmp_path, monkeypatch, command):
+def test_a_failing_rename_leaves_what_was_there(
+    source, tmp_path, monkeypatch, no_exchange, command
+):
     out = tmp_path / "out"
     run_convert(source, out)
     before = contents(tmp_path)
@@ -774,7 +776,7 @@ def test_a_failing_rename_leaves_what_was_there(source, tmp_path, monkeypatch, c
         assert contents(tmp_path) == before
 
 
-def test_a_full_disk_leaves_no_directories(source, tmp_path, monkeypatch, command):
+def test_a_full_disk_leaves_no_directories(source, tmp_path, monkeypatch, no_exchange, command):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
