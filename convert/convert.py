@@ -30,6 +30,7 @@ from vit_common.containers.tensor import DTYPES, Tensor
 from vit_common.errors import (
     CheckpointError,
     ConfigError,
+    ExistingFileError,
     InputError,
     MissingFileError,
     ViTError,
@@ -98,7 +99,7 @@ def convert(
         source: directory, weights file, index of shards, or "owner/name" on the Hub.
         target: a file, whose suffix tells the container, or a directory, which also gets
             `config.json` and `preprocessor_config.json`.
-        to: the format to write, one of `convert.formats.NAMES`; None takes what the suffix says,
+        to: the format to write, one of `convert.formats.WRITTEN`; None takes what the suffix says,
             and "hub" for a directory.
         from_: the source's format, where its names do not tell.
         dtype: of the target: "float32", "bfloat16", "float16" or "float64"; None keeps it.
@@ -120,8 +121,8 @@ def convert(
         What was done.
 
     Raises:
-        MissingFileError: the source is not there; the target is there already, or cannot be
-            written.
+        MissingFileError: the source is not there, or the target cannot be written.
+        ExistingFileError: the target is there already.
         CheckpointError: the source is corrupt, of no known format, or does not account for every
             parameter; all faults are in one message. Or the result is not equal to it: then
             nothing was replaced.
@@ -317,7 +318,8 @@ class _Plan:
         self.notes = [note for note in self.notes if note.field != "image_size"]
         tables = any(name.endswith("relative_position_bias_table") for name in tensors)
         by = [f"positions by {rule}"] * ("embeddings.position_embeddings" in tensors)
-        by += ["relative positions by bilinear, as Transformers"] * tables
+        relative = self.source.table.relative_resize
+        by += [f"relative positions by {relative}"] * tables
         self.notes.append(Note("image_size", self.config.image_size, "; ".join(["given", *by])))
         out = dict(tensors)
         for name, tensor in tensors.items():
@@ -325,7 +327,7 @@ class _Plan:
                 load = partial(_resized, tensor, resize_positions, old, new, rule, k)
                 shape: tuple[int, ...] = (1, k + new[0] * new[1], tensor.shape[2])
             elif name.endswith("relative_position_bias_table"):
-                load = partial(_resized, tensor, resize_relative_positions, old, new)
+                load = partial(_resized, tensor, resize_relative_positions, old, new, relative)
                 shape = (relative_distances(new), tensor.shape[1])
             else:
                 continue
@@ -520,13 +522,13 @@ def _refuse_to_overwrite(paths: Iterable[Path], stale: Iterable[Path]) -> None:
     there = [str(path) for path in paths if path.exists()]
     older = [str(path) for path in stale if str(path) not in there]
     if older and not there:
-        raise MissingFileError(
+        raise ExistingFileError(
             f"{', '.join(older)}: weights of another format, which would be read instead of the "
             "new ones or beside them; nothing was written. Choose another folder, or pass --force "
             "(in Python `force=True`) to replace them."
         )
     if there:
-        raise MissingFileError(
+        raise ExistingFileError(
             f"{', '.join(there)}: already there; nothing was written. Pass --force (in Python "
             "`force=True`) to overwrite."
         )
@@ -727,8 +729,8 @@ def _open_result(plan: _Plan, written: Path):
         return
     with open_checkpoint(written) as checkpoint:
         hints = {"model_type": plan.config.model_type}
-        _, _, mapped, _, _ = read_tensors(checkpoint, format=plan.to, hints=hints)
-        yield plan.config, mapped.tensors
+        read = read_tensors(checkpoint, format=plan.to, hints=hints)
+        yield plan.config, read.mapped.tensors
 
 
 def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:

@@ -252,7 +252,8 @@ def _prefer(tables: list[Format], keys: list[str], hints: Mapping[str, str]) -> 
     if root.startswith("model"):
         if any(key.startswith("fc_norm.") for key in keys) and "mae" in names:
             return only("mae")
-        return only("beit") if "beit" in names else only("deit")
+        # What only BEiT has would have told by now: without it both know a ViT without biases.
+        return only("deit") if "deit" in names else only("beit")
     if any(key.startswith("head.") for key in keys):
         return only("timm")
     if "model_type" in hints and len({id(table.rules) for table in tables}) == 1:

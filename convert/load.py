@@ -21,6 +21,7 @@ from vit_common.config import (
     CONFIG_NAME,
     FIELDS,
     FLOATS,
+    DeiTConfig,
     ViTConfig,
     as_config,
     is_timm,
@@ -209,6 +210,11 @@ def _fit(
     ignore_mismatched_sizes: bool,
 ) -> Loaded:
     found = dict(source.mapped.tensors)
+    if "embeddings.distillation_token" in found and not source.config.use_distillation_token:
+        raise CheckpointError(
+            f"these weights have a distillation token, which {model} does not. "
+            + DeiTConfig.use_instead()
+        )
     tensors: dict[str, MappedTensor] = {}
     missing, mismatched = [], []
     for name, shape in shapes.items():

@@ -9,12 +9,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from convert.detect import Root, detect_format, find_root
+from convert.formats.google import unstacked
 from convert.infer import Note, infer_config
 from convert.rules import Format, Mapped, to_canonical
-from vit_common.checkpoint import Checkpoint, open_checkpoint
+from vit_common.checkpoint import Checkpoint, Tensor, open_checkpoint
 from vit_common.config import CONFIG_NAME, OURS, AutoConfig, ViTConfig, is_timm
 from vit_common.errors import CheckpointError, ConfigError
 from vit_common.files import parse_json, read_json
@@ -157,23 +158,25 @@ def open_source(
     if timm is not None and isinstance(timm.get(OURS), Mapping):
         found = dict(timm[OURS])  # the whole configuration, not what timm has room for
     described = found is not None and found is not timm
+    said_by = path.parent / CONFIG_NAME
     checkpoint = open_checkpoint(path)
     try:
         if found is None and config is None and METADATA_KEY in checkpoint.metadata:
             found = parse_json(checkpoint.metadata[METADATA_KEY].encode(), path, "configuration")
+            said_by = path
         hints = {"suffix": path.suffix}
         family = config.model_type if config is not None else (found or {}).get("model_type")
         if isinstance(family, str):
             hints["model_type"] = family
         if timm is not None:
             hints["architecture"] = str(timm["architecture"])
-        opened = read_tensors(checkpoint, format=format, hints=hints)
-        root, table, mapped, ignored, unexplained = opened
+        read = read_tensors(checkpoint, format=format, hints=hints)
+        table, mapped, unexplained = read.table, read.mapped, read.unexplained
         notes: list[Note] = []
         if config is not None:
             settled = config
         elif found is not None and found is not timm:
-            settled = _named(path, config_from_dict, found, **dict(overrides or {}))
+            settled = _named(said_by, config_from_dict, found, **dict(overrides or {}))
             unknown = [
                 name
                 for name in overrides or {}
@@ -189,9 +192,8 @@ def open_source(
             find_file(name_or_path, CONFIG_NAME, **hub)  # raises, saying where it looked
             raise CheckpointError("there is no config.json, which this format needs.")
         else:
-            tensors = {bare: checkpoint[full] for bare, full in root.keys.items()}
             try:
-                settled, notes = infer_config(table, mapped, tensors, timm, overrides)
+                settled, notes = infer_config(table, mapped, read.tensors, timm, overrides)
             except (CheckpointError, ConfigError) as error:
                 if not unexplained:
                     raise
@@ -211,9 +213,9 @@ def open_source(
         path=path,
         checkpoint=checkpoint,
         table=table,
-        root=root,
+        root=read.root,
         mapped=mapped,
-        ignored=ignored,
+        ignored=read.ignored,
         unexplained=unexplained,
         config=settled,
         notes=notes,
@@ -226,7 +228,20 @@ def _named(path: Path, build: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return build(*args, **kwargs)
     except ConfigError as error:
-        raise ConfigError(f"{path.parent / CONFIG_NAME}: {error}") from error
+        raise ConfigError(f"{path}: {error}") from error
+
+
+class Read(NamedTuple):
+    """What `read_tensors` finds: where the network lies in a file, its tensors under the names of
+    its format, the format, the canonical tensors, what is left aside and why, and names that
+    nothing here knows."""
+
+    root: Root
+    tensors: dict[str, Tensor]
+    table: Format
+    mapped: Mapped
+    ignored: dict[str, str]
+    unexplained: list[str]
 
 
 def read_tensors(
@@ -234,16 +249,16 @@ def read_tensors(
     *,
     format: str | None = None,
     hints: Mapping[str, str] | None = None,
-) -> tuple[Root, Format, Mapped, dict[str, str], list[str]]:
-    """Where the network lies in a file, its format, its canonical tensors; what is left aside and
-    why; and names that nothing here knows.
+) -> Read:
+    """Find the network in a file.
 
     Raises:
         CheckpointError: no network is in it, or it fits no format, or several.
         InputError: there is no format of that name.
     """
     root = find_root(checkpoint)
-    tensors = {bare: checkpoint[full] for bare, full in root.keys.items()}
+    parts = unstacked({bare: checkpoint[full] for bare, full in root.keys.items()})
+    tensors = {name: tensor for name, (_, tensor) in parts.items()}
     hints = {**dict(hints or {}), "root": root.path}
     table = detect_format(tensors, name=format, hints=hints, shapes=tensors)
     mapped = to_canonical(tensors, table)
@@ -256,11 +271,12 @@ def read_tensors(
     ignored, unexplained = dict(root.ignored), []
     for name in mapped.unused:
         why = table.why_ignored(original.get(name, name))
+        full = root.keys[parts[name][0]]
         if why:
-            ignored[root.keys[name]] = why
-        else:
-            unexplained.append(root.keys[name])
-    return root, table, mapped, ignored, unexplained
+            ignored[full] = why
+        elif full not in unexplained:
+            unexplained.append(full)
+    return Read(root, tensors, table, mapped, ignored, unexplained)
 
 
 def find_processor(

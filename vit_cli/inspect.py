@@ -138,12 +138,13 @@ def _add_network(report: dict[str, Any], name: str, format: str | None, hub: Any
         report["odd"].append(str(error))
         try:
             with open_checkpoint(report["path"]) as checkpoint:
-                root, table, _, ignored, unexplained = read_tensors(checkpoint, format=format)
+                read = read_tensors(checkpoint, format=format)
                 report["network"] = {
-                    "format": table.name,
-                    "describes": table.describes,
-                    "under": root.path,
+                    "format": read.table.name,
+                    "describes": read.table.describes,
+                    "under": read.root.path,
                 }
+                ignored, unexplained = read.ignored, read.unexplained
         except (CheckpointError, ConfigError):
             return
     reasons: dict[str, list[str]] = {}

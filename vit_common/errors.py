@@ -36,6 +36,10 @@ class MissingFileError(ViTError, OSError):
     """
 
 
+class ExistingFileError(ViTError, FileExistsError):
+    """A file that would have to be overwritten, which nobody asked for."""
+
+
 def some(names: Iterable[str], most: int) -> str:
     """For a message: the first names, and how many more there are; "nothing" if there are none."""
     listed = list(names)

@@ -1,6 +1,7 @@
 """Runs both twins on the same weights and images and compares them stage by stage.
 
-The only module here that imports JAX: comparing is its work.
+To compare is the one work here that needs JAX: this module, `stages` and `verify` run Flax models,
+and what they need of JAX they import where they do.
 """
 
 from __future__ import annotations
