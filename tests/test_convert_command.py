@@ -3,7 +3,6 @@ failure."""
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import os
@@ -21,6 +20,7 @@ from networks import InMemory, make_config, random_weights
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from convert import write
 from convert.convert import convert as run_convert
 from convert.formats import table_for
 from convert.rules import to_foreign
@@ -39,8 +39,6 @@ from vit_common.errors import (
 from vit_common.image_processor import ViTImageProcessor
 from vit_torch import AutoModelForImageClassification, ViTForImageClassification, ViTModel
 
-# The module: `convert.convert` is the function.
-CONVERT = importlib.import_module("convert.convert")
 LABELS = ["cat", "dog", "a tree, and more", "Zürich", "写真"]
 
 
@@ -846,7 +844,7 @@ def test_a_failed_verification_leaves_what_was_there(fault, source, tmp_path, mo
     out = tmp_path / "out"
     run_convert(source, out)
     before = contents(tmp_path)
-    original = CONVERT._write_into
+    original = write._write_into
 
     def spoiled(staging, *args):
         original(staging, *args)
@@ -863,7 +861,7 @@ def test_a_failed_verification_leaves_what_was_there(fault, source, tmp_path, mo
             (staging / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
         save_file(arrays, path, {"format": "pt"})
 
-    monkeypatch.setattr(CONVERT, "_write_into", spoiled)
+    monkeypatch.setattr(write, "_write_into", spoiled)
     code, _, err = command("convert", source, out, "--force")
     assert code == 2
     assert "verification failed" in err

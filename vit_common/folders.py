@@ -7,6 +7,7 @@ The new folder is made beside the old one, out of hard links, and the two exchan
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -74,6 +75,8 @@ def exchange(a: Path, b: Path) -> None:
     Raises:
         OSError, AttributeError: the system or the file system cannot.
     """
+    if os.name != "posix":
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     import ctypes
 
     library = ctypes.CDLL(None, use_errno=True)
