@@ -1,10 +1,11 @@
 """Resampling of position embeddings against torch, scipy, Pillow, JAX and Transformers.
 
-timm 1.0.31 and torchvision 0.29.2 are not test dependencies. Their own functions were run once by
-hand with torch 2.13 on eight pairs of grids, square and not, up and down, with 0, 1 and 5 prefix
-tokens: `resample_abs_pos_embed` against "bicubic_antialias" and "bilinear", made to compute in
-float64, differed by at most 2.4e-14 (in its own float32 by 8e-6); `interpolate_embeddings` in
-float64 against "bicubic_align_corners" by at most 2.2e-14.
+Tables of relative positions are held against timm's function as it runs. For positions, those of
+timm 1.0.31 and torchvision 0.29.2 were run once by hand with torch 2.13 on eight pairs of grids,
+square and not, up and down, with 0, 1 and 5 prefix tokens: `resample_abs_pos_embed` against
+"bicubic_antialias" and "bilinear", made to compute in float64, differed by at most 2.4e-14 (in its
+own float32 by 8e-6); `interpolate_embeddings` in float64 against "bicubic_align_corners" by at most
+2.2e-14.
 """
 
 from __future__ import annotations
