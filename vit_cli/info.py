@@ -21,7 +21,6 @@ from vit_cli import cache
 from vit_cli.devices import describe_devices
 from vit_cli.exit_codes import DONE
 from vit_cli.messages import one_line
-from vit_cli.versions import versions
 from vit_common.config import ViTConfig
 from vit_common.errors import MissingFileError
 from vit_common.flops import multiply_adds
@@ -29,6 +28,7 @@ from vit_common.hub import AbsentFileError
 from vit_common.image_processors import AutoImageProcessor
 from vit_common.parameters import parameter_shapes
 from vit_common.presets import PRESETS
+from vit_common.versions import PACKAGE, versions
 
 Report = dict[str, Any]
 
@@ -41,6 +41,7 @@ _FAMILIES = {
 }
 _LETTERS = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H", "giant": "g"}
 _LABELS_SHOWN = 5
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow", "safetensors", "huggingface_hub", "torch")
 
 
 def info(model: str | None, *, as_json: bool = False, hub: Mapping[str, Any] | None = None) -> int:
@@ -61,7 +62,7 @@ def info(model: str | None, *, as_json: bool = False, hub: Mapping[str, Any] | N
     described = None if model is None else describe_model(model, dict(hub or {}))
     place = cache.directory()
     report: Report = {
-        "versions": versions(),
+        "versions": versions(PACKAGE, "python", *_PACKAGES),
         **describe_devices(),
         "compilation_cache": None if place is None else str(place),
     }

@@ -580,7 +580,7 @@ def _top(arguments: Sequence[str]) -> Command:
     parser.add_argument("--version", action="store_true", help="show the version and exit")
     options, rest = parser.parse_known_args(arguments)
     if options.version:
-        from vit_cli.versions import package_version
+        from vit_common.versions import package_version
 
         print(f"vit {package_version()}")
         return _nothing

@@ -6,6 +6,8 @@ built-in (or Transformers) error that code written for Transformers 4.57.6 alrea
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class ViTError(Exception):
     """Base of every error raised on purpose by this project."""
@@ -36,3 +38,14 @@ class MissingFileError(ViTError, OSError):
 
 class DeviceError(ViTError):
     """JAX has no device to run on, or the device's memory does not hold the network."""
+
+
+class ExistingFileError(ViTError, FileExistsError):
+    """A file that would have to be overwritten, which nobody asked for."""
+
+
+def some(names: Iterable[str], most: int) -> str:
+    """For a message: the first names, and how many more there are; "nothing" if there are none."""
+    listed = list(names)
+    rest = len(listed) - most
+    return (", ".join(listed[:most]) or "nothing") + (f" and {rest} more" if rest > 0 else "")

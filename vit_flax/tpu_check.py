@@ -27,8 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.source import config_from_dict, is_timm, open_source, read_config_file
-from vit_common.config import ViTConfig
+from convert.source import config_from_dict, open_source, read_config_file
+from vit_common.config import ViTConfig, is_timm
 from vit_common.errors import InputError
 from vit_common.flops import forward_flops
 from vit_common.presets import PRESETS, preset

@@ -55,15 +55,21 @@ class Tensor:
     Nothing of the array is in memory before `read()`, and no copy is kept after it.
     """
 
-    __slots__ = ("_load", "dtype", "name", "shape")
+    __slots__ = ("_load", "_load_row", "dtype", "name", "shape")
 
     def __init__(
-        self, name: str, shape: tuple[int, ...], dtype: np.dtype, load: Callable[[], np.ndarray]
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        load: Callable[[], np.ndarray],
+        load_row: Callable[[int], np.ndarray] | None = None,
     ) -> None:
         self.name = name
         self.shape = shape
         self.dtype = dtype
         self._load = load
+        self._load_row = load_row
 
     @property
     def nbytes(self) -> int:
@@ -78,6 +84,18 @@ class Tensor:
             MissingFileError: the file cannot be read any more.
         """
         return self._load()
+
+    def row(self, index: int, name: str) -> Tensor:
+        """Entry `index` of the first axis, as a tensor of that name.
+
+        Only that part of the file is read where the container allows it (and then without the
+        checksum that a zip archive has of the whole).
+        """
+
+        def load() -> np.ndarray:
+            return self._load()[index] if self._load_row is None else self._load_row(index)
+
+        return Tensor(name, self.shape[1:], self.dtype, load)
 
     def __repr__(self) -> str:
         return f"Tensor({self.name!r}, shape={self.shape}, dtype={self.dtype.name})"
