@@ -85,7 +85,7 @@ def predict(
         return SOME_FAILED if failed else DONE
 
     try:
-        classifier = _classifier(model, dtype, hub)
+        classifier = load_classifier(model, dtype, hub)
     except BaseException:
         if journal is not None:
             journal.close()
@@ -134,7 +134,10 @@ def predict(
     return SOME_FAILED if failed else DONE
 
 
-def _classifier(model: str | None, dtype: str, hub: Mapping[str, Any] | None) -> Any:
+def load_classifier(
+    model: str | None, dtype: str, hub: Mapping[str, Any] | None, **options: Any
+) -> Any:
+    """The classifier of a command; None is the checkpoint in the package."""
     # Only now: a name that is wrong is told at once, without the seconds that JAX takes.
     from vit_cli.devices import find_devices
     from vit_flax.inference import ImageClassifier
@@ -145,7 +148,7 @@ def _classifier(model: str | None, dtype: str, hub: Mapping[str, Any] | None) ->
         from vit_common.embedded import embedded_checkpoint
 
         model = str(embedded_checkpoint())
-    return ImageClassifier.from_pretrained(model, dtype=dtype, **(hub or {}))
+    return ImageClassifier.from_pretrained(model, dtype=dtype, **options, **(hub or {}))
 
 
 def in_shard(file: str, index: int, count: int) -> bool:
