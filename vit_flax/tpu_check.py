@@ -336,10 +336,10 @@ def _shardings(mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
     )
 
 
-def _model(config: ViTConfig, dtype: str, teacher: bool) -> Any:
+def _model(config: ViTConfig, dtype: str, teacher: bool, kernel: str) -> Any:
     auto = FlaxAutoModelForImageClassification
     cls = auto.teacher if teacher else auto.class_for(config)
-    return cls(config, dtype=dtype, _do_init=False)
+    return cls(config, dtype=dtype, _do_init=False, attn_implementation=kernel)
 
 
 def _pixels(config: ViTConfig, batch: int, dtype: str) -> jax.ShapeDtypeStruct:
@@ -348,11 +348,17 @@ def _pixels(config: ViTConfig, batch: int, dtype: str) -> jax.ShapeDtypeStruct:
 
 
 def forward(
-    config: ViTConfig, mesh: jax.sharding.Mesh, *, batch: int, dtype: str, teacher: bool = False
+    config: ViTConfig,
+    mesh: jax.sharding.Mesh,
+    *,
+    batch: int,
+    dtype: str,
+    teacher: bool = False,
+    attn_implementation: str = "auto",
 ) -> Built:
     """Logits of `batch` images on each device."""
     everywhere, split = _shardings(mesh)
-    model = _model(config, dtype, teacher)
+    model = _model(config, dtype, teacher, attn_implementation)
     jitted = jax.jit(
         lambda params, pixel_values: model(pixel_values, params=params, return_dict=True).logits,
         in_shardings=(everywhere, split),
@@ -364,13 +370,19 @@ def forward(
 
 
 def training_step(
-    config: ViTConfig, mesh: jax.sharding.Mesh, *, batch: int, dtype: str, teacher: bool = False
+    config: ViTConfig,
+    mesh: jax.sharding.Mesh,
+    *,
+    batch: int,
+    dtype: str,
+    teacher: bool = False,
+    attn_implementation: str = "auto",
 ) -> Built:
     """One step of AdamW on `batch` images on each device; gradients are summed over them."""
     import optax
 
     everywhere, split = _shardings(mesh)
-    model = _model(config, dtype, teacher)
+    model = _model(config, dtype, teacher, attn_implementation)
     optimizer = optax.adamw(1e-3)
 
     def step(state, pixel_values, labels, key):
