@@ -10,7 +10,8 @@ program compiled or exported for another machine gets that machine's kernel.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from contextlib import nullcontext
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,19 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
 from vit_common.errors import InputError
+
+# Private names. Without the first, JAX does not tell the lowering over which mesh a program's
+# arguments are split, and programs for several devices get the eager kernel; without the second, a
+# kernel inside `shard_map` needs its `check_vma=False`.
+try:
+    from jax._src.dispatch import prim_requires_devices_during_lowering as _told_the_mesh
+except ImportError:
+    _told_the_mesh = set()
+_check_vma: Any
+try:
+    from jax._src.config import _check_vma
+except ImportError:
+    _check_vma = nullcontext
 
 IMPLEMENTATIONS = ("auto", "eager", "cudnn", "pallas")
 """Kernels by name; "auto" is the one made for the platform, if it takes what it is given."""
@@ -56,6 +70,8 @@ def choose(
     head_mask: bool = False,
     dropout: bool = False,
     precision: Any = None,
+    gradient: bool = False,
+    cudnn: str | None = None,
 ) -> Choice:
     """Which kernel runs. What one does not do falls to "eager", which does everything.
 
@@ -67,6 +83,8 @@ def choose(
         bias: shape of what is added to the scores, if anything is.
         head_mask, dropout: whether the probabilities are changed.
         precision: of the matrix products.
+        gradient: whether it is the gradient that is to be computed, not the context.
+        cudnn: why programs with cuDNN's kernel cannot be made here, see `cudnn_missing`.
     """
     check_implementation(implementation)
     asked = implementation
@@ -76,11 +94,14 @@ def choose(
             return Choice("eager", f"there is no kernel made for {platform}")
     elif asked == "eager":
         return Choice("eager", "asked for")
-    refuse = _cudnn_refuses if asked == "cudnn" else _pallas_refuses
     if head_mask or dropout:
         what = "a head mask" if head_mask else "dropout of probabilities"
         return Choice("eager", f"{asked} never has the probabilities, which {what} changes")
-    reason = refuse(platform, shape, jnp.dtype(dtype), bias, precision)
+    dtype = jnp.dtype(dtype)
+    if asked == "cudnn":
+        reason = _cudnn_refuses(platform, shape, dtype, gradient, cudnn)
+    else:
+        reason = _pallas_refuses(shape, dtype, bias, precision)
     if reason:
         return Choice("eager", f"{asked} {reason}")
     if implementation == asked:
@@ -89,10 +110,12 @@ def choose(
     return Choice(asked, f"the kernel for {platform}")
 
 
-def _cudnn_refuses(platform, shape, dtype, bias, precision) -> str | None:
+def _cudnn_refuses(platform, shape, dtype, gradient, cudnn) -> str | None:
     width = shape[3]
     if platform != "cuda":
         return f"runs on NVIDIA GPUs, not on {platform}"
+    if cudnn:
+        return f"is not to be had: {cudnn}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, not {dtype}"
     if width % 8 or width > CUDNN_HEAD:
@@ -100,10 +123,29 @@ def _cudnn_refuses(platform, shape, dtype, bias, precision) -> str | None:
             f"takes heads whose width is a multiple of 8 and at most {CUDNN_HEAD}; these have "
             f"{width}"
         )
+    if gradient and shape[1] % 2:
+        return f"has gradients for even numbers of tokens, not for {shape[1]}"
     return None
 
 
-def _pallas_refuses(platform, shape, dtype, bias, precision) -> str | None:
+@cache
+def cudnn_missing() -> str | None:
+    """Why no program with cuDNN's attention can be made on this machine; None if one can."""
+    some = jax.ShapeDtypeStruct((1, 8, 1, 64), jnp.bfloat16)
+    try:
+        oldest = min(float(gpu.compute_capability) for gpu in jax.devices("cuda"))
+    except (RuntimeError, AttributeError, ValueError):
+        oldest = 8.0  # no GPU here: the program is for another machine
+    if oldest < 8.0:
+        return f"it needs a GPU of compute capability 8.0; this one has {oldest}"
+    try:
+        jax.eval_shape(_cudnn, some, some, some)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return str(error).strip().splitlines()[0].rstrip(".")
+    return None
+
+
+def _pallas_refuses(shape, dtype, bias, precision) -> str | None:
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"takes bfloat16 and float32, not {dtype}"
     if dtype == jnp.float32 and _kernel_precision(precision) is False:
@@ -162,11 +204,12 @@ def attention(
         if asked for, else None.
     """
     check_implementation(implementation)
-    if implementation == "eager" or head_mask is not None or dropout is not None:
+    alike = all((x.shape, x.dtype) == (query.shape, query.dtype) for x in (key, value))
+    if implementation == "eager" or head_mask is not None or dropout is not None or not alike:
         context, probabilities = eager(query, key, value, bias, head_mask, dropout, precision)
         return context, probabilities if output_attentions else None
     if precision is None:  # what is set now, not what will be when the program is lowered
-        precision = jax.config.jax_default_matmul_precision
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     operands = _alike(query, key, value, *(() if bias is None else (bias,)))
     context = attention_p.bind(*operands, implementation=implementation, precision=precision)
     if not output_attentions:
@@ -221,7 +264,8 @@ gradients_p.multiple_results = True
 
 
 def _eager(*operands, implementation, precision):
-    return eager(*operands, precision=precision)[0]
+    query, key, value, *bias = operands
+    return eager(query, key, value, (*bias, None)[0], precision=precision)[0]
 
 
 def _eager_tangent(*operands, implementation, precision):
@@ -231,18 +275,16 @@ def _eager_tangent(*operands, implementation, precision):
 
 
 def _eager_gradients(*operands, implementation, precision):
-    *operands, cotangent = operands
     run = partial(_eager, implementation=implementation, precision=precision)
-    return jax.vjp(run, *operands)[1](cotangent)
+    return list(jax.vjp(run, *operands[:-1])[1](operands[-1]))
 
 
-def _cudnn(*operands, precision):
+def _cudnn(*operands, precision=None):
     return jax.nn.dot_product_attention(*operands, implementation="cudnn")
 
 
 def _cudnn_gradients(*operands, precision):
-    *operands, cotangent = operands
-    return jax.vjp(partial(_cudnn, precision=precision), *operands)[1](cotangent)
+    return list(jax.vjp(_cudnn, *operands[:-1])[1](operands[-1]))
 
 
 def _merge(array):
@@ -276,8 +318,10 @@ def _pallas_gradients(query, key, value, *rest, precision, interpret):
     *bias, cotangent = rest
     squares, unsquare = jax.vjp(partial(_squares, query), bias)
     found = attention_tpu.gradients(
-        *map(_merge, (query, key, value)),
-        *squares,
+        _merge(query),
+        _merge(key),
+        _merge(value),
+        squares[0],
         _merge(cotangent),
         heads=query.shape[2],
         precision=_kernel_precision(precision),
@@ -295,7 +339,14 @@ def _lower(plain, kernels, platform):
         biased = len(ctx.avals_in) - (3 if plain is _eager else 4)
         bias = ctx.avals_in[3].shape if biased else None
         name = choose(
-            implementation, platform, query.shape, query.dtype, bias=bias, precision=precision
+            implementation,
+            platform,
+            query.shape,
+            query.dtype,
+            bias=bias,
+            precision=precision,
+            gradient=plain is not _eager,
+            cudnn=cudnn_missing() if platform == "cuda" else None,
         ).name
         run = partial(plain, implementation=implementation, precision=precision)
         if name == "cudnn":
@@ -314,14 +365,15 @@ def _on_every_device(ctx, kernel, shape, biased, forward):
     where = ctx.module_context.axis_context
     if isinstance(where, mlir.SPMDAxisContext):
         inside = set(where.manual_axes) == set(where.mesh.axis_names)
-        return kernel if inside else None
+        return _unchecked(kernel) if inside else None
     if getattr(where, "num_devices", 1) == 1:
         return kernel
     mesh = getattr(where, "abstract_mesh", None) or ctx.avals_in[0].sharding.mesh
     if mesh.empty:
         return None
     B, _, A, _ = shape
-    images, heads = [], []
+    images: list[str] = []
+    heads: list[str] = []
     for name, size in mesh.shape.items():
         if name in HEAD_AXES and not biased and A % size == 0:
             heads, A = [*heads, name], A // size
@@ -346,19 +398,33 @@ def _on_every_device(ctx, kernel, shape, biased, forward):
     )
 
 
+def _unchecked(kernel):
+    """Without `shard_map`'s account of what varies over which axis: it was done when the operation
+    was traced, and a kernel keeps none."""
+
+    def run(*local):
+        with _check_vma(False):
+            return kernel(*local)
+
+    return run
+
+
 _KERNELS = {"cudnn": _cudnn, "pallas": _pallas}
 _GRADIENTS = {"cudnn": _cudnn_gradients, "pallas": _pallas_gradients}
 
 attention_p.def_abstract_eval(lambda query, *_, **__: query)
 tangent_p.def_abstract_eval(lambda query, *_, **__: query)
 gradients_p.def_abstract_eval(lambda *operands, **_: list(operands[:-1]))
-for _p in (attention_p, tangent_p, gradients_p):
-    _p.def_impl(lambda *operands, p=_p, **options: jax.jit(partial(p.bind, **options))(*operands))
 
-try:  # a private name: JAX then tells the lowering which mesh a program's arguments are split over
-    from jax._src.dispatch import prim_requires_devices_during_lowering as _told_the_mesh
-except ImportError:
-    _told_the_mesh = set()
+
+@partial(jax.jit, static_argnames=("p", "implementation", "precision"))
+def _run(*operands, p, implementation, precision):
+    return p.bind(*operands, implementation=implementation, precision=precision)
+
+
+for _p in (attention_p, tangent_p, gradients_p):
+    _p.def_impl(partial(_run, p=_p))
+
 _told_the_mesh.update((attention_p, gradients_p))
 
 for _platform in ("cpu", "cuda", "rocm", "tpu"):
@@ -400,7 +466,7 @@ def _second(plain):
 
 
 ad.primitive_jvps[tangent_p] = _second(_eager_tangent)
-ad.primitive_jvps[gradients_p] = _second(lambda *a, **b: list(_eager_gradients(*a, **b)))
+ad.primitive_jvps[gradients_p] = _second(_eager_gradients)
 
 
 def _batched(p, plain):
@@ -432,14 +498,12 @@ def _batched(p, plain):
 
 batching.primitive_batchers[attention_p] = _batched(attention_p, _eager)
 batching.primitive_batchers[tangent_p] = _batched(tangent_p, _eager_tangent)
-batching.primitive_batchers[gradients_p] = _batched(
-    gradients_p, lambda *a, **b: list(_eager_gradients(*a, **b))
-)
+batching.primitive_batchers[gradients_p] = _batched(gradients_p, _eager_gradients)
 
 
 def _alike(*operands):
     """The operands, varying over the same axes where a `shard_map` keeps account of that."""
-    axes = [getattr(jax.typeof(x), "vma", frozenset()) for x in operands]
+    axes: list[frozenset] = [getattr(jax.typeof(x), "vma", frozenset()) for x in operands]
     every = frozenset().union(*axes)
     return [
         x if own == every else jax.lax.pcast(x, tuple(every - own), to="varying")
