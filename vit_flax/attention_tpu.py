@@ -36,6 +36,18 @@ TILE = 512
 """Queries, and keys, in one step of a long sequence."""
 
 
+NEEDED = {
+    "vit_attention": 1.0,
+    "vit_attention_gradients": 4 / 5,
+    "vit_attention_long": 1.0,
+    "vit_attention_long_again": 0.0,
+    "vit_attention_long_query_gradient": 2 / 3,
+    "vit_attention_long_key_gradients": 2 / 4,
+}
+"""The kernels by name: of the matrix products each says it does, the share that is not a computing
+anew of what another has had."""
+
+
 class Blocks(NamedTuple):
     """What one step of the kernel for short sequences holds of each operand: images, columns."""
 
@@ -164,18 +176,19 @@ def _forward(query, key, value, bias, width, precision, interpret):
         in_specs=[image] * 3 + [square] * biased,
         out_specs=image,
         compiler_params=_parameters("parallel", "parallel"),
-        cost_estimate=_cost(query, width, *squares, operands=4, products=2, elementwise=3),
+        cost_estimate=_cost(query, width, *squares, operands=4, products=2),
         interpret=interpret,
         name="vit_attention",
     )(query, key, value, *squares)
 
 
-def _cost(query, width: int, *bias, operands: int, products: int, elementwise: int):
+def _cost(query, width: int, *bias, operands: int, products: int):
+    """What a kernel says of itself: matrix products, exponentials, and bytes of HBM."""
     B, S, D = query.shape
     A = D // width
     squares = sum(each.size * each.dtype.itemsize for each in bias)
     return pl.CostEstimate(
-        flops=B * A * S * S * (2 * products * width + elementwise + len(bias)),
+        flops=2 * products * B * A * S * S * width,
         transcendentals=B * A * S * S,
         bytes_accessed=operands * query.size * query.dtype.itemsize + squares,
     )
@@ -183,6 +196,8 @@ def _cost(query, width: int, *bias, operands: int, products: int, elementwise: i
 
 def _product(left, right, dims: tuple[int, int], precision: Any):
     """Sum over one axis of each, in float32."""
+    if left.dtype != jnp.float32:
+        precision = None  # bfloat16 has but one, and Mosaic refuses to be asked for another
     return jax.lax.dot_general(
         left,
         right,
@@ -238,9 +253,7 @@ def _backward(query, key, value, bias, cotangent, width, precision, interpret):
         out_specs=[image] * 3 + [square] * biased,
         # The gradient of a bias is summed over the images, one after the other.
         compiler_params=_parameters("parallel", "arbitrary" if biased else "parallel"),
-        cost_estimate=_cost(
-            query, width, *squares, *squares, operands=7, products=5, elementwise=8
-        ),
+        cost_estimate=_cost(query, width, *squares, *squares, operands=7, products=5),
         interpret=interpret,
         name="vit_attention_gradients",
     )(query, key, value, cotangent, *squares)
@@ -337,9 +350,9 @@ def _long_forward(query, key, value, width, precision, interpret, sums: bool = F
         ],
         compiler_params=_LONG,
         # Keys and values come by once for each tile of queries.
-        cost_estimate=_cost(query, width, operands=2 + 2 * grid[2], products=2, elementwise=3),
+        cost_estimate=_cost(query, width, operands=2 + 2 * grid[2], products=2),
         interpret=interpret,
-        name="vit_attention_long",
+        name="vit_attention_long_again" if sums else "vit_attention_long",
     )(query, key, value)
     return found if sums else found[0]
 
@@ -427,7 +440,7 @@ def _long_backward(query, key, value, cotangent, width, precision, interpret):
         out_specs=outer,
         scratch_shapes=[pltpu.VMEM((tiles.queries, tiles.columns), jnp.float32)],
         compiler_params=_LONG,
-        cost_estimate=_cost(query, width, operands=3 + 2 * grid[2], products=3, elementwise=4),
+        cost_estimate=_cost(query, width, operands=3 + 2 * grid[2], products=3),
         interpret=interpret,
         name="vit_attention_long_query_gradient",
     )(query, key, value, cotangent, sums, means)
@@ -443,7 +456,7 @@ def _long_backward(query, key, value, cotangent, width, precision, interpret):
         out_specs=[outer, outer],
         scratch_shapes=[pltpu.VMEM((tiles.keys, tiles.columns), jnp.float32)] * 2,
         compiler_params=_LONG,
-        cost_estimate=_cost(query, width, operands=4 + 2 * grid[2], products=4, elementwise=4),
+        cost_estimate=_cost(query, width, operands=4 + 2 * grid[2], products=4),
         interpret=interpret,
         name="vit_attention_long_key_gradients",
     )(query, key, value, cotangent, sums, means)
