@@ -83,7 +83,7 @@ def compare(found, wanted, forward=FLOAT32, backward=FLOAT32):
         (SIZES[1], True),
         *(pytest.param(size, True, marks=pytest.mark.slow) for size in SIZES[2:]),
     ],
-    ids=str,
+    ids=lambda value: str(value).replace(" ", ""),
 )
 def test_kernel_of_whole_images_against_torch(size, biased):
     inputs = operands(*size)
@@ -112,7 +112,7 @@ def long_ones(monkeypatch, tile=128):
         ((2, 257, 2, 64), 128),  # a rest of one token
         pytest.param((1, 300, 1, 80), 256, marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=lambda value: str(value).replace(" ", ""),
 )
 def test_tiled_kernel_against_torch(size, tile, monkeypatch):
     long_ones(monkeypatch, tile)
