@@ -172,6 +172,16 @@ def _info(arguments: Sequence[str]) -> Command:
         usage="vit info [options] [MODEL]",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--batch",
+        metavar="N",
+        type=_positive,
+        default=1,
+        help="for N images at once: which attention kernel runs here, and why (1)",
+    )
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, default="float32", help="of that computation (float32)"
+    )
     _add_hub_options(parser)
     options, names = _parse(parser, arguments, "MODEL", "folder, weights file, or name on the Hub")
     if len(names) > 1:
@@ -180,7 +190,13 @@ def _info(arguments: Sequence[str]) -> Command:
     def command() -> int:
         from vit_cli.info import info
 
-        return info(names[0] if names else None, as_json=options.json, hub=_hub(options))
+        return info(
+            names[0] if names else None,
+            as_json=options.json,
+            batch=options.batch,
+            dtype=options.dtype,
+            hub=_hub(options),
+        )
 
     return command
 
