@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 from vit_common.errors import InputError
 from vit_flax import attention as module
-from vit_flax import attention_tpu
+from vit_flax import attention_cpu, attention_tpu
 from vit_flax.attention import Choice, attention, choose
 
 # Largest differences seen: context and gradients of inputs 9.6e-7, of a bias 2.2e-6 (a sum over
@@ -89,6 +90,41 @@ def test_kernel_of_whole_images_against_torch(size, biased):
     inputs = operands(*size)
     bias = square(size[1], size[2]) if biased else None
     compare(ours(*inputs, bias), reference(*inputs, bias))
+
+
+@pytest.mark.parametrize("most", [None, 2 * 50 * 50])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("size", [*SIZES, (3, 50, 4, 16)])
+def test_kernel_for_processors_against_torch(size, biased, most, monkeypatch):
+    if most:
+        monkeypatch.setattr(attention_cpu, "_MOST_SCORES", most)
+    query, key, value, cotangent = operands(*size)
+    bias = square(size[1], size[2]) if biased else None
+    found = ours(query, key, value, cotangent, bias, implementation="cpu")
+    compare(found, reference(query, key, value, cotangent, bias))
+
+
+def test_kernel_for_processors_with_large_scores():
+    """The exponentials of scores near a thousand do not overflow."""
+    query, key, value, cotangent = operands(2, 17, 2, 32)
+    found = ours(query * 40, key * 40, value, cotangent, implementation="cpu")[0]
+    wanted = reference(query * 40, key * 40, value, cotangent)[0]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=20 * FLOAT32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_kernel_for_processors_in_half_precision(dtype):
+    exact = operands(2, 197, 2, 64)
+    given = [x.astype(dtype) for x in exact]
+    found = ours(*given, implementation="cpu")[0]
+    assert found.dtype == dtype
+    rounded = [np.float32(x) for x in given]
+    wanted = reference(*rounded)[0]
+    as_torch = {jnp.bfloat16: torch.bfloat16, jnp.float16: torch.float16}[dtype]
+    tensors = [torch.tensor(x).transpose(1, 2).to(as_torch) for x in rounded[:3]]
+    theirs = torch.nn.functional.scaled_dot_product_attention(*tensors).transpose(1, 2)
+    limit = np.abs(theirs.float().numpy() - wanted).max()
+    assert np.abs(np.float32(found) - wanted).max() <= 1.5 * limit
 
 
 def test_kernel_of_whole_images_in_bfloat16():
@@ -311,7 +347,7 @@ def changed(probabilities):
     return probabilities * 0.5
 
 
-@pytest.mark.parametrize("implementation", ["auto", "pallas", "cudnn"])
+@pytest.mark.parametrize("implementation", ["cpu", "pallas", "cudnn"])
 @pytest.mark.parametrize("what", ["head_mask", "dropout"])
 def test_what_changes_probabilities_is_never_lost(implementation, what):
     query, key, value, _ = operands(1, 9, 2, 32)
@@ -323,7 +359,7 @@ def test_what_changes_probabilities_is_never_lost(implementation, what):
     np.testing.assert_allclose(got, want, atol=FLOAT32)
 
 
-@pytest.mark.parametrize("implementation", ["auto", "pallas", "cudnn"])
+@pytest.mark.parametrize("implementation", ["cpu", "pallas", "cudnn"])
 def test_float64_stays_float64(implementation):
     with jax.enable_x64(True):
         query, key, value, cotangent = operands(1, 9, 2, 32, dtype=jnp.float64)
@@ -363,7 +399,10 @@ SHAPE, BF16 = (8, 197, 12, 64), jnp.bfloat16
         (("auto", "tpu", SHAPE, BF16), {"dropout": True}, "eager", "which dropout .* changes"),
         (("eager", "tpu", SHAPE, BF16), {}, "eager", "asked for"),
         (("pallas", "cpu", SHAPE, BF16), {}, "pallas", "interpreted"),
-        (("auto", "cpu", SHAPE, BF16), {}, "eager", "no kernel made for cpu"),
+        (("auto", "cpu", SHAPE, BF16), {}, "cpu", "the kernel for cpu"),
+        (("cpu", "tpu", SHAPE, jnp.float32), {}, "cpu", "asked for"),
+        (("auto", "cpu", SHAPE, BF16), {"gradient": True}, "eager", "no gradient of its own"),
+        (("auto", "cpu", SHAPE, BF16), {"dropout": True}, "eager", "which dropout .* changes"),
         (("auto", "rocm", SHAPE, BF16), {}, "eager", "no kernel made for rocm"),
         (("auto", "cuda", SHAPE, BF16), {}, "cudnn", "the kernel for cuda"),
         (("cudnn", "cuda", SHAPE, jnp.float16), {}, "cudnn", "asked for"),
@@ -389,8 +428,19 @@ def test_choice(arguments, options, name, reason):
     assert re.search(reason, found.reason), found.reason
 
 
+def test_any_number_of_images():
+    (batch,) = jax.export.symbolic_shape("b")
+    for platform in ("tpu", "cuda"):
+        found = choose("auto", platform, (batch, 197, 12, 64), BF16)
+        assert found.name == "eager"
+        assert "a number of images that is fixed" in found.reason
+    assert choose("auto", "cpu", (batch, 197, 12, 64), BF16).name == "cpu"
+
+
 def test_unknown_kernel():
-    with pytest.raises(InputError, match=r"one of 'auto', 'eager', 'cudnn', 'pallas'; given 'f"):
+    with pytest.raises(
+        InputError, match=r"one of 'auto', 'eager', 'cpu', 'cudnn', 'pallas'; given 'f"
+    ):
         choose("flash", "cpu", SHAPE, BF16)
 
 

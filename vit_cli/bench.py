@@ -110,9 +110,9 @@ def _stream(
     from vit_flax.inference.measure import host_rate, stream_rate
 
     alone = rate["images_per_second"]
-    # Long enough for the pipeline to fill, and at most a few minutes.
-    images = int(max(4 * batch_size, min(10 * alone, 20_000)))
     one_thread = host_rate(classify, files)
+    # Some ten seconds, and batches enough for the pipeline to fill.
+    images = int(max(4 * batch_size, 10 * min(alone, one_thread * classify.workers)))
     timings = stream_rate(classify, files, batch_size, images)
     return {
         "images": images,

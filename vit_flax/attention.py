@@ -35,7 +35,7 @@ try:
 except ImportError:
     _check_vma = nullcontext
 
-IMPLEMENTATIONS = ("auto", "eager", "cudnn", "pallas")
+IMPLEMENTATIONS = ("auto", "eager", "cpu", "cudnn", "pallas")
 """Kernels by name; "auto" is the one made for the platform, if it takes what it is given."""
 
 CUDNN_HEAD = 128
@@ -89,7 +89,7 @@ def choose(
     check_implementation(implementation)
     asked = implementation
     if asked == "auto":
-        asked = {"tpu": "pallas", "cuda": "cudnn"}.get(platform, "eager")
+        asked = {"cpu": "cpu", "cuda": "cudnn", "tpu": "pallas"}.get(platform, "eager")
         if asked == "eager":
             return Choice("eager", f"there is no kernel made for {platform}")
     elif asked == "eager":
@@ -98,7 +98,11 @@ def choose(
         what = "a head mask" if head_mask else "dropout of probabilities"
         return Choice("eager", f"{asked} never has the probabilities, which {what} changes")
     dtype = jnp.dtype(dtype)
-    if asked == "cudnn":
+    if asked in ("cudnn", "pallas") and not all(isinstance(size, int) for size in shape):
+        return Choice("eager", f"{asked} takes a number of images that is fixed")
+    if asked == "cpu":
+        reason = "has no gradient of its own" if gradient else None
+    elif asked == "cudnn":
         reason = _cudnn_refuses(platform, shape, dtype, gradient, cudnn)
     else:
         reason = _pallas_refuses(shape, dtype, bias, precision)
@@ -287,6 +291,12 @@ def _cudnn_gradients(*operands, precision):
     return list(jax.vjp(_cudnn, *operands[:-1])[1](operands[-1]))
 
 
+def _cpu(query, key, value, *bias, precision):
+    from vit_flax.attention_cpu import attention_cpu
+
+    return attention_cpu(query, key, value, bias=(*bias, None)[0], precision=precision)
+
+
 def _merge(array):
     """(B, S, A, D/A) -> (B, S, D)."""
     B, S, A, width = array.shape
@@ -349,7 +359,7 @@ def _lower(plain, kernels, platform):
             cudnn=cudnn_missing() if platform == "cuda" else None,
         ).name
         run = partial(plain, implementation=implementation, precision=precision)
-        if name == "cudnn":
+        if name in ("cpu", "cudnn"):
             run = partial(kernels[name], precision=precision)
         elif name == "pallas":
             kernel = partial(kernels[name], precision=precision, interpret=platform != "tpu")
@@ -409,7 +419,7 @@ def _unchecked(kernel):
     return run
 
 
-_KERNELS = {"cudnn": _cudnn, "pallas": _pallas}
+_KERNELS = {"cpu": _cpu, "cudnn": _cudnn, "pallas": _pallas}
 _GRADIENTS = {"cudnn": _cudnn_gradients, "pallas": _pallas_gradients}
 
 attention_p.def_abstract_eval(lambda query, *_, **__: query)
