@@ -354,4 +354,4 @@ def test_parts_are_read_by_themselves(tmp_path):
     peak, held = map(int, done.stdout.split())
     largest = 512 * 16384 * 4  # bytes; the file is over four times that
     assert held > 4 * largest
-    assert peak - held < largest / 2, (peak, held)
+    assert peak - held < 0.75 * largest, (peak, held)  # seen: 0.46; 1.07 where read whole

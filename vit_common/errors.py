@@ -36,3 +36,7 @@ class MissingFileError(ViTError, OSError):
 
 class DeviceError(ViTError):
     """JAX has no device to run on, or the device's memory does not hold the network."""
+
+
+class HostError(ViTError):
+    """Another process of a run on several hosts did not come, is gone, or stopped."""
