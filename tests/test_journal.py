@@ -245,7 +245,7 @@ def test_a_run_that_is_ended_can_be_resumed(tmp_path, number):
 
 
 def test_wherever_a_run_is_killed(tmp_path):
-    """The file of rows cut at every byte: whole rows are kept, and each is there once at the end."""
+    """The file of rows cut at every byte: whole rows are kept, each once."""
     names = ["a.png", "b\udcff.png", "写真.png"]
     target = tmp_path / "out.jsonl"
     journal = Journal(str(target), run={"top_k": 1})

@@ -113,7 +113,7 @@ def predict(
             return INTERRUPTED
         if journal is not None:
             if hosts is None:
-                journal.finish()
+                journal.finish(every)
             else:
                 _finish_for_all(hosts, journal, every)
             if outcome.done or hosts is not None:
