@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -63,6 +64,21 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def read(path):
+    """File, error, index and probability of each class, or of each image that failed."""
+    if path.suffix == ".csv":
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
+            return [
+                (row["file"], row["error"], row["index"], float(row["probability"] or 0))
+                for row in csv.DictReader(stream)
+            ]
+    return [
+        (row["file"], row.get("error"), each.get("index"), each.get("probability", 0.0))
+        for row in rows_of(path)
+        for each in row.get("predictions", [{}])
+    ]
+
+
 def one_line(said, *words):
     """Nothing but one error, in a line, with these words."""
     lines = said.splitlines()
@@ -113,7 +129,8 @@ def test_results_are_those_of_one_process(tmp_path, capsys, count, suffix):
         stream.write((DIGITS / "digit-3-01.png").read_bytes())
     target, alone = tmp_path / f"out.{suffix}", tmp_path / f"alone.{suffix}"
     codes, said = ends(start(folder, target, count))
-    assert codes == [1] * count if count == 1 else max(codes) == 1, said
+    assert codes[0] == 1, said  # an image failed, in whichever process
+    assert set(codes) <= {0, 1}
     assert main(["predict", str(folder), "--output", str(alone)]) == 1
     capsys.readouterr()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -121,16 +138,10 @@ def test_results_are_those_of_one_process(tmp_path, capsys, count, suffix):
         "images",
         f"out.{suffix}",
     ]
-    if suffix == "csv":
-        assert target.read_bytes() == alone.read_bytes()
-        return
-    for ours, theirs in zip(rows_of(target), rows_of(alone), strict=True):
-        assert ours["file"] == theirs["file"]
-        assert ours.get("error") == theirs.get("error")
-        for a, b in zip(ours.get("predictions", ()), theirs.get("predictions", ()), strict=True):
-            assert a["index"] == b["index"]
-            assert a["probability"] == pytest.approx(b["probability"], abs=TOLERANCE)
-    assert os.fsdecode(odd) in [row["file"] for row in rows_of(target)]
+    for ours, theirs in zip(read(target), read(alone), strict=True):
+        assert ours[:3] == theirs[:3]
+        assert ours[3] == pytest.approx(theirs[3], abs=TOLERANCE)
+    assert os.fsdecode(odd) in [row[0] for row in read(target)]
 
 
 @pytest.mark.parametrize(

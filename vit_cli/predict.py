@@ -115,7 +115,7 @@ def predict(
             if hosts is None:
                 journal.finish(every)
             else:
-                _finish_for_all(hosts, journal, every)
+                failed += _finish_for_all(hosts, journal, every, failed)
             if outcome.done or hosts is not None:
                 say(f"wrote {output}: {outcome.done} images{'' if hosts is None else ' here'}")
         return SOME_FAILED if failed else DONE
@@ -210,17 +210,22 @@ def _prepare_for_all(hosts: Hosts, output: str, *, resume: bool, force: bool) ->
         hosts.wait("prepared")
 
 
-def _finish_for_all(hosts: Hosts, journal: Journal, files: list[str]) -> None:
-    """Make one file of the rows of all processes, in the first, when the last is done."""
+def _finish_for_all(hosts: Hosts, journal: Journal, files: list[str], failed: int) -> int:
+    """Make one file of the rows of all processes, in the first, when the last is done.
+
+    Returns:
+        In the first, how many images failed in the others.
+    """
     if hosts.index != 0:
         journal.end()
-        hosts.tell(f"done/{hosts.index}")
+        hosts.tell(f"done/{hosts.index}", str(failed))
         hosts.wait("finished")
-        return
-    hosts.tell(f"done/{hosts.index}")
+        return 0
+    hosts.tell(f"done/{hosts.index}", "0")
     hosts.wait_for_all("done")
     journal.finish(files)
     hosts.tell("finished")
+    return sum(map(int, hosts.told("done").values()))
 
 
 def _classifier(
