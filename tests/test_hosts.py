@@ -288,6 +288,7 @@ def test_no_cluster(tmp_path):
         (["--coordinator", "h:1"], "go together"),
         (["--coordinator", "h:1", "--process", "1/2", "--distributed"], "leave one out"),
         (["--coordinator", "h:1", "--process", "1/2"], "name it with --output FILE"),
+        (["--distributed", "--shard", "1/2", "--output", "o.csv"], "leave --shard out"),
         (["--coordinator", "h", "--process", "1/2"], "must be HOST:PORT; given 'h'"),
         (["--process", "3/2"], "must be I/N"),
         (["--devices", "0"], "must be a positive integer"),

@@ -167,7 +167,7 @@ def _predict(arguments: Sequence[str]) -> Command:
         "--batch-size",
         metavar="N",
         type=_positive,
-        help="images that go through the model at once (8 on a CPU, 64 elsewhere)",
+        help="images that go through the model at once (8 on a CPU, 64 elsewhere, for each device)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object a line, for each image"
@@ -208,6 +208,8 @@ def _predict(arguments: Sequence[str]) -> Command:
         parser.error("--distributed finds out what --coordinator and --process say; leave one out")
     if several and options.output is None:
         parser.error("several hosts write one file; name it with --output FILE")
+    if several and options.shard is not None:
+        parser.error("several hosts share the images out themselves; leave --shard out")
 
     def command() -> int:
         if several:

@@ -86,7 +86,7 @@ def predict(
         if cluster.process is not None and output is not None:
             check_free(output, cluster.process)  # before it disturbs those that are at work
         cache.enable()
-        hosts = Hosts(cluster, {**run, "images": names, "output": output, "shard": shard})
+        hosts = Hosts(cluster, {**run, "images": names, "output": output})
     left: str | None = None  # why it stops before all is done
     try:
         journal: Journal | None = None
