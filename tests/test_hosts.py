@@ -198,12 +198,12 @@ def test_processes_that_do_not_come_together(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_process_that_is_there_already(tmp_path, capsys):
+def test_a_process_that_is_there_already(tmp_path, capfd):
     target = str(tmp_path / "out.jsonl")
     journal = Journal(target, part=(1, 2))
     arguments = ["predict", str(DIGITS), "--output", target, "--coordinator", "127.0.0.1:1"]
     assert main([*arguments, "--process", "2/2"]) == 2
-    assert "out.jsonl.2-of-2.partial: another process is writing this" in capsys.readouterr().err
+    assert "out.jsonl.2-of-2.partial: another process is writing this" in capfd.readouterr().err
     journal.close()
     check_free(target, (1, 2))
 

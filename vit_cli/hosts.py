@@ -196,8 +196,8 @@ def supervised(cluster: Cluster, run: Callable[[], int]) -> int:
     """Do the work in a child process, and wait for it.
 
     Returns:
-        In the child, what `run` returns. In this process, the child's exit code, or
-        `COULD_NOT_RUN`, with a line that says why, where the runtime ended it.
+        The child's exit code, or `COULD_NOT_RUN`, with a line that says why, where the runtime
+        ended it.
     """
     if not hasattr(os, "fork") or "jax" in sys.modules or threading.active_count() > 1:
         return run()
@@ -207,14 +207,21 @@ def supervised(cluster: Cluster, run: Callable[[], int]) -> int:
     said_read, said_write = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(alive_write)
-        os.close(said_read)
-        os.setpgid(0, 0)  # a Ctrl-C comes once, from the parent
-        os.dup2(said_write, 2)
-        os.close(said_write)
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        threading.Thread(target=_end_with_parent, args=(alive_read,), daemon=True).start()
-        return run()
+        code = COULD_NOT_RUN
+        try:
+            os.close(alive_write)
+            os.close(said_read)
+            os.setpgid(0, 0)  # a Ctrl-C comes once, from the parent
+            os.dup2(said_write, 2)
+            os.close(said_write)
+            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+            threading.Thread(target=_end_with_parent, args=(alive_read,), daemon=True).start()
+            from vit_cli.main import guarded
+
+            code = guarded(run)
+            sys.stderr.flush()
+        finally:
+            os._exit(code)  # whoever called has a process of his own
     os.close(alive_read)
     os.close(said_write)
 
