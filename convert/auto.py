@@ -73,7 +73,7 @@ class AutoModelBase:
             CheckpointError: the weights are corrupt, incomplete or do not fit.
         """
         hub, options = split_hub_options(kwargs)
-        config, _ = read_config(
+        config, _, beside = read_config(
             pretrained_model_name_or_path,
             options.get("config"),
             hub,
@@ -81,12 +81,16 @@ class AutoModelBase:
             wanted=None,
             format=options.get("format"),
         )
-        chosen = cls.choose(config, pretrained_model_name_or_path, hub, options)
+        found = {"format": options.get("format"), "beside": beside, **hub}
+        chosen = cls.choose(config, pretrained_model_name_or_path, found)
         return chosen.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
-    def choose(cls, config: ViTConfig, name: Any, hub: Any, options: Any) -> Any:
-        """The class for a checkpoint; overridden where more than the family decides."""
+    def choose(cls, config: ViTConfig, name: Any, options: Mapping[str, Any]) -> Any:
+        """The class for a checkpoint; overridden where more than the family decides.
+
+        `options` are those of `open_source`.
+        """
         return cls.class_for(config)
 
 
@@ -104,10 +108,10 @@ class AutoClassifierBase(AutoModelBase):
     teacher: ClassVar[Any] = None
 
     @classmethod
-    def choose(cls, config: ViTConfig, name: Any, hub: Any, options: Any) -> Any:
+    def choose(cls, config: ViTConfig, name: Any, options: Mapping[str, Any]) -> Any:
         """The class for a checkpoint."""
         if config.model_type == "deit":
-            with open_source(name, format=options.get("format"), config=config, **hub) as source:
+            with open_source(name, config=config, **options) as source:
                 if source.head == "teacher":
                     return cls.teacher
         return cls.class_for(config)

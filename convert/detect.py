@@ -19,14 +19,14 @@ _PROJECTION = re.compile(
 )
 _CANONICAL = "embeddings.patch_embeddings.projection.weight"
 
-# Places where a file can have the network, the preferred one first; what is said of the others.
+# Places where a file can have the network, the preferred one first: before all of them, the top;
+# DINO publishes its teacher.
 _COPIES = (
-    (r"", "the network"),
-    (r"(model|state_dict|model_state_dict|net|network|module)[/.]", "the network"),
-    (r"(params|opt/target|target)/", "the network"),
-    (r"teacher[/.]", "the teacher, which is what DINO publishes"),
-    (r"(model_ema|ema|state_dict_ema|ema_state_dict|ema_params)[/.]", "an average over training"),
-    (r"student[/.]", "the student"),
+    r"(model|state_dict|model_state_dict|net|network|module)[/.]",
+    r"(params|opt/target|target)/",
+    r"teacher[/.]",
+    r"(model_ema|ema|state_dict_ema|ema_state_dict|ema_params)[/.]",
+    r"student[/.]",
 )
 _ELSEWHERE = (
     (
@@ -114,11 +114,11 @@ def _without_family(path: str) -> str:
 
 def _rank(path: str) -> int:
     """Place of a path in `_COPIES`, whatever stands between ("module.", "backbone.", "img/")."""
-    for rank, (pattern, _) in enumerate(_COPIES):
-        if pattern and re.match(pattern, path):
+    for rank, pattern in enumerate(_COPIES, 1):
+        if re.match(pattern, path):
             return rank
     inner = r"((module|backbone|_orig_mod|encoder|img|visual|vit|model)[/.])*"
-    return 0 if re.fullmatch(inner, path) else len(_COPIES)
+    return 0 if re.fullmatch(inner, path) else len(_COPIES) + 1
 
 
 def _reason(key: str) -> str | None:
@@ -252,7 +252,8 @@ def _prefer(tables: list[Format], keys: list[str], hints: Mapping[str, str]) -> 
     if root.startswith("model"):
         if any(key.startswith("fc_norm.") for key in keys) and "mae" in names:
             return only("mae")
-        return only("beit") if "beit" in names else only("deit")
+        # What only BEiT has would have told by now: without it both know a ViT without biases.
+        return only("deit") if "deit" in names else only("beit")
     if any(key.startswith("head.") for key in keys):
         return only("timm")
     if "model_type" in hints and len({id(table.rules) for table in tables}) == 1:

@@ -299,8 +299,7 @@ def _read_timm(timm: Mapping[str, Any], given: Mapping[str, Any], note: Any) -> 
         layer_norm_eps=timm_models.EPS.get(architecture, 1e-6),
     )
     cfg, args = (timm.get(name) or {} for name in ("pretrained_cfg", "model_args"))
-    size = cfg.get("input_size") if isinstance(cfg, Mapping) else cfg
-    given_size = args.get("img_size", 1) if isinstance(args, Mapping) else args
+    size, given_size = cfg.get("input_size"), args.get("img_size", 1)
     if (size and not _whole(size, 3)) or not (_whole([given_size], 1) or _whole(given_size, 2)):
         raise ConfigError(
             "timm's config.json: `input_size` must be three integers (channels, height, width), "

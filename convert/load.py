@@ -13,22 +13,25 @@ from typing import Any
 import numpy as np
 
 from convert.rules import Format, MappedTensor, unprefixed
-from convert.source import (
-    OURS,
-    config_from_dict,
-    is_timm,
-    open_source,
-    read_config_file,
-    read_tensors,
-)
-from vit_common.checkpoint import Checkpoint, open_checkpoint
+from convert.source import Source, config_from_dict, find_config, open_source
+from vit_common.checkpoint import Checkpoint
 from vit_common.checks import check_keywords
-from vit_common.config import CONFIG_CLASSES, CONFIG_NAME, FIELDS, ViTConfig, as_config
-from vit_common.errors import CheckpointError, ConfigError
-from vit_common.hub import HUB_OPTIONS, find_file, find_weights
+from vit_common.config import (
+    CONFIG_CLASSES,
+    CONFIG_NAME,
+    FIELDS,
+    FLOATS,
+    DeiTConfig,
+    ViTConfig,
+    as_config,
+    is_timm,
+)
+from vit_common.errors import CheckpointError, ConfigError, some
+from vit_common.hub import HUB_OPTIONS, find_file
 from vit_common.parameters import HEAD_PARAMETERS
 
-FLOATS = ("float64", "float32", "float16", "bfloat16")
+_SHOWN = 40
+"""Names said in a message; the rest are counted."""
 
 
 @dataclass
@@ -61,8 +64,9 @@ def read_config(
     *,
     wanted: type[ViTConfig] | None = ViTConfig,
     format: str | None = None,
-) -> tuple[Any, dict[str, Any]]:
-    """The configuration of a model to load, and the options that are not fields of it.
+) -> tuple[Any, dict[str, Any], dict[str, Any] | None]:
+    """The configuration of a model to load; the options that are not fields of it; and the
+    `config.json` beside the weights, empty where there is none, None where it was not looked for.
 
     Args:
         name_or_path: where the weights are; `config.json` is looked for there, or beside a file.
@@ -78,20 +82,22 @@ def read_config(
         CheckpointError: the weights had to be looked at, and are refused.
     """
     if config is not None and not isinstance(config, (str, os.PathLike)):
-        return (config if wanted is None else as_config(config, wanted)), dict(options)
+        return (config if wanted is None else as_config(config, wanted)), dict(options), None
     place = name_or_path if config is None else config
-    table = read_config_file(place, **hub)
+    path, table = find_config(place, **hub)
+    beside = (table or {}) if config is None else None
     if table is None and (config is not None or not _is_weights(place)):
         find_file(place, CONFIG_NAME, **hub)  # raises, saying where it looked
     if table is None or is_timm(table):
         fields = {name for cls in CONFIG_CLASSES.values() for name in cls.fields} | {"num_labels"}
         ours = {name: value for name, value in options.items() if name in fields}
         unused = {name: value for name, value in options.items() if name not in fields}
-        with open_source(name_or_path, format=format, overrides=ours, **hub) as source:
+        with open_source(
+            name_or_path, format=format, overrides=ours, beside=beside, **hub
+        ) as source:
             settled = source.config
     else:
         table = {**table, "_name_or_path": str(place)}
-        path = find_file(place, CONFIG_NAME, **hub)
         try:
             settled, unused = config_from_dict(table, return_unused_kwargs=True, **options)
         except ConfigError as error:
@@ -101,7 +107,7 @@ def read_config(
             settled = as_config(settled, wanted)
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from error
-    return settled, unused
+    return settled, unused, beside
 
 
 def _is_weights(place: str | os.PathLike) -> bool:
@@ -139,6 +145,7 @@ def load_parameters(
     model: str,
     prefer: tuple[str, ...] | None = None,
     config: ViTConfig,
+    beside: Mapping[str, Any] | None = None,
     allow_missing: bool = False,
     ignore_mismatched_sizes: bool = False,
     format: str | None = None,
@@ -152,6 +159,7 @@ def load_parameters(
         model: name of the model's class, for messages.
         prefer: file names to look for before the others.
         config: the model's, held against what the format implies.
+        beside: what `read_config` gave.
         allow_missing: take a file that lacks parameters of the network itself.
         ignore_mismatched_sizes: leave out parameters whose shape differs, as if missing.
         format: of the weights, where it cannot be told.
@@ -166,20 +174,14 @@ def load_parameters(
         CheckpointError: it is corrupt or of another architecture; parameters of the network are
             missing; shapes do not match; weights are not floating point.
     """
-    path = find_weights(name_or_path, prefer=prefer, **hub)
-    checkpoint = open_checkpoint(path)
+    source = open_source(
+        name_or_path, format=format, config=config, prefer=prefer, beside=beside, **hub
+    )
+    path = source.path
     try:
-        hints = {"suffix": path.suffix, "model_type": config.model_type}
-        beside = read_config_file(name_or_path, **hub)
-        if beside is not None and is_timm(beside):
-            hints["architecture"] = str(beside["architecture"])
-        loaded = _fit(
-            checkpoint, path, shapes, model, allow_missing, ignore_mismatched_sizes, format, hints
-        )
+        loaded = _fit(source, shapes, model, allow_missing, ignore_mismatched_sizes)
     except CheckpointError as error:
-        checkpoint.close()
-        if str(path) in str(error):
-            raise
+        source.close()
         raise CheckpointError(f"{path}: {error}") from error
     odd = {
         field: value
@@ -187,7 +189,7 @@ def load_parameters(
         if getattr(config, field) != value
     }
     # A configuration beside the weights knows better than their format.
-    if odd and (beside is None or (is_timm(beside) and OURS not in beside)):
+    if odd and not source.described:
         warnings.warn(
             f"{model} from {path}: networks in {loaded.format.name} layout have "
             + ", ".join(f"{field}={value!r}" for field, value in odd.items())
@@ -201,10 +203,18 @@ def load_parameters(
 
 
 def _fit(
-    checkpoint, path, shapes, model, allow_missing, ignore_mismatched_sizes, format, hints
+    source: Source,
+    shapes: Mapping[str, tuple[int, ...]],
+    model: str,
+    allow_missing: bool,
+    ignore_mismatched_sizes: bool,
 ) -> Loaded:
-    _, table, mapped, _, unexplained = read_tensors(checkpoint, format=format, hints=hints)
-    found = dict(mapped.tensors)
+    found = dict(source.mapped.tensors)
+    if "embeddings.distillation_token" in found and not source.config.use_distillation_token:
+        raise CheckpointError(
+            f"these weights have a distillation token, which {model} does not. "
+            + DeiTConfig.use_instead()
+        )
     tensors: dict[str, MappedTensor] = {}
     missing, mismatched = [], []
     for name, shape in shapes.items():
@@ -224,7 +234,8 @@ def _fit(
     if wrong:
         names = [name for name, t in tensors.items() if t.dtype.name not in FLOATS]
         raise CheckpointError(
-            f"weights must be of dtype {', '.join(FLOATS)}; {_some(names)} are {', '.join(wrong)}."
+            f"weights must be of dtype {', '.join(FLOATS)}; {some(names, _SHOWN)} are "
+            f"{', '.join(wrong)}."
         )
     if mismatched and not ignore_mismatched_sizes:
         raise CheckpointError(
@@ -241,10 +252,10 @@ def _fit(
     if network and not allow_missing:
         raise CheckpointError(
             f"{len(network)} of the {len(shapes)} parameters that {model} needs are missing: "
-            f"{_some(network, 12)}. Pass `allow_missing=True` to draw them at random."
+            f"{some(network, 12)}. Pass `allow_missing=True` to draw them at random."
         )
-    _say(path, model, missing, sorted([*found, *unexplained]), mismatched)
-    return Loaded(tensors, missing, path, table, checkpoint)
+    _say(source.path, model, missing, sorted([*found, *source.unexplained]), mismatched)
+    return Loaded(tensors, missing, source.path, source.table, source.checkpoint)
 
 
 def _say(path, model, missing, unexpected, mismatched) -> None:
@@ -255,23 +266,20 @@ def _say(path, model, missing, unexpected, mismatched) -> None:
         )
     fresh = [name for name in missing if not any(m.startswith(f"- {name}:") for m in mismatched)]
     if fresh:
-        parts.append(f"not in the checkpoint and newly initialized, so train them: {_some(fresh)}")
+        parts.append(
+            f"not in the checkpoint and newly initialized, so train them: {some(fresh, _SHOWN)}"
+        )
     if unexpected:
-        parts.append(f"in the checkpoint and not used: {_some(unexpected)}")
+        parts.append(f"in the checkpoint and not used: {some(unexpected, _SHOWN)}")
     if parts:
         warnings.warn(f"{model} from {path}: " + ". ".join(parts) + ".", UserWarning, stacklevel=5)
-
-
-def _some(names: list[str], most: int = 40) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def warn_if_not_finite(path: Path, bad: list[str]) -> None:
     """Name the parameters that hold NaN or infinity, in one warning."""
     if bad:
         warnings.warn(
-            f"{path}: weights hold NaN or infinity, so outputs will too: {_some(bad)}.",
+            f"{path}: weights hold NaN or infinity, so outputs will too: {some(bad, _SHOWN)}.",
             UserWarning,
             stacklevel=4,
         )

@@ -18,6 +18,7 @@ import numpy as np
 from convert.layouts import KEEP, Arrays, Layout, result_shapes
 from vit_common.errors import CheckpointError
 from vit_common.parameters import TOP_PARAMETERS
+from vit_common.positions import RelativeRule
 
 PREFIXES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers")
 """What models with a head put before the names of the network under it, one for each family."""
@@ -77,6 +78,7 @@ class Format:
         requires: foreign names without which a file is not in this format.
         settings: fields of the config that networks in this format have, where they differ from
             the defaults of the family.
+        relative_resize: how relative positions of networks in this format are resampled.
         root: what files in this format have before every name.
         written: whether files in this format can be written.
         describes: one line for messages.
@@ -92,6 +94,7 @@ class Format:
     ignored: tuple[tuple[str, str], ...] = ()
     requires: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    relative_resize: RelativeRule = "bilinear"
     root: str = ""
     written: bool = True
     describes: str = ""

@@ -9,31 +9,20 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from convert.detect import Root, detect_format, find_root
+from convert.formats.google import unstacked
 from convert.infer import Note, infer_config
 from convert.rules import Format, Mapped, to_canonical
-from vit_common.checkpoint import Checkpoint, open_checkpoint
-from vit_common.config import (
-    CONFIG_CLASSES,
-    CONFIG_NAME,
-    OURS,
-    AutoConfig,
-    ViTConfig,
-)
+from vit_common.checkpoint import Checkpoint, Tensor, open_checkpoint
+from vit_common.config import CONFIG_NAME, OURS, AutoConfig, ViTConfig, is_timm
 from vit_common.errors import CheckpointError, ConfigError
 from vit_common.files import parse_json, read_json
 from vit_common.hub import AbsentFileError, find_file, find_weights
-from vit_common.image_processor import BaseImageProcessor, ViTImageProcessor
-from vit_common.image_processors import (
-    AutoImageProcessor,
-    BeitImageProcessor,
-    BitImageProcessor,
-)
+from vit_common.image_processor import PROCESSOR_NAME, BaseImageProcessor, ViTImageProcessor
+from vit_common.image_processors import AutoImageProcessor, BeitImageProcessor, BitImageProcessor
 from vit_common.parameters import Head
-
-PROCESSOR_NAME = "preprocessor_config.json"
 
 METADATA_KEY = "vit_config"
 """Where a safetensors file that stands alone holds its configuration."""
@@ -62,6 +51,7 @@ class Source:
         config: what the network is.
         notes: what was set that no configuration said, and what says it.
         timm: timm's own `config.json`, if there was one.
+        described: whether a file beside the weights says all of the configuration.
     """
 
     path: Path
@@ -74,6 +64,7 @@ class Source:
     config: ViTConfig
     notes: list[Note] = field(default_factory=list)
     timm: Mapping[str, Any] | None = None
+    described: bool = False
 
     @property
     def head(self) -> Head | None:
@@ -105,16 +96,18 @@ def read_config_file(name_or_path: str | os.PathLike, **hub: Any) -> dict[str, A
     Raises:
         MissingFileError: it cannot be reached. ConfigError, CheckpointError: it is not JSON.
     """
+    return find_config(name_or_path, **hub)[1]
+
+
+def find_config(
+    name_or_path: str | os.PathLike, **hub: Any
+) -> tuple[Path | None, dict[str, Any] | None]:
+    """As `read_config_file`, with the path it was read from."""
     try:
         path = find_file(name_or_path, CONFIG_NAME, **hub)
     except AbsentFileError:
-        return None
-    return read_json(path)
-
-
-def is_timm(table: Mapping[str, Any] | None) -> bool:
-    """Whether a `config.json` is timm's own."""
-    return table is not None and "architecture" in table and "model_type" not in table
+        return None, None
+    return path, read_json(path)
 
 
 def config_from_dict(table: Mapping[str, Any], **overrides: Any) -> Any:
@@ -139,6 +132,7 @@ def open_source(
     config: ViTConfig | None = None,
     overrides: Mapping[str, Any] | None = None,
     prefer: tuple[str, ...] | None = None,
+    beside: Mapping[str, Any] | None = None,
     **hub: Any,
 ) -> Source:
     """Find, open and understand a checkpoint.
@@ -149,6 +143,8 @@ def open_source(
         config: its configuration, if not read from beside it or inferred.
         overrides: fields of the configuration that the caller knows better.
         prefer: names of weights files to look for before the others.
+        beside: the `config.json` beside the weights, where it has been read before; empty where
+            there is none.
         **hub: options of the Hub.
 
     Raises:
@@ -157,29 +153,30 @@ def open_source(
         ConfigError: its configuration is refused.
     """
     path = find_weights(name_or_path, prefer=prefer, **hub)
-    found = None if config is not None else read_config_file(name_or_path, **hub)
+    found = read_config_file(name_or_path, **hub) if beside is None else dict(beside) or None
     timm = found if is_timm(found) else None
     if timm is not None and isinstance(timm.get(OURS), Mapping):
-        found = dict(
-            timm[OURS]
-        )  # written here: the whole configuration, not what timm has room for
+        found = dict(timm[OURS])  # the whole configuration, not what timm has room for
+    described = found is not None and found is not timm
+    said_by = path.parent / CONFIG_NAME
     checkpoint = open_checkpoint(path)
     try:
         if found is None and config is None and METADATA_KEY in checkpoint.metadata:
             found = parse_json(checkpoint.metadata[METADATA_KEY].encode(), path, "configuration")
+            said_by = path
         hints = {"suffix": path.suffix}
         family = config.model_type if config is not None else (found or {}).get("model_type")
         if isinstance(family, str):
             hints["model_type"] = family
         if timm is not None:
             hints["architecture"] = str(timm["architecture"])
-        opened = read_tensors(checkpoint, format=format, hints=hints)
-        root, table, mapped, ignored, unexplained = opened
+        read = read_tensors(checkpoint, format=format, hints=hints)
+        table, mapped, unexplained = read.table, read.mapped, read.unexplained
         notes: list[Note] = []
         if config is not None:
             settled = config
         elif found is not None and found is not timm:
-            settled = _named(path, config_from_dict, found, **dict(overrides or {}))
+            settled = _named(said_by, config_from_dict, found, **dict(overrides or {}))
             unknown = [
                 name
                 for name in overrides or {}
@@ -195,15 +192,15 @@ def open_source(
             find_file(name_or_path, CONFIG_NAME, **hub)  # raises, saying where it looked
             raise CheckpointError("there is no config.json, which this format needs.")
         else:
-            tensors = {bare: checkpoint[full] for bare, full in root.keys.items()}
             try:
-                settled, notes = infer_config(table, mapped, tensors, timm, overrides)
+                settled, notes = infer_config(table, mapped, read.tensors, timm, overrides)
             except (CheckpointError, ConfigError) as error:
                 if not unexplained:
                     raise
                 names = ", ".join(unexplained[:60])
                 raise type(error)(f"{error} Names that nothing here knows: {names}.") from error
-        object.__setattr__(settled, "_name_or_path", str(name_or_path)) if config is None else None
+        if config is None:
+            object.__setattr__(settled, "_name_or_path", str(name_or_path))
     except (CheckpointError, ConfigError) as error:
         checkpoint.close()
         if str(path) in str(error):
@@ -212,14 +209,39 @@ def open_source(
     except BaseException:
         checkpoint.close()
         raise
-    return Source(path, checkpoint, table, root, mapped, ignored, unexplained, settled, notes, timm)
+    return Source(
+        path=path,
+        checkpoint=checkpoint,
+        table=table,
+        root=read.root,
+        mapped=mapped,
+        ignored=read.ignored,
+        unexplained=unexplained,
+        config=settled,
+        notes=notes,
+        timm=timm,
+        described=described,
+    )
 
 
 def _named(path: Path, build: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return build(*args, **kwargs)
     except ConfigError as error:
-        raise ConfigError(f"{path.parent / CONFIG_NAME}: {error}") from error
+        raise ConfigError(f"{path}: {error}") from error
+
+
+class Read(NamedTuple):
+    """What `read_tensors` finds: where the network lies in a file, its tensors under the names of
+    its format, the format, the canonical tensors, what is left aside and why, and names that
+    nothing here knows."""
+
+    root: Root
+    tensors: dict[str, Tensor]
+    table: Format
+    mapped: Mapped
+    ignored: dict[str, str]
+    unexplained: list[str]
 
 
 def read_tensors(
@@ -227,16 +249,16 @@ def read_tensors(
     *,
     format: str | None = None,
     hints: Mapping[str, str] | None = None,
-) -> tuple[Root, Format, Mapped, dict[str, str], list[str]]:
-    """Where the network lies in a file, its format, its canonical tensors; what is left aside and
-    why; and names that nothing here knows.
+) -> Read:
+    """Find the network in a file.
 
     Raises:
         CheckpointError: no network is in it, or it fits no format, or several.
         InputError: there is no format of that name.
     """
     root = find_root(checkpoint)
-    tensors = {bare: checkpoint[full] for bare, full in root.keys.items()}
+    parts = unstacked({bare: checkpoint[full] for bare, full in root.keys.items()})
+    tensors = {name: tensor for name, (_, tensor) in parts.items()}
     hints = {**dict(hints or {}), "root": root.path}
     table = detect_format(tensors, name=format, hints=hints, shapes=tensors)
     mapped = to_canonical(tensors, table)
@@ -249,11 +271,12 @@ def read_tensors(
     ignored, unexplained = dict(root.ignored), []
     for name in mapped.unused:
         why = table.why_ignored(original.get(name, name))
+        full = root.keys[parts[name][0]]
         if why:
-            ignored[root.keys[name]] = why
-        else:
-            unexplained.append(root.keys[name])
-    return root, table, mapped, ignored, unexplained
+            ignored[full] = why
+        elif full not in unexplained:
+            unexplained.append(full)
+    return Read(root, tensors, table, mapped, ignored, unexplained)
 
 
 def find_processor(
@@ -261,21 +284,19 @@ def find_processor(
 ) -> tuple[BaseImageProcessor, str] | None:
     """What prepares images for a source, and what says so; None where nothing does."""
     try:
-        try:
-            processor = AutoImageProcessor.from_pretrained(name_or_path, **hub)
-        except ConfigError:
-            if source.timm is None or source.timm.get("pretrained_cfg") is None:
-                raise
-            find_file(name_or_path, PROCESSOR_NAME, **hub)
-            raise  # the file is there, and is wrong
-        try:
-            find_file(name_or_path, PROCESSOR_NAME, **hub)
-        except AbsentFileError:
-            return processor, "timm's pretrained_cfg"
-        return processor, PROCESSOR_NAME
+        find_file(name_or_path, PROCESSOR_NAME, **hub)
+        origin = PROCESSOR_NAME
     except AbsentFileError:
-        pass
-    return implied_processor(source)
+        origin = "timm's pretrained_cfg"
+    try:
+        return AutoImageProcessor.from_pretrained(name_or_path, **hub), origin
+    except AbsentFileError:
+        return implied_processor(source)
+    except ConfigError:
+        # What timm does and no processor here can do leaves the images to whoever has the network.
+        if origin == PROCESSOR_NAME or source.timm is None:
+            raise
+        return implied_processor(source)
 
 
 def implied_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
@@ -309,15 +330,3 @@ def implied_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
             f"the published evaluation of {name}",
         )
     return None
-
-
-__all__ = [
-    "CONFIG_CLASSES",
-    "Source",
-    "config_from_dict",
-    "find_processor",
-    "implied_processor",
-    "open_source",
-    "read_config_file",
-    "read_tensors",
-]

@@ -44,7 +44,7 @@ def timm_config(config: ViTConfig, timm: Mapping[str, Any] | None, processor: An
     if processor is not None and timm is None:
         cfg.update(_transform(processor, height))
     table["pretrained_cfg"] = cfg
-    if any(name in where for name in ("label_names",) for where in (table, cfg)):
+    if "label_names" in table or "label_names" in cfg:
         cfg.pop("label_names", None)
         table["label_names"] = [str(label) for label in config.id2label.values()]
     table[OURS] = json.loads(config.to_json_string())

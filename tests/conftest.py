@@ -1,6 +1,9 @@
 """Settings of the whole suite, made before JAX and torch start."""
 
+import errno
 import os
+
+import pytest
 
 # The suite compiles many small networks and runs each once or twice: LLVM's optimisation would
 # take longer than the runs (gradients of two blocks: 17 s and 7 s). XLA's own passes, fusion
@@ -32,3 +35,13 @@ def pytest_configure(config):
     if device == "gpu":
         # By default JAX takes most of the GPU's memory at once, and torch has none left.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+@pytest.fixture
+def no_exchange(monkeypatch):
+    """A system without a step that exchanges two folders."""
+
+    def cannot(a, b):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("vit_common.folders.exchange", cannot)

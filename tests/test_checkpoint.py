@@ -1226,7 +1226,7 @@ def test_a_tensor_that_cannot_be_read_leaves_the_old_files(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("failing", [1, 2, 3, 4])
 def test_a_failure_between_the_renames_puts_the_old_files_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_exchange: None, failing: int
 ) -> None:
     old = _save_old(tmp_path)
     replace, calls = os.replace, iter(range(1, 100))
@@ -1243,7 +1243,7 @@ def test_a_failure_between_the_renames_puts_the_old_files_back(
 
 
 def test_new_files_go_again_after_a_failure_between_the_renames(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_exchange: None
 ) -> None:
     replace, calls = os.replace, iter(range(1, 100))
 

@@ -3,7 +3,6 @@ failure."""
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import os
@@ -18,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 from networks import InMemory, make_config, random_weights
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from convert import write
 from convert.convert import convert as run_convert
 from convert.formats import table_for
 from convert.rules import to_foreign
@@ -28,12 +29,16 @@ from vit_cli.main import main
 from vit_common.checkpoint import write_checkpoint
 from vit_common.config import BeitConfig, DeiTConfig, Dinov2Config, ViTConfig
 from vit_common.containers.tensor import Tensor
-from vit_common.errors import CheckpointError, ConfigError, InputError, MissingFileError
+from vit_common.errors import (
+    CheckpointError,
+    ConfigError,
+    ExistingFileError,
+    InputError,
+    MissingFileError,
+)
 from vit_common.image_processor import ViTImageProcessor
 from vit_torch import AutoModelForImageClassification, ViTForImageClassification, ViTModel
 
-# The module: `convert.convert` is the function.
-CONVERT = importlib.import_module("convert.convert")
 LABELS = ["cat", "dog", "a tree, and more", "Zürich", "写真"]
 
 
@@ -188,7 +193,7 @@ def test_pickles_need_a_format(source, tmp_path, command):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "pickle"], "format must be one of hub, flax"),
+        (["--to", "pickle"], "must be one of hub, flax, flax-safetensors, timm, deit, dino, beit"),
         (["--to", "mae"], "read here, but not written"),
         (["--to", "beit"], "holds the families beit"),
         (["--from", "timm"], "not weights in the format 'timm'"),
@@ -516,6 +521,14 @@ def test_a_distilled_checkpoint_names_its_classes(tmp_path):
     run_convert(place, tmp_path / "deit.pth", to="deit")
     with pytest.raises(ConfigError, match=r"'deit'.*use DeiTModel or DeiTForImageClass"):
         ViTForImageClassification.from_pretrained(tmp_path / "deit.pth", num_attention_heads=4)
+    # A configuration of a ViT is believed, so it is the weights that do not fit.
+    sizes = {name: getattr(config, name) for name in ViTConfig.fields if hasattr(config, name)}
+    for file in (place, tmp_path / "deit.pth"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"have a distillation token, which ViTModel does not.*use DeiTModel or DeiTFor",
+        ):
+            ViTModel.from_pretrained(file, config=ViTConfig(**sizes))
 
 
 @pytest.mark.parametrize(
@@ -750,7 +763,9 @@ def test_an_interrupted_read_leaves_what_was_there(source, tmp_path, monkeypatch
         assert {p.name for p in tmp_path.iterdir()} == {"source", "out"}
 
 
-def test_a_failing_rename_leaves_what_was_there(source, tmp_path, monkeypatch, command):
+def test_a_failing_rename_leaves_what_was_there(
+    source, tmp_path, monkeypatch, no_exchange, command
+):
     out = tmp_path / "out"
     run_convert(source, out)
     before = contents(tmp_path)
@@ -774,7 +789,7 @@ def test_a_failing_rename_leaves_what_was_there(source, tmp_path, monkeypatch, c
         assert contents(tmp_path) == before
 
 
-def test_a_full_disk_leaves_no_directories(source, tmp_path, monkeypatch, command):
+def test_a_full_disk_leaves_no_directories(source, tmp_path, monkeypatch, no_exchange, command):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
@@ -829,7 +844,7 @@ def test_a_failed_verification_leaves_what_was_there(fault, source, tmp_path, mo
     out = tmp_path / "out"
     run_convert(source, out)
     before = contents(tmp_path)
-    original = CONVERT._write_into
+    original = write._write_into
 
     def spoiled(staging, *args):
         original(staging, *args)
@@ -846,7 +861,7 @@ def test_a_failed_verification_leaves_what_was_there(fault, source, tmp_path, mo
             (staging / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
         save_file(arrays, path, {"format": "pt"})
 
-    monkeypatch.setattr(CONVERT, "_write_into", spoiled)
+    monkeypatch.setattr(write, "_write_into", spoiled)
     code, _, err = command("convert", source, out, "--force")
     assert code == 2
     assert "verification failed" in err
@@ -952,6 +967,30 @@ def test_neither_torch_nor_jax_is_imported(target, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_target_that_is_there_already(source, tmp_path):
+    for target in (tmp_path / "out", tmp_path / "a.npz"):
+        run_convert(source, target)
+        with pytest.raises(ExistingFileError, match="already there; nothing was written"):
+            run_convert(source, target)
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / "out" / name).unlink()
+    with pytest.raises(FileExistsError, match="weights of another format"):
+        run_convert(source, tmp_path / "out", to="google")
+
+
+def test_a_configuration_in_metadata_is_named_by_its_file(source, tmp_path, command):
+    file = tmp_path / "a.safetensors"
+    run_convert(source, file)
+    with safe_open(file, "np") as opened:
+        table = json.loads(opened.metadata()["vit_config"])
+    metadata = {"format": "pt", "vit_config": json.dumps({**table, "hidden_act": "sine"})}
+    save_file(load_file(file), file, metadata)
+    code, _, err = command("convert", file, tmp_path / "out")
+    assert code == 2
+    assert f"{file}: config: `hidden_act` must be" in err
+    assert "config.json" not in err
 
 
 def test_exit_codes_and_errors_of_the_function(tmp_path):

@@ -7,6 +7,7 @@ Names in the files are those of the peers' own state dicts, or spelled here one 
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from networks import InMemory, make_config, random_weights, torch_twin
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
-from timm_models import timm
+from timm_models import as_microsoft, timm
 
 import vit_flax
 import vit_torch
@@ -270,6 +271,34 @@ def test_image_size_resamples_timm_positions_as_timm_does(name, size, tmp_path):
         height,
         width,
     )
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence", "ignore:.*searchsorted")  # timm's
+@pytest.mark.parametrize("name", ["beit", "beit, shared"])
+@pytest.mark.parametrize("size", [64, (24, 56), 24])
+def test_image_size_resamples_relative_positions_as_timm_does(name, size, tmp_path):
+    model = make_timm(name)
+    save_timm(model, tmp_path / "timm")
+    report = convert(tmp_path / "timm", tmp_path / "out", image_size=size)
+    assert "geometric" in next(n.origin for n in report.set if n.field == "image_size")
+    larger = make_timm(name, img_size=size)
+    larger.load_state_dict(timm.models.beit.checkpoint_filter_fn(dict(model.state_dict()), larger))
+    x = pixels(size if isinstance(size, tuple) else (size, size))
+    assert_close(run_torch(tmp_path / "out", x), run_peer(larger.double(), x), RESIZED)
+
+
+def test_image_size_of_microsofts_beit_is_by_its_own_rule(tmp_path, monkeypatch):
+    model = make_timm("beit")
+    path = save_pickle({"model": dict(model.state_dict())}, tmp_path / "beit.pth")
+    report = convert(path, tmp_path / "out", image_size=64)
+    assert report.format_from == "beit"
+    origin = next(n.origin for n in report.set if n.field == "image_size")
+    assert origin == "given; relative positions by geometric_cubic"
+    as_microsoft(monkeypatch)
+    larger = make_timm("beit", img_size=64)
+    larger.load_state_dict(timm.models.beit.checkpoint_filter_fn(dict(model.state_dict()), larger))
+    x = pixels((64, 64))
+    assert_close(run_torch(tmp_path / "out", x), run_peer(larger.double(), x), RESIZED)
 
 
 def test_timm_pickles_without_a_config(tmp_path):
@@ -648,6 +677,90 @@ def test_bfloat16_stored_as_void(tmp_path):
             assert file[name].tobytes() == value.tobytes()
 
 
+def stacked(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same network as big_vision saves it with `scan=True`: `flax.linen.scan` with
+    `variable_axes={"params": 0}` puts the blocks on the first axis of their arrays."""
+    out = {}
+    for name, value in weights.items():
+        match = re.fullmatch(r"Transformer/encoderblock_(\d+)/(.+)", name)
+        if match is None:
+            out[name] = value
+        elif match[1] == "0":
+            others = (f"Transformer/encoderblock_{i}/{match[2]}" for i in range(2))
+            out[f"Transformer/encoderblock/{match[2]}"] = np.stack([weights[n] for n in others])
+    return out
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize(
+    "name",
+    ["big_vision", "big_vision, image tower", "big_vision, no root", "big_vision, gap"],
+)
+def test_blocks_stacked_by_a_scan(name, save, tmp_path, monkeypatch):
+    case: dict[str, Any] = GOOGLE[name]
+    weights = google_weights(**case)
+    save_google(tmp_path / "apart.npz", weights, **case)
+    monkeypatch.setattr(np, "savez", save)
+    path = save_google(tmp_path / "stacked.npz", stacked(weights), **case)
+    convert(tmp_path / "apart.npz", tmp_path / "apart")
+    report = convert(path, tmp_path / "hub")
+    assert report.verification is not None
+    wanted, given = (load_file(tmp_path / n / "model.safetensors") for n in ("apart", "hub"))
+    assert wanted.keys() == given.keys()
+    for key, value in wanted.items():
+        np.testing.assert_array_equal(given[key], value, err_msg=key)
+    x = pixels()
+    want = google_forward(
+        weights,
+        x.transpose(0, 2, 3, 1),
+        big_vision=True,
+        pool="tok" if case.get("cls", True) else "gap",
+    )
+    assert_close(run_torch(path, x), want, FLOAT64)
+    with np.load(path) as file:
+        root = case.get("root", "")
+        assert set(report.ignored) == set(file.files) - {root + n for n in stacked(weights)}
+
+
+def test_stacked_blocks_in_bfloat16(tmp_path):
+    weights = stacked(google_weights(big_vision=True))
+    halves = {name: value.astype(ml_dtypes.bfloat16) for name, value in weights.items()}
+    np.savez(tmp_path / "a.npz", **halves)
+    convert(tmp_path / "a.npz", tmp_path / "hub")
+    given = load_file(tmp_path / "hub" / "model.safetensors")
+    name = "encoder.layer.1.intermediate.dense.weight"
+    wanted = halves["Transformer/encoderblock/MlpBlock_0/Dense_0/kernel"][1].T
+    assert given[f"vit.{name}"].tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("count", r"must have the blocks as their first axis, as many in each; given .*\(3, 48\)"),
+        ("twice", r"'Transformer/encoderblock_1/LayerNorm_0/bias' is also in the stack"),
+        ("none", r"must have the blocks as their first axis"),
+        ("many", r"must have the blocks as their first axis"),
+        ("name", r"params/Transformer/encoderblock/LayerNorm_9/scale: nothing here knows"),
+    ],
+)
+def test_stacks_that_are_refused(fault, message, tmp_path):
+    weights = stacked(google_weights(big_vision=True))
+    norm = "Transformer/encoderblock/LayerNorm_0/bias"
+    if fault == "count":
+        weights[norm] = np.ones((3, 48), np.float32)
+    elif fault == "twice":
+        weights["Transformer/encoderblock_1/LayerNorm_0/bias"] = np.ones(48, np.float32)
+    elif fault == "name":
+        weights["Transformer/encoderblock/LayerNorm_9/scale"] = np.ones((2, 48), np.float32)
+    else:  # a number of blocks that takes no bytes
+        count = {"none": 0, "many": 10**12}[fault]
+        for name in [n for n in weights if n.startswith("Transformer/encoderblock/")]:
+            weights[name] = np.empty((count, 0), np.float32)
+    np.savez(tmp_path / "a.npz", **{f"params/{name}": w for name, w in weights.items()})
+    with pytest.raises(CheckpointError, match=message):
+        convert(tmp_path / "a.npz", tmp_path / "out")
+
+
 def test_a_text_tower_alone_and_attention_pooling_are_refused(tmp_path):
     case: dict[str, Any] = {"big_vision": True, "cls": False, "root": "params/img/"}
     weights = google_weights(**case)
@@ -942,6 +1055,15 @@ def test_vit_mae_of_the_hub(tmp_path):
     )
     got = np.asarray(flax(jnp.asarray(x, jnp.float32)).last_hidden_state)
     assert_close(got, want, FLOAT32)
+
+
+def test_a_vit_without_biases_is_no_beit(tmp_path):
+    model = make_timm("no qkv bias")
+    path = save_pickle({"model": dict(model.state_dict())}, tmp_path / "deit.pth")
+    report = convert(path, tmp_path / "hub", overrides={"num_attention_heads": 4})
+    assert (report.format_from, report.family) == ("deit", "vit")
+    x = pixels()
+    assert_close(run_torch(tmp_path / "hub", x), run_peer(model.double(), x), FLOAT64)
 
 
 def test_microsoft_beit_finetuned(tmp_path):

@@ -15,6 +15,7 @@ from timm_models import timm
 
 import vit_flax
 import vit_torch
+from vit_common import hub as hub_module
 from vit_flax.inference import ImageClassifier
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
@@ -97,3 +98,22 @@ def test_a_repository_of_a_family(hub, tmp_path):  # noqa: F811
     assert vit_flax.AutoConfig.from_pretrained("facebook/dinov2").model_type == "dinov2"
     processor = vit_flax.AutoImageProcessor.from_pretrained("facebook/dinov2")
     assert type(processor).__name__ == "BitImageProcessor"
+
+
+@pytest.mark.parametrize("cls", [vit_flax.FlaxViTModel, vit_torch.ViTModel])
+def test_a_model_asks_for_its_configuration_once(hub, tmp_path, cls, monkeypatch):  # noqa: F811
+    config = transformers.ViTConfig(
+        hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96
+    )
+    transformers.ViTModel(config).save_pretrained(tmp_path / "m")
+    serve(hub, "someone/vit", tmp_path / "m")
+    downloads = []
+    original = hub_module._download
+
+    def counted(place, filename, *args):
+        downloads.append(filename)
+        return original(place, filename, *args)
+
+    monkeypatch.setattr(hub_module, "_download", counted)
+    cls.from_pretrained("someone/vit")
+    assert downloads == ["config.json", "model.safetensors"]

@@ -24,6 +24,8 @@ FORBIDDEN = {
     "from vit_flax import *": {"torch", "transformers", "huggingface_hub"},
     "import vit_flax.export": {"flax", "torch", "transformers", "huggingface_hub"},
     "import vit_flax.inference": {"torch", "transformers", "huggingface_hub"},
+    "import vit_torch.auto, vit_torch.diagnose, vit_torch.families, vit_torch.parity, "
+    "vit_torch.stages, vit_torch.verify": {"jax", "jaxlib", "flax", "vit_flax", "transformers"},
     "import vit_torch": {"jax", "jaxlib", "flax", "transformers", "huggingface_hub"},
     "import vit_cli.main": HEAVY,
 }

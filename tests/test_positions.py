@@ -1,10 +1,11 @@
 """Resampling of position embeddings against torch, scipy, Pillow, JAX and Transformers.
 
-timm 1.0.31 and torchvision 0.29.2 are not test dependencies. Their own functions were run once by
-hand with torch 2.13 on eight pairs of grids, square and not, up and down, with 0, 1 and 5 prefix
-tokens: `resample_abs_pos_embed` against "bicubic_antialias" and "bilinear", made to compute in
-float64, differed by at most 2.4e-14 (in its own float32 by 8e-6); `interpolate_embeddings` in
-float64 against "bicubic_align_corners" by at most 2.2e-14.
+Tables of relative positions are held against timm's function as it runs. For positions, those of
+timm 1.0.31 and torchvision 0.29.2 were run once by hand with torch 2.13 on eight pairs of grids,
+square and not, up and down, with 0, 1 and 5 prefix tokens: `resample_abs_pos_embed` against
+"bicubic_antialias" and "bilinear", made to compute in float64, differed by at most 2.4e-14 (in its
+own float32 by 8e-6); `interpolate_embeddings` in float64 against "bicubic_align_corners" by at most
+2.2e-14.
 """
 
 from __future__ import annotations
@@ -23,9 +24,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from timm_models import as_microsoft, timm
 
 from vit_common.errors import ConfigError, InputError
-from vit_common.positions import ResizeRule, resize_matrices, resize_matrix, resize_positions
+from vit_common.positions import (
+    RelativeRule,
+    ResizeRule,
+    relative_distances,
+    resize_matrices,
+    resize_matrix,
+    resize_positions,
+    resize_relative_positions,
+)
 
 RULES = get_args(ResizeRule)
 
@@ -36,6 +46,9 @@ MATRIX_BOUND = 1.5e-13
 GRID_BOUND = 2.1e-13
 # Ten times the 3.8e-6 measured where a reference insists on float32, coordinates included.
 FLOAT32_BOUND = 3.8e-5
+
+# The same for tables of relative positions, relative to the largest value: 7.4e-7 measured.
+RELATIVE_BOUND = 7e-6
 
 # How each reference calls torch.nn.functional.interpolate, "bicubic_offset" aside.
 INTERPOLATE = {
@@ -282,6 +295,56 @@ def test_positions_equal_transformers(family, rule, prefix, dtype, bound):
 
 
 # -- constants are shared and cannot be changed
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence", "ignore:.*searchsorted")  # timm's
+@pytest.mark.parametrize("rule", ["geometric", "geometric_cubic"])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ((14, 14), (24, 24)),
+        ((14, 14), (16, 16)),
+        ((16, 16), (32, 32)),
+        ((14, 14), (7, 7)),
+        ((4, 4), (32, 32)),
+        ((3, 3), (4, 5)),
+        ((7, 4), (4, 9)),
+        ((14, 14), (14, 20)),
+    ],
+)
+def test_relative_positions_equal_timm_and_microsoft(source, target, rule, monkeypatch):
+    table = np.random.default_rng(0).standard_normal((relative_distances(source), 3))
+    if rule == "geometric_cubic":
+        as_microsoft(monkeypatch)
+    wanted = timm.layers.resize_rel_pos_bias_table(
+        torch.tensor(table, dtype=torch.float32),
+        new_window_size=target,
+        new_bias_shape=(relative_distances(target), 3),
+        old_window_size=source,
+    )
+    got = resize_relative_positions(table, source, target, rule)
+    assert got.dtype == np.float64
+    scale = max(1.0, float(wanted.abs().max()))
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=RELATIVE_BOUND * scale)
+    np.testing.assert_array_equal(got[-3:], table[-3:])
+    half = resize_relative_positions(table.astype(np.float16), source, target, rule)
+    assert half.dtype == np.float16
+
+
+@pytest.mark.parametrize("rule", get_args(RelativeRule))
+def test_a_table_for_an_equal_grid_is_a_copy(rule):
+    table = np.random.default_rng(0).standard_normal((relative_distances((2, 3)), 3))
+    got = resize_relative_positions(table, (2, 3), (2, 3), rule)
+    np.testing.assert_array_equal(got, table)
+    assert not np.shares_memory(got, table)
+
+
+def test_rules_of_tables_that_are_refused():
+    table = np.zeros((relative_distances((2, 2)), 3))
+    with pytest.raises(ConfigError, match=r"one of 'bilinear', 'geometric'.*given 'cubic'"):
+        resize_relative_positions(table, (2, 2), (4, 4), "cubic")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"at least 3 patches a side; given 2\."):
+        resize_relative_positions(table, (2, 2), (4, 4), "geometric_cubic")
 
 
 def test_matrices_are_computed_once_and_read_only():

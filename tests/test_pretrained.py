@@ -939,7 +939,9 @@ def test_misspelt_keywords_of_a_save(tmp_path, method, framework):
 @pytest.mark.parametrize("to", ["hub", "flax"])
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch, to, step, after, framework):
+def test_a_failed_save_leaves_the_old_files(
+    tmp_path, monkeypatch, no_exchange, to, step, after, framework
+):
     made(framework, "classifier").save_pretrained(tmp_path, to=to, max_shard_size=SHARDED)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     other = {name: value + 1 for name, value in weights_of("classifier").items()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import scipy.interpolate
 import torch
 
 sys.path.append(str(Path(sys.prefix) / "oracles"))
@@ -38,4 +39,19 @@ _import_torchvision()
 
 import timm  # noqa: E402
 
-__all__ = ["timm"]
+__all__ = ["as_microsoft", "timm"]
+
+
+def _interp2d(x, y, z, kind):
+    """`scipy.interpolate.interp2d`, which scipy 1.14 took away, as its guide says to replace it:
+    https://docs.scipy.org/doc/scipy/tutorial/interpolate/interp_transition_guide.html"""
+    assert kind == "cubic"
+    spline = scipy.interpolate.RectBivariateSpline(x, y, z.T, kx=3, ky=3)
+    return lambda new_x, new_y: spline(new_x, new_y).T
+
+
+def as_microsoft(monkeypatch):
+    """Let timm resample tables of relative positions by scipy's cubic splines, as the code that it
+    has from microsoft/unilm does (`beit/run_class_finetuning.py`), instead of linearly."""
+    monkeypatch.setattr(timm.layers.pos_embed_rel, "_USE_SCIPY", True)
+    monkeypatch.setattr(scipy.interpolate, "interp2d", _interp2d, raising=False)

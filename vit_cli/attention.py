@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vit_cli import cache
 from vit_cli.exit_codes import DONE
 from vit_cli.messages import say
-from vit_common.errors import InputError, MissingFileError
+from vit_common.errors import ExistingFileError, InputError, MissingFileError
 from vit_common.files import reason, replace_files
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -55,24 +54,17 @@ def attention(
     if target.suffix.lower() not in _FORMATS:
         raise InputError(f"--output must end in {', '.join(_FORMATS)}; given {output!r}.")
     if target.exists() and not force:
-        raise MissingFileError(f"{target}: already there; pass --force to overwrite it.")
+        raise ExistingFileError(f"{target}: already there; pass --force to overwrite it.")
     if not target.parent.is_dir():
         raise MissingFileError(f"{target.parent}: no such directory.")
     from vit_common.images import load_image
 
     picture = load_image(image)
 
-    from vit_cli.devices import find_devices
+    from vit_cli.predict import load_classifier
     from vit_flax.attention_maps import contact_sheet, overlay, patch_map
-    from vit_flax.inference import ImageClassifier
 
-    cache.enable()
-    find_devices()
-    if model is None:
-        from vit_common.embedded import embedded_checkpoint
-
-        model = str(embedded_checkpoint())
-    classifier = ImageClassifier.from_pretrained(model, dtype=dtype, **(hub or {}))
+    classifier = load_classifier(model, dtype, hub, devices=1)
     config = classifier.config
     if head is not None and not 0 <= head < config.num_attention_heads:
         raise InputError(

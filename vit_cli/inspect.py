@@ -10,10 +10,10 @@ from typing import Any
 from vit_cli.exit_codes import DONE
 from vit_cli.messages import one_line
 from vit_common.checkpoint import Checkpoint, open_checkpoint
-from vit_common.errors import CheckpointError, ConfigError, InputError, MissingFileError
+from vit_common.config import FLOATS
+from vit_common.errors import CheckpointError, ConfigError, InputError, MissingFileError, some
 from vit_common.hub import find_weights
 
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
 _SHOWN = 8
 
 
@@ -91,16 +91,16 @@ def _odd(checkpoint: Checkpoint) -> list[str]:
     dtypes: dict[str, list[str]] = {}
     for key, tensor in checkpoint.items():
         dtypes.setdefault(tensor.dtype.name, []).append(key)
-    floats = [dtype for dtype in dtypes if dtype in _FLOATS]
+    floats = [dtype for dtype in dtypes if dtype in FLOATS]
     if len(floats) > 1:
         counts = ", ".join(f"{len(dtypes[dtype])} of {dtype}" for dtype in floats)
         odd.append(f"several dtypes: {counts}")
     for dtype, keys in dtypes.items():
-        if dtype not in _FLOATS:
-            odd.append(f"{dtype}, which is not floating: {_some(keys)}")
+        if dtype not in FLOATS:
+            odd.append(f"{dtype}, which is not floating: {some(keys, _SHOWN)}")
     empty = [key for key, tensor in checkpoint.items() if math.prod(tensor.shape) == 0]
     if empty:
-        odd.append(f"empty: {_some(empty)}")
+        odd.append(f"empty: {some(empty, _SHOWN)}")
     return odd
 
 
@@ -138,25 +138,21 @@ def _add_network(report: dict[str, Any], name: str, format: str | None, hub: Any
         report["odd"].append(str(error))
         try:
             with open_checkpoint(report["path"]) as checkpoint:
-                root, table, _, ignored, unexplained = read_tensors(checkpoint, format=format)
+                read = read_tensors(checkpoint, format=format)
                 report["network"] = {
-                    "format": table.name,
-                    "describes": table.describes,
-                    "under": root.path,
+                    "format": read.table.name,
+                    "describes": read.table.describes,
+                    "under": read.root.path,
                 }
+                ignored, unexplained = read.ignored, read.unexplained
         except (CheckpointError, ConfigError):
             return
     reasons: dict[str, list[str]] = {}
     for key, why in ignored.items():
         reasons.setdefault(why, []).append(key)
-    report["odd"] += [f"{why}: {_some(keys)}" for why, keys in reasons.items()]
+    report["odd"] += [f"{why}: {some(keys, _SHOWN)}" for why, keys in reasons.items()]
     if unexplained:
-        report["odd"].append(f"names that nothing here knows: {_some(unexplained)}")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+        report["odd"].append(f"names that nothing here knows: {some(unexplained, _SHOWN)}")
 
 
 def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -104,7 +104,9 @@ def predict(
             files = [file for file in files if in_shard(file, hosts.index, hosts.count)]
 
         def load() -> Any:
-            return _classifier(model, dtype, devices, model_parallel, hub)
+            return load_classifier(
+                model, dtype, hub, devices=devices, model_parallel=model_parallel
+            )
 
         outcome = _run(files, load, journal, hosts, top_k, batch_size, as_json=as_json)
         failed += outcome.failed
@@ -228,13 +230,16 @@ def _finish_for_all(hosts: Hosts, journal: Journal, files: list[str], failed: in
     return sum(map(int, hosts.told("done").values()))
 
 
-def _classifier(
+def load_classifier(
     model: str | None,
     dtype: str,
-    devices: int | None,
-    model_parallel: int,
     hub: Mapping[str, Any] | None,
+    *,
+    devices: int | None = None,
+    model_parallel: int = 1,
+    **options: Any,
 ) -> Any:
+    """The classifier of a command; None is the checkpoint in the package."""
     # Only now: a name that is wrong is told at once, without the seconds that JAX takes.
     import jax
 
@@ -243,7 +248,6 @@ def _classifier(
 
     cache.enable()
     find_devices()
-    options: dict[str, Any] = dict(hub or {})
     if devices is not None or model_parallel > 1:
         devices = devices or len(jax.local_devices())
         if devices % model_parallel:
@@ -257,7 +261,7 @@ def _classifier(
         from vit_common.embedded import embedded_checkpoint
 
         model = str(embedded_checkpoint())
-    return ImageClassifier.from_pretrained(model, dtype=dtype, **options)
+    return ImageClassifier.from_pretrained(model, dtype=dtype, **options, **(hub or {}))
 
 
 def in_shard(file: str, index: int, count: int) -> bool:

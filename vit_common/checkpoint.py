@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal
 
 from vit_common.containers import flax_msgpack, numpy_zip, safetensors_file, torch_pickle
 from vit_common.containers.tensor import DataFile, Progress, Tensor, as_tensor, no_progress
-from vit_common.errors import CheckpointError, InputError, MissingFileError
+from vit_common.errors import CheckpointError, InputError, MissingFileError, some
 from vit_common.files import (
     LFS_POINTER,
     lfs_pointer,
@@ -231,9 +231,7 @@ def _open_shards(path: Path) -> Checkpoint:
 
 
 def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more
+    return some(map(repr, names), _SHOWN)
 
 
 # -- writing

@@ -9,258 +9,53 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
-import numpy as np
-
+from vit_common.config_fields import (
+    ACTIVATIONS,
+    CHECKS,
+    EXTENSIONS,
+    FIELDS,
+    FLOATS,
+    MOST_LABELS,
+    SIZES,
+    VIT,
+    VIT_FIELDS,
+    WRITTEN_IF_SET,
+    Fields,
+    Pooling,
+    PositionTokens,
+    fields_of,
+    integer,
+    refusal,
+)
 from vit_common.errors import ConfigError
 from vit_common.positions import ResizeRule
 
+__all__ = [
+    "ACTIVATIONS",
+    "CONFIG_CLASSES",
+    "CONFIG_NAME",
+    "FIELDS",
+    "FLOATS",
+    "OURS",
+    "AutoConfig",
+    "BeitConfig",
+    "DeiTConfig",
+    "Dinov2Config",
+    "Dinov2WithRegistersConfig",
+    "FamilyConfig",
+    "Flags",
+    "ViTConfig",
+    "as_config",
+    "config_class",
+    "is_timm",
+]
+
 CONFIG_NAME = "config.json"
-
-ACTIVATIONS = (
-    "gelu",
-    "gelu_new",
-    "gelu_pytorch_tanh",
-    "relu",
-    "selu",
-    "silu",
-    "swish",
-    "quick_gelu",
-    "tanh",
-    "sigmoid",
-    "linear",
-)
-"""Names that `hidden_act` and `pooler_act` may have; both twins implement each (see `model.py`)."""
-
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-
-
-def _fail(name: str, wanted: str, given: Any) -> ConfigError:
-    return ConfigError(f"config: `{name}` must be {wanted}; given {given!r}.")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
-
-
-# What a file may claim: far above any network, and far below what would fill the memory.
-_MOST_LAYERS, _MOST_LABELS, _MOST_TOKENS = 10_000, 1_000_000, 1_000_000
-
-
-def _integer(minimum: int, most: int | None = None) -> Callable[[str, Any], int]:
-    def check(name: str, value: Any) -> int:
-        if not _is_int(value) or value < minimum:
-            raise _fail(name, f"an integer of at least {minimum}", value)
-        if most is not None and value > most:
-            raise _fail(name, f"at most {most}", value)
-        return int(value)
-
-    return check
-
-
-def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
-    return lambda name, value: None if value is None else check(name, value)
-
-
-def _side(name: str, value: Any) -> int | tuple[int, int]:
-    """An int (square) or (height, width)."""
-    if _is_int(value) and value > 0:
-        return int(value)
-    pair = isinstance(value, (list, tuple)) and len(value) == 2
-    if pair and all(_is_int(side) and side > 0 for side in value):
-        return int(value[0]), int(value[1])
-    raise _fail(name, "a positive integer or a pair (height, width) of them", value)
-
-
-def _number(wanted: str, inside: Callable[[float], bool]) -> Callable[[str, Any], float]:
-    def check(name: str, value: Any) -> float:
-        if isinstance(value, (bool, np.bool_)) or not isinstance(
-            value, (int, float, np.integer, np.floating)
-        ):
-            raise _fail(name, wanted, value)
-        if not (math.isfinite(value) and inside(float(value))):
-            raise _fail(name, wanted, value)
-        return float(value)
-
-    return check
-
-
-def _boolean(name: str, value: Any) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        raise _fail(name, "True or False", value)
-    return bool(value)
-
-
-def _choice(options: tuple[str, ...]) -> Callable[[str, Any], str]:
-    def check(name: str, value: Any) -> str:
-        if not isinstance(value, str) or value not in options:
-            raise _fail(name, "one of " + ", ".join(map(repr, options)), value)
-        return value
-
-    return check
-
-
-def _activation(name: str, value: Any) -> str | Callable:
-    if callable(value):
-        return value
-    if not isinstance(value, str) or value not in ACTIVATIONS:
-        raise _fail(name, "a callable or one of " + ", ".join(map(repr, ACTIVATIONS)), value)
-    return value
-
-
-def _id2label(name: str, value: Any) -> dict[int, str]:
-    if not isinstance(value, Mapping) or not value:
-        raise _fail(name, "a non-empty mapping of class index to label", value)
-    try:
-        table = {int(key): label for key, label in value.items()}
-    except (TypeError, ValueError) as error:
-        raise _fail(name, "a mapping whose keys are integers", value) from error
-    if sorted(table) != list(range(len(table))):
-        raise _fail(name, f"keyed by 0 to {len(table) - 1} without gaps", sorted(table))
-    return table
-
-
-def _label2id(name: str, value: Any) -> dict[str, Any]:
-    # Values are left as they are: some fine-tuned checkpoints hold them as strings.
-    if not isinstance(value, Mapping):
-        raise _fail(name, "a mapping of label to class index", value)
-    return dict(value)
-
-
-def _names(name: str, value: Any) -> list[str]:
-    if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
-        raise _fail(name, "a list of class names", value)
-    return list(value)
-
-
-def _dtype_name(name: str, value: Any) -> str:
-    """`jnp.float32`, `torch.float32`, `np.dtype("float32")` and "float32" are all "float32"."""
-    text = value if isinstance(value, str) else None
-    if text is None and type(value).__module__ == "torch":
-        text = str(value)
-    if text is None:
-        try:
-            text = np.dtype(value).name
-        except TypeError as error:
-            raise _fail(name, "a floating dtype such as 'float32' or 'bfloat16'", value) from error
-    text = text.removeprefix("torch.")
-    if text not in ("float64", "float32", "float16", "bfloat16"):
-        raise _fail(name, "one of 'float64', 'float32', 'float16', 'bfloat16'", value)
-    return text
-
-
-def _ratio(name: str, value: Any) -> int | float:
-    # An integer stays one: FlaxDinov2 of Transformers 4.57.6 takes a layer's width from it.
-    checked = _number("a number above 0", lambda x: x > 0)(name, value)
-    return int(value) if _is_int(value) else checked
-
-
-_rate = _number("a number from 0 to 1", lambda x: 0.0 <= x <= 1.0)
-_size = _integer(1)
-
-_fraction = _number("a number of at least 0", lambda x: x >= 0)
-
-PositionTokens = Literal["all", "cls", "patches"]
-Pooling = Literal["cls", "mean", "cls_mean"]
-
-# name -> (default, check), for every field of every family. Each family takes its own from here.
-_CHECKS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
-    "vocab_size": (8192, _size),
-    "hidden_size": (768, _size),
-    "num_hidden_layers": (12, _integer(0, _MOST_LAYERS)),
-    "num_attention_heads": (12, _size),
-    "intermediate_size": (3072, _size),
-    "mlp_ratio": (4, _ratio),
-    "hidden_act": ("gelu", _activation),
-    "hidden_dropout_prob": (0.0, _rate),
-    "attention_probs_dropout_prob": (0.0, _rate),
-    "initializer_range": (0.02, _fraction),
-    "layer_norm_eps": (1e-12, _fraction),
-    "image_size": (224, _side),
-    "patch_size": (16, _side),
-    "num_channels": (3, _size),
-    "qkv_bias": (True, _boolean),
-    "encoder_stride": (16, _size),
-    "pooler_output_size": (None, _optional(_size)),
-    "pooler_act": ("tanh", _activation),
-    "use_mask_token": (False, _boolean),
-    "use_absolute_position_embeddings": (True, _boolean),
-    "use_relative_position_bias": (False, _boolean),
-    "use_shared_relative_position_bias": (False, _boolean),
-    "layer_scale_init_value": (0.0, _fraction),
-    "layerscale_value": (1.0, _fraction),
-    "drop_path_rate": (0.0, _number("a number from 0 to below 1", lambda x: 0.0 <= x < 1.0)),
-    "use_mean_pooling": (True, _boolean),
-    "use_swiglu_ffn": (False, _boolean),
-    "num_register_tokens": (0, _integer(0, _MOST_TOKENS)),
-    "use_cls_token": (True, _boolean),
-    "position_tokens": ("all", _choice(get_args(PositionTokens))),
-    "pooling": ("cls", _choice(("cls", "mean"))),
-    "norm_after_pooling": (False, _boolean),
-    "use_representation_layer": (False, _boolean),
-    "gradient_checkpointing": (False, _boolean),
-    "position_resize": ("bicubic", _choice(get_args(ResizeRule))),
-    "output_hidden_states": (False, _boolean),
-    "output_attentions": (False, _boolean),
-    "return_dict": (True, _boolean),
-    "id2label": (None, _id2label),
-    "label2id": (None, _label2id),
-    "problem_type": (None, _optional(_choice(PROBLEM_TYPES))),
-    "architectures": (None, _optional(_names)),
-    "dtype": (None, _optional(_dtype_name)),
-}
-
-# Written only when they differ from the default: Transformers does not know or does not write them.
-_WRITTEN_IF_SET = (
-    "gradient_checkpointing",
-    "position_resize",
-    "output_hidden_states",
-    "output_attentions",
-    "return_dict",
-    "problem_type",
-    "architectures",
-    "dtype",
-)
-_EVERYWHERE = (*_WRITTEN_IF_SET[:5], "id2label", "label2id", *_WRITTEN_IF_SET[5:])
-
-# Fields of ViTConfig that Transformers' ViT does not have: what timm, Google and big_vision vary.
-_EXTENSIONS = (
-    "layer_scale_init_value",
-    "use_swiglu_ffn",
-    "num_register_tokens",
-    "use_cls_token",
-    "position_tokens",
-    "use_absolute_position_embeddings",
-    "use_relative_position_bias",
-    "use_shared_relative_position_bias",
-    "pooling",
-    "norm_after_pooling",
-    "use_representation_layer",
-)
-
-Fields = dict[str, tuple[Any, Callable[[str, Any], Any]]]
-
-
-def _fields(names: str, **defaults: Any) -> Fields:
-    """The table of a family: its fields in the order of its constructor, with its defaults."""
-    table = {name: _CHECKS[name] for name in (*names.split(), *_EVERYWHERE)}
-    return {name: (defaults.get(name, default), check) for name, (default, check) in table.items()}
-
-
-_SIZES = """hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act
-    hidden_dropout_prob attention_probs_dropout_prob initializer_range layer_norm_eps image_size
-    patch_size num_channels"""
-_VIT = f"{_SIZES} qkv_bias encoder_stride pooler_output_size pooler_act"
-
-_FIELDS = _fields(f"{_VIT} {' '.join(_EXTENSIONS)} drop_path_rate")
-
-FIELDS = tuple(_FIELDS)
-"""Names of the fields of `ViTConfig`, in the order of the constructor."""
 
 
 class Flags(NamedTuple):
@@ -329,12 +124,12 @@ class ViTConfig:
     """
 
     model_type: ClassVar[str] = "vit"
-    fields: ClassVar[Fields] = _FIELDS
+    fields: ClassVar[Fields] = VIT_FIELDS
 
     extended_type: ClassVar[str] = "vit_extended"
     """`model_type` in files of networks that Transformers' ViT cannot hold, so that it refuses them
     instead of running another network."""
-    written_if_set: ClassVar[tuple[str, ...]] = (*_EXTENSIONS, "drop_path_rate")
+    written_if_set: ClassVar[tuple[str, ...]] = (*EXTENSIONS, "drop_path_rate")
 
     use_mask_token: bool = False
     use_distillation_token: ClassVar[bool] = False
@@ -417,14 +212,14 @@ class ViTConfig:
         for name, value in kwargs.items():
             taken = getattr(type(self), name, None)
             if isinstance(taken, property):  # derived here; a file may store it too
-                if (name in _CHECKS or name == "head_dim") and value != getattr(self, name):
-                    raise _fail(
+                if (name in CHECKS or name == "head_dim") and value != getattr(self, name):
+                    raise refusal(
                         name, f"{getattr(self, name)!r}, which follows from the rest", value
                     )
                 continue
             if isinstance(taken, (bool, int, float, str)):  # the same for the whole family
                 if value != taken:
-                    raise _fail(name, f"{taken!r} for {type(self).__name__}", value)
+                    raise refusal(name, f"{taken!r} for {type(self).__name__}", value)
                 continue
             if taken is not None:
                 raise ConfigError(
@@ -458,7 +253,7 @@ class ViTConfig:
         if name in self.fields:
             value = self.fields[name][1](name, value)
         elif isinstance(getattr(type(self), name, None), property) and name != "num_labels":
-            raise _fail(name, f"left alone: {type(self).__name__} derives it", value)
+            raise refusal(name, f"left alone: {type(self).__name__} derives it", value)
         super().__setattr__(name, value)
 
     def validate(self) -> None:
@@ -496,9 +291,14 @@ class ViTConfig:
     # -- what the network is made of; the same names for every family
 
     @classmethod
+    def class_stem(cls) -> str:
+        """What the names of the family's classes begin with: "ViT", "DeiT", ...."""
+        return cls.__name__.removesuffix("Config")
+
+    @classmethod
     def use_instead(cls) -> str:
         """What to say to who loads this family into another's class."""
-        stem = cls.__name__.removesuffix("Config")
+        stem = cls.class_stem()
         return (
             f"These are weights of the family {cls.model_type!r}: use {stem}Model or "
             f"{stem}ForImageClassification (in JAX Flax{stem}Model ...), or the Auto classes, "
@@ -509,7 +309,7 @@ class ViTConfig:
     def is_extended(self) -> bool:
         """Whether a field says what Transformers' network of this `model_type` cannot do."""
         return any(
-            name in _EXTENSIONS and getattr(self, name) != default
+            name in EXTENSIONS and getattr(self, name) != default
             for name, (default, _) in self.fields.items()
             if name in self.written_if_set
         )
@@ -623,7 +423,7 @@ class ViTConfig:
 
     @num_labels.setter
     def num_labels(self, value: int) -> None:
-        count = _integer(1, _MOST_LABELS)("num_labels", value)
+        count = integer(1, MOST_LABELS)("num_labels", value)
         if len(getattr(self, "id2label", ())) != count:
             self.id2label = {i: f"LABEL_{i}" for i in range(count)}
             self.label2id = {label: i for i, label in self.id2label.items()}
@@ -654,8 +454,8 @@ class ViTConfig:
             if name == "_name_or_path":
                 continue
             if name in ("hidden_act", "pooler_act") and not isinstance(value, str):
-                raise _fail(name, "the name of an activation, to be written to a file", value)
-            optional = name in _WRITTEN_IF_SET or name in self.written_if_set
+                raise refusal(name, "the name of an activation, to be written to a file", value)
+            optional = name in WRITTEN_IF_SET or name in self.written_if_set
             if optional and name in self.fields and value == self.fields[name][0]:
                 continue
             out[name] = list(value) if isinstance(value, tuple) else copy.deepcopy(value)
@@ -752,13 +552,18 @@ class ViTConfig:
             MissingFileError: nothing is there.
             ConfigError: the file is not a configuration of this architecture.
         """
+        return cls._read(pretrained_model_name_or_path, cls.from_dict, kwargs)
+
+    @classmethod
+    def _read(cls, place: str | os.PathLike, build: Callable, kwargs: Mapping[str, Any]):
+        """What `build` makes of the `config.json` of a model."""
         from vit_common.checkpoint import read_json
         from vit_common.hub import find_file, split_hub_options
 
         hub, overrides = split_hub_options(kwargs)
-        path = find_file(pretrained_model_name_or_path, CONFIG_NAME, **hub)
-        table = {**read_json(path), "_name_or_path": str(pretrained_model_name_or_path)}
-        return cls._named(path, cls.from_dict, table, **overrides)
+        path = find_file(place, CONFIG_NAME, **hub)
+        table = {**read_json(path), "_name_or_path": str(place)}
+        return cls._named(path, build, table, **overrides)
 
     @classmethod
     def _named(cls, path: str | os.PathLike, build: Callable, *args: Any, **kwargs: Any):
@@ -797,13 +602,18 @@ OURS = "vit_flax"
 """Key of timm's `config.json` under which a conversion puts the whole configuration."""
 
 
+def is_timm(table: Mapping[str, Any] | None) -> bool:
+    """Whether a `config.json` is timm's own."""
+    return table is not None and "architecture" in table and "model_type" not in table
+
+
 def _without_timm(table: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration out of a file of timm's own kind; any other as it is.
 
     Raises:
         ConfigError: timm's file holds none.
     """
-    if "architecture" not in table or "model_type" in table:
+    if not is_timm(table):
         return dict(table)
     if isinstance(table.get(OURS), Mapping):
         name = {"_name_or_path": table["_name_or_path"]} if "_name_or_path" in table else {}
@@ -842,7 +652,7 @@ class DeiTConfig(FamilyConfig):
 
     model_type = "deit"
     extended_type = "deit"
-    fields = _fields(f"{_VIT} drop_path_rate")
+    fields = fields_of(f"{VIT} drop_path_rate")
     written_if_set = ("drop_path_rate",)
 
     use_distillation_token = True
@@ -864,8 +674,8 @@ class BeitConfig(FamilyConfig):
 
     model_type = "beit"
     extended_type = "beit"
-    fields = _fields(
-        f"""vocab_size {_SIZES} use_mask_token use_absolute_position_embeddings
+    fields = fields_of(
+        f"""vocab_size {SIZES} use_mask_token use_absolute_position_embeddings
         use_relative_position_bias use_shared_relative_position_bias layer_scale_init_value
         drop_path_rate use_mean_pooling""",
         use_absolute_position_embeddings=False,
@@ -918,7 +728,7 @@ class Dinov2Config(FamilyConfig):
 
     model_type = "dinov2"
     extended_type = "dinov2"
-    fields = _fields(
+    fields = fields_of(
         """hidden_size num_hidden_layers num_attention_heads mlp_ratio hidden_act
         hidden_dropout_prob attention_probs_dropout_prob initializer_range layer_norm_eps
         image_size patch_size num_channels qkv_bias layerscale_value drop_path_rate use_swiglu_ffn
@@ -979,7 +789,7 @@ class Dinov2WithRegistersConfig(Dinov2Config):
 
     model_type = "dinov2_with_registers"
     extended_type = "dinov2_with_registers"
-    fields = _fields(
+    fields = fields_of(
         """hidden_size num_hidden_layers num_attention_heads mlp_ratio hidden_act
         hidden_dropout_prob attention_probs_dropout_prob initializer_range layer_norm_eps
         image_size patch_size num_channels qkv_bias layerscale_value drop_path_rate use_swiglu_ffn
@@ -1088,13 +898,7 @@ class AutoConfig:
             MissingFileError: nothing is there.
             ConfigError: the file is not a configuration of a family known here.
         """
-        from vit_common.checkpoint import read_json
-        from vit_common.hub import find_file, split_hub_options
-
-        hub, overrides = split_hub_options(kwargs)
-        path = find_file(pretrained_model_name_or_path, CONFIG_NAME, **hub)
-        table = {**read_json(path), "_name_or_path": str(pretrained_model_name_or_path)}
-        return ViTConfig._named(path, cls.from_dict, table, **overrides)
+        return ViTConfig._read(pretrained_model_name_or_path, cls.from_dict, kwargs)
 
 
 def as_config(config: Any, wanted: type[ViTConfig] = ViTConfig) -> Any:

@@ -6,6 +6,8 @@ built-in (or Transformers) error that code written for Transformers 4.57.6 alrea
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class ViTError(Exception):
     """Base of every error raised on purpose by this project."""
@@ -40,3 +42,14 @@ class DeviceError(ViTError):
 
 class HostError(ViTError):
     """Another process of a run on several hosts did not come, is gone, or stopped."""
+
+
+class ExistingFileError(ViTError, FileExistsError):
+    """A file that would have to be overwritten, which nobody asked for."""
+
+
+def some(names: Iterable[str], most: int) -> str:
+    """For a message: the first names, and how many more there are; "nothing" if there are none."""
+    listed = list(names)
+    rest = len(listed) - most
+    return (", ".join(listed[:most]) or "nothing") + (f" and {rest} more" if rest > 0 else "")

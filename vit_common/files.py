@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vit_common.errors import CheckpointError, MissingFileError, ViTError
+from vit_common.folders import change_folder, flush_directory
 
 MAX_JSON_BYTES = 100_000_000
 """Longest JSON text that is read: the bound safetensors sets for its header."""
@@ -126,8 +127,9 @@ def replace_files(
     """Write a set of files so that either all of them are new or all are as they were.
 
     Every file is written beside its target under a temporary name and flushed to the disk; only
-    then are they renamed, and only after that are the `stale` ones deleted. Permissions are those
-    that the umask gives any new file.
+    then do they all get their names, in one step where `change_folder` can do that, else one after
+    the other (who is killed there leaves some new and some old), and then the `stale` ones are
+    deleted. Permissions are those that the umask gives any new file.
 
     Args:
         directory: where the files go; must exist.
@@ -153,7 +155,7 @@ def replace_files(
                 write(stream)
                 stream.flush()
                 os.fsync(stream.fileno())
-        _rename_all(staged, token)
+        stale = _publish(directory, staged, [*stale], token)
     except ViTError:  # from reading what was to be written; says its own piece
         raise
     except OSError as error:
@@ -170,7 +172,7 @@ def replace_files(
                 f"{directory / name}: this file of an earlier save cannot be deleted "
                 f"({reason(error)}); delete it, or it may be read instead of the new one."
             ) from error
-    _flush_directory(directory)
+    flush_directory(directory)
     return [final for _, final in staged]
 
 
@@ -224,11 +226,11 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 def move_files(source: Path, directory: Path, stale: Iterable[str] = ()) -> list[Path]:
-    """Move the files of a folder into another on the same disk: either all of them or none.
+    """Move the files of a folder into the one it is in: all of them or none, as `replace_files`.
 
     Args:
         source: the folder, without folders in it; its files are already flushed to the disk.
-        directory: where they go; must exist.
+        directory: where they go: the folder it is in.
         stale: names of files there that the new ones make obsolete; they need not exist.
 
     Raises:
@@ -236,13 +238,27 @@ def move_files(source: Path, directory: Path, stale: Iterable[str] = ()) -> list
     """
     staged = [(file, directory / file.name) for file in sorted(source.iterdir())]
     try:
-        _rename_all(staged, secrets.token_hex(4))
-        for name in stale:
+        for name in _publish(directory, staged, [*stale], secrets.token_hex(4)):
             (directory / name).unlink(missing_ok=True)
     except OSError as error:
         raise MissingFileError(f"{directory}: cannot be written ({reason(error)}).") from error
-    _flush_directory(directory)
+    flush_directory(directory)
     return [final for _, final in staged]
+
+
+def _publish(
+    directory: Path, staged: list[tuple[Path, Path]], stale: list[str], token: str
+) -> list[str]:
+    """Give every temporary file its name, and the `stale` ones that are left to be deleted."""
+    if len(staged) == 1 and not stale:
+        os.replace(*staged[0])  # atomic by itself
+        return []
+    temporary = {path.relative_to(directory).parts[0] for path, _ in staged}
+    files = [(path, final.name) for path, final in staged]
+    if change_folder(directory, files, {*temporary, *stale}):
+        return []
+    _rename_all(staged, token)
+    return stale
 
 
 def _rename_all(staged: list[tuple[Path, Path]], token: str) -> None:
@@ -268,13 +284,3 @@ def _rename_all(staged: list[tuple[Path, Path]], token: str) -> None:
     finally:
         for _, final in staged:
             final.with_name(f".{final.name}.{token}.old").unlink(missing_ok=True)
-
-
-def _flush_directory(directory: Path) -> None:
-    # The names themselves, which a power cut could lose. Not every system can flush a directory.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

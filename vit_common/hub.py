@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vit_common.checkpoint import INDEX_SUFFIX, shard_names
-from vit_common.errors import InputError, MissingFileError
+from vit_common.errors import InputError, MissingFileError, some
 from vit_common.files import reason
 
 HUB_OPTIONS = (
@@ -233,13 +233,7 @@ def _contents(directory: Path) -> str:
         names = sorted(path.name for path in directory.iterdir())
     except OSError as error:
         return f"the directory cannot be read ({reason(error)})."
-    return f"there is {_some(names)}."
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return (", ".join(names[:_SHOWN]) or "nothing") + more
+    return f"there is {some(names, _SHOWN)}."
 
 
 # -- downloads
@@ -281,7 +275,7 @@ def _listing(place: _Repository, hub: Mapping[str, Any]) -> str:
         )
     except Exception:  # only to say more; the error itself is certain
         return "what there is could not be listed."
-    return f"there is {_some(sorted(files))}."
+    return f"there is {some(sorted(files), _SHOWN)}."
 
 
 def _why_not_asked(place: _Repository, filename: str, hub: Mapping[str, Any]) -> str | None:
@@ -481,7 +475,8 @@ def push_folder(
     missing = [path.name for path in paths if not path.is_file()]
     if missing or not paths:
         raise MissingFileError(
-            f"{directory}: nothing was uploaded, for it lacks {_some(missing or ['model files'])}; "
+            f"{directory}: nothing was uploaded, for it lacks "
+            f"{some(missing or ['model files'], _SHOWN)}; "
             f"{_contents(directory)}"
         )
     api = HfApi(token=token, library_name=_LIBRARY)

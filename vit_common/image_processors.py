@@ -406,9 +406,8 @@ class AutoImageProcessor:
             own = _timm_table(pretrained_model_name_or_path, hub)
             if own is None:
                 raise
-            return processor_from_timm(own).from_dict(
-                processor_from_timm(own).to_dict(), **overrides
-            )
+            processor = processor_from_timm(own)
+            return processor.from_dict(processor.to_dict(), **overrides)
         table = read_json(path)
         part = table.get("image_processor")
         chosen = _named_class(part if isinstance(part, dict) else table, path)

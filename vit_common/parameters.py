@@ -16,6 +16,20 @@ Head = Literal["classifier", "teacher", "decoder", "tokens"]
 """What stands on the base network: one classifier; DeiT's two, on the class and the distillation
 token; a decoder back to pixels; BEiT's prediction of visual tokens."""
 
+_CLASSES: dict[Head | None, str] = {
+    None: "Model",
+    "classifier": "ForImageClassification",
+    "teacher": "ForImageClassificationWithTeacher",
+    "decoder": "ForMaskedImageModeling",
+    "tokens": "ForMaskedImageModeling",
+}
+
+
+def class_name(config: ViTConfig, head: Head | None) -> str:
+    """Name of the PyTorch class of a network with that head; that of JAX begins with "Flax"."""
+    return config.class_stem() + _CLASSES[head]
+
+
 HEAD_PARAMETERS = (
     "classifier.",
     "cls_classifier.",

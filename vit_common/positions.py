@@ -213,6 +213,121 @@ def relative_distances(grid: tuple[int, int]) -> int:
     return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
 
 
+RelativeRule = Literal["bilinear", "geometric", "geometric_cubic"]
+"""How a relative position bias table is resampled.
+
+- "bilinear": half-pixel centres. Transformers' BEiT, and both twins when they run at another size.
+- "geometric": the offsets of the smaller grid are taken to lie at distances that grow as a
+  geometric progression up to the larger grid's, and values between them are interpolated
+  linearly. timm (`layers/pos_embed_rel.py`, `resize_rel_pos_bias_table`).
+- "geometric_cubic": the same places, and a cubic spline through them. microsoft/unilm
+  (`beit/run_class_finetuning.py`, through `scipy.interpolate.interp2d(kind="cubic")`).
+"""
+
+
+def resize_relative_positions(
+    table: np.ndarray,
+    source_grid: tuple[int, int],
+    target_grid: tuple[int, int],
+    rule: RelativeRule = "bilinear",
+) -> np.ndarray:
+    """Resample a relative position bias table; its last three rows stay as they are.
+
+    Args:
+        table: (relative_distances(source_grid), A).
+        source_grid: (h, w) in patches.
+        target_grid: (H, W) in patches.
+        rule: see `RelativeRule`.
+
+    Returns:
+        (relative_distances(target_grid), A) in the dtype of `table`; the arithmetic is float64.
+        Equal grids give an exact copy.
+
+    Raises:
+        ConfigError: `rule` is not a `RelativeRule`.
+        InputError: a grid is too small for a cubic spline, which takes three patches a side.
+    """
+    if rule not in get_args(RelativeRule):
+        wanted = ", ".join(map(repr, get_args(RelativeRule)))
+        raise ConfigError(f"the `rule` of a table must be one of {wanted}; given {rule!r}.")
+    source, target = ((2 * h - 1, 2 * w - 1) for h, w in (source_grid, target_grid))
+    if source == target:
+        return table.copy()
+    if rule == "bilinear":
+        rows, columns = resize_matrices("bilinear", source, target)
+    else:
+        rows, columns = (
+            _geometric_matrix(a, b, rule == "geometric_cubic")
+            for a, b in zip(source, target, strict=True)
+        )
+    offsets = table[:-3].astype(np.float64).reshape(*source, -1)  # (2h - 1, 2w - 1, A)
+    offsets = np.einsum("Hh,Ww,hwa->HWa", rows, columns, offsets, optimize=True)
+    offsets = offsets.reshape(target[0] * target[1], -1).astype(table.dtype)
+    return np.concatenate([offsets, table[-3:]])
+
+
+@lru_cache(maxsize=64)
+def _geometric_matrix(source: int, target: int, cubic: bool) -> np.ndarray:
+    """(target, source): both sides are odd numbers of offsets, that of no distance in the middle.
+
+    The ratio is found as microsoft/unilm finds it, bounds and steps included: from 1.01, so that
+    an axis that becomes shorter, or stays, is cut more than it is resampled.
+    """
+    steps, reach = source // 2, target // 2
+    left, right = 1.01, 1.5
+    ratio = left
+    while right - left > 1e-6:
+        ratio = (left + right) / 2.0
+        if (1.0 - ratio**steps) / (1.0 - ratio) > reach:
+            right = ratio
+        else:
+            left = ratio
+    distances = np.cumsum(ratio ** np.arange(steps))
+    places = np.concatenate([-distances[::-1], [0.0], distances])
+    # Beyond the last place its value holds.
+    wanted = np.clip(np.arange(target) - reach, places[0], places[-1])
+    matrix = _spline(places, wanted) if cubic else _linear(places, wanted)
+    matrix.flags.writeable = False
+    return matrix
+
+
+def _linear(places: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Matrix of the piecewise linear interpolation between increasing places."""
+    return np.stack([np.interp(wanted, places, unit) for unit in np.eye(len(places))], axis=1)
+
+
+def _spline(places: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Matrix of the cubic spline through increasing places, with continuous third derivatives at
+    the second and the last but one (de Boor, "A Practical Guide to Splines", 1978, chapter IV:
+    not-a-knot)."""
+    n = len(places)
+    if n < 4:
+        raise InputError(
+            "microsoft's rule for relative positions, a cubic spline, needs a grid of at least 3 "
+            f"patches a side; given {n // 2 + 1}."
+        )
+    step = np.diff(places)
+    # Second derivatives m at the places: left @ m = right @ values.
+    left, right = np.zeros((n, n)), np.zeros((n, n))
+    for i in range(1, n - 1):
+        a, b = step[i - 1], step[i]
+        left[i, i - 1 : i + 2] = a, 2.0 * (a + b), b
+        right[i, i - 1 : i + 2] = 6.0 / a, -6.0 / a - 6.0 / b, 6.0 / b
+    left[0, :3] = step[1], -step[0] - step[1], step[0]
+    left[-1, -3:] = step[-1], -step[-1] - step[-2], step[-2]
+    second = np.linalg.solve(left, right)  # (n, n)
+    at = np.clip(np.searchsorted(places, wanted, side="right") - 1, 0, n - 2)
+    h = step[at][:, None]
+    before, after = (wanted - places[at])[:, None], (places[at + 1] - wanted)[:, None]
+    values = np.eye(n)
+    return (
+        values[at] * after / h
+        + values[at + 1] * before / h
+        + second[at] * (after**3 / (6.0 * h) - h * after / 6.0)
+        + second[at + 1] * (before**3 / (6.0 * h) - h * before / 6.0)
+    )
+
+
 @lru_cache(maxsize=16)
 def relative_position_index(grid: tuple[int, int]) -> np.ndarray:
     """Which row of the table each pair of tokens takes (Bao et al. 2021, arXiv:2106.08254; BEiT's

@@ -32,7 +32,7 @@ from convert.load import (
     read_config,
     warn_if_not_finite,
 )
-from convert.rules import MappedTensor, to_canonical, to_foreign, unprefixed
+from convert.rules import Mapped, MappedTensor, to_canonical, to_foreign, unprefixed
 from convert.save import SaveFormat, check_save_keywords, save_parameters
 from vit_common.checks import check_keywords, check_labels, check_rank, resolve_problem_type
 from vit_common.config import ViTConfig, as_config
@@ -362,7 +362,7 @@ class FlaxViTPreTrainedModel:
             CheckpointError: the weights are corrupt, incomplete or do not fit.
         """
         hub, kwargs = split_hub_options(kwargs)
-        settings, kwargs = read_config(
+        settings, kwargs, beside = read_config(
             pretrained_model_name_or_path,
             config,
             hub,
@@ -385,6 +385,7 @@ class FlaxViTPreTrainedModel:
             model._canonical_shapes(),
             model=cls.__name__,
             config=model.config,
+            beside=beside,
             prefer=_TORCH_FILES if from_pt else None,
             allow_missing=allow_missing,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
@@ -443,10 +444,7 @@ class FlaxViTPreTrainedModel:
             InputError: `params` do not fit, or a bad option.
         """
         params = self.params if params is None else check_params(params, self._shapes)
-        flat = {
-            "/".join(path): as_tensor("/".join(path), x) for path, x in flatten_dict(params).items()
-        }
-        mapped = to_canonical(flat, TREE)
+        mapped = canonical(params)
         if mapped.unused:
             raise InputError(f"`params` hold what no file can: {', '.join(mapped.unused)}.")
         keywords = inspect.signature(self.save_pretrained).parameters
@@ -675,6 +673,13 @@ def values_of(name: str, array: Any) -> np.ndarray | None:
         return np.asarray(array if isinstance(array, np.ndarray) else as_array(name, array))
     except jax.errors.TracerArrayConversionError:
         return None
+
+
+def canonical(params: Params) -> Mapped:
+    """A nested dict of arrays as tensors of canonical names (without the prefix of a model with a
+    head); `unused` names what is no parameter of a network."""
+    flat = {"/".join(path): array for path, array in flatten_dict(params).items()}
+    return to_canonical({name: as_tensor(name, array) for name, array in flat.items()}, TREE)
 
 
 def check_params(

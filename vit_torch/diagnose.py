@@ -106,11 +106,10 @@ def _run(name: str, part: Any, x: torch.Tensor, model: ViTPreTrainedModel) -> to
         if callable(part) and not isinstance(part, nn.Module):
             return part(x)
         if name.startswith("block"):
-            P, (rows, columns) = model.config, _grid(x, model.config)
+            grid = _grid(x, model.config)
             shared = getattr(model.base_model.encoder, "relative_position_bias", None)
-            bias = None if shared is None else shared((rows, columns))
-            del P
-            return part(x, None, bias, False, (rows, columns))[0]
+            bias = None if shared is None else shared(grid)
+            return part(x, None, bias, False, grid)[0]
         if name == "embeddings":
             return part(x, interpolate_pos_encoding=True)
         if name == "logits":
@@ -347,11 +346,11 @@ def _positions(part: Any) -> Iterator[tuple[str, Any]]:
 def _pooling(part: nn.Module, model: ViTPreTrainedModel) -> Iterator[tuple[str, Any]]:
     for pooling in ("cls", "mean", "cls_mean"):
         config = copy.deepcopy(model.config)
-        if config.pooling == pooling:
-            continue
-        object.__setattr__(config, "pooling", pooling) if not isinstance(
+        if config.pooling == pooling or isinstance(
             getattr(type(config), "pooling", None), property
-        ) else None
+        ):
+            continue
+        object.__setattr__(config, "pooling", pooling)
 
         def run(x, config=config):
             return part(classifier_input(BaseModelOutputWithPooling(x, None), config))
@@ -360,14 +359,6 @@ def _pooling(part: nn.Module, model: ViTPreTrainedModel) -> Iterator[tuple[str, 
 
 
 # -- images
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """A change of how images are prepared."""
-
-    text: str
-    options: dict[str, Any]
 
 
 _STATISTICS = {

@@ -1,6 +1,7 @@
 """Runs both twins on the same weights and images and compares them stage by stage.
 
-The only module here that imports JAX: comparing is its work.
+To compare is the one work here that needs JAX: this module, `stages` and `verify` run Flax models,
+and what they need of JAX they import where they do.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from vit_common.errors import InputError
 from vit_torch.pretrained import ViTPreTrainedModel, to_numpy
+from vit_torch.stages import as_tensors
 
 
 @dataclass(frozen=True)
@@ -95,15 +97,12 @@ def compare(flax_model: Any, torch_model: ViTPreTrainedModel, pixel_values: Any,
     ours = flax_model(pixel_values, **inputs, **flags)
     device = torch_model.device
 
-    def tensor(value: Any) -> Any:
-        return torch.as_tensor(value, device=device) if isinstance(value, np.ndarray) else value
-
     training = torch_model.training
     try:
         with torch.no_grad():
             theirs = torch_model.eval()(
-                tensor(np.asarray(pixel_values)),
-                **{name: tensor(value) for name, value in inputs.items()},
+                torch.as_tensor(np.asarray(pixel_values), device=device),
+                **as_tensors(inputs, device),
                 **flags,
             )
     finally:

@@ -169,7 +169,7 @@ class ViTPreTrainedModel(nn.Module):
         for name, same in _ALWAYS_SO.items():
             if name in kwargs and kwargs[name] in same:
                 del kwargs[name]
-        settings, kwargs = read_config(
+        settings, kwargs, beside = read_config(
             pretrained_model_name_or_path,
             config,
             hub,
@@ -185,6 +185,7 @@ class ViTPreTrainedModel(nn.Module):
             model._canonical_shapes(),
             model=cls.__name__,
             config=model.config,
+            beside=beside,
             prefer=("flax_model.msgpack", "flax_model.msgpack.index.json") if from_flax else None,
             allow_missing=allow_missing,
             ignore_mismatched_sizes=ignore_mismatched_sizes,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,19 @@ def recorded(model: ViTPreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
             hook.remove()
 
 
+def arrays_and_flags(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of a call that are numpy arrays, and the others: a jitted function takes the
+    first as its arguments, and is another function for each value of the second."""
+    arrays = {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}
+    return arrays, {name: value for name, value in inputs.items() if name not in arrays}
+
+
+def as_tensors(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The arguments of a call, with torch tensors for numpy arrays."""
+    arrays, flags = arrays_and_flags(inputs)
+    return {name: torch.as_tensor(a, device=device) for name, a in arrays.items()} | flags
+
+
 def torch_stages(
     model: ViTPreTrainedModel, pixel_values: np.ndarray, **inputs: Any
 ) -> dict[str, np.ndarray]:
@@ -83,10 +96,7 @@ def torch_stages(
         **inputs: further arguments of the call; numpy arrays or flags.
     """
     device, dtype, training = model.device, model.dtype, model.training
-    tensors = {
-        name: torch.as_tensor(value, device=device) if isinstance(value, np.ndarray) else value
-        for name, value in inputs.items()
-    }
+    tensors = as_tensors(inputs, device)
     try:
         with torch.no_grad(), recorded(model) as stages:
             output = model.eval()(
@@ -110,8 +120,7 @@ def flax_stages(model: Any, pixel_values: np.ndarray, **inputs: Any) -> dict[str
     import jax
     import jax.numpy as jnp
 
-    arrays = {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}
-    flags = {name: value for name, value in inputs.items() if name not in arrays}
+    arrays, flags = arrays_and_flags(inputs)
     prefix = model.config.base_model_prefix
 
     def wanted(module: Any, method: str) -> bool:

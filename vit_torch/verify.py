@@ -16,16 +16,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from convert.source import Source, find_processor, open_source
+from convert.source import find_processor, open_source
 from vit_common.config import ViTConfig
 from vit_common.errors import ConfigError, InputError
+from vit_common.parameters import class_name
+from vit_common.versions import versions
 from vit_torch.bounds import BOUNDS, HALF_PRECISION
 from vit_torch.diagnose import Cause, diagnose, diagnose_pixels
 from vit_torch.parity import Stage, difference
-from vit_torch.stages import flax_stages, torch_stages
+from vit_torch.stages import arrays_and_flags, as_tensors, flax_stages, torch_stages
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 PRECISIONS = ("highest", "default")
+
+_PACKAGES = ("python", "vit-flax", "jax", "jaxlib", "flax", "torch", "numpy", "transformers")
 
 
 @dataclass(frozen=True)
@@ -194,8 +198,6 @@ def verify(
                 _row(subject, other, pixels, inputs, place, dtype, precision, table, gradients)
             )
             gc.collect()
-    from vit_torch.versions import versions
-
     return Verification(
         first=str(first),
         second=None if second is None else str(second),
@@ -204,7 +206,7 @@ def verify(
         image_size=size,
         batch=len(pixels),
         rows=rows,
-        versions=versions(),
+        versions=versions(*_PACKAGES),
         notes=notes,
     )
 
@@ -262,15 +264,7 @@ class _Subject:
         return [f"the configurations differ in {', '.join(pairs)}"]
 
     def _class(self, module: Any, flax: str) -> Any:
-        stem = type(self.config).__name__.removesuffix("Config")
-        ends = {
-            None: "Model",
-            "classifier": "ForImageClassification",
-            "teacher": "ForImageClassificationWithTeacher",
-            "decoder": "ForMaskedImageModeling",
-            "tokens": "ForMaskedImageModeling",
-        }
-        return getattr(module, f"{flax}{stem}{ends[self.head]}")
+        return getattr(module, flax + class_name(self.config, self.head))
 
     def _options(self) -> dict[str, Any]:
         plain = self.head is None and self.config.model_type in ("vit", "deit")
@@ -487,15 +481,11 @@ def _half(name: str, ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray) ->
 def _flax_gradients(model, pixels, inputs, dtype) -> dict[str, np.ndarray]:
     import jax
     import jax.numpy as jnp
-    from flax.traverse_util import flatten_dict
 
-    from convert.formats import TREE
-    from convert.rules import to_canonical
-    from vit_common.containers.tensor import as_tensor
+    from vit_flax.pretrained import canonical
 
     x = jnp.asarray(_as(pixels, dtype))
-    arrays = {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}
-    flags = {name: value for name, value in inputs.items() if name not in arrays}
+    arrays, flags = arrays_and_flags(inputs)
 
     def loss(params, arrays):
         output = model.module.apply(
@@ -506,22 +496,16 @@ def _flax_gradients(model, pixels, inputs, dtype) -> dict[str, np.ndarray]:
         return _summary(output, jnp)
 
     tree = jax.jit(jax.grad(loss))(model.params, arrays)
-    flat = {
-        "/".join(path): as_tensor("/".join(path), np.asarray(value))
-        for path, value in flatten_dict(tree).items()
-    }
-    return {name: tensor.read() for name, tensor in to_canonical(flat, TREE).tensors.items()}
+    return {name: tensor.read() for name, tensor in canonical(tree).tensors.items()}
 
 
 def _torch_gradients(model, pixels, inputs, dtype) -> dict[str, np.ndarray]:
     from convert.rules import unprefixed
 
-    arrays = {
-        name: torch.as_tensor(value) if isinstance(value, np.ndarray) else value
-        for name, value in inputs.items()
-    }
     model.zero_grad(set_to_none=True)
-    output = model.eval()(torch.as_tensor(_as(pixels, dtype)), return_dict=True, **arrays)
+    output = model.eval()(
+        torch.as_tensor(_as(pixels, dtype)), return_dict=True, **as_tensors(inputs, model.device)
+    )
     value = output.loss if "loss" in output else _summary(output, torch)
     value.backward()
     return {
@@ -598,6 +582,3 @@ def _compare_pixels(subject: _Subject, other: _Subject | None, table: Any) -> Ro
     if not row.passed:
         row.causes = diagnose_pixels(other.processor, picture, ours, 1e-6)
     return row
-
-
-__all__ = ["Checked", "Row", "Source", "Verification", "verify"]

@@ -20,10 +20,16 @@ NAMES: tuple[str, ...] = tuple(dict.fromkeys(table.name for table in FORMATS))
 """Names of the formats, as users call them."""
 
 
+WRITTEN: tuple[str, ...] = tuple(dict.fromkeys(table.name for table in FORMATS if table.written))
+"""Names of those that can be written."""
+
+
 def check_format(name: str) -> str:
-    """The name itself; InputError if there is no such format."""
-    if name not in NAMES:
-        raise InputError(f"the format must be one of {', '.join(NAMES)}; given {name!r}.")
+    """The name itself; InputError if there is no such format to write."""
+    if name in NAMES and name not in WRITTEN:
+        raise InputError(f"the format {name!r} is read here, but not written.")
+    if name not in WRITTEN:
+        raise InputError(f"the format must be one of {', '.join(WRITTEN)}; given {name!r}.")
     return name
 
 
@@ -31,7 +37,7 @@ def table_for(name: str, config: ViTConfig, head: str | None = None) -> Format:
     """The table that writes weights of that configuration in a format.
 
     Args:
-        name: one of `NAMES`.
+        name: one of `WRITTEN`.
         config: what the network is.
         head: what stands on it, as in `parameter_shapes`.
 
@@ -45,8 +51,6 @@ def table_for(name: str, config: ViTConfig, head: str | None = None) -> Format:
     written = [table for table in tables if table.name == name and table.written]
     fitting = [table for table in written if config.model_type in table.families]
     if not fitting:
-        if not written:
-            raise InputError(f"the format {name!r} is read here, but not written.")
         families = ", ".join(dict.fromkeys(f for table in written for f in table.families))
         raise InputError(
             f"the format {name!r} holds the families {families}; these weights are of "
@@ -58,4 +62,4 @@ def table_for(name: str, config: ViTConfig, head: str | None = None) -> Format:
     return fitting[0]
 
 
-__all__ = ["FORMATS", "NAMES", "TREE", "Format", "check_format", "table_for"]
+__all__ = ["FORMATS", "NAMES", "TREE", "WRITTEN", "Format", "check_format", "table_for"]

@@ -7,10 +7,13 @@ Sources: `vit_jax/models_vit.py` and `vit_jax/checkpoint.py` of google-research/
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 
 from convert.layouts import HWIO, KEEP, TRANSPOSE, heads_apart
 from convert.rules import Format, Rule
+from vit_common.containers.tensor import Tensor
+from vit_common.errors import CheckpointError
 
 _SETTINGS = {
     "layer_norm_eps": 1e-6,
@@ -68,6 +71,41 @@ def _rules(heads: int, positions: str, norm2: str, attention: str, mlp: str) -> 
         Rule(f"{_BLOCK}{attention}/out/bias", f"{_LAYER}attention.output.dense.bias", KEEP),
     ]
     return tuple(rules)
+
+
+_MOST_BLOCKS = 10_000
+"""Of a stack: without bytes in them, a file can claim any number."""
+_STACK = "Transformer/encoderblock/"
+
+
+def unstacked(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    """The tensors of each block, where big_vision ran the blocks as a scan (`scan=True`) and its
+    file has those of all blocks in one array, the block as its first axis.
+
+    Returns:
+        name, as in a file of separate blocks -> (name in this file, tensor). Tensors are read block
+        by block. Everything else is as it was.
+
+    Raises:
+        CheckpointError: the arrays are not of one number of blocks, or blocks are there twice.
+    """
+    stacks = {name: tensor for name, tensor in tensors.items() if name.startswith(_STACK)}
+    found = {name: (name, tensor) for name, tensor in tensors.items() if name not in stacks}
+    if not stacks:
+        return found
+    counts = {tensor.shape[0] if tensor.shape else 0 for tensor in stacks.values()}
+    if len(counts) > 1 or not 0 < max(counts) <= _MOST_BLOCKS:
+        raise CheckpointError(
+            f"the arrays under {_STACK!r} must have the blocks as their first axis, as many in "
+            f"each; given {', '.join(f'{n} {t.shape}' for n, t in list(stacks.items())[:12])}."
+        )
+    for i in range(counts.pop()):
+        for full, tensor in stacks.items():
+            name = f"Transformer/encoderblock_{i}/{full.removeprefix(_STACK)}"
+            if name in found:
+                raise CheckpointError(f"{name!r} is also in the stack {full!r}.")
+            found[name] = (full, tensor.row(i, name))
+    return found
 
 
 @lru_cache(maxsize=32)

@@ -149,7 +149,13 @@ FORMATS = (
         **_ANTIALIAS,
     ),
     _format(
-        "timm", ("beit",), _BEIT, "timm state dict of a BEiT", ignored=_BEIT_IGNORED, **_ANTIALIAS
+        "timm",
+        ("beit",),
+        _BEIT,
+        "timm state dict of a BEiT",
+        ignored=_BEIT_IGNORED,
+        relative_resize="geometric",
+        **_ANTIALIAS,
     ),
     _format("deit", ("vit",), _RULES, "facebookresearch DeiT"),
     _format("deit", ("deit",), _DISTILLED, "facebookresearch distilled DeiT", requires=_DIST),
@@ -171,7 +177,14 @@ FORMATS = (
         ),
         written=False,
     ),
-    _format("beit", ("beit",), _BEIT, "microsoft BEiT, fine-tuned", ignored=_BEIT_IGNORED),
+    _format(
+        "beit",
+        ("beit",),
+        _BEIT,
+        "microsoft BEiT, fine-tuned",
+        ignored=_BEIT_IGNORED,
+        relative_resize="geometric_cubic",
+    ),
     _format(
         "beit",
         ("beit",),
@@ -179,6 +192,7 @@ FORMATS = (
         "microsoft BEiT, pretrained",
         ignored=_BEIT_IGNORED,
         requires=("lm_head.weight",),
+        relative_resize="geometric_cubic",
     ),
     *(
         _format(

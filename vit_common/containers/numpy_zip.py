@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -80,7 +81,10 @@ def _members(file: DataFile, archive: zipfile.ZipFile) -> dict[str, Tensor]:
             )
         native = DTYPES["bfloat16"] if dtype.kind == "V" else DTYPES[dtype.name]
         load = partial(_load, file, archive, info, start, dtype, native, shape, fortran)
-        tensors[name] = Tensor(name, shape, native, load)
+        rows = None
+        if info.compress_type == zipfile.ZIP_STORED and not fortran and dtype.byteorder != ">":
+            rows = partial(_load_row, file, info, start, native, shape)
+        tensors[name] = Tensor(name, shape, native, load, rows)
     return tensors
 
 
@@ -153,6 +157,25 @@ def _load(
     array = raw.view(native if dtype.kind == "V" else dtype)
     array = array.reshape(shape, order="F" if fortran else "C")
     return array.astype(native, copy=False)
+
+
+def _load_row(
+    file: DataFile,
+    info: zipfile.ZipInfo,
+    start: int,
+    native: np.dtype,
+    shape: tuple[int, ...],
+    index: int,
+) -> np.ndarray:
+    """One entry of the first axis of an array that is not compressed."""
+    local = file.read(info.header_offset, 30)
+    if len(local) < 30 or not local.startswith(b"PK\x03\x04"):
+        raise file.fail(f"member {info.filename!r} is not where the archive states it to be.")
+    # Lengths of the name and the extra field, which stand between this header and the data.
+    name, extra = struct.unpack("<HH", local[26:30])
+    size = math.prod(shape[1:]) * native.itemsize
+    data = info.header_offset + 30 + name + extra + start
+    return file.array(data + index * size, native, shape[1:])
 
 
 def holds(dtype: np.dtype) -> bool:

@@ -61,7 +61,7 @@ class Tensor:
     Nothing of the array is in memory before `read()`, and no copy is kept after it.
     """
 
-    __slots__ = ("_load", "_load_part", "dtype", "name", "shape")
+    __slots__ = ("_load", "_load_part", "_load_row", "dtype", "name", "shape")
 
     def __init__(
         self,
@@ -69,12 +69,14 @@ class Tensor:
         shape: tuple[int, ...],
         dtype: np.dtype,
         load: Callable[[], np.ndarray],
+        load_row: Callable[[int], np.ndarray] | None = None,
         load_part: Callable[[Index], np.ndarray] | None = None,
     ) -> None:
         self.name = name
         self.shape = shape
         self.dtype = dtype
         self._load = load
+        self._load_row = load_row
         self._load_part = load_part
 
     @property
@@ -101,6 +103,18 @@ class Tensor:
         if self._load_part is not None and self.nbytes > _FEW_BYTES:
             return self._load_part(index)
         return self._load()[index]
+
+    def row(self, index: int, name: str) -> Tensor:
+        """Entry `index` of the first axis, as a tensor of that name.
+
+        Only that part of the file is read where the container allows it (and then without the
+        checksum that a zip archive has of the whole).
+        """
+
+        def load() -> np.ndarray:
+            return self._load()[index] if self._load_row is None else self._load_row(index)
+
+        return Tensor(name, self.shape[1:], self.dtype, load)
 
     def __repr__(self) -> str:
         return f"Tensor({self.name!r}, shape={self.shape}, dtype={self.dtype.name})"

@@ -1,0 +1,415 @@
+"""What a conversion is to write: the tensors of the target, its configuration, its report."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.formats import table_for
+from convert.infer import Note, infer_config
+from convert.report import Report
+from convert.rules import Mapped, TensorLike, to_foreign, unprefixed
+from convert.source import Source
+from convert.target import OTHERS, PLACES, is_file
+from convert.timm_config import timm_config
+from vit_common.config import CONFIG_NAME, FLOATS, ViTConfig
+from vit_common.containers.tensor import DTYPES, Tensor
+from vit_common.errors import CheckpointError, ConfigError, InputError
+from vit_common.image_processor import PROCESSOR_NAME
+from vit_common.parameters import class_name, parameter_shapes
+from vit_common.positions import relative_distances, resize_positions, resize_relative_positions
+
+
+class Plan:
+    """What is to be written: the canonical tensors of the target, and its names for them."""
+
+    def __init__(
+        self,
+        source: Source,
+        to: str,
+        dtype: str | None,
+        image_size: Any,
+        ignore: tuple[str, ...],
+        num_labels: int | None,
+        labels: Sequence[str] | None,
+    ) -> None:
+        self.source, self.to = source, to
+        self.head = source.head
+        self.notes = list(source.notes)
+        self.ignored = dict(source.ignored)
+        self.config = type(source.config).from_dict(source.config.to_dict())
+        self._set_labels(num_labels, labels)
+        unexplained = self._ignore(ignore)
+        tensors = self._account(unexplained)
+        if image_size is not None:
+            tensors = self._resample(tensors, image_size)
+        if dtype is not None:
+            tensors = {n: _cast(n, t, DTYPES[dtype]) for n, t in tensors.items()}
+        self.tensors = tensors
+        dtypes = dict.fromkeys(t.dtype.name for t in tensors.values())
+        self.dtype = dtype or max(dtypes, key=lambda name: DTYPES[name].itemsize)
+        self.config.dtype = self.dtype
+        self.architecture = class_name(self.config, self.head)
+        self.config.architectures = [self.architecture]
+        self.table = table_for(to, self.config, self.head)
+        self._refuse_what_readers_drop()
+        self.written = self._foreign(tensors)
+
+    def _refuse_what_readers_drop(self) -> None:
+        """Raise InputError where the format has names for what its own library leaves out."""
+        if self.to == "timm" and self.config.use_representation_layer:
+            raise InputError(
+                "the format 'timm' cannot hold this network: timm drops the layer before the "
+                "classifier (pre-logits) when it loads."
+            )
+
+    # -- the source's side
+
+    def _set_labels(self, num_labels: int | None, labels: Sequence[str] | None) -> None:
+        if num_labels is None and labels is None:
+            return
+        weights = self.source.mapped.tensors
+        name = "cls_classifier.weight" if self.head == "teacher" else "classifier.weight"
+        if name not in weights:
+            raise InputError("labels were given, but these weights have no classifier.")
+        rows = weights[name].shape[0]
+        count = len(labels) if labels is not None else num_labels
+        if count != rows or (num_labels is not None and num_labels != rows):
+            raise InputError(
+                f"the classifier has {rows} classes; given {count} labels"
+                + (f" and `num_labels` {num_labels}." if None not in (labels, num_labels) else ".")
+            )
+        if labels is not None:
+            self.config.id2label = dict(enumerate(map(str, labels)))
+        elif len(self.config.id2label) == rows:
+            return  # they have names
+        else:
+            self.config.id2label = {i: f"LABEL_{i}" for i in range(rows)}
+        self.config.label2id = {label: i for i, label in self.config.id2label.items()}
+        self.notes = [note for note in self.notes if note.field not in ("id2label", "num_labels")]
+        self.notes.append(Note("id2label", self.config.id2label, "given"))
+
+    def _ignore(self, patterns: tuple[str, ...]) -> list[str]:
+        """Move what the caller gave up to what is ignored; the names left that nothing explains."""
+        left = []
+        for pattern in patterns:
+            _match(pattern, "")  # refused also where there is nothing to match
+        self.given_up = lambda name: any(_match(pattern, name) for pattern in patterns)
+        for name in self.source.unexplained:
+            if self.given_up(name):
+                self.ignored[name] = "given up by the caller"
+            else:
+                left.append(name)
+        return left
+
+    def _account(self, unexplained: list[str]) -> dict[str, TensorLike]:
+        """Every tensor of the source used once or given up, every one of the network filled."""
+        found: dict[str, TensorLike] = dict(self.source.mapped.tensors)
+        if self.config.num_hidden_layers > len(found):  # a file can claim any number
+            raise CheckpointError(
+                f"the configuration says {self.config.num_hidden_layers} blocks, and the file "
+                f"holds {len(found)} tensors in all."
+            )
+        pooled = "pooler.dense.weight" in found or "pooler.layernorm.weight" in found
+        shapes = {
+            unprefixed(name): shape
+            for name, shape in parameter_shapes(
+                self.config,
+                self.head,
+                add_pooling_layer=pooled,
+                use_mask_token="embeddings.mask_token" in found,
+            ).items()
+        }
+        faults = [f"{name}: nothing here knows this name" for name in unexplained]
+        for name, tensor in found.items():
+            if tensor.dtype.name not in FLOATS:
+                faults.append(
+                    f"{name}: its dtype is {tensor.dtype}; wanted one of {', '.join(FLOATS)}"
+                )
+            if name not in shapes:
+                why = self._why_left(name)
+                if why is None:
+                    faults.append(f"{name}: the configuration has no such parameter")
+                else:
+                    self.ignored[name] = why
+            elif tuple(tensor.shape) != tuple(shapes[name]):
+                faults.append(
+                    f"{name}: its shape is {tuple(tensor.shape)}; by the configuration it must be "
+                    f"{tuple(shapes[name])}"
+                )
+        missing = [name for name in shapes if name not in found]
+        faults += [f"{name}: missing" for name in missing]
+        if faults:
+            shown = ";\n".join(f"- {fault}" for fault in faults[:60])
+            more = f";\n- and {len(faults) - 60} more" if len(faults) > 60 else ""
+            raise CheckpointError(
+                f"not every tensor fits a network of the family {self.config.model_type!r} in the "
+                f"format {self.source.table.name!r} ({self.source.table.describes}); "
+                f"{len(faults)} faults:\n{shown}{more}.\nNothing was written. Name what may be "
+                "left aside with `--ignore PATTERN` (in Python `ignore=`)."
+            )
+        return {name: found[name] for name in shapes}
+
+    def _why_left(self, name: str) -> str | None:
+        if name == "embeddings.mask_token":
+            return "a mask token, which a model with this head does not have"
+        if name.startswith("pooler.") and self.head is not None:
+            return "a pooler, which the head of this model does not look at"
+        heads = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.")
+        if name.startswith(heads) and self.head is not None:
+            return "a second head"
+        return "given up by the caller" if self.given_up(name) else None
+
+    # -- changes
+
+    def _resample(self, tensors: dict[str, TensorLike], size: Any) -> dict[str, TensorLike]:
+        old, family = self.config.grid_size, self.config
+        self.config.image_size = size
+        self.config.validate()
+        height, width = self.config.image_height_width
+        p, q = self.config.patch_height_width
+        if height % p or width % q:
+            raise InputError(
+                f"`image_size` must be a multiple of the patch, {p} x {q} (height x width); given "
+                f"{height} x {width}."
+            )
+        new, rule, k = self.config.grid_size, family.position_resize, family.num_prefix_positions
+        self.notes = [note for note in self.notes if note.field != "image_size"]
+        tables = any(name.endswith("relative_position_bias_table") for name in tensors)
+        by = [f"positions by {rule}"] * ("embeddings.position_embeddings" in tensors)
+        relative = self.source.table.relative_resize
+        by += [f"relative positions by {relative}"] * tables
+        self.notes.append(Note("image_size", self.config.image_size, "; ".join(["given", *by])))
+        out = dict(tensors)
+        for name, tensor in tensors.items():
+            if name == "embeddings.position_embeddings":
+                load = partial(_resized, tensor, resize_positions, old, new, rule, k)
+                shape: tuple[int, ...] = (1, k + new[0] * new[1], tensor.shape[2])
+            elif name.endswith("relative_position_bias_table"):
+                load = partial(_resized, tensor, resize_relative_positions, old, new, relative)
+                shape = (relative_distances(new), tensor.shape[1])
+            else:
+                continue
+            out[name] = Tensor(name, shape, tensor.dtype, load)
+        return out
+
+    # -- the target's side
+
+    def _foreign(self, tensors: Mapping[str, TensorLike]) -> dict[str, TensorLike]:
+        prefix = f"{self.config.base_model_prefix}." if self.head is not None else ""
+        top = {unprefixed(n): n for n in parameter_shapes(self.config, self.head)}
+        named = {top.get(name, prefix + name): tensor for name, tensor in tensors.items()}
+        mapped = to_foreign(named, self.table)
+        if mapped.unused:
+            raise InputError(
+                f"the format {self.to!r} ({self.table.describes}) cannot hold "
+                f"{len(mapped.unused)} of these tensors: {', '.join(sorted(mapped.unused)[:12])}."
+            )
+        return {self.table.root + name: tensor for name, tensor in mapped.tensors.items()}
+
+    def names(self, target: Path, beside: Mapping[str, str]) -> list[Path]:
+        """The files that would be written, shards aside."""
+        if is_file(target):
+            return [target]
+        place = PLACES.get(self.to, OTHERS)
+        suffix = {"torch": "pth"}.get(place.container, place.container)
+        weights = f"{place.stem}.{suffix}"
+        return [target / name for name in (weights, f"{weights}.index.json", *beside)]
+
+    def report(self, target: Path, dry_run: bool) -> Report:
+        source = self.source
+        implied = {
+            field: value
+            for field, value in self.table.settings.items()
+            if getattr(self.config, field) != value
+        }
+        warnings = []
+        if implied:
+            warnings.append(
+                f"networks in the format {self.to!r} have "
+                + ", ".join(f"{name}={value!r}" for name, value in implied.items())
+                + "; this one has "
+                + ", ".join(f"{name}={getattr(self.config, name)!r}" for name in implied)
+                + ". Who reads the weights without the configuration written here gets slightly "
+                "other outputs."
+            )
+        if self.config.is_extended and self.to in ("hub", "flax", "flax-safetensors"):
+            warnings.append(
+                "Transformers has no class for this network; the configuration says model_type "
+                f"{self.config.extended_type!r}, so that it refuses it instead of computing "
+                "something else. vit_flax and vit_torch load it."
+            )
+        if self.to == "timm" and self.config.use_swiglu_ffn and source.timm is None:
+            warnings.append(
+                "timm's config.json cannot say that the MLP is a SwiGLU: give timm a model that "
+                "has one, such as vit_giant_patch14_dinov2, the sizes."
+            )
+        if self.to == "google" and not self.config.qkv_bias:
+            warnings.append(
+                "Google's own code wants biases of query, key and value, which this network does "
+                "not have; vit_flax and vit_torch read the file."
+            )
+        if is_file(target) and target.suffix != ".safetensors":
+            needs = self.to in ("hub", "flax", "flax-safetensors")
+            warnings.append(
+                f"a {target.suffix} file cannot hold the configuration: "
+                + (
+                    "it needs a config.json beside it to be read"
+                    if needs
+                    else "who reads it infers one"
+                )
+                + ". Give a folder as the target to have one written."
+            )
+        if (
+            self.to == "hub"
+            and not self.config.is_extended
+            and self.config.position_resize != type(self.config).fields["position_resize"][0]
+        ):
+            warnings.append(
+                "Transformers does not know `position_resize` and resamples positions to other "
+                f"image sizes by its own rule, not by {self.config.position_resize!r}; at the "
+                "native size nothing differs."
+            )
+        warnings += self._differences(target)
+        found = source.mapped.tensors
+        return Report(
+            source=str(source.path),
+            target=str(target),
+            format_from=source.table.name,
+            format_to=self.to,
+            describes=source.table.describes,
+            family=self.config.model_type,
+            architecture=self.architecture,
+            tensors_read=len(source.checkpoint) - len(self.ignored),
+            tensors_written=len(self.written),
+            parameters=sum(math.prod(t.shape) for t in self.tensors.values()),
+            bytes=sum(math.prod(t.shape) * t.dtype.itemsize for t in self.tensors.values()),
+            dtype=self.dtype,
+            dry_run=dry_run,
+            set=self.notes,
+            ignored={
+                # By the file's own names where a canonical one was given up.
+                name: why
+                for name, why in self.ignored.items()
+                if name in source.checkpoint or name in found
+            },
+            warnings=warnings,
+        )
+
+    def _differences(self, target: Path) -> list[str]:
+        """What the files do not say, and their readers would have otherwise."""
+        said = []
+        given = {note.field for note in self.notes}
+        odd = {
+            field: value
+            for field, value in self.source.table.settings.items()
+            if getattr(self.config, field) != value and field not in given
+        }
+        if odd and not self.source.notes:
+            said.append(
+                f"networks in the format {self.source.table.name!r} have "
+                + ", ".join(f"{name}={value!r}" for name, value in odd.items())
+                + "; the configuration beside the source says "
+                + ", ".join(f"{name}={getattr(self.config, name)!r}" for name in odd)
+                + ", and was believed."
+            )
+        if (
+            is_file(target)
+            and target.suffix != ".safetensors"
+            and not self.to.startswith(("hub", "flax"))
+        ):
+            try:
+                mapped = Mapped(dict(self.tensors), [])  # type: ignore[arg-type]
+                guess, _ = infer_config(self.table, mapped, self.written)
+            except (CheckpointError, ConfigError) as error:
+                return [*said, f"who reads the file alone has to be told: {error}"]
+            fields = [
+                name
+                for name in self.config.fields
+                if name not in ("id2label", "label2id", "architectures", "dtype")
+                and not name.endswith(("_dropout_prob", "drop_path_rate", "initializer_range"))
+                and getattr(guess, name, None) != getattr(self.config, name)
+            ]
+            if fields:
+                said.append(
+                    "who reads the file alone takes "
+                    + ", ".join(f"{name}={getattr(guess, name, None)!r}" for name in fields)
+                    + "; it is "
+                    + ", ".join(f"{name}={getattr(self.config, name)!r}" for name in fields)
+                    + "."
+                )
+        return said
+
+    def beside(self, target: Path, processor: Any, report: Report) -> dict[str, str]:
+        """The small files of a directory: name -> text."""
+        if is_file(target):
+            return {}
+        beside = {CONFIG_NAME: self.config.to_json_string()}
+        if self.to == "timm":
+            found = None if processor is None else processor[0]
+            beside[CONFIG_NAME] = timm_config(self.config, self.source.timm, found)
+        if processor is not None:
+            found, origin = processor
+            if self.config.grid_size != self.source.config.grid_size:
+                found = _at_size(found, self.source.config, self.config)
+            beside[PROCESSOR_NAME] = found.to_json_string()
+            report.preprocessing = origin
+        return beside
+
+
+def _match(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise InputError(
+            f"`ignore` must hold regular expressions; given {pattern!r} ({error})."
+        ) from error
+
+
+def _cast(name: str, tensor: TensorLike, dtype: np.dtype) -> TensorLike:
+    if tensor.dtype == dtype:
+        return tensor
+
+    def load() -> np.ndarray:
+        array = tensor.read()
+        with np.errstate(over="ignore"):
+            out = array.astype(dtype)
+        if dtype == np.float16 and np.isinf(out).any() and not np.isinf(array).any():
+            largest = np.abs(array.astype(np.float32)).max()
+            raise CheckpointError(
+                f"{name}: holds {largest:.4g}, more than float16 can (65504); use bfloat16."
+            )
+        return out
+
+    return Tensor(name, tuple(tensor.shape), dtype, load)
+
+
+def _resized(tensor: TensorLike, resize: Callable[..., np.ndarray], *args: Any) -> np.ndarray:
+    return resize(tensor.read(), *args)
+
+
+def _at_size(processor: Any, old: ViTConfig, new: ViTConfig) -> Any:
+    """The same preparation for images of another size."""
+    (H, W) = new.image_height_width
+    table = processor.to_dict()
+    size = dict(table.get("size") or {})
+    crop = dict(table.get("crop_size") or {}) if table.get("do_center_crop") else {}
+    # What comes out now: the crop, or else what images are resized to. It need not be the
+    # configuration's size: DINOv2's is 518 and its images are 224.
+    now = crop or size
+    h, w = now.get("height"), now.get("width")
+    if not (h and w):
+        h, w = old.image_height_width
+    for key, factor in (("height", H / h), ("width", W / w), ("shortest_edge", H / h)):
+        if size.get(key):
+            size[key] = round(size[key] * factor)
+    table["size"] = size
+    if crop:
+        table["crop_size"] = {"height": H, "width": W}
+    return type(processor).from_dict(table)

@@ -1,0 +1,97 @@
+"""The proof of a conversion: what was written is read again and compared."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+
+import numpy as np
+
+from convert.forward import forward
+from convert.plan import Plan
+from convert.report import Verification
+from convert.source import Source, open_source, read_tensors
+from vit_common.checkpoint import open_checkpoint
+from vit_common.containers.tensor import DTYPES
+from vit_common.errors import CheckpointError
+
+_MOST_PATCHES = 2_600
+"""Of an image to verify with: a configuration without positions can claim any size."""
+
+
+def verify_result(plan: Plan, written: Path) -> Verification:
+    """Read the result again: every tensor equal to the bit, and the same outputs.
+
+    Raises:
+        CheckpointError: it is not so.
+    """
+    with _open_result(plan, written) as (config, tensors):
+        missing = sorted(set(plan.tensors) ^ set(tensors))
+        if missing:
+            raise CheckpointError(
+                f"verification failed: {', '.join(missing[:12])} are not in both source and result."
+            )
+        for name, tensor in plan.tensors.items():
+            wanted, given = tensor.read(), tensors[name].read()
+            if wanted.dtype != given.dtype or wanted.shape != given.shape:
+                raise CheckpointError(
+                    f"verification failed: {name} is {given.dtype} {given.shape} in the result; "
+                    f"wanted {wanted.dtype} {wanted.shape}."
+                )
+            if not _same_bits(wanted, given):
+                raise CheckpointError(f"verification failed: {name} differs in the result.")
+            del wanted, given
+        verification = Verification(len(plan.tensors))
+        if isinstance(config.hidden_act, str) and plan.config.num_patches <= _MOST_PATCHES:
+            _compare_outputs(plan, config, tensors, verification)
+    return verification
+
+
+@contextlib.contextmanager
+def _open_result(plan: Plan, written: Path):
+    """Configuration and canonical tensors of what was written, read as anyone would."""
+    if written.is_dir() or written.suffix == ".safetensors":
+        with open_source(written, format=plan.to) as source:
+            yield source.config, source.mapped.tensors
+        return
+    with open_checkpoint(written) as checkpoint:
+        hints = {"model_type": plan.config.model_type}
+        read = read_tensors(checkpoint, format=plan.to, hints=hints)
+        yield plan.config, read.mapped.tensors
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    bits = {8: np.uint64, 4: np.uint32, 2: np.uint16}[a.dtype.itemsize]
+    a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
+    return bool(np.array_equal(a.view(bits), b.view(bits)))
+
+
+def _compare_outputs(plan, config, tensors, verification) -> None:
+    resampled = plan.config.grid_size != plan.source.config.grid_size
+    original = plan.tensors if resampled else plan.source.mapped.tensors
+    own = plan.config if resampled else plan.source.config
+    rng = np.random.default_rng(0)
+    height, width = own.image_height_width
+    image = rng.standard_normal((own.num_channels, height, width)).astype(np.float32)
+    with np.errstate(all="ignore"):
+        wanted = forward(own, original, image)
+        given = forward(config, tensors, image)
+    scale = float(np.abs(wanted).max(initial=0.0))
+    difference = float(np.abs(wanted - given).max(initial=0.0))
+    verification.logits_max_abs, verification.logits_scale = difference, scale
+    # One rounding of every weight: half a unit of the last place each, and they add up.
+    loose = {"float16": 0.05, "bfloat16": 0.3}.get(plan.dtype, 1e-5)
+    exact = plan.dtype == _widest(plan.source)
+    bound = (1e-6 if exact else loose) * max(scale, 1e-3)
+    if not difference <= bound and math.isfinite(scale):
+        raise CheckpointError(
+            f"verification failed: the outputs of source and result differ by {difference:.3g} "
+            f"(of {scale:.3g}; bound {bound:.3g}), though the weights are equal: the configuration "
+            "read back is not the same."
+        )
+
+
+def _widest(source: Source) -> str:
+    names = {t.dtype.name for t in source.mapped.tensors.values()}
+    return max(names, key=lambda name: DTYPES[name].itemsize)

@@ -1,0 +1,136 @@
+"""Writes a plan beside its target, has it verified there, and only then puts it in its place."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from convert.plan import Plan
+from convert.proof import verify_result
+from convert.report import Report
+from convert.source import METADATA_KEY
+from convert.target import OTHERS, PICKLES, PLACES, WRAPPERS, is_file
+from vit_common.checkpoint import save_checkpoint, write_checkpoint
+from vit_common.errors import MissingFileError, ViTError
+from vit_common.files import move_files, reason, write_text
+
+
+def write(
+    plan: Plan,
+    target: Path,
+    beside: Mapping[str, str],
+    stale: Iterable[Path],
+    max_shard_size: int | str,
+    verify: bool,
+    report: Report,
+    progress: Callable[[int, int], Any] | None,
+    started: float,
+) -> None:
+    """Write beside the target, verify there, and only then put it in its place.
+
+    Args:
+        plan: what to write.
+        target: a file or a directory; those above it are made.
+        beside: small files of a directory, name -> text.
+        stale: weights in it that the new ones make obsolete.
+        max_shard_size: largest file of a directory.
+        verify: whether to read the result again and compare it.
+        report: gets the time, the verification and the names of what was written.
+        progress: called with bytes done and bytes in all.
+        started: by `time.perf_counter`.
+
+    Raises:
+        MissingFileError: it cannot be written.
+        CheckpointError: the result is not equal to the source. Then nothing was replaced.
+    """
+    total = sum(math.prod(t.shape) * t.dtype.itemsize for t in plan.written.values())
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    one_file = is_file(target)
+    directory = target.parent if one_file else target
+    made = _make_directories(directory)
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=directory))
+        try:
+            _write_into(staging, plan, target, beside, max_shard_size, one_file, advance)
+            report.seconds = time.perf_counter() - started
+            if verify:
+                written = staging / target.name if one_file else staging
+                report.verification = verify_result(plan, written)
+            names = {file.name for file in staging.iterdir()}
+            older = [path.name for path in stale if path.name not in names]
+            report.written = [str(path) for path in move_files(staging, directory, older)]
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except BaseException as error:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        if isinstance(error, OSError) and not isinstance(error, ViTError):
+            text = f"{directory}: cannot be written ({reason(error)})."
+            raise MissingFileError(text) from error
+        raise
+
+
+def _make_directories(directory: Path) -> list[Path]:
+    """Make a directory and those above it; which were made."""
+    made = [path for path in (*reversed(directory.parents), directory) if not path.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MissingFileError(f"{directory}: cannot be made ({reason(error)}).") from error
+    return made
+
+
+def _write_into(staging, plan, target, beside, max_shard_size, one_file, advance) -> None:
+    place = PLACES.get(plan.to, OTHERS)
+    if not one_file:
+        metadata = {"format": place.metadata} if place.metadata else None
+        if place.container == "torch":
+            write_checkpoint(
+                staging / "model.pth",
+                plan.written,
+                wrapper=WRAPPERS.get(plan.to),
+                progress=advance,
+            )
+            for name, text in beside.items():
+                write_text(staging / name, text)
+            return
+        save_checkpoint(
+            staging,
+            plan.written,
+            container=place.container,
+            stem=place.stem,
+            max_shard_size=max_shard_size,
+            metadata=metadata,
+            separator="/",
+            beside=beside,
+            progress=advance,
+        )
+        return
+    metadata, wrapper = None, None
+    if target.suffix == ".safetensors":
+        tag = "flax" if plan.to.startswith("flax") else "pt"
+        # A file alone says by itself what it is.
+        metadata = {"format": tag, METADATA_KEY: plan.config.to_json_string()}
+    if target.suffix in PICKLES:
+        wrapper = WRAPPERS.get(plan.to)
+    write_checkpoint(
+        staging / target.name,
+        plan.written,
+        metadata=metadata,
+        wrapper=wrapper,
+        progress=advance,
+    )
