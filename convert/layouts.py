@@ -21,7 +21,9 @@ class Layout:
 
     `to_canonical` takes the foreign arrays of one rule in the rule's order and returns the
     canonical ones; `to_foreign` is its inverse. `ranks` are the numbers of dimensions that the
-    foreign and the canonical arrays have, or None where any will do.
+    foreign and the canonical arrays have, or None where any will do. `axes` are those of the
+    foreign array in the order of the canonical one, where all the layout does is to order them
+    (an empty tuple leaves them as they are), so that a part of an array can be read by itself.
     """
 
     name: str
@@ -29,15 +31,21 @@ class Layout:
     to_foreign: Callable[[Arrays], Arrays]
     foreign_rank: int | None = None
     canonical_rank: int | None = None
+    axes: tuple[int, ...] | None = None
+
+    @property
+    def inverse_axes(self) -> tuple[int, ...] | None:
+        """Axes of the canonical array in the order of the foreign one."""
+        return self.axes and tuple(int(axis) for axis in np.argsort(self.axes))
 
 
 def _each(function: Callable[[np.ndarray], np.ndarray]) -> Callable[[Arrays], Arrays]:
     return lambda arrays: [function(array) for array in arrays]
 
 
-KEEP = Layout("keep", _each(lambda x: x), _each(lambda x: x))
+KEEP = Layout("keep", _each(lambda x: x), _each(lambda x: x), axes=())
 
-TRANSPOSE = Layout("transpose", _each(lambda x: x.T), _each(lambda x: x.T), 2, 2)
+TRANSPOSE = Layout("transpose", _each(lambda x: x.T), _each(lambda x: x.T), 2, 2, (1, 0))
 """Dense kernel (in, out) of JAX <-> dense weight (out, in) of PyTorch."""
 
 HWIO = Layout(
@@ -46,6 +54,7 @@ HWIO = Layout(
     _each(lambda x: x.transpose(2, 3, 1, 0)),
     4,
     4,
+    (3, 2, 0, 1),
 )
 """Convolution kernel (H, W, in, out) of JAX <-> convolution weight (out, in, H, W) of PyTorch."""
 

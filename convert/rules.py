@@ -178,10 +178,30 @@ def _lookup(table: Mapping[str, Rule], key: str) -> tuple[Rule, str | None] | No
 class _Group:
     """The arrays one rule makes; those of a fused one are read once and handed out one by one."""
 
-    def __init__(self, apply: Callable[[Arrays], Arrays], sources: tuple[TensorLike, ...]) -> None:
+    def __init__(
+        self,
+        apply: Callable[[Arrays], Arrays],
+        sources: tuple[TensorLike, ...],
+        axes: tuple[int, ...] | None = None,
+    ) -> None:
         self._apply = apply
         self._sources = sources
+        self._axes = axes if len(sources) == 1 else None
         self._ready: dict[int, np.ndarray] = {}
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether a part of the one array it makes is a part of the one it is made of."""
+        return self._axes is not None and getattr(self._sources[0], "has_parts", False)
+
+    def take_part(self, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of that array."""
+        (source,) = self._sources
+        there = list(index)
+        for axis, origin in enumerate(self._axes or ()):
+            there[origin] = index[axis]
+        part: np.ndarray = source.read_part(tuple(there))  # type: ignore[attr-defined]
+        return self._apply([part])[0]
 
     def take(self, position: int) -> np.ndarray:
         if position not in self._ready:
@@ -211,6 +231,16 @@ class MappedTensor:
         """The array; a view of what the source read where the layout allows it."""
         return self._group.take(self._position)
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether `read_part` reads less than the whole."""
+        return self._group.has_parts
+
+    def read_part(self, index: tuple[slice, ...]) -> np.ndarray:
+        """`read()[index]`, for a slice with a step of one for each axis; without the rest in memory
+        where the file and the layout allow it."""
+        return self._group.take_part(index) if self.has_parts else self.read()[index]
+
 
 @dataclass
 class Mapped:
@@ -233,7 +263,7 @@ def to_canonical(source: Mapping[str, TensorLike], table: Format) -> Mapped:
         bare,
         table.rule_for_foreign,
         lambda rule: (rule.foreign_names, rule.canonical_names),
-        lambda layout: (layout.to_canonical, layout.foreign_rank),
+        lambda layout: (layout.to_canonical, layout.foreign_rank, layout.axes),
     )
 
 
@@ -251,7 +281,7 @@ def to_foreign(source: Mapping[str, TensorLike], table: Format) -> Mapped:
         bare,
         table.rule_for_canonical,
         lambda rule: (rule.canonical_names, rule.foreign_names),
-        lambda layout: (layout.to_foreign, layout.canonical_rank),
+        lambda layout: (layout.to_foreign, layout.canonical_rank, layout.inverse_axes),
     )
     prefix = _family_prefix(source, ".")
     if not (prefix and table.prefixed):
@@ -291,7 +321,7 @@ def _map(source, original, find, sides, direction) -> Mapped:
             faults.append(f"{original[name]!r} is there but {', '.join(absent)} is not")
             continue
         sources = tuple(source[n] for n in inputs)
-        function, rank = direction(rule.layout)
+        function, rank, axes = direction(rule.layout)
         shapes = [tuple(s.shape) for s in sources]
         if rank is not None and any(len(shape) != rank for shape in shapes):
             given = " and ".join(map(str, shapes))
@@ -305,7 +335,7 @@ def _map(source, original, find, sides, direction) -> Mapped:
         if len({s.dtype for s in sources}) > 1:
             faults.append(f"{', '.join(inputs)} must have one dtype")
             continue
-        group = _Group(function, sources)
+        group = _Group(function, sources, axes)
         for position, (output, shape) in enumerate(zip(outputs, made, strict=True)):
             target = _fill(output, index)
             if target in tensors:

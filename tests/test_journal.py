@@ -242,3 +242,131 @@ def test_a_run_that_is_ended_can_be_resumed(tmp_path, number):
     files = [row["file"] for row in rows_of(target)]
     assert files == sorted(map(str, folder.iterdir()))
     assert before is None or 0 < before < 80
+
+
+def test_wherever_a_run_is_killed(tmp_path):
+    """The file of rows cut at every byte: whole rows are kept, each once."""
+    names = ["a.png", "b\udcff.png", "写真.png"]
+    target = tmp_path / "out.jsonl"
+    journal = Journal(str(target), run={"top_k": 1})
+    for name in names:
+        journal.write(name, predictions())
+    journal.flush()
+    whole = (tmp_path / "out.jsonl.partial").read_bytes()
+    journal.close()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    for length in range(len(whole) + 1):
+        (tmp_path / "out.jsonl.partial").write_bytes(whole[:length])
+        journal = Journal(str(target), resume=True, run={"top_k": 1})
+        assert len(journal.done) == max(0, sum(end <= length for end in ends) - 1)
+        for name in names:
+            journal.write(name, predictions())
+        journal.flush()
+        journal.close()
+        assert (tmp_path / "out.jsonl.partial").read_bytes() == whole
+
+
+def test_two_do_not_write_one_output(tmp_path):
+    target = str(tmp_path / "out.jsonl")
+    journal = Journal(target)
+    journal.fail("a.png", "broken")
+    journal.flush()
+    for options in ({"resume": True}, {"force": True}):
+        with pytest.raises(MissingFileError, match="another process is writing this"):
+            Journal(target, **options)
+    journal.finish()
+    assert len(rows_of(tmp_path / "out.jsonl")) == 1
+
+
+def test_force_begins_anew_whoever_wrote(tmp_path):
+    target = tmp_path / "out.jsonl"
+    for part in ((0, 2), (1, 2)):
+        journal = Journal(str(target), part=part)
+        journal.fail(f"old{part[0]}.png", "broken")
+        journal.end()
+    with pytest.raises(MissingFileError, match=r"1-of-2\.partial: left by a run that did not end"):
+        Journal(str(target))
+    journal = Journal(str(target), force=True)
+    journal.fail("new.png", "broken")
+    journal.finish()
+    assert [row["file"] for row in rows_of(target)] == ["new.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_names_in_any_encoding(tmp_path, capsys, suffix):
+    """Latin-1 bytes, Japanese in Shift JIS, a line break: the names on disk are bytes."""
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    names = [
+        b"Z\xfcrich.png",
+        "写真.png".encode("shift_jis"),
+        "写真.png".encode(),
+        b"two\nlines.png",
+    ]
+    digit = (DIGITS / "digit-3-01.png").read_bytes()
+    for name in names:
+        with open(os.fsencode(folder) + b"/" + name, "wb") as stream:
+            stream.write(digit)
+    target = tmp_path / f"out.{suffix}"
+    options = ["--output", str(target), "--top-k", "1"]
+    assert main(["predict", str(folder), *options]) == 0
+    wanted = sorted(os.fsdecode(name) for name in names)
+    if suffix == "jsonl":
+        found = [row["file"] for row in rows_of(target)]
+    elif suffix == "csv":
+        with open(target, newline="", encoding="utf-8", errors="surrogateescape") as stream:
+            found = [row["file"] for row in csv.DictReader(stream)]
+    else:
+        import pyarrow.parquet as pq
+
+        found = pq.read_table(target)["file"].to_pylist()
+        wanted = [n.encode("utf-8", "backslashreplace").decode() for n in wanted]
+    assert [os.path.basename(name) for name in found] == wanted
+    capsys.readouterr()
+
+
+def test_a_folder_that_changes_while_it_is_read(folder, tmp_path, capsys, monkeypatch):
+    """What is gone when its turn comes is told; what came after the folder was looked at is not
+    there yet."""
+    digits = sorted(folder.glob("digit*"))
+
+    def find(names, report):
+        yield from map(str, digits)
+        digits[2].unlink()
+        (folder / "digit-late.png").write_bytes(digits[0].read_bytes())
+
+    monkeypatch.setattr("vit_cli.predict.find_images", find)
+    target = tmp_path / "out.jsonl"
+    assert main(["predict", str(folder), "--output", str(target)]) == 1
+    rows = rows_of(target)
+    assert [row["file"] for row in rows] == list(map(str, digits))
+    assert [i for i, row in enumerate(rows) if "error" in row] == [2]
+    assert "no such file" in rows[2]["error"].lower()
+    assert digits[2].name in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up(folder, tmp_path, capsys):
+    """The command says so in a line; with room again, --resume goes on."""
+    script = (
+        "import resource, signal, sys\n"
+        "from vit_cli.main import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1100, resource.RLIM_INFINITY))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    target = tmp_path / "out.jsonl"
+    command = ["predict", str(folder), "--output", str(target), "--batch-size", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if "broken.png" not in line]
+    assert lines == ["vit: error: the output cannot be written (File too large)."]
+    assert not target.exists()
+    assert main([*command, "--resume"]) == 1
+    said = capsys.readouterr().err
+    assert "of 7 images are done already" in said
+    assert [row["file"] for row in rows_of(target)] == sorted(map(str, folder.iterdir()))

@@ -64,7 +64,7 @@ def attention(
     from vit_cli.predict import load_classifier
     from vit_flax.attention_maps import contact_sheet, overlay, patch_map
 
-    classifier = load_classifier(model, dtype, hub)
+    classifier = load_classifier(model, dtype, hub, devices=1)
     config = classifier.config
     if head is not None and not 0 <= head < config.num_attention_heads:
         raise InputError(

@@ -1,23 +1,30 @@
 """Results in a file: written row by row, so that an interrupted run can go on where it stopped.
 
-Rows go to `FILE.partial`, one JSON object a line, whatever the file's own format. What a process
-that died left unfinished at its end is cut off when the run is resumed; the file itself appears
-when every image is done.
+Rows go to `FILE.partial`, one JSON object a line, whatever the file's own format; those of several
+processes to `FILE.1-of-2.partial` and so on, one for each. What a process that died left unfinished
+at its end is cut off when the run is resumed, by as many processes as there are then; the file
+itself appears when every image is done.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vit_common.errors import InputError, MissingFileError
 from vit_common.files import reason, replace_files
+
+try:
+    import fcntl
+except ImportError:  # no Unix
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from vit_flax.inference import Prediction
@@ -35,10 +42,17 @@ class Journal:
         resume: go on with what an earlier run left.
         force: begin anew, and overwrite.
         run: what the rows are made with; a run with another cannot be resumed with this.
+        part: (i, n) where n processes write, each its own rows, and this is the i-th from 0. Then
+            the first has called `prepare` for all of them, and calls `finish` for all of them.
+
+    Attributes:
+        done: images that have a row, of whichever process.
+        failed: how many of these rows, from earlier runs, hold an error.
 
     Raises:
         InputError: no such format, or parquet without pyarrow.
-        MissingFileError: the file is there already, or cannot be written.
+        MissingFileError: the file is there already, cannot be written, or is being written by
+            another process.
     """
 
     def __init__(
@@ -48,62 +62,60 @@ class Journal:
         resume: bool = False,
         force: bool = False,
         run: dict[str, Any] | None = None,
+        part: tuple[int, int] | None = None,
     ) -> None:
+        if part is None:
+            prepare(path, resume=resume, force=force)
         self._run = run or {}
         self.failed = 0
         self.path = Path(path)
-        self._partial = self.path.with_name(self.path.name + ".partial")
+        self._partial = _partial(path, part)
         self.done: set[str] = set()
-        suffix = self.path.suffix.lower()
-        if suffix not in SUFFIXES:
-            raise InputError(f"--output must end in {', '.join(SUFFIXES)}; given {path!r}.")
-        if suffix == ".parquet":
-            try:
-                import pyarrow  # noqa: F401
-            except ImportError as error:
-                raise InputError(
-                    'parquet needs pyarrow; run: pip install "vit-flax[parquet]", or write .jsonl'
-                ) from error
-        if self.path.exists() and not force:
-            raise MissingFileError(
-                f"{path}: already there, and whole; pass --force to do it again."
-            )
-        there = self._partial.exists()
-        if there and not (resume or force):
-            raise MissingFileError(
-                f"{self._partial}: left by a run that did not end; pass --resume to go on, or "
-                "--force to begin anew."
-            )
-        if there and resume:
-            self._recover()
+        self._own = 0
         try:
-            mode = "ab" if self.done else "wb"
-            self._stream: Any = open(self._partial, mode)  # noqa: SIM115  # until `finish`
-            if not self.done:
-                self._stream.write(json.dumps({"run": self._run}).encode() + b"\n")
+            # To append, whatever becomes of what is there: another process may be at it.
+            self._stream: Any = open(self._partial, "ab")  # noqa: SIM115  # until `finish`
         except OSError as error:
             raise MissingFileError(
                 f"{self._partial}: cannot be written ({reason(error)})."
             ) from error
+        try:
+            _lock(self._stream, self._partial)
+            end = self._recover(self._partial) if resume else 0
+            self._own = len(self.done)
+            os.truncate(self._partial, end)
+            for other in leftovers(path):
+                if resume and other != self._partial:
+                    self._recover(other)
+            if not end:
+                self._stream.write(json.dumps({"run": self._run}).encode() + b"\n")
+                self._stream.flush()
+        except BaseException as error:
+            self._stream.close()
+            if isinstance(error, OSError) and not isinstance(error, MissingFileError):
+                raise MissingFileError(
+                    f"{self._partial}: cannot be written ({reason(error)})."
+                ) from error
+            raise
 
-    def _recover(self) -> None:
-        """Read what is whole, and cut off the rest."""
+    def _recover(self, partial: Path) -> int:
+        """Read what is whole; returns the bytes that it takes."""
         end = 0
         try:
-            with open(self._partial, "rb") as stream:
+            with open(partial, "rb") as stream:
                 for number, line in enumerate(stream):
                     row = _parse(line)
                     if row is None:
                         break
                     if number == 0:
                         self._check_run(row.get("run"))
-                    else:
+                    elif row["file"] not in self.done:
                         self.done.add(row["file"])
                         self.failed += "error" in row
                     end += len(line)
-            os.truncate(self._partial, end)
         except OSError as error:
-            raise MissingFileError(f"{self._partial}: cannot be read ({reason(error)}).") from error
+            raise MissingFileError(f"{partial}: cannot be read ({reason(error)}).") from error
+        return end
 
     def _check_run(self, run: Any) -> None:
         """Raise InputError if the rows that are there were made otherwise."""
@@ -138,6 +150,7 @@ class Journal:
         if row["file"] in self.done:  # named twice, or by two folders
             return
         self.done.add(row["file"])
+        self._own += 1
         self._stream.write(json.dumps(row).encode() + b"\n")
 
     def flush(self) -> None:
@@ -147,45 +160,87 @@ class Journal:
     def close(self) -> None:
         """Keep what there is for `resume`; nothing where there is nothing."""
         self._stream.close()
-        if not self.done:
+        if not self._own:
             self._partial.unlink(missing_ok=True)
 
-    def finish(self) -> None:
-        """Make the file of the rows.
-
-        Raises:
-            MissingFileError: it cannot be written; the rows are kept.
-        """
+    def end(self) -> None:
+        """Hand the rows to the disk; what `finish` needs of every process but the first."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
+
+    def finish(self, files: Iterable[str] = ()) -> None:
+        """Make the file of the rows.
+
+        Args:
+            files: images in the order that the rows of several processes are to have.
+
+        Raises:
+            MissingFileError: it cannot be written, or one of the images has no row; the rows are
+                kept.
+        """
+        self.end()
         suffix = self.path.suffix.lower()
+        self._order = list(dict.fromkeys(files))
+        self._parts = leftovers(self.path)
         try:
             ways = {".jsonl": self._jsonl, ".csv": self._csv, ".parquet": self._parquet}
             write: Callable[[BinaryIO], object] = ways[suffix]
             replace_files(self.path.parent, {self.path.name: write})
-            self._partial.unlink()
+            for part in self._parts:
+                part.unlink(missing_ok=True)
+        except MissingFileError as error:
+            raise MissingFileError(f"{error} The rows are in {self._partial}.") from error
         except OSError as error:
             raise MissingFileError(
                 f"{self.path}: cannot be written ({reason(error)}); the rows are in "
                 f"{self._partial}."
             ) from error
 
+    def _lines(self) -> Iterator[bytes]:
+        """The rows as they were written: those of one process in their order, those of several in
+        the order of the files."""
+        if self._parts == [self._partial]:
+            with open(self._partial, "rb") as stream:
+                next(stream, None)  # what the run was
+                yield from stream
+            return
+        where: dict[str, tuple[int, int, int]] = {}
+        with contextlib.ExitStack() as stack:
+            streams = [stack.enter_context(open(part, "rb")) for part in self._parts]
+            for number, stream in enumerate(streams):
+                position = 0
+                for line in stream:
+                    row = _parse(line)
+                    if row is None:
+                        break
+                    if "file" in row:
+                        where.setdefault(row["file"], (number, position, len(line)))
+                    position += len(line)
+            absent = [file for file in self._order if file not in where]
+            if absent:
+                raise MissingFileError(
+                    f"{self.path}: {len(absent)} of {len(self._order)} images have no row, the "
+                    f"first is {absent[0]}: the processes did not find the same images. Run it "
+                    "again with --resume."
+                )
+            for file in dict.fromkeys((*self._order, *where)):
+                number, position, length = where[file]
+                streams[number].seek(position)
+                yield streams[number].read(length)
+
     def _rows(self) -> Iterator[dict[str, Any]]:
         """One row a class, or one with an error an image."""
-        with open(self._partial, "rb") as stream:
-            next(stream, None)  # what the run was
-            for line in stream:
-                row = json.loads(line)
-                if "error" in row:
-                    yield {"file": row["file"], "error": row["error"]}
-                for rank, each in enumerate(row.get("predictions", ())):
-                    yield {"file": row["file"], "rank": rank, **each}
+        for line in self._lines():
+            row = json.loads(line)
+            if "error" in row:
+                yield {"file": row["file"], "error": row["error"]}
+            for rank, each in enumerate(row.get("predictions", ())):
+                yield {"file": row["file"], "rank": rank, **each}
 
     def _jsonl(self, stream: BinaryIO) -> None:
-        with open(self._partial, "rb") as rows:
-            next(rows, None)  # what the run was
-            shutil.copyfileobj(rows, stream)
+        for line in self._lines():
+            stream.write(line)
 
     def _csv(self, stream: BinaryIO) -> None:
         # A name may hold bytes that are no text; they come out as they were.
@@ -227,6 +282,77 @@ class Journal:
                 if len(batch) == _ROWS_AT_ONCE:
                     put()
             put()
+
+
+def prepare(path: str, *, resume: bool = False, force: bool = False) -> None:
+    """See that an output can be begun, or gone on with; once for all processes that write it.
+
+    Raises:
+        InputError, MissingFileError: as `Journal`.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(f"--output must end in {', '.join(SUFFIXES)}; given {path!r}.")
+    if suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError as error:
+            raise InputError(
+                'parquet needs pyarrow; run: pip install "vit-flax[parquet]", or write .jsonl'
+            ) from error
+    if Path(path).exists() and not force:
+        raise MissingFileError(f"{path}: already there, and whole; pass --force to do it again.")
+    left = leftovers(path)
+    if left and not (resume or force):
+        raise MissingFileError(
+            f"{left[0]}: left by a run that did not end; pass --resume to go on, or --force to "
+            "begin anew."
+        )
+    if not resume:
+        for part in left:
+            if part.name != f"{Path(path).name}.partial":  # that one is emptied, if nobody is at it
+                part.unlink(missing_ok=True)
+
+
+def check_free(path: str, part: tuple[int, int]) -> None:
+    """See that no other process writes the rows of this one.
+
+    Raises:
+        MissingFileError: one does.
+    """
+    with contextlib.suppress(FileNotFoundError), open(_partial(path, part), "rb") as stream:
+        _lock(stream, _partial(path, part))
+
+
+def _partial(path: str, part: tuple[int, int] | None) -> Path:
+    name = "partial" if part is None else f"{part[0] + 1}-of-{part[1]}.partial"
+    return Path(f"{path}.{name}")
+
+
+def _lock(stream: Any, path: Path) -> None:
+    """Keep other processes out until the file is closed, or this process ends."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise MissingFileError(
+            f"{path}: another process is writing this; end it first, or name another --output. (Of "
+            "several processes on one run, each needs its own --process I/N.)"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+
+
+def leftovers(path: str | Path) -> list[Path]:
+    """The files of rows of an output that is not whole yet, of one process or of several."""
+    path = Path(path)
+    pattern = re.compile(re.escape(path.name) + r"(\.[1-9]\d*-of-[1-9]\d*)?\.partial")
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return []
+    return [path.with_name(name) for name in sorted(names) if pattern.fullmatch(name)]
 
 
 def _text(value: str) -> str:

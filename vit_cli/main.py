@@ -9,7 +9,7 @@ import errno
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vit_cli.exit_codes import COULD_NOT_RUN, PIPE_CLOSED
 from vit_cli.interrupt import exits_at_once
@@ -31,15 +31,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _prepare_streams()
     with exits_at_once(), warnings.catch_warnings():
         warnings.showwarning = show_warning
-        try:
-            code = _run(sys.argv[1:] if arguments is None else arguments)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            _discard_output()
-            code = PIPE_CLOSED
-        except Exception as error:
-            code = COULD_NOT_RUN
-            _explain(error)
+        return guarded(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """What `run` returns, or the exit code of what it raises, which is said."""
+    try:
+        code = run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        code = PIPE_CLOSED
+    except Exception as error:
+        code = COULD_NOT_RUN
+        _explain(error)
     return code
 
 

@@ -88,6 +88,62 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_device_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several devices")
+    group.add_argument(
+        "--devices", metavar="N", type=_positive, help="devices of this machine to use (all)"
+    )
+    group.add_argument(
+        "--model-parallel",
+        metavar="M",
+        type=_positive,
+        default=1,
+        help="split the network, heads and MLP, over M devices, where one does not hold it (1)",
+    )
+
+
+def _address(text: str) -> str:
+    host, colon, port = text.rpartition(":")
+    if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
+        raise argparse.ArgumentTypeError(f"must be HOST:PORT; given {text!r}")
+    return text
+
+
+def _add_host_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "several hosts",
+        "Start the same command on each; images and output are on a file system they share.",
+    )
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        type=_address,
+        help="address of the first process, with a free port, where the others meet it",
+    )
+    group.add_argument(
+        "--process", metavar="I/N", type=_shard, help="this is the I-th of N processes, I from 1"
+    )
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="find both out, on TPU pods, under Slurm and under Open MPI",
+    )
+    group.add_argument(
+        "--start-timeout",
+        metavar="S",
+        type=_positive,
+        default=300,
+        help="seconds to wait for the other processes (300)",
+    )
+    group.add_argument(
+        "--lost-after",
+        metavar="S",
+        type=_positive,
+        default=20,
+        help="seconds without a sign of life after which a process counts as gone (20)",
+    )
+
+
 def _hub(options: argparse.Namespace) -> dict[str, Any]:
     named = ("revision", "subfolder", "local_files_only")
     return {name: getattr(options, name) for name in named if getattr(options, name)}
@@ -111,7 +167,7 @@ def _predict(arguments: Sequence[str]) -> Command:
         "--batch-size",
         metavar="N",
         type=_positive,
-        help="images that go through the model at once (8 on a CPU, 64 elsewhere)",
+        help="images that go through the model at once (8 on a CPU, 64 elsewhere, for each device)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object a line, for each image"
@@ -129,8 +185,11 @@ def _predict(arguments: Sequence[str]) -> Command:
         "--shard",
         metavar="I/N",
         type=_shard,
-        help="only the I-th of N parts of the images, I from 1; for several machines",
+        help="only the I-th of N parts of the images, I from 1; for machines that know nothing of "
+        "each other",
     )
+    _add_device_options(parser)
+    _add_host_options(parser)
     _add_hub_options(parser)
     options, names = _parse(
         parser,
@@ -142,8 +201,27 @@ def _predict(arguments: Sequence[str]) -> Command:
         parser.error("name at least one image or folder")
     if options.output is None and (options.resume or options.force):
         parser.error("--resume and --force are for --output FILE")
+    several = options.distributed or options.coordinator is not None
+    if (options.coordinator is None) != (options.process is None):
+        parser.error("--coordinator HOST:PORT and --process I/N go together")
+    if options.coordinator is not None and options.distributed:
+        parser.error("--distributed finds out what --coordinator and --process say; leave one out")
+    if several and options.output is None:
+        parser.error("several hosts write one file; name it with --output FILE")
+    if several and options.shard is not None:
+        parser.error("several hosts share the images out themselves; leave --shard out")
 
     def command() -> int:
+        if several:
+            from vit_cli.hosts import Cluster, supervised
+
+            cluster = Cluster(
+                options.coordinator, options.process, options.start_timeout, options.lost_after
+            )
+            return supervised(cluster, lambda: run(cluster))
+        return run(None)
+
+    def run(cluster: Any) -> int:
         from vit_cli.predict import predict
 
         return predict(
@@ -157,6 +235,9 @@ def _predict(arguments: Sequence[str]) -> Command:
             resume=options.resume,
             force=options.force,
             shard=options.shard,
+            devices=options.devices,
+            model_parallel=options.model_parallel,
+            cluster=cluster,
             hub=_hub(options),
         )
 

@@ -6,17 +6,20 @@ import importlib.util
 import os
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from typing import Any
+from typing import Any, NamedTuple
 
 from vit_cli import cache, interrupt
 from vit_cli.exit_codes import DONE, INTERRUPTED, SOME_FAILED
-from vit_cli.journal import Journal
+from vit_cli.hosts import Cluster, Hosts
+from vit_cli.journal import Journal, check_free, prepare
 from vit_cli.messages import say
 from vit_cli.progress import Progress
 from vit_cli.results import JsonLines, PlainText, Table, Writer
 from vit_cli.sources import find_images
+from vit_common.errors import HostError, InputError
+from vit_common.files import reason
 
 
 def predict(
@@ -31,6 +34,9 @@ def predict(
     resume: bool = False,
     force: bool = False,
     shard: tuple[int, int] | None = None,
+    devices: int | None = None,
+    model_parallel: int = 1,
+    cluster: Cluster | None = None,
     hub: Mapping[str, Any] | None = None,
 ) -> int:
     """Classify image files and print what they show.
@@ -50,6 +56,9 @@ def predict(
         force: overwrite `output`.
         shard: (i, n): only the i-th of n parts of the files, counted from 0; which part a file is
             in, its name decides.
+        devices: how many of this process's devices to use; None is all.
+        model_parallel: devices that one copy of the network is split over.
+        cluster: processes that share the work, all started alike; they write one `output`.
         hub: options of the Hub.
 
     Returns:
@@ -57,6 +66,7 @@ def predict(
 
     Raises:
         ViTError: the model cannot be loaded.
+        HostError: another process did not come, or stopped.
     """
     failed = 0
 
@@ -66,26 +76,82 @@ def predict(
         say("error", text)
 
     files = list(find_images(names, report))
-    if not files:
+    if not files and cluster is None:
         return SOME_FAILED
     if shard is not None:
         files = [file for file in files if in_shard(file, *shard)]
-    journal: Journal | None = None
-    if output is not None:
-        run = {"model": model, "top_k": top_k, "dtype": dtype}
-        journal = Journal(output, resume=resume, force=force, run=run)
-        failed += journal.failed
-        total = len(files)
-        files = list(dict.fromkeys(file for file in files if file not in journal.done))
-        if len(files) < total:
-            say(f"{total - len(files)} of {total} images are done already")
-    if not files:
-        if journal is not None:
-            journal.finish()
-        return SOME_FAILED if failed else DONE
-
+    run = {"model": model, "top_k": top_k, "dtype": dtype}
+    hosts: Hosts | None = None
+    if cluster is not None:
+        if cluster.process is not None and output is not None:
+            check_free(output, cluster.process)  # before it disturbs those that are at work
+        cache.enable()
+        hosts = Hosts(cluster, {**run, "images": names, "output": output})
+    left: str | None = None  # why it stops before all is done
     try:
-        classifier = load_classifier(model, dtype, hub)
+        journal: Journal | None = None
+        every = files
+        if output is not None:
+            if hosts is not None:
+                _prepare_for_all(hosts, output, resume=resume, force=force)
+            part = None if hosts is None else (hosts.index, hosts.count)
+            journal = Journal(output, resume=resume, force=force, run=run, part=part)
+            failed += journal.failed
+            files = list(dict.fromkeys(file for file in files if file not in journal.done))
+            if len(files) < len(every) and (hosts is None or hosts.index == 0):
+                say(f"{len(every) - len(files)} of {len(every)} images are done already")
+        if hosts is not None:
+            files = [file for file in files if in_shard(file, hosts.index, hosts.count)]
+
+        def load() -> Any:
+            return load_classifier(
+                model, dtype, hub, devices=devices, model_parallel=model_parallel
+            )
+
+        outcome = _run(files, load, journal, hosts, top_k, batch_size, as_json=as_json)
+        failed += outcome.failed
+        if outcome.interrupted:
+            left = "it was interrupted."
+            return INTERRUPTED
+        if journal is not None:
+            if hosts is None:
+                journal.finish(every)
+            else:
+                failed += _finish_for_all(hosts, journal, every, failed)
+            if outcome.done or hosts is not None:
+                say(f"wrote {output}: {outcome.done} images{'' if hosts is None else ' here'}")
+        return SOME_FAILED if failed else DONE
+    except HostError:  # the others know it too
+        raise
+    except BaseException as error:
+        left = reason(error)
+        raise
+    finally:
+        if hosts is not None:
+            hosts.leave(left)
+
+
+class _Outcome(NamedTuple):
+    done: int
+    failed: int
+    interrupted: bool = False
+
+
+def _run(
+    files: list[str],
+    load: Callable[[], Any],
+    journal: Journal | None,
+    hosts: Hosts | None,
+    top_k: int,
+    batch_size: int | None,
+    *,
+    as_json: bool,
+) -> _Outcome:
+    """Classify the files, and write what comes out."""
+    if not files:
+        return _Outcome(0, 0)
+    try:
+        classifier = load()
     except BaseException:
         if journal is not None:
             journal.close()
@@ -98,14 +164,16 @@ def predict(
     else:
         writer = _writer(as_json, files, classifier.config.id2label, rich=rich)
 
-    done = 0
+    done = failed = 0
     results = classifier.stream(files, top_k=top_k, batch_size=batch_size)
-    with Progress(len(files), show=rich) as progress:
+    with Progress(len(files), show=rich and hosts is None) as progress:
         try:
             with interrupt.raises() as asked, closing(results):
                 for result in results:
                     if asked():
                         raise KeyboardInterrupt
+                    if hosts is not None:
+                        hosts.check()
                     if result.error is not None:
                         failed += 1
                         progress.say("error", str(result.error))
@@ -125,25 +193,70 @@ def predict(
                 if journal is not None:
                     journal.close()
                 say(f"interrupted: {done} of {len(files)} images done{how}")
-            return INTERRUPTED
+            return _Outcome(done, failed, interrupted=True)
+        except HostError:
+            if journal is not None:
+                journal.close()
+            raise
         with progress.hidden():
             writer.flush()
-    if journal is not None:
-        journal.finish()
-        say(f"wrote {output}: {done} images")
-    return SOME_FAILED if failed else DONE
+    return _Outcome(done, failed)
+
+
+def _prepare_for_all(hosts: Hosts, output: str, *, resume: bool, force: bool) -> None:
+    """See that the output can be begun, in the first process, before any begins it."""
+    if hosts.index == 0:
+        prepare(output, resume=resume, force=force)
+        hosts.tell("prepared")
+    else:
+        hosts.wait("prepared")
+
+
+def _finish_for_all(hosts: Hosts, journal: Journal, files: list[str], failed: int) -> int:
+    """Make one file of the rows of all processes, in the first, when the last is done.
+
+    Returns:
+        In the first, how many images failed in the others.
+    """
+    if hosts.index != 0:
+        journal.end()
+        hosts.tell(f"done/{hosts.index}", str(failed))
+        hosts.wait("finished")
+        return 0
+    hosts.tell(f"done/{hosts.index}", "0")
+    hosts.wait_for_all("done")
+    journal.finish(files)
+    hosts.tell("finished")
+    return sum(map(int, hosts.told("done").values()))
 
 
 def load_classifier(
-    model: str | None, dtype: str, hub: Mapping[str, Any] | None, **options: Any
+    model: str | None,
+    dtype: str,
+    hub: Mapping[str, Any] | None,
+    *,
+    devices: int | None = None,
+    model_parallel: int = 1,
+    **options: Any,
 ) -> Any:
     """The classifier of a command; None is the checkpoint in the package."""
     # Only now: a name that is wrong is told at once, without the seconds that JAX takes.
+    import jax
+
     from vit_cli.devices import find_devices
     from vit_flax.inference import ImageClassifier
 
     cache.enable()
     find_devices()
+    if devices is not None or model_parallel > 1:
+        devices = devices or len(jax.local_devices())
+        if devices % model_parallel:
+            raise InputError(
+                f"--model-parallel must divide the number of devices, {devices}; given "
+                f"{model_parallel}."
+            )
+        sizes = {"data": devices // model_parallel, "model": model_parallel}
+        options["mesh"] = None if devices == 1 else sizes
     if model is None:
         from vit_common.embedded import embedded_checkpoint
 

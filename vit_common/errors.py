@@ -40,6 +40,10 @@ class DeviceError(ViTError):
     """JAX has no device to run on, or the device's memory does not hold the network."""
 
 
+class HostError(ViTError):
+    """Another process of a run on several hosts did not come, is gone, or stopped."""
+
+
 class ExistingFileError(ViTError, FileExistsError):
     """A file that would have to be overwritten, which nobody asked for."""
 

@@ -11,7 +11,7 @@ import inspect
 import os
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from convert.load import (
     read_config,
     warn_if_not_finite,
 )
-from convert.rules import Mapped, to_canonical, to_foreign, unprefixed
+from convert.rules import Mapped, MappedTensor, to_canonical, to_foreign, unprefixed
 from convert.save import SaveFormat, check_save_keywords, save_parameters
 from vit_common.checks import check_keywords, check_labels, check_rank, resolve_problem_type
 from vit_common.config import ViTConfig, as_config
@@ -323,6 +323,7 @@ class FlaxViTPreTrainedModel:
         from_pt: bool = False,
         _do_init: bool = True,
         param_dtype: Any = None,
+        shardings: Callable[[tuple[str, ...]], jax.sharding.Sharding] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load a model.
@@ -342,6 +343,9 @@ class FlaxViTPreTrainedModel:
                 without it.)
             _do_init: False returns `(model, params)`, the model without parameters.
             param_dtype: dtype of the parameters; None keeps the file's.
+            shardings: from the path of a parameter, such as ("vit", "layernorm", "bias"), to where
+                it is to lie; each device's part is read by itself where the file allows it. None is
+                JAX's default device.
             **kwargs: options of the Hub (`revision`, `subfolder`, `token`, `cache_dir`,
                 `local_files_only`, `force_download`), fields of the config, arguments of the
                 constructor.
@@ -391,12 +395,16 @@ class FlaxViTPreTrainedModel:
         try:
             flat, not_finite = {}, []
             for name, tensor in to_foreign(loaded.tensors, TREE).tensors.items():
-                array = tensor.read()
-                if not is_finite(array):
+                path = tuple(name.split("/"))
+                cast = None if param_dtype is None else model.param_dtype
+                if shardings is None:
+                    array = tensor.read()
+                    finite = is_finite(array)
+                    flat[path] = to_device(array if cast is None else array.astype(cast))
+                else:
+                    flat[path], finite = to_devices(tensor, shardings(path), cast)
+                if not finite:
                     not_finite.append(name)
-                if param_dtype is not None:
-                    array = array.astype(model.param_dtype)
-                flat[tuple(name.split("/"))] = to_device(array)
         finally:
             loaded.close()
         warn_if_not_finite(loaded.path, not_finite)
@@ -772,3 +780,30 @@ def to_device(array: np.ndarray) -> jax.Array:
     if array.flags.c_contiguous and not array.flags.writeable:
         array = array.copy()
     return jax.block_until_ready(jax.device_put(array))
+
+
+def to_devices(
+    tensor: MappedTensor, sharding: jax.sharding.Sharding, dtype: Any = None
+) -> tuple[jax.Array, bool]:
+    """A checkpoint's tensor on the devices of a sharding, and whether all of it is finite.
+
+    Each part is read once, and is in this process's memory once at most, whichever devices hold
+    it; a tensor whose parts cannot be read by themselves is read whole, once.
+    """
+    whole = None if tensor.has_parts else tensor.read()
+    finite, parts = True, {}
+    where: dict[tuple[tuple[int, int], ...], tuple[tuple[slice, ...], list[Any]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(tensor.shape).items():
+        index = index or ()
+        bounds = tuple(i.indices(n)[:2] for i, n in zip(index, tensor.shape, strict=True))
+        where.setdefault(bounds, (index, []))[1].append(device)
+    for index, devices in where.values():
+        array = tensor.read_part(index) if whole is None else whole[index]
+        finite = finite and is_finite(array)
+        array = array if dtype is None else array.astype(dtype)
+        if array.flags.c_contiguous and not array.flags.writeable:
+            array = array.copy()  # as in `to_device`
+        for device in devices:
+            parts[device] = jax.block_until_ready(jax.device_put(array, device))
+    arrays = list(parts.values())
+    return jax.make_array_from_single_device_arrays(tensor.shape, sharding, arrays), finite

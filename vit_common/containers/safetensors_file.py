@@ -106,6 +106,7 @@ def read(file: DataFile) -> tuple[dict[str, Tensor], dict[str, str]]:
             extent.shape,
             extent.dtype,
             partial(file.array, 8 + length + extent.begin, extent.dtype, extent.shape),
+            load_part=partial(file.part, 8 + length + extent.begin, extent.dtype, extent.shape),
         )
         for extent in extents
     }

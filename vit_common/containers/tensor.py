@@ -21,6 +21,12 @@ from vit_common.files import reason
 _TILE = 256
 """Side of the tiles a transposed array is copied in: 256 kB of float32, which a cache holds."""
 
+_FEW_BYTES = 1 << 20
+"""An array up to here is read whole where only some of it is wanted."""
+
+Index = tuple[slice, ...]
+"""A slice with a step of one for each axis; `slice(None)` is all of it."""
+
 Progress = Callable[[int], object]
 """Told the bytes of each tensor when it has been written."""
 
@@ -55,7 +61,7 @@ class Tensor:
     Nothing of the array is in memory before `read()`, and no copy is kept after it.
     """
 
-    __slots__ = ("_load", "_load_row", "dtype", "name", "shape")
+    __slots__ = ("_load", "_load_part", "_load_row", "dtype", "name", "shape")
 
     def __init__(
         self,
@@ -64,12 +70,14 @@ class Tensor:
         dtype: np.dtype,
         load: Callable[[], np.ndarray],
         load_row: Callable[[int], np.ndarray] | None = None,
+        load_part: Callable[[Index], np.ndarray] | None = None,
     ) -> None:
         self.name = name
         self.shape = shape
         self.dtype = dtype
         self._load = load
         self._load_row = load_row
+        self._load_part = load_part
 
     @property
     def nbytes(self) -> int:
@@ -84,6 +92,17 @@ class Tensor:
             MissingFileError: the file cannot be read any more.
         """
         return self._load()
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether `read_part` reads less than the whole."""
+        return self._load_part is not None
+
+    def read_part(self, index: Index) -> np.ndarray:
+        """`read()[index]`, without the rest in memory where the file allows it."""
+        if self._load_part is not None and self.nbytes > _FEW_BYTES:
+            return self._load_part(index)
+        return self._load()[index]
 
     def row(self, index: int, name: str) -> Tensor:
         """Entry `index` of the first axis, as a tensor of that name.
@@ -164,6 +183,36 @@ class DataFile:
         if dtype == np.bool_ and nbytes and raw.max() > 1:
             raise self.fail(f"a boolean array at byte {offset} holds bytes other than 0 and 1.")
         return raw.view(dtype).reshape(shape)
+
+    def part(
+        self, offset: int, dtype: np.dtype, shape: tuple[int, ...], index: Index
+    ) -> np.ndarray:
+        """`array(offset, dtype, shape)[index]`; only that is read, one run of bytes at a time.
+
+        Raises:
+            CheckpointError: the file ends before the array does.
+        """
+        bounds = [each.indices(length)[:2] for each, length in zip(index, shape, strict=True)]
+        whole = [bound == (0, length) for bound, length in zip(bounds, shape, strict=True)]
+        if all(whole):
+            return self.array(offset, dtype, shape)
+        # The last axis that is cut: from there on a row of the part is one run in the file.
+        last = max(axis for axis, full in enumerate(whole) if not full)
+        run = math.prod(shape[last + 1 :]) * dtype.itemsize  # bytes of one entry of that axis
+        start, stop = bounds[last]
+        wanted = tuple(max(0, end - begin) for begin, end in bounds)
+        rows = wanted[:last]
+        strides = [math.prod(shape[axis + 1 : last + 1]) * run for axis in range(last)]
+        raw = aligned_empty(math.prod(wanted) * dtype.itemsize)
+        length, filled = max(0, stop - start) * run, 0
+        for row in np.ndindex(*rows):
+            begin = sum((bounds[axis][0] + i) * strides[axis] for axis, i in enumerate(row))
+            place = offset + begin + start * run
+            count = self._read_into(raw[filled : filled + length].data, place)
+            if count < length:
+                raise self.fail(f"was truncated while it was read: ends at byte {place + count}.")
+            filled += length
+        return raw.view(dtype).reshape(wanted)
 
     def _read_into(self, buffer: memoryview, offset: int) -> int:
         if self._descriptor is None:

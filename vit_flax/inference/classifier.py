@@ -47,6 +47,7 @@ from vit_flax import attention_maps
 from vit_flax.auto import FlaxAutoModelForImageClassification
 from vit_flax.inference.engine import Engine, Running
 from vit_flax.inference.reader import Batch, Reader
+from vit_flax.inference.sharding import MeshLike, make_mesh, param_shardings, place
 from vit_flax.model import mean_of_patches
 from vit_flax.pixels import normalize
 
@@ -130,6 +131,9 @@ class ImageClassifier:
             rescale and normalise them there. The results may differ in their last digits.
         fast_decode: decode JPEGs that are much larger than the network's images at a fraction of
             their size. The results differ somewhat; see `vit_common.images.load_image`.
+        mesh: devices to run on: None for the one that holds the parameters; "auto" for all of this
+            process, each with its part of a batch; {"data": n, "model": m} to split the network
+            too, over m devices each time; or a `jax.sharding.Mesh` with axes of these names.
 
     Raises:
         ConfigError: the model does not classify, or does not take what the processor makes.
@@ -143,6 +147,7 @@ class ImageClassifier:
         workers: int | None = None,
         normalize_on_device: bool = False,
         fast_decode: bool = False,
+        mesh: MeshLike = None,
     ) -> None:
         if workers is not None:
             check_positive("workers", workers)
@@ -161,19 +166,28 @@ class ImageClassifier:
         self.normalize_on_device = normalize_on_device
         self.fast_decode = fast_decode
         dtype = np.uint8 if normalize_on_device else np.float32
-        self.engine = Engine(model.params, config, shape, dtype)
+        devices = make_mesh(mesh, config)
+        params = model.params if devices is None else place(model.params, devices)
+        self.engine = Engine(params, config, shape, dtype, devices)
         self.workers = workers or _usual_workers(self.engine.platform)
         self.timings = Timings()
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike, dtype: Any = jnp.float32, **options: Any
+        cls,
+        name_or_path: str | os.PathLike,
+        dtype: Any = jnp.float32,
+        *,
+        mesh: MeshLike = "auto",
+        **options: Any,
     ) -> ImageClassifier:
         """Load model and preprocessing.
 
         Args:
             name_or_path: directory, weights file, or "owner/name" on the Hub.
             dtype: of the computation.
+            mesh: as for the class; weights are read from a safetensors file as they lie on the
+                devices, each part by itself.
             **options: of this class, of the Hub, and of
                 `FlaxViTForImageClassification.from_pretrained`.
 
@@ -207,6 +221,11 @@ class ImageClassifier:
                     "wanted a checkpoint that was trained or fine-tuned to classify."
                 )
             processor = find_processor(source, name_or_path, **hub)
+        devices = make_mesh(mesh, config)
+        if devices is not None:
+            options["shardings"] = partial(param_shardings, devices)
+            if devices.shape["model"] > 1:  # other kernels cannot be split by the compiler
+                options.setdefault("attn_implementation", "eager")
         model = FlaxAutoModelForImageClassification.from_pretrained(
             weights, dtype=dtype, config=config, format=source.table.name, **options
         )
@@ -224,7 +243,7 @@ class ImageClassifier:
         else:
             prepare = processor[0]
         try:
-            return cls(model, prepare, **own)
+            return cls(model, prepare, mesh=devices, **own)
         except ConfigError as error:
             raise ConfigError(f"{name_or_path}: {error}") from error
 
@@ -241,8 +260,10 @@ class ImageClassifier:
 
     @property
     def default_batch_size(self) -> int:
-        """Images a batch where the caller does not say: 8 on a CPU, 64 elsewhere."""
-        return 8 if jax.default_backend() == "cpu" else 64
+        """Images a batch where the caller does not say: 8 on a CPU, 64 elsewhere; so many for each
+        device that a batch is split over."""
+        each = 8 if jax.default_backend() == "cpu" else 64
+        return each * self.engine.parts_of_batch
 
     def __call__(self, images: Any, top_k: int = 5) -> Any:
         """Classify one image or a list of images.

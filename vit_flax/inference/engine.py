@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_common.config import ViTConfig
 from vit_common.errors import DeviceError
+from vit_flax.inference.sharding import DATA
 
 Program = Callable[[Any, jax.Array], tuple[jax.Array, ...]]
 """From parameters and pixels (B, C, H, W) to arrays with a row for each image."""
@@ -31,6 +33,8 @@ class Engine:
         config: sizes of the network.
         shape: of one image, (C, H, W).
         dtype: of the pixels.
+        mesh: devices to split batches over, see `vit_flax.inference.sharding`, with the parameters
+            on them; None for one device.
 
     Attributes:
         compilations: how many programs were compiled.
@@ -38,9 +42,17 @@ class Engine:
     """
 
     def __init__(
-        self, params: Any, config: ViTConfig, shape: tuple[int, int, int], dtype: Any = np.float32
+        self,
+        params: Any,
+        config: ViTConfig,
+        shape: tuple[int, int, int],
+        dtype: Any = np.float32,
+        mesh: Mesh | None = None,
     ) -> None:
         self.params = params
+        self.mesh = mesh
+        self.parts_of_batch = 1 if mesh is None else mesh.shape[DATA]
+        """Devices, or groups of devices, that a batch is split over."""
         self.shape, self.dtype = shape, np.dtype(dtype)
         self.padded = 0
         self._programs: dict[Hashable, Program] = {}
@@ -62,22 +74,39 @@ class Engine:
 
     def bucket(self, images: int, batch_size: int) -> int:
         """The size of batch that so many images are run in: a power of two, at most
-        `batch_size`."""
-        return min(batch_size, 1 << (images - 1).bit_length())
+        `batch_size`; on several devices, the next multiple of what it is split over."""
+        return self._divisible(min(batch_size, 1 << (images - 1).bit_length()))
+
+    def _divisible(self, size: int) -> int:
+        """The next size that can be split."""
+        return -(-size // self.parts_of_batch) * self.parts_of_batch
 
     def compile_all(self, work: Hashable, batch_size: int) -> None:
         """Compile every size that batches of at most so many images are run in, and from then on
         run a last batch of few images in the smallest that holds it."""
         sizes = {*(1 << i for i in range(batch_size.bit_length())), batch_size}
-        for size in sizes:
+        for size in sorted(set(map(self._divisible, sizes))):
             self.compile(work, size)
             self._ready.add((work, size))
 
     def compile(self, work: Hashable, size: int) -> jax.stages.Compiled:
         """The program for a batch of that size."""
         if (work, size) not in self._compiled:
-            pixel_values = jax.ShapeDtypeStruct((size, *self.shape), self.dtype)
-            program = self._micro_batched(self._programs[work], size)
+            program, sharding = self._programs[work], None
+            program = self._micro_batched(program, size // self.parts_of_batch)
+            if self.mesh is not None:
+                # Each part of a batch by itself: the compiler cannot decide to mix them.
+                split = PartitionSpec(DATA)
+                sharding = NamedSharding(self.mesh, split)
+                program = jax.shard_map(
+                    program,
+                    mesh=self.mesh,
+                    in_specs=(PartitionSpec(), split),
+                    out_specs=split,
+                    axis_names={DATA},
+                    check_vma=False,
+                )
+            pixel_values = jax.ShapeDtypeStruct((size, *self.shape), self.dtype, sharding=sharding)
             lowered = jax.jit(program).lower(self.params, pixel_values)
             self._compiled[work, size] = lowered.compile()
         return self._compiled[work, size]
@@ -123,7 +152,7 @@ class Engine:
     def dispatch(self, work: Hashable, pixel_values: np.ndarray, size: int) -> _Arrays:
         """Arrays to come of one part."""
         images = len(pixel_values)
-        size = self.limit(size)
+        size = self.limit(self._divisible(size))
         # Not what happens to be compiled: the bits of a result would depend on what ran before.
         ready = [n for name, n in self._ready if name == work and images <= n <= size]
         size = min(ready, default=size)
@@ -139,12 +168,13 @@ class Engine:
         """Remember that so many images do not fit; raise `error` if that is not why it failed."""
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise error
-        if size <= 1:
+        size = self._divisible(size)
+        if size <= self.parts_of_batch:
             raise DeviceError(
                 f"the device's memory does not hold one image of {self.shape[1]} x {self.shape[2]} "
                 "pixels in this network; use dtype bfloat16, or a smaller network or image."
             ) from error
-        self._most = size // 2
+        self._most = size // 2 // self.parts_of_batch * self.parts_of_batch
         warnings.warn(
             f"out of device memory with {size} images at once; going on with {self._most}.",
             RuntimeWarning,
