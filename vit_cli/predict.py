@@ -31,6 +31,7 @@ def predict(
     resume: bool = False,
     force: bool = False,
     shard: tuple[int, int] | None = None,
+    precision: Mapping[str, Any] | None = None,
     hub: Mapping[str, Any] | None = None,
 ) -> int:
     """Classify image files and print what they show.
@@ -50,6 +51,7 @@ def predict(
         force: overwrite `output`.
         shard: (i, n): only the i-th of n parts of the files, counted from 0; which part a file is
             in, its name decides.
+        precision: `param_dtype` and `weights` of `ImageClassifier.from_pretrained`.
         hub: options of the Hub.
 
     Returns:
@@ -72,7 +74,7 @@ def predict(
         files = [file for file in files if in_shard(file, *shard)]
     journal: Journal | None = None
     if output is not None:
-        run = {"model": model, "top_k": top_k, "dtype": dtype}
+        run = {"model": model, "top_k": top_k, "dtype": dtype, **(precision or {})}
         journal = Journal(output, resume=resume, force=force, run=run)
         failed += journal.failed
         total = len(files)
@@ -85,13 +87,13 @@ def predict(
         return SOME_FAILED if failed else DONE
 
     try:
-        classifier = _classifier(model, dtype, hub)
+        classifier = load_encoder("ImageClassifier", model, dtype, precision, hub)
     except BaseException:
         if journal is not None:
             journal.close()
         raise
     batch_size = batch_size or classifier.default_batch_size
-    rich = _has_rich()
+    rich = has_rich()
     writer: Writer
     if journal is not None:
         writer = journal
@@ -134,10 +136,18 @@ def predict(
     return SOME_FAILED if failed else DONE
 
 
-def _classifier(model: str | None, dtype: str, hub: Mapping[str, Any] | None) -> Any:
+def load_encoder(
+    name: str,
+    model: str | None,
+    dtype: str,
+    precision: Mapping[str, Any] | None,
+    hub: Mapping[str, Any] | None,
+) -> Any:
+    """The class of `vit_flax.inference` of that name, loaded; None is the checkpoint in the
+    package."""
     # Only now: a name that is wrong is told at once, without the seconds that JAX takes.
     from vit_cli.devices import find_devices
-    from vit_flax.inference import ImageClassifier
+    from vit_flax import inference
 
     cache.enable()
     find_devices()
@@ -145,7 +155,8 @@ def _classifier(model: str | None, dtype: str, hub: Mapping[str, Any] | None) ->
         from vit_common.embedded import embedded_checkpoint
 
         model = str(embedded_checkpoint())
-    return ImageClassifier.from_pretrained(model, dtype=dtype, **(hub or {}))
+    options = {**(precision or {}), **(hub or {})}
+    return getattr(inference, name).from_pretrained(model, dtype=dtype, **options)
 
 
 def in_shard(file: str, index: int, count: int) -> bool:
@@ -153,7 +164,7 @@ def in_shard(file: str, index: int, count: int) -> bool:
     return zlib.crc32(os.fsencode(file)) % count == index
 
 
-def _has_rich() -> bool:
+def has_rich() -> bool:
     """Whether rich is installed; says so where it would be used and is not."""
     if importlib.util.find_spec("rich") is not None:
         return True
