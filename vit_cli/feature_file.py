@@ -1,7 +1,7 @@
 """Features in a file: one array for all images, with their names.
 
 While images come, the vectors go end to end into `FILE.partial.rows` and the names into
-`FILE.partial` (see `vit_cli.journal`); neither is ever in memory as a whole. A run that is resumed
+`FILE.partial`, one JSON object a line; neither is ever in memory as a whole. A run that is resumed
 first cuts both to what they agree on. At the end the file is made of them:
 
 - `.npz`: `features` (count, ...), `files` (count,); `failed` and `errors`, the images without
@@ -14,45 +14,56 @@ first cuts both to what they agree on. At the end the file is made of them:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, BinaryIO, ClassVar
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from vit_cli.journal import Journal, utf8
 from vit_common.containers.safetensors_file import CODES
 from vit_common.errors import ImageError, InputError, MissingFileError, ViTError
-from vit_common.files import MAX_JSON_BYTES, reason
+from vit_common.files import MAX_JSON_BYTES, reason, replace_files
 
+try:
+    import fcntl
+except ImportError:  # no Unix
+    fcntl = None  # type: ignore[assignment]
+
+SUFFIXES = (".npz", ".parquet", ".safetensors")
+_LISTS = ("files", "failed", "errors")
 _CHUNK_BYTES = 8 << 20
 _NAMES_AT_ONCE = 1000
-_GROUP_BYTES = 64 << 20
+_GROUP_BYTES = 16 << 20
 """Of a row group of a parquet file."""
 
 
-class FeatureFile(Journal):
+class FeatureFile:
     """The vectors of one output file.
 
     Args:
         path: the file; its suffix is its format.
         dtype: of the numbers in it, "float32" or "float16".
-        resume, force, run: as `Journal`.
+        resume: go on with what an earlier run left.
+        force: begin anew, and overwrite.
+        run: what the vectors are made with; a run with another cannot be resumed with this.
 
     Attributes:
+        done: images that have a vector or an error.
+        failed: how many, from an earlier run, have an error.
         shape: of a vector; (0,) where there is none yet.
-        count: how many there are.
+        count: how many vectors there are.
 
     Raises:
         InputError: no such format, or parquet without pyarrow; or an earlier run was another.
-        MissingFileError: the file is there already, or cannot be written.
+        MissingFileError: the file is there already, cannot be written, or is being written by
+            another process.
     """
-
-    suffixes: ClassVar = (".npz", ".parquet", ".safetensors")
 
     def __init__(
         self,
@@ -63,43 +74,87 @@ class FeatureFile(Journal):
         force: bool = False,
         run: dict[str, Any] | None = None,
     ) -> None:
+        self.path = Path(path)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.shape: tuple[int, ...] = (0,)
-        self.count = 0
-        self._rows_path = f"{path}.partial.rows"
-        super().__init__(path, resume=resume, force=force, run=run)
-        try:
-            self._rows_stream = open(  # noqa: SIM115  # until `finish`
-                self._rows_path, "r+b" if self.count else "wb"
-            )
-            self._rows_stream.truncate(self.count * self._row_bytes)
-            self._rows_stream.seek(0, os.SEEK_END)
-        except OSError as error:
-            super().close()
+        self.count = self.failed = 0
+        self.done: set[str] = set()
+        self._run = run or {}
+        self._partial, self._rows = Path(f"{path}.partial"), Path(f"{path}.partial.rows")
+        _check_format(path)
+        if self.path.exists() and not force:
             raise MissingFileError(
-                f"{self._rows_path}: cannot be written ({reason(error)})."
-            ) from error
+                f"{path}: already there, and whole; pass --force to do it again."
+            )
+        if self._partial.exists() and not (resume or force):
+            raise MissingFileError(
+                f"{self._partial}: left by a run that did not end; pass --resume to go on, or "
+                "--force to begin anew."
+            )
+        with contextlib.ExitStack() as undo:
+            try:
+                # To append, whatever becomes of what is there: another process may be at it.
+                self._names_stream = undo.enter_context(open(self._partial, "ab"))
+                lock(self._names_stream, self._partial)
+                self._rows_stream = undo.enter_context(open(self._rows, "ab"))
+                end = self._recover() if resume else 0
+                os.truncate(self._partial, end)
+                os.truncate(self._rows, self.count * self._row_bytes)
+                if not end:
+                    self._line({"run": self._run})
+            except MissingFileError:
+                raise
+            except OSError as error:
+                raise MissingFileError(
+                    f"{self._partial}: cannot be written ({reason(error)})."
+                ) from error
+            undo.pop_all()
 
     @property
     def _row_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def _is_whole(self, row: dict[str, Any]) -> bool:
-        if "shape" not in row:
-            return True
-        shape = tuple(row["shape"])
-        size = os.path.getsize(self._rows_path) if os.path.exists(self._rows_path) else 0
-        end = (self.count + 1) * math.prod(shape) * self.dtype.itemsize
-        if (self.count and shape != self.shape) or end > size:
-            return False
-        self.shape, self.count = shape, self.count + 1
-        return True
+    def _recover(self) -> int:
+        """Read the names whose vectors are whole; returns the bytes that they take."""
+        end, size = 0, os.path.getsize(self._rows)
+        with open(self._partial, "rb") as stream:
+            for line in stream:
+                row = _parse(line)
+                if row is None or (end == 0) != ("run" in row):
+                    break
+                if "shape" in row:
+                    shape = tuple(row["shape"])
+                    whole = (self.count + 1) * math.prod(shape) * self.dtype.itemsize <= size
+                    if not whole or (self.count and shape != self.shape):
+                        break
+                    self.shape, self.count = shape, self.count + 1
+                elif end == 0:
+                    self._check_run(row["run"])
+                else:
+                    self.failed += 1
+                if end:
+                    self.done.add(row["file"])
+                end += len(line)
+        return end
 
-    def write(self, file: str, features: np.ndarray) -> ViTError | None:  # type: ignore[override]
+    def _check_run(self, run: dict[str, Any]) -> None:
+        """Raise InputError if the vectors that are there were made otherwise."""
+        odd = [
+            f"{name} {run.get(name)!r}, now {self._run.get(name)!r}"
+            for name in dict.fromkeys((*self._run, *run))
+            if run.get(name) != self._run.get(name)
+        ]
+        if odd:
+            raise InputError(
+                f"{self._partial}: its vectors were made with {'; '.join(odd)}. Run it as it was, "
+                "or pass --force to begin anew."
+            )
+
+    def write(self, file: str, features: np.ndarray) -> ViTError | None:
         """The vector of an image.
 
         Returns:
-            Why it has none, if the file's dtype cannot hold it; then that is its row.
+            Why it has none, if the file's dtype cannot hold it; that is its row then.
         """
         if file in self.done:
             return None
@@ -114,21 +169,34 @@ class FeatureFile(Journal):
             return error
         self.shape, self.count = row.shape, self.count + 1
         self._rows_stream.write(row.data)
-        self._row({"file": file, "shape": list(row.shape)})
+        self.done.add(file)
+        self._line({"file": file, "shape": row.shape})
         return None
 
+    def fail(self, file: str, error: str) -> None:
+        """An image without features."""
+        if file not in self.done:
+            self.done.add(file)
+            self._line({"file": file, "error": error})
+
+    def _line(self, row: dict[str, Any]) -> None:
+        self._names_stream.write(json.dumps(row).encode() + b"\n")
+
     def flush(self) -> None:
-        self._rows_stream.flush()  # before the names: a name without a row is cut off
-        super().flush()
+        """Hand what there is to the system; it survives the end of this process."""
+        self._rows_stream.flush()  # before the names: a name without a vector is cut off
+        self._names_stream.flush()
 
     def close(self) -> None:
+        """Keep what there is for `resume`; nothing where there is nothing."""
         self._rows_stream.close()
-        super().close()
+        self._names_stream.close()
+        if not self.done:
+            self._discard()
 
     def _discard(self) -> None:
-        super()._discard()
-        if os.path.exists(self._rows_path):
-            os.unlink(self._rows_path)
+        self._partial.unlink(missing_ok=True)
+        self._rows.unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Make the file.
@@ -138,12 +206,17 @@ class FeatureFile(Journal):
             InputError: safetensors, and the names are more than its header may hold.
         """
         self._rows_stream.close()
-        super().finish()
+        self._names_stream.close()
+        ways = {".npz": self._npz, ".parquet": self._parquet, ".safetensors": self._safetensors}
+        try:
+            replace_files(self.path.parent, {self.path.name: ways[self.path.suffix.lower()]})
+        except MissingFileError as error:
+            raise MissingFileError(
+                f"{error} The vectors are in {self._rows}; --resume makes the file of them."
+            ) from error
+        self._discard()
 
     # -- formats
-
-    def _ways(self) -> dict[str, Callable[[BinaryIO], object]]:
-        return {".npz": self._npz, ".parquet": self._parquet, ".safetensors": self._safetensors}
 
     def _records(self) -> Iterator[dict[str, Any]]:
         with open(self._partial, "rb") as stream:
@@ -158,7 +231,7 @@ class FeatureFile(Journal):
                 yield record["error" if which == "errors" else "file"]
 
     def _chunks(self) -> Iterator[bytes]:
-        with open(self._rows_path, "rb") as stream:
+        with open(self._rows, "rb") as stream:
             while chunk := stream.read(_CHUNK_BYTES):
                 yield chunk
 
@@ -191,7 +264,7 @@ class FeatureFile(Journal):
             raise InputError(
                 f"{self.path}: the names of the images are more than the header of a safetensors "
                 f"file may hold ({MAX_JSON_BYTES} bytes). Rename {self._partial} and "
-                f"{self._rows_path} to X.npz.partial and X.npz.partial.rows, and pass --output "
+                f"{self._rows} to X.npz.partial and X.npz.partial.rows, and pass --output "
                 "X.npz --resume."
             )
         stream.write(len(text).to_bytes(8, "little") + text)
@@ -210,7 +283,7 @@ class FeatureFile(Journal):
         at_once = max(1, min(10_000, _GROUP_BYTES // max(1, self._row_bytes)))
         with (
             pq.ParquetWriter(stream, schema) as writer,
-            open(self._rows_path, "rb") as rows,
+            open(self._rows, "rb") as rows,
         ):
             for records in _batches(self._records(), at_once):
                 missing = np.array(["error" in record for record in records])
@@ -218,18 +291,69 @@ class FeatureFile(Journal):
                 found = rows.read(int((~missing).sum()) * self._row_bytes)
                 values[~missing] = np.frombuffer(found, self.dtype).reshape(-1, length)
                 columns = [
-                    pa.array([utf8(record["file"]) for record in records], pa.string()),
+                    pa.array([_utf8(record["file"]) for record in records], pa.string()),
                     pa.FixedSizeListArray.from_arrays(
                         values.reshape(-1), type=vector, mask=pa.array(missing)
                     ),
                     pa.array(
-                        [utf8(r["error"]) if "error" in r else None for r in records], pa.string()
+                        [_utf8(r["error"]) if "error" in r else None for r in records], pa.string()
                     ),
                 ]
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema))
 
 
-_LISTS = ("files", "failed", "errors")
+def _check_format(path: str) -> None:
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(f"--output must end in {', '.join(SUFFIXES)}; given {path!r}.")
+    if suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError as error:
+            raise InputError(
+                'parquet needs pyarrow; run: pip install "vit-flax[parquet]", or write .npz'
+            ) from error
+
+
+def lock(stream: Any, path: Path) -> None:
+    """Keep other processes out until the file is closed, or this process ends.
+
+    Raises:
+        MissingFileError: one is at it.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise MissingFileError(
+            f"{path}: another process is writing this; end it first, or name another --output."
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A whole row, or None."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict):
+        return None
+    if isinstance(row.get("run"), dict):
+        return row
+    shape = row.get("shape")
+    numbers = isinstance(shape, list) and all(isinstance(n, int) and n > 0 for n in shape)
+    whole = isinstance(row.get("file"), str) and (numbers or isinstance(row.get("error"), str))
+    return row if whole else None
+
+
+def _utf8(text: str) -> str:
+    """Text that UTF-8 can hold; bytes that are none are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _member(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from contextlib import closing
 from typing import Any, Literal
@@ -10,7 +11,8 @@ from vit_cli import interrupt
 from vit_cli.exit_codes import DONE, INTERRUPTED, SOME_FAILED
 from vit_cli.feature_file import FeatureFile
 from vit_cli.messages import say
-from vit_cli.predict import has_rich, in_shard, load_encoder
+from vit_cli.models import load_for_inference, precision_of
+from vit_cli.predict import in_shard
 from vit_cli.progress import Progress
 from vit_cli.sources import find_images
 
@@ -28,7 +30,6 @@ def features(
     resume: bool = False,
     force: bool = False,
     shard: tuple[int, int] | None = None,
-    precision: Mapping[str, Any] | None = None,
     hub: Mapping[str, Any] | None = None,
 ) -> int:
     """Write the features of image files into one file.
@@ -40,7 +41,7 @@ def features(
         output: see `vit_cli.feature_file`.
         layers, pool: as `ImageEncoder.features`.
         store_dtype: of the numbers in the file.
-        batch_size, dtype, resume, force, shard, precision, hub: as `vit_cli.predict.predict`.
+        batch_size, dtype, resume, force, shard, hub: as `vit_cli.predict.predict`.
 
     Returns:
         The exit code: 1 if an image failed or a folder held none.
@@ -60,7 +61,7 @@ def features(
         return SOME_FAILED
     if shard is not None:
         files = [file for file in files if in_shard(file, *shard)]
-    precision, hub = precision or {}, hub or {}
+    hub = hub or {}
     run = {
         "model": model,
         "revision": hub.get("revision"),
@@ -68,9 +69,8 @@ def features(
         "layers": list(layers),
         "pool": pool,
         "dtype": dtype,
-        "param_dtype": precision.get("param_dtype"),
-        "weights": precision.get("weights"),
         "store_dtype": store_dtype,
+        **precision_of(hub),
     }
     target = FeatureFile(output, dtype=store_dtype, resume=resume, force=force, run=run)
     try:
@@ -80,15 +80,16 @@ def features(
         if len(files) < total:
             say(f"{total - len(files)} of {total} images are done already")
         if files:
-            encoder = load_encoder("ImageEncoder", model, dtype, precision, hub)
+            encoder = load_for_inference("ImageEncoder", model, dtype, hub)
             results = encoder.stream_features(files, layers, pool, batch_size)
     except BaseException:
         target.close()
         raise
     if files:
         batch_size = batch_size or encoder.default_batch_size
+        rich = importlib.util.find_spec("rich") is not None
         done = 0
-        with Progress(len(files), show=has_rich(), what="features") as progress:
+        with Progress(len(files), show=rich, what="features") as progress:
             try:
                 with interrupt.raises() as asked, closing(results):
                     for result in results:

@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vit_common.errors import InputError, MissingFileError
 from vit_common.files import reason, replace_files
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 _COLUMNS = ("file", "rank", "label", "index", "probability", "error")
 _ROWS_AT_ONCE = 10_000
-_VALUES = ("predictions", "shape", "error")  # what a row has one of, beside its file
 
 
 class Journal:
@@ -42,8 +41,6 @@ class Journal:
         MissingFileError: the file is there already, or cannot be written.
     """
 
-    suffixes: ClassVar = SUFFIXES
-
     def __init__(
         self,
         path: str,
@@ -58,15 +55,14 @@ class Journal:
         self._partial = self.path.with_name(self.path.name + ".partial")
         self.done: set[str] = set()
         suffix = self.path.suffix.lower()
-        if suffix not in self.suffixes:
-            raise InputError(f"--output must end in {', '.join(self.suffixes)}; given {path!r}.")
+        if suffix not in SUFFIXES:
+            raise InputError(f"--output must end in {', '.join(SUFFIXES)}; given {path!r}.")
         if suffix == ".parquet":
             try:
                 import pyarrow  # noqa: F401
             except ImportError as error:
                 raise InputError(
-                    'parquet needs pyarrow; run: pip install "vit-flax[parquet]", or write '
-                    f"{self.suffixes[0]}"
+                    'parquet needs pyarrow; run: pip install "vit-flax[parquet]", or write .jsonl'
                 ) from error
         if self.path.exists() and not force:
             raise MissingFileError(
@@ -97,7 +93,7 @@ class Journal:
             with open(self._partial, "rb") as stream:
                 for number, line in enumerate(stream):
                     row = _parse(line)
-                    if row is None or not self._is_whole(row):
+                    if row is None:
                         break
                     if number == 0:
                         self._check_run(row.get("run"))
@@ -108,10 +104,6 @@ class Journal:
             os.truncate(self._partial, end)
         except OSError as error:
             raise MissingFileError(f"{self._partial}: cannot be read ({reason(error)}).") from error
-
-    def _is_whole(self, row: dict[str, Any]) -> bool:
-        """Whether all that a row that was read back stands for is there."""
-        return True
 
     def _check_run(self, run: Any) -> None:
         """Raise InputError if the rows that are there were made otherwise."""
@@ -156,15 +148,7 @@ class Journal:
         """Keep what there is for `resume`; nothing where there is nothing."""
         self._stream.close()
         if not self.done:
-            self._discard()
-
-    def _discard(self) -> None:
-        """Delete what `resume` would go on from."""
-        self._partial.unlink(missing_ok=True)
-
-    def _ways(self) -> dict[str, Callable[[BinaryIO], object]]:
-        """Suffix of the file -> what writes it."""
-        return {".jsonl": self._jsonl, ".csv": self._csv, ".parquet": self._parquet}
+            self._partial.unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Make the file of the rows.
@@ -177,8 +161,10 @@ class Journal:
         self._stream.close()
         suffix = self.path.suffix.lower()
         try:
-            replace_files(self.path.parent, {self.path.name: self._ways()[suffix]})
-            self._discard()
+            ways = {".jsonl": self._jsonl, ".csv": self._csv, ".parquet": self._parquet}
+            write: Callable[[BinaryIO], object] = ways[suffix]
+            replace_files(self.path.parent, {self.path.name: write})
+            self._partial.unlink()
         except OSError as error:
             raise MissingFileError(
                 f"{self.path}: cannot be written ({reason(error)}); the rows are in "
@@ -230,7 +216,7 @@ class Journal:
 
             def put() -> None:
                 rows = [
-                    {n: utf8(v) if isinstance(v, str) else v for n, v in row.items()}
+                    {n: _text(v) if isinstance(v, str) else v for n, v in row.items()}
                     for row in batch
                 ]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
@@ -243,7 +229,7 @@ class Journal:
             put()
 
 
-def utf8(value: str) -> str:
+def _text(value: str) -> str:
     """Text that UTF-8 can hold; bytes that are none are escaped."""
     return value.encode("utf-8", "backslashreplace").decode("utf-8")
 
@@ -258,5 +244,5 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(row, dict):
         return None
-    whole = isinstance(row.get("file"), str) and not row.keys().isdisjoint(_VALUES)
+    whole = isinstance(row.get("file"), str) and ("error" in row or "predictions" in row)
     return row if whole or "run" in row else None

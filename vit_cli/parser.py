@@ -181,8 +181,7 @@ def _predict(arguments: Sequence[str]) -> Command:
             resume=options.resume,
             force=options.force,
             shard=options.shard,
-            precision=_precision(options),
-            hub=_hub(options),
+            hub={**_precision(options), **_hub(options)},
         )
 
     return command
@@ -254,8 +253,7 @@ def _features(arguments: Sequence[str]) -> Command:
             resume=options.resume,
             force=options.force,
             shard=options.shard,
-            precision=_precision(options),
-            hub=_hub(options),
+            hub={**_precision(options), **_hub(options)},
         )
 
     return command

@@ -14,6 +14,7 @@ from vit_cli import cache, interrupt
 from vit_cli.exit_codes import DONE, INTERRUPTED, SOME_FAILED
 from vit_cli.journal import Journal
 from vit_cli.messages import say
+from vit_cli.models import precision_of
 from vit_cli.progress import Progress
 from vit_cli.results import JsonLines, PlainText, Table, Writer
 from vit_cli.sources import find_images
@@ -31,7 +32,6 @@ def predict(
     resume: bool = False,
     force: bool = False,
     shard: tuple[int, int] | None = None,
-    precision: Mapping[str, Any] | None = None,
     hub: Mapping[str, Any] | None = None,
 ) -> int:
     """Classify image files and print what they show.
@@ -51,8 +51,7 @@ def predict(
         force: overwrite `output`.
         shard: (i, n): only the i-th of n parts of the files, counted from 0; which part a file is
             in, its name decides.
-        precision: `param_dtype` and `weights` of `ImageClassifier.from_pretrained`.
-        hub: options of the Hub.
+        hub: more options of `from_pretrained`: those of the Hub, `param_dtype`, `weights`.
 
     Returns:
         The exit code: 1 if an image failed or a folder held none.
@@ -74,7 +73,7 @@ def predict(
         files = [file for file in files if in_shard(file, *shard)]
     journal: Journal | None = None
     if output is not None:
-        run = {"model": model, "top_k": top_k, "dtype": dtype, **(precision or {})}
+        run = {"model": model, "top_k": top_k, "dtype": dtype, **precision_of(hub)}
         journal = Journal(output, resume=resume, force=force, run=run)
         failed += journal.failed
         total = len(files)
@@ -87,13 +86,13 @@ def predict(
         return SOME_FAILED if failed else DONE
 
     try:
-        classifier = load_encoder("ImageClassifier", model, dtype, precision, hub)
+        classifier = load_classifier(model, dtype, hub)
     except BaseException:
         if journal is not None:
             journal.close()
         raise
     batch_size = batch_size or classifier.default_batch_size
-    rich = has_rich()
+    rich = _has_rich()
     writer: Writer
     if journal is not None:
         writer = journal
@@ -136,18 +135,13 @@ def predict(
     return SOME_FAILED if failed else DONE
 
 
-def load_encoder(
-    name: str,
-    model: str | None,
-    dtype: str,
-    precision: Mapping[str, Any] | None,
-    hub: Mapping[str, Any] | None,
+def load_classifier(
+    model: str | None, dtype: str, hub: Mapping[str, Any] | None, **options: Any
 ) -> Any:
-    """The class of `vit_flax.inference` of that name, loaded; None is the checkpoint in the
-    package."""
+    """The classifier of a command; None is the checkpoint in the package."""
     # Only now: a name that is wrong is told at once, without the seconds that JAX takes.
     from vit_cli.devices import find_devices
-    from vit_flax import inference
+    from vit_flax.inference import ImageClassifier
 
     cache.enable()
     find_devices()
@@ -155,8 +149,7 @@ def load_encoder(
         from vit_common.embedded import embedded_checkpoint
 
         model = str(embedded_checkpoint())
-    options = {**(precision or {}), **(hub or {})}
-    return getattr(inference, name).from_pretrained(model, dtype=dtype, **options)
+    return ImageClassifier.from_pretrained(model, dtype=dtype, **options, **(hub or {}))
 
 
 def in_shard(file: str, index: int, count: int) -> bool:
@@ -164,7 +157,7 @@ def in_shard(file: str, index: int, count: int) -> bool:
     return zlib.crc32(os.fsencode(file)) % count == index
 
 
-def has_rich() -> bool:
+def _has_rich() -> bool:
     """Whether rich is installed; says so where it would be used and is not."""
     if importlib.util.find_spec("rich") is not None:
         return True

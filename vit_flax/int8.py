@@ -39,8 +39,8 @@ class Dense(nn.Dense):
         if not self.has_variable("params", SCALE):
             return super().__call__(inputs)
         dtype = self.dtype or inputs.dtype
-        kernel = self.get_variable("params", "kernel")  # (in, out)
-        scale = self.get_variable("params", SCALE)  # (out,)
+        kernel: jax.Array = self.get_variable("params", "kernel")  # (in, out)
+        scale: jax.Array = self.get_variable("params", SCALE)  # (out,)
         # Sums are scaled before they are rounded to the dtype of the computation.
         exact = jnp.promote_types(dtype, jnp.float32)
         outputs = jax.lax.dot_general(
