@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("vit_common", "convert", "vit_flax", "vit_torch", "vit_cli", "tests", "pyproject.toml")
 FLAX, TORCH = "vit_flax/model.py", "vit_torch/model.py"
 FLAX_ATTENTION, TORCH_ATTENTION = "vit_flax/attention.py", "vit_torch/attention.py"
+TPU_ATTENTION = "vit_flax/attention_tpu.py"
 
 # -- the tests, each of which takes seconds
 
@@ -44,6 +45,9 @@ TRAINING = f"{_TRAINING}[vit with everything]"
 TRAINING_DEIT = f"{_TRAINING}[deit teacher]"
 TOKENS = f"{_TRAINING}[beit tokens]"
 OFFSET = "tests/test_suite.py::test_norms_far_from_zero"
+_ATTENTION = "tests/test_attention.py::test_"
+WHOLE = f"{_ATTENTION}kernel_of_whole_images_against_torch[(3,17,3,64)-True]"
+TILED = f"{_ATTENTION}tiled_kernel_against_torch[(2,257,2,64)-128]"
 SOFTMAX = "tests/test_suite.py::test_softmax_in_half_precision"
 
 
@@ -354,9 +358,65 @@ MUTANTS = [
     Mutant(
         "no dropout of the embeddings",
         FLAX,
-        "return self.dropout(embeddings, deterministic=deterministic)",
-        "return embeddings",
+        "row_major(self.dropout(embeddings, deterministic=deterministic))",
+        "embeddings",
         TRAINING_DEIT,
+    ),
+    Mutant(
+        "head mask lost in a kernel",
+        FLAX_ATTENTION,
+        '== "eager" or head_mask is not None or dropout',
+        '== "eager" or dropout',
+        f"{_ATTENTION}what_changes_probabilities_is_never_lost[head_mask-pallas]",
+    ),
+    Mutant(
+        "float64 in a kernel of float32",
+        FLAX_ATTENTION,
+        "dtype not in (jnp.bfloat16, jnp.float32)",
+        "dtype == jnp.float16",
+        f"{_ATTENTION}float64_stays_float64[pallas]",
+    ),
+    Mutant(
+        "mean of the scores' gradient",
+        TPU_ATTENTION,
+        "weights * (d_weights - mean)",
+        "weights * d_weights",
+        WHOLE,
+    ),
+    Mutant(
+        "gradient of the bias from one image",
+        TPU_ATTENTION,
+        "d_bias[0][h] += d_scores",
+        "d_bias[0][h] = d_scores",
+        WHOLE,
+    ),
+    Mutant(
+        "keys past the end",
+        TPU_ATTENTION,
+        "jnp.where(known, scores, -jnp.inf)",
+        "jnp.where(known, scores, 0.0)",
+        TILED,
+    ),
+    Mutant(
+        "sum of the tiles before",
+        TPU_ATTENTION,
+        "total = shrunk * totals[h, :, :1]",
+        "total = totals[h, :, :1]",
+        TILED,
+    ),
+    Mutant(
+        "context of the tiles before",
+        TPU_ATTENTION,
+        "shrunk * context[:, lanes] + found",
+        "context[:, lanes] + found",
+        TILED,
+    ),
+    Mutant(
+        "scale of a long query's gradient",
+        TPU_ATTENTION,
+        "_scaled(total[...], width).astype",
+        "total[...].astype",
+        TILED,
     ),
 ]
 

@@ -764,6 +764,23 @@ def test_info_of_a_model(folder, capsys):
     assert "labels             5: cat; dog; a tree, and more; Zürich; 写真\n" in out
 
 
+def test_info_of_the_attention_kernel(folder, capsys, monkeypatch):
+    def asked(*options):
+        assert main(["info", str(folder), *options]) == 0
+        (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("attention "))
+        return line.removeprefix("attention").strip()
+
+    if jax.default_backend() == "cpu":
+        assert asked() == "eager: there is no kernel made for cpu (1 image, float32)"
+    monkeypatch.setattr("vit_cli.info.compiled_for", lambda device: "tpu")
+    assert asked("--batch", "64", "--dtype", "bfloat16") == (
+        "pallas: the kernel for tpu (64 images, bfloat16)"
+    )
+    assert asked("--dtype", "float16").startswith("eager: pallas takes bfloat16 and float32")
+    assert main(["info", str(folder), "--json", "--batch", "3"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["attention"]["batch"] == 3
+
+
 def test_info_of_other_weights(tmp_path, capsys):
     config = make_config("narrow mlp")
     twin = flax_twin(FlaxViTModel, config, random_weights(config))

@@ -992,7 +992,7 @@ WRONG_MODELS = {
     ),
     "kernel": (
         {"attn_implementation": "flash"},
-        "`attn_implementation` must be one of 'auto', 'eager'; given 'flash'",
+        "`attn_implementation` must be one of 'auto', 'eager', 'cudnn', 'pallas'; given 'flash'",
     ),
     "integer dtype": ({"dtype": jnp.int32}, "`dtype` must be a floating dtype; given int32"),
     "no dtype": ({"dtype": None}, "`dtype` must be a floating dtype; given None"),

@@ -10,7 +10,7 @@ from typing import Any
 from vit_cli.exit_codes import DONE
 from vit_cli.messages import say
 from vit_cli.models import load_for_inference
-from vit_common.errors import InputError, MissingFileError
+from vit_common.errors import ExistingFileError, InputError, MissingFileError
 from vit_common.files import reason, replace_files
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -55,7 +55,7 @@ def attention(
     if target.suffix.lower() not in _FORMATS:
         raise InputError(f"--output must end in {', '.join(_FORMATS)}; given {output!r}.")
     if target.exists() and not force:
-        raise MissingFileError(f"{target}: already there; pass --force to overwrite it.")
+        raise ExistingFileError(f"{target}: already there; pass --force to overwrite it.")
     if not target.parent.is_dir():
         raise MissingFileError(f"{target.parent}: no such directory.")
     from vit_common.images import load_image

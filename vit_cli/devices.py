@@ -42,6 +42,13 @@ def describe_devices() -> dict[str, Any]:
     }
 
 
+def compiled_for(device: jax.Device) -> str:
+    """The platform that programs for a device are compiled for: "cpu", "cuda", "rocm", "tpu"."""
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version else "cuda"
+
+
 def float32_products(platform: str, capability: str | None, setting: str | None) -> str:
     """What products of float32 matrices are computed in, where a call does not say.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from PIL.Image import Resampling
 
 from convert.source import (
@@ -18,7 +19,7 @@ from convert.source import (
     read_config_file,
 )
 from vit_cli import cache
-from vit_cli.devices import describe_devices
+from vit_cli.devices import compiled_for, describe_devices, find_devices
 from vit_cli.exit_codes import DONE
 from vit_cli.messages import one_line
 from vit_common.config import ViTConfig
@@ -44,12 +45,21 @@ _LABELS_SHOWN = 5
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow", "safetensors", "huggingface_hub", "torch")
 
 
-def info(model: str | None, *, as_json: bool = False, hub: Mapping[str, Any] | None = None) -> int:
+def info(
+    model: str | None,
+    *,
+    as_json: bool = False,
+    batch: int = 1,
+    dtype: str = "float32",
+    hub: Mapping[str, Any] | None = None,
+) -> int:
     """Print versions, devices and precision, and with a model, what it is.
 
     Args:
         model: folder, weights file or Hub name.
         as_json: print one JSON object.
+        batch, dtype: images at once, and what is computed in: for these it is said which attention
+            kernel runs.
         hub: options of the Hub.
 
     Returns:
@@ -59,7 +69,7 @@ def info(model: str | None, *, as_json: bool = False, hub: Mapping[str, Any] | N
         ViTError: the model is not there, or is none.
     """
     # The model first: a name that is wrong is told without the seconds that JAX takes.
-    described = None if model is None else describe_model(model, dict(hub or {}))
+    described = None if model is None else describe_model(model, dict(hub or {}), batch, dtype)
     place = cache.directory()
     report: Report = {
         "versions": versions(PACKAGE, "python", *_PACKAGES),
@@ -79,8 +89,11 @@ def info(model: str | None, *, as_json: bool = False, hub: Mapping[str, Any] | N
 # -- a model
 
 
-def describe_model(name: str, hub: dict[str, Any]) -> Report:
-    """What the files of a model say. No weight is read, and none is downloaded.
+def describe_model(
+    name: str, hub: dict[str, Any], batch: int = 1, dtype: str = "float32"
+) -> Report:
+    """What the files of a model say, and which attention kernel runs. No weight is read, and none
+    is downloaded.
 
     Raises:
         ViTError: there is no such model, or a file of it is refused.
@@ -122,6 +135,7 @@ def describe_model(name: str, hub: dict[str, Any]) -> Report:
         "patch": list(config.patch_height_width),
         "tokens": config.num_prefix_tokens + config.num_patches,
         "parameters": parameters,
+        "attention": describe_attention(config, batch, dtype),
         "gflops_per_image": round(2 * macs / 1e9, 6),
         "input": {"channels": config.num_channels, "height": height, "width": width},
         "preprocessing": None if processor is None else processor.to_dict(),
@@ -130,6 +144,25 @@ def describe_model(name: str, hub: dict[str, Any]) -> Report:
         else [],
         "weights": weights,
     }
+
+
+def describe_attention(config: ViTConfig, batch: int, dtype: str) -> Report:
+    """The attention kernel for so many images on the device that JAX would use, and why."""
+    from vit_flax.attention import choose, cudnn_missing
+
+    platform = compiled_for(find_devices()[0])
+    S, A = config.num_prefix_tokens + config.num_patches, config.num_attention_heads
+    biased = config.use_relative_position_bias or config.use_shared_relative_position_bias
+    choice = choose(
+        "auto",
+        platform,
+        (batch, S, A, config.hidden_size // A),
+        dtype,
+        bias=(1, A, S, S) if biased else None,
+        precision=jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
+        cudnn=cudnn_missing() if platform == "cuda" else None,
+    )
+    return {"batch": batch, "dtype": dtype, "kernel": choice.name, "why": choice.reason}
 
 
 def _variant(config: ViTConfig) -> str | None:
@@ -194,6 +227,9 @@ def _model_lines(model: Report) -> Iterator[str]:
         f"{model['tokens']} tokens",
     )
     yield _line("parameters", f"{model['parameters']:,}")
+    kernel = model["attention"]
+    images = "1 image" if kernel["batch"] == 1 else f"{kernel['batch']} images"
+    yield _line("attention", f"{kernel['kernel']}: {kernel['why']} ({images}, {kernel['dtype']})")
     yield _line("GFLOP/image", f"{model['gflops_per_image']:.4g}")
     size = model["input"]
     yield _line(

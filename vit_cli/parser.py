@@ -280,6 +280,16 @@ def _info(arguments: Sequence[str]) -> Command:
         usage="vit info [options] [MODEL]",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--batch",
+        metavar="N",
+        type=_positive,
+        default=1,
+        help="for N images at once: which attention kernel runs here, and why (1)",
+    )
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, default="float32", help="of that computation (float32)"
+    )
     _add_hub_options(parser)
     options, names = _parse(parser, arguments, "MODEL", "folder, weights file, or name on the Hub")
     if len(names) > 1:
@@ -288,7 +298,13 @@ def _info(arguments: Sequence[str]) -> Command:
     def command() -> int:
         from vit_cli.info import info
 
-        return info(names[0] if names else None, as_json=options.json, hub=_hub(options))
+        return info(
+            names[0] if names else None,
+            as_json=options.json,
+            batch=options.batch,
+            dtype=options.dtype,
+            hub=_hub(options),
+        )
 
     return command
 
@@ -559,6 +575,58 @@ def _attention(arguments: Sequence[str]) -> Command:
     return command
 
 
+def _bench(arguments: Sequence[str]) -> Command:
+    parser = _parser(
+        "vit bench",
+        "Measure images a second: of the network alone, beside the matrix products it is made of, "
+        "and of a stream of image files, with where its time goes.",
+        usage="vit bench [options] [IMAGE|DIR ...]",
+    )
+    _add_model_options(parser)
+    parser.add_argument(
+        "--batch-sizes",
+        metavar="N,...",
+        type=_sizes,
+        help="images at once; the stream takes the last (1,8,32 on a CPU, 1,64,512 elsewhere)",
+    )
+    parser.add_argument(
+        "--rounds", metavar="N", type=_positive, default=5, help="of each measurement (5)"
+    )
+    parser.add_argument("--workers", metavar="N", type=_positive, help="threads that read images")
+    parser.add_argument(
+        "--normalize-on-device", action="store_true", help="send 8-bit pixels to the device"
+    )
+    parser.add_argument(
+        "--fast-decode", action="store_true", help="decode large JPEGs at a fraction of their size"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_hub_options(parser)
+    options, names = _parse(
+        parser, arguments, "IMAGE|DIR", "image files for the stream, or folders"
+    )
+
+    def command() -> int:
+        from vit_cli.bench import bench
+
+        own = {"workers": options.workers, "fast_decode": options.fast_decode}
+        return bench(
+            names,
+            options.model,
+            batch_sizes=options.batch_sizes,
+            rounds=options.rounds,
+            dtype=options.dtype,
+            options={**own, "normalize_on_device": options.normalize_on_device},
+            as_json=options.json,
+            hub=_hub(options),
+        )
+
+    return command
+
+
+def _sizes(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
 def _batch(text: str) -> int | str:
     if text == "dynamic":
         return text
@@ -651,6 +719,7 @@ _SUBCOMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], Command]]] = {
     "attention": ("where a model looks, over the image", _attention),
     "convert": ("turn a checkpoint into another layout", _convert),
     "export": ("a model as a program for JAX or ONNX", _export),
+    "bench": ("images a second, and where the time goes", _bench),
     "inspect": ("what a weights file holds", _inspect),
     "verify": ("compare twins or checkpoints, stage by stage", _verify),
     "info": ("versions, devices and precision; what a model is", _info),

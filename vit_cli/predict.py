@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
-from vit_cli import cache, interrupt
+from vit_cli import interrupt
 from vit_cli.exit_codes import DONE, INTERRUPTED, SOME_FAILED
 from vit_cli.journal import Journal
 from vit_cli.messages import say
-from vit_cli.models import precision_of
+from vit_cli.models import load_for_inference, precision_of
 from vit_cli.progress import Progress
 from vit_cli.results import JsonLines, PlainText, Table, Writer
 from vit_cli.sources import find_images
@@ -139,17 +139,7 @@ def load_classifier(
     model: str | None, dtype: str, hub: Mapping[str, Any] | None, **options: Any
 ) -> Any:
     """The classifier of a command; None is the checkpoint in the package."""
-    # Only now: a name that is wrong is told at once, without the seconds that JAX takes.
-    from vit_cli.devices import find_devices
-    from vit_flax.inference import ImageClassifier
-
-    cache.enable()
-    find_devices()
-    if model is None:
-        from vit_common.embedded import embedded_checkpoint
-
-        model = str(embedded_checkpoint())
-    return ImageClassifier.from_pretrained(model, dtype=dtype, **options, **(hub or {}))
+    return load_for_inference("ImageClassifier", model, dtype, {**options, **(hub or {})})
 
 
 def in_shard(file: str, index: int, count: int) -> bool:

@@ -1,19 +1,55 @@
 """`attention`: one signature for every kernel.
 
 B batch, S tokens, A heads, D/A width of a head.
+
+"eager" is written in JAX operations and does everything. Of the others, `choose` says which takes
+what; it is asked when a program is lowered, with the platform the program is made for, so that a
+program compiled or exported for another machine gets that machine's kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import PartitionSpec
 
 from vit_common.errors import InputError
 
-IMPLEMENTATIONS = ("auto", "eager")
-"""Kernels by name; "auto" is "eager" until there is a choice to make."""
+# Private names. Without the first, JAX does not tell the lowering over which mesh a program's
+# arguments are split, and programs for several devices get the eager kernel; without the second, a
+# kernel inside `shard_map` needs its `check_vma=False`.
+try:
+    from jax._src.dispatch import prim_requires_devices_during_lowering as _told_the_mesh
+except ImportError:
+    _told_the_mesh = set()
+_check_vma: Any
+try:
+    from jax._src.config import _check_vma
+except ImportError:
+    _check_vma = nullcontext
+
+IMPLEMENTATIONS = ("auto", "eager", "cpu", "cudnn", "pallas")
+"""Kernels by name; "auto" is the one made for the platform, if it takes what it is given."""
+
+CUDNN_HEAD = 128
+"""Widest head that cuDNN's attention is used for."""
+HEAD_AXES = ("model", "tensor", "tp")
+"""Names of axes of a mesh that split heads; any other axis splits the batch. Asked only by a kernel
+that XLA cannot partition by itself."""
+
+
+class Choice(NamedTuple):
+    """The kernel that runs, one of `IMPLEMENTATIONS` without "auto", and why."""
+
+    name: str
+    reason: str
 
 
 def check_implementation(name: str) -> str:
@@ -22,6 +58,124 @@ def check_implementation(name: str) -> str:
         wanted = ", ".join(map(repr, IMPLEMENTATIONS))
         raise InputError(f"`attn_implementation` must be one of {wanted}; given {name!r}.")
     return name
+
+
+def choose(
+    implementation: str,
+    platform: str,
+    shape: tuple[int, int, int, int],
+    dtype: Any,
+    *,
+    bias: tuple[int, ...] | None = None,
+    head_mask: bool = False,
+    dropout: bool = False,
+    precision: Any = None,
+    gradient: bool = False,
+    cudnn: str | None = None,
+) -> Choice:
+    """Which kernel runs. What one does not do falls to "eager", which does everything.
+
+    Args:
+        implementation: one of `IMPLEMENTATIONS`, what was asked for.
+        platform: that the program is compiled for: "cpu", "cuda", "rocm" or "tpu".
+        shape: of the query, (B, S, A, D/A).
+        dtype: of query, key and value.
+        bias: shape of what is added to the scores, if anything is.
+        head_mask, dropout: whether the probabilities are changed.
+        precision: of the matrix products.
+        gradient: whether it is the gradient that is to be computed, not the context.
+        cudnn: why programs with cuDNN's kernel cannot be made here, see `cudnn_missing`.
+    """
+    check_implementation(implementation)
+    asked = implementation
+    if asked == "auto":
+        asked = {"cpu": "cpu", "cuda": "cudnn", "tpu": "pallas"}.get(platform, "eager")
+        if asked == "eager":
+            return Choice("eager", f"there is no kernel made for {platform}")
+    elif asked == "eager":
+        return Choice("eager", "asked for")
+    if head_mask or dropout:
+        what = "a head mask" if head_mask else "dropout of probabilities"
+        return Choice("eager", f"{asked} never has the probabilities, which {what} changes")
+    dtype = jnp.dtype(dtype)
+    if asked in ("cudnn", "pallas") and not all(isinstance(size, int) for size in shape):
+        return Choice("eager", f"{asked} takes a number of images that is fixed")
+    if asked == "cpu":
+        reason = "has no gradient of its own" if gradient else None
+    elif asked == "cudnn":
+        reason = _cudnn_refuses(platform, shape, dtype, gradient, cudnn)
+    else:
+        reason = _pallas_refuses(shape, dtype, bias, precision)
+    if reason:
+        return Choice("eager", f"{asked} {reason}")
+    if implementation == asked:
+        elsewhere = asked == "pallas" and platform != "tpu"
+        return Choice(asked, "asked for; interpreted, slowly" if elsewhere else "asked for")
+    return Choice(asked, f"the kernel for {platform}")
+
+
+def _cudnn_refuses(platform, shape, dtype, gradient, cudnn) -> str | None:
+    width = shape[3]
+    if platform != "cuda":
+        return f"runs on NVIDIA GPUs, not on {platform}"
+    if cudnn:
+        return f"is not to be had: {cudnn}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 and float16, not {dtype}"
+    if width % 8 or width > CUDNN_HEAD:
+        return (
+            f"takes heads whose width is a multiple of 8 and at most {CUDNN_HEAD}; these have "
+            f"{width}"
+        )
+    if gradient and shape[1] % 2:
+        return f"has gradients for even numbers of tokens, not for {shape[1]}"
+    return None
+
+
+@cache
+def cudnn_missing() -> str | None:
+    """Why no program with cuDNN's attention can be made on this machine; None if one can."""
+    some = jax.ShapeDtypeStruct((1, 8, 1, 64), jnp.bfloat16)
+    try:
+        oldest = min(float(gpu.compute_capability) for gpu in jax.devices("cuda"))
+    except (RuntimeError, AttributeError, ValueError):
+        oldest = 8.0  # no GPU here: the program is for another machine
+    if oldest < 8.0:
+        return f"it needs a GPU of compute capability 8.0; this one has {oldest}"
+    try:
+        jax.eval_shape(_cudnn, some, some, some)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return str(error).strip().splitlines()[0].rstrip(".")
+    return None
+
+
+def _pallas_refuses(shape, dtype, bias, precision) -> str | None:
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"takes bfloat16 and float32, not {dtype}"
+    if dtype == jnp.float32 and _kernel_precision(precision) is False:
+        return f"multiplies at the default precision or the highest, not at {precision}"
+    if bias is not None:
+        if len(bias) != 4 or bias[0] != 1:
+            return f"takes one bias for all images, not one of shape {bias}"
+        from vit_flax.attention_tpu import takes_bias
+
+        _, S, A, width = shape
+        if not takes_bias(S, width, A, dtype.itemsize):
+            return f"takes a bias where all scores of a head fit in VMEM, not with {S} tokens"
+    return None
+
+
+def _kernel_precision(precision: Any) -> Any:
+    """As Pallas takes it: None or HIGHEST; False for what it does not take."""
+    if isinstance(precision, (tuple, list)):
+        if len(set(precision)) != 1:
+            return False
+        precision = precision[0]
+    if precision in (None, "default", "bfloat16", "fastest", jax.lax.Precision.DEFAULT):
+        return None
+    if precision in ("highest", "float32", jax.lax.Precision.HIGHEST):
+        return jax.lax.Precision.HIGHEST
+    return False
 
 
 def attention(
@@ -43,8 +197,10 @@ def attention(
         bias: added to the scores; broadcasts against (B, A, S, S).
         head_mask: multiplies the probabilities; broadcasts against (B, A, S, S).
         dropout: applied to the probabilities, element by element; None where none is active.
-        output_attentions: whether to return the probabilities.
-        implementation: one of `IMPLEMENTATIONS`.
+        output_attentions: whether to return the probabilities. With a kernel that has none they
+            are computed beside it, and those that nobody looks at are not computed at all: of the
+            maps of all blocks a program may use one, and the other blocks cost nothing.
+        implementation: one of `IMPLEMENTATIONS`; what it does not take falls back, see `choose`.
         precision: of both matrix products.
 
     Returns:
@@ -52,6 +208,39 @@ def attention(
         if asked for, else None.
     """
     check_implementation(implementation)
+    alike = all((x.shape, x.dtype) == (query.shape, query.dtype) for x in (key, value))
+    if implementation == "eager" or head_mask is not None or dropout is not None or not alike:
+        context, probabilities = eager(query, key, value, bias, head_mask, dropout, precision)
+        return context, probabilities if output_attentions else None
+    if precision is None:  # what is set now, not what will be when the program is lowered
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    operands = _alike(query, key, value, *(() if bias is None else (bias,)))
+    context = attention_p.bind(*operands, implementation=implementation, precision=precision)
+    if not output_attentions:
+        return context, None
+    return context, _probabilities(query, key, bias, precision)
+
+
+def eager(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    head_mask: jax.Array | None = None,
+    dropout: Callable[[jax.Array], jax.Array] | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`attention` in JAX operations: the context, and the probabilities."""
+    probabilities = _probabilities(query, key, bias, precision)
+    if dropout is not None:
+        probabilities = dropout(probabilities)
+    if head_mask is not None:
+        probabilities = probabilities * head_mask.astype(probabilities.dtype)
+    context = jnp.einsum("baqk,bkad->bqad", probabilities, value, precision=precision)
+    return context, probabilities
+
+
+def _probabilities(query, key, bias, precision):
     # The query is scaled, not the scores: the same number, S / (D/A) times fewer products, and
     # float16 scores do not overflow.
     query = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
@@ -60,10 +249,273 @@ def attention(
     scores = scores.astype(statistics)
     if bias is not None:
         scores = scores + bias.astype(statistics)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    if dropout is not None:
-        probabilities = dropout(probabilities)
-    if head_mask is not None:
-        probabilities = probabilities * head_mask.astype(probabilities.dtype)
-    context = jnp.einsum("baqk,bkad->bqad", probabilities, value, precision=precision)
-    return context, probabilities if output_attentions else None
+    return jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+
+
+# -- the kernels behind one operation
+#
+# An operation of its own, and not a branch for each platform: only the kernel that is needed is
+# ever imported and traced, and derivatives of both modes and any order work on every platform.
+#
+# `attention_p` takes query, key, value and perhaps a bias; `gradients_p` those and the context's
+# cotangent, and gives a gradient for each; `tangent_p`, linear in the tangents that follow the
+# operands, is what differentiation forward writes down, and its transpose is `gradients_p`.
+
+attention_p = Primitive("vit_attention")
+tangent_p = Primitive("vit_attention_tangent")
+gradients_p = Primitive("vit_attention_gradients")
+gradients_p.multiple_results = True
+
+
+def _eager(*operands, implementation, precision):
+    query, key, value, *bias = operands
+    return eager(query, key, value, (*bias, None)[0], precision=precision)[0]
+
+
+def _eager_tangent(*operands, implementation, precision):
+    half = len(operands) // 2
+    run = partial(_eager, implementation=implementation, precision=precision)
+    return jax.jvp(run, operands[:half], operands[half:])[1]
+
+
+def _eager_gradients(*operands, implementation, precision):
+    run = partial(_eager, implementation=implementation, precision=precision)
+    return list(jax.vjp(run, *operands[:-1])[1](operands[-1]))
+
+
+def _cudnn(*operands, precision=None):
+    return jax.nn.dot_product_attention(*operands, implementation="cudnn")
+
+
+def _cudnn_gradients(*operands, precision):
+    return list(jax.vjp(_cudnn, *operands[:-1])[1](operands[-1]))
+
+
+def _cpu(query, key, value, *bias, precision):
+    from vit_flax.attention_cpu import attention_cpu
+
+    return attention_cpu(query, key, value, bias=(*bias, None)[0], precision=precision)
+
+
+def _merge(array):
+    """(B, S, A, D/A) -> (B, S, D)."""
+    B, S, A, width = array.shape
+    return array.reshape(B, S, A * width)
+
+
+def _pallas(query, key, value, *bias, precision, interpret):
+    from vit_flax import attention_tpu
+
+    context = attention_tpu.attention(
+        *map(_merge, (query, key, value)),
+        *_squares(query, bias),
+        heads=query.shape[2],
+        precision=_kernel_precision(precision),
+        interpret=interpret,
+    )
+    return context.reshape(query.shape)
+
+
+def _squares(query, bias):
+    """The bias as (A, S, S) in float32, if there is one."""
+    _, S, A, _ = query.shape
+    return [jnp.broadcast_to(b[0], (A, S, S)).astype(jnp.float32) for b in bias] or [None]
+
+
+def _pallas_gradients(query, key, value, *rest, precision, interpret):
+    from vit_flax import attention_tpu
+
+    *bias, cotangent = rest
+    squares, unsquare = jax.vjp(partial(_squares, query), bias)
+    found = attention_tpu.gradients(
+        _merge(query),
+        _merge(key),
+        _merge(value),
+        squares[0],
+        _merge(cotangent),
+        heads=query.shape[2],
+        precision=_kernel_precision(precision),
+        interpret=interpret,
+    )
+    gradients = [each.reshape(query.shape) for each in found[:3]]
+    return [*gradients, *(unsquare([*found[3:]])[0] if bias else ())]
+
+
+def _lower(plain, kernels, platform):
+    """The lowering of an operation for a platform: the kernel that `choose` names."""
+
+    def rule(ctx, *operands, implementation, precision):
+        query = ctx.avals_in[0]
+        biased = len(ctx.avals_in) - (3 if plain is _eager else 4)
+        bias = ctx.avals_in[3].shape if biased else None
+        name = choose(
+            implementation,
+            platform,
+            query.shape,
+            query.dtype,
+            bias=bias,
+            precision=precision,
+            gradient=plain is not _eager,
+            cudnn=cudnn_missing() if platform == "cuda" else None,
+        ).name
+        run = partial(plain, implementation=implementation, precision=precision)
+        if name in ("cpu", "cudnn"):
+            run = partial(kernels[name], precision=precision)
+        elif name == "pallas":
+            kernel = partial(kernels[name], precision=precision, interpret=platform != "tpu")
+            run = _on_every_device(ctx, kernel, query.shape, biased, plain is _eager) or run
+        return mlir.lower_fun(run, multiple_results=plain is not _eager)(ctx, *operands)
+
+    return rule
+
+
+def _on_every_device(ctx, kernel, shape, biased, forward):
+    """The kernel on each device's own images and heads; None where it cannot be told which those
+    are. XLA cannot split a kernel, and neither can JAX's custom_partitioning for TPUs."""
+    where = ctx.module_context.axis_context
+    if isinstance(where, mlir.SPMDAxisContext):
+        inside = set(where.manual_axes) == set(where.mesh.axis_names)
+        return _unchecked(kernel) if inside else None
+    if getattr(where, "num_devices", 1) == 1:
+        return kernel
+    mesh = getattr(where, "abstract_mesh", None) or ctx.avals_in[0].sharding.mesh
+    if mesh.empty:
+        return None
+    B, _, A, _ = shape
+    images: list[str] = []
+    heads: list[str] = []
+    for name, size in mesh.shape.items():
+        if name in HEAD_AXES and not biased and A % size == 0:
+            heads, A = [*heads, name], A // size
+        elif name not in HEAD_AXES and B % size == 0:
+            images, B = [*images, name], B // size
+    split = PartitionSpec(tuple(images) or None, None, tuple(heads) or None, None)
+    whole = PartitionSpec()
+    operands = (split,) * 3 + (whole,) * biased
+
+    def run(*local):
+        found = kernel(*local)
+        if not forward and biased and images:
+            found = [*found[:3], jax.lax.psum(found[3], tuple(images))]
+        return found if forward else list(found)
+
+    return jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=operands if forward else (*operands, split),
+        out_specs=split if forward else list(operands),
+        check_vma=False,
+    )
+
+
+def _unchecked(kernel):
+    """Without `shard_map`'s account of what varies over which axis: it was done when the operation
+    was traced, and a kernel keeps none."""
+
+    def run(*local):
+        with _check_vma(False):
+            return kernel(*local)
+
+    return run
+
+
+_KERNELS = {"cpu": _cpu, "cudnn": _cudnn, "pallas": _pallas}
+_GRADIENTS = {"cudnn": _cudnn_gradients, "pallas": _pallas_gradients}
+
+attention_p.def_abstract_eval(lambda query, *_, **__: query)
+tangent_p.def_abstract_eval(lambda query, *_, **__: query)
+gradients_p.def_abstract_eval(lambda *operands, **_: list(operands[:-1]))
+
+
+@partial(jax.jit, static_argnames=("p", "implementation", "precision"))
+def _run(*operands, p, implementation, precision):
+    return p.bind(*operands, implementation=implementation, precision=precision)
+
+
+for _p in (attention_p, tangent_p, gradients_p):
+    _p.def_impl(partial(_run, p=_p))
+
+_told_the_mesh.update((attention_p, gradients_p))
+
+for _platform in ("cpu", "cuda", "rocm", "tpu"):
+    mlir.register_lowering(attention_p, _lower(_eager, _KERNELS, _platform), platform=_platform)
+    mlir.register_lowering(
+        gradients_p, _lower(_eager_gradients, _GRADIENTS, _platform), platform=_platform
+    )
+mlir.register_lowering(attention_p, mlir.lower_fun(_eager, multiple_results=False))
+mlir.register_lowering(gradients_p, mlir.lower_fun(_eager_gradients, multiple_results=True))
+mlir.register_lowering(tangent_p, mlir.lower_fun(_eager_tangent, multiple_results=False))
+
+
+def _tangent(operands, tangents, **options):
+    tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
+    return attention_p.bind(*operands, **options), tangent_p.bind(*operands, *tangents, **options)
+
+
+def _transpose(cotangent, *operands, **options):
+    half = len(operands) // 2
+    if type(cotangent) is ad.Zero:
+        return [None] * len(operands)
+    found = gradients_p.bind(*operands[:half], cotangent, **options)
+    wanted = map(ad.is_undefined_primal, operands[half:])
+    return [None] * half + [g if w else None for g, w in zip(found, wanted, strict=True)]
+
+
+ad.primitive_jvps[attention_p] = _tangent
+ad.primitive_transposes[tangent_p] = _transpose
+
+
+def _second(plain):
+    """Derivatives of derivatives: of the operations themselves."""
+
+    def rule(operands, tangents, **options):
+        tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
+        return jax.jvp(partial(plain, **options), operands, tuple(tangents))
+
+    return rule
+
+
+ad.primitive_jvps[tangent_p] = _second(_eager_tangent)
+ad.primitive_jvps[gradients_p] = _second(_eager_gradients)
+
+
+def _batched(p, plain):
+    """Images of a further axis are further images; a bias of a further axis leaves the kernels."""
+
+    def rule(operands, axes, **options):
+        size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
+        half = len(operands) // (2 if p is tangent_p else 1)
+        squares = {
+            i
+            for i in range(len(operands))
+            if i % half == 3 and (p is not gradients_p or i != half - 1)
+        }
+        if squares:
+            run = jax.vmap(partial(plain, **options), in_axes=axes, out_axes=0)
+            found = run(*operands)
+            return found, [0] * len(found) if p.multiple_results else 0
+        moved = [
+            jnp.broadcast_to(x, (size, *x.shape)) if a is None else jnp.moveaxis(x, a, 0)
+            for x, a in zip(operands, axes, strict=True)
+        ]
+        found = p.bind(*(x.reshape(-1, *x.shape[2:]) for x in moved), **options)
+        if p.multiple_results:
+            return [x.reshape(size, -1, *x.shape[1:]) for x in found], [0] * len(found)
+        return found.reshape(size, -1, *found.shape[1:]), 0
+
+    return rule
+
+
+batching.primitive_batchers[attention_p] = _batched(attention_p, _eager)
+batching.primitive_batchers[tangent_p] = _batched(tangent_p, _eager_tangent)
+batching.primitive_batchers[gradients_p] = _batched(gradients_p, _eager_gradients)
+
+
+def _alike(*operands):
+    """The operands, varying over the same axes where a `shard_map` keeps account of that."""
+    axes: list[frozenset] = [getattr(jax.typeof(x), "vma", frozenset()) for x in operands]
+    every = frozenset().union(*axes)
+    return [
+        x if own == every else jax.lax.pcast(x, tuple(every - own), to="varying")
+        for x, own in zip(operands, axes, strict=True)
+    ]

@@ -7,6 +7,8 @@ products and of the exponential between them, which reads and writes no score tw
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -28,6 +30,7 @@ def attention_cpu(
     """
     B, S, A, width = query.shape
     statistics = jnp.promote_types(query.dtype, jnp.float32)
+    product = partial(jnp.matmul, precision=precision, preferred_element_type=statistics)
     query = query * jnp.asarray(width**-0.5, query.dtype)
     if bias is not None:
         bias = jnp.broadcast_to(bias, (B, A, S, S)).reshape(B * A, S, S)
@@ -37,15 +40,14 @@ def attention_cpu(
 
     def some(operands: tuple[jax.Array, ...]) -> jax.Array:
         query, key, value, *bias = operands  # (n, S, D/A), (n, S, S)
-        scores = jnp.matmul(query, key.transpose(0, 2, 1), precision=precision)  # (n, S, S)
-        scores = scores.astype(statistics)
+        scores = product(query, key.transpose(0, 2, 1))  # (n, S, S)
         if bias:
             scores = scores + bias[0].astype(statistics)
         largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
         exponentials = jnp.exp(scores - largest)
-        context = jnp.matmul(exponentials.astype(value.dtype), value, precision=precision)
+        context = product(exponentials.astype(value.dtype), value)  # (n, S, D/A)
         total = exponentials.sum(axis=-1, keepdims=True)  # (n, S, 1)
-        return (context.astype(statistics) / total).astype(value.dtype)  # (n, S, D/A)
+        return (context / total).astype(value.dtype)
 
     operands = (heads(query), heads(key), heads(value)) + (() if bias is None else (bias,))
     groups = _groups(B * A, S)
@@ -59,5 +61,7 @@ def attention_cpu(
 
 def _groups(heads: int, tokens: int) -> int:
     """The fewest equal groups of heads whose scores stay below the limit."""
+    if not isinstance(heads, int):  # exported for any number of images
+        return 1
     least = -(-heads * tokens * tokens // _MOST_SCORES)
     return next(count for count in range(min(least, heads), heads + 1) if heads % count == 0)

@@ -38,6 +38,7 @@ from vit_common.positions import (
 )
 from vit_flax.attention import attention
 from vit_flax.int8 import Dense
+from vit_flax.layout import row_major
 from vit_flax.outputs import (
     FlaxBaseModelOutput,
     FlaxBaseModelOutputWithPooling,
@@ -240,7 +241,7 @@ class FlaxViTEmbeddings(FlaxViTPart):
         if k < self.config.num_prefix_tokens:  # tokens without positions come in after them
             parts = (embeddings[:, :k], front[:, k:], embeddings[:, k:])
             embeddings = jnp.concatenate(parts, axis=1)  # (B, S, D)
-        return self.dropout(embeddings, deterministic=deterministic)
+        return row_major(self.dropout(embeddings, deterministic=deterministic))
 
     def positions(self, grid: tuple[int, int]):
         """Position embeddings (1, k + N, D) for a grid (rows, columns) of patches; k tokens in
@@ -387,8 +388,8 @@ class FlaxViTIntermediate(FlaxViTPart):
         hidden_states = self.dense(hidden_states)  # (B, S, I), or (B, S, 2 I)
         if self.config.use_swiglu_ffn:
             gate, hidden_states = jnp.split(hidden_states, 2, axis=-1)
-            return activation("silu")(gate) * hidden_states  # (B, S, I)
-        return activation(self.config.hidden_act)(hidden_states)
+            return row_major(activation("silu")(gate) * hidden_states)  # (B, S, I)
+        return row_major(activation(self.config.hidden_act)(hidden_states))
 
 
 class FlaxViTOutput(FlaxViTPart):

@@ -619,6 +619,14 @@ class ImageClassifier(ImageEncoder):
         self._add(_PROBABILITIES)
         self.engine.compile_all(_PROBABILITIES, batch_size)
 
+    def runner(self, batch_size: int) -> Callable[[np.ndarray], np.ndarray]:
+        """The network alone, compiled for one size of batch: from prepared pixels (B, C, H, W) to
+        probabilities (B, K) of float32, both in the host's memory."""
+        check_positive("batch_size", batch_size)
+        self._add(_PROBABILITIES)
+        self.engine.compile(_PROBABILITIES, batch_size)
+        return lambda pixels: self.engine.start(_PROBABILITIES, pixels, batch_size).rows()[0]
+
     def _values(self, work: _Work, params: Any, output: Any) -> list[jax.Array]:
         if work.kind != "probabilities":
             return super()._values(work, params, output)
