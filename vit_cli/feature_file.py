@@ -275,7 +275,7 @@ class FeatureFile:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        length = math.prod(self.shape)
+        length = max(1, math.prod(self.shape))  # pyarrow divides by it
         vector = pa.list_(pa.from_numpy_dtype(self.dtype), length)
         fields = [("file", pa.string()), ("features", vector), ("error", pa.string())]
         metadata = {"shape": json.dumps(self.shape), "made_with": json.dumps(self._run)}
@@ -288,8 +288,9 @@ class FeatureFile:
             for records in _batches(self._records(), at_once):
                 missing = np.array(["error" in record for record in records])
                 values = np.zeros((len(records), length), self.dtype)
-                found = rows.read(int((~missing).sum()) * self._row_bytes)
-                values[~missing] = np.frombuffer(found, self.dtype).reshape(-1, length)
+                count = int((~missing).sum())
+                found = rows.read(count * self._row_bytes)
+                values[~missing] = np.frombuffer(found, self.dtype).reshape(count, length)
                 columns = [
                     pa.array([_utf8(record["file"]) for record in records], pa.string()),
                     pa.FixedSizeListArray.from_arrays(
