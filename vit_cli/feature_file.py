@@ -282,7 +282,10 @@ class FeatureFile:
         schema = pa.schema(fields, metadata=metadata)
         at_once = max(1, min(10_000, _GROUP_BYTES // max(1, self._row_bytes)))
         with (
-            pq.ParquetWriter(stream, schema) as writer,
+            # Neither would find anything in features: no two numbers are the same.
+            pq.ParquetWriter(
+                stream, schema, use_dictionary=False, write_statistics=["file"]
+            ) as writer,
             open(self._rows, "rb") as rows,
         ):
             for records in _batches(self._records(), at_once):
