@@ -37,6 +37,7 @@ class Dense(nn.Dense):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         if not self.has_variable("params", SCALE):
+            self._check_kernel()
             return super().__call__(inputs)
         dtype = self.dtype or inputs.dtype
         kernel: jax.Array = self.get_variable("params", "kernel")  # (in, out)
@@ -54,6 +55,16 @@ class Dense(nn.Dense):
         if self.use_bias:
             outputs = outputs + self.get_variable("params", "bias").astype(exact)
         return outputs.astype(dtype)
+
+    def _check_kernel(self) -> None:
+        """Raise InputError if the kernel is integers whose factors are missing."""
+        if self.has_variable("params", "kernel"):
+            kernel: jax.Array = self.get_variable("params", "kernel")
+            if jnp.issubdtype(kernel.dtype, jnp.integer):
+                raise InputError(
+                    f"`params`: {'/'.join(self.path)}/kernel is {kernel.dtype}; integers need "
+                    f"`{SCALE}` beside them, as `vit_flax.int8.quantize` makes it."
+                )
 
 
 def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
