@@ -9,6 +9,7 @@ from typing import Any
 
 from vit_cli.exit_codes import DONE
 from vit_cli.messages import say
+from vit_cli.models import load_for_inference
 from vit_common.errors import ExistingFileError, InputError, MissingFileError
 from vit_common.files import reason, replace_files
 
@@ -61,26 +62,25 @@ def attention(
 
     picture = load_image(image)
 
-    from vit_cli.predict import load_classifier
     from vit_flax.attention_maps import contact_sheet, overlay, patch_map
 
-    classifier = load_classifier(model, dtype, hub, devices=1)
-    config = classifier.config
+    encoder = load_for_inference("ImageEncoder", model, dtype, hub, devices=1)
+    config = encoder.config
     if head is not None and not 0 <= head < config.num_attention_heads:
         raise InputError(
             f"--head must be from 0 to {config.num_attention_heads - 1}; given {head}."
         )
-    seen = classifier.seen(picture)
-    P, (height, width) = config.patch_height_width, classifier.image_size
+    seen = encoder.seen(picture)
+    P, (height, width) = config.patch_height_width, encoder.image_size
     grid = (height // P[0], width // P[1])
     scale = max(1, round(_SIDE / max(seen.size)))
     seen = seen.resize((seen.width * scale, seen.height * scale), 0 if scale > 4 else 2)
     prefix = config.num_prefix_tokens
     if rollout:
-        sheet = overlay(seen, patch_map(classifier.attention(picture, rollout=True), grid, prefix))
+        sheet = overlay(seen, patch_map(encoder.attention(picture, rollout=True), grid, prefix))
         what = "rollout over all blocks"
     else:
-        maps = patch_map(classifier.attention(picture, [layer])[0], grid, prefix)  # (A, h, w)
+        maps = patch_map(encoder.attention(picture, [layer])[0], grid, prefix)  # (A, h, w)
         if head is not None:
             sheet = overlay(seen, maps[head])
             what = f"block {layer % config.num_hidden_layers}, head {head}"

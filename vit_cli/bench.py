@@ -47,13 +47,13 @@ def bench(
         MissingFileError: the names hold no image.
         ViTError: the model cannot be loaded.
     """
-    from vit_cli.predict import load_classifier
+    from vit_cli.models import load_for_inference
     from vit_cli.sources import find_images
 
     files = list(find_images(names, lambda text: say("error", text)))
     if names and not files:
         raise MissingFileError(f"{', '.join(names)}: no images to measure with.")
-    classify = load_classifier(model, dtype, hub, **options)
+    classify = load_for_inference("ImageClassifier", model, dtype, {**options, **(hub or {})})
     if batch_sizes is None:
         batch_sizes = (1, 8, 32) if classify.engine.platform == "cpu" else (1, 64, 512)
     result = describe(classify, dtype)

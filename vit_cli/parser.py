@@ -144,6 +144,44 @@ def _add_host_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_precision_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--param-dtype",
+        choices=_DTYPES,
+        help="how the parameters are held in the device's memory (as in the file)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("int8",),
+        help="hold the kernels of the blocks as 8-bit integers, a quarter of float32's memory; "
+        "probabilities change in their second digit",
+    )
+
+
+def _precision(options: argparse.Namespace) -> dict[str, Any]:
+    named = ("param_dtype", "weights")
+    return {name: getattr(options, name) for name in named if getattr(options, name)}
+
+
+def _add_stream_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=_positive,
+        help="images that go through the model at once (8 on a CPU, 64 elsewhere)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where an interrupted --output stopped"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite the output")
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        type=_shard,
+        help="only the I-th of N parts of the images, I from 1; for several machines",
+    )
+
+
 def _hub(options: argparse.Namespace) -> dict[str, Any]:
     named = ("revision", "subfolder", "local_files_only")
     return {name: getattr(options, name) for name in named if getattr(options, name)}
@@ -160,14 +198,9 @@ def _predict(arguments: Sequence[str]) -> Command:
         usage="vit predict [options] IMAGE|DIR ...",
     )
     _add_model_options(parser)
+    _add_precision_options(parser)
     parser.add_argument(
         "--top-k", metavar="N", type=_positive, default=5, help="classes to print an image (5)"
-    )
-    parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=_positive,
-        help="images that go through the model at once (8 on a CPU, 64 elsewhere, for each device)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object a line, for each image"
@@ -177,17 +210,7 @@ def _predict(arguments: Sequence[str]) -> Command:
         metavar="FILE",
         help="write the results to a .jsonl, .csv or .parquet file instead",
     )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on where an interrupted --output stopped"
-    )
-    parser.add_argument("--force", action="store_true", help="overwrite the output")
-    parser.add_argument(
-        "--shard",
-        metavar="I/N",
-        type=_shard,
-        help="only the I-th of N parts of the images, I from 1; for machines that know nothing of "
-        "each other",
-    )
+    _add_stream_options(parser)
     _add_device_options(parser)
     _add_host_options(parser)
     _add_hub_options(parser)
@@ -238,10 +261,94 @@ def _predict(arguments: Sequence[str]) -> Command:
             devices=options.devices,
             model_parallel=options.model_parallel,
             cluster=cluster,
-            hub=_hub(options),
+            hub={**_precision(options), **_hub(options)},
         )
 
     return command
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        message = f"must be numbers of blocks with commas between; given {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def _features(arguments: Sequence[str]) -> Command:
+    parser = _parser(
+        "vit features",
+        "Write what a network makes of images, before any classifier: one vector an image in one "
+        "file. Any model will do, with a classifier or without. What cannot be read is named on "
+        "standard error and in the file; the exit code is then 1.",
+        usage="vit features [options] IMAGE|DIR ... --output FILE",
+    )
+    _add_model_options(parser)
+    _add_precision_options(parser)
+    parser.add_argument("--output", metavar="FILE", help=".npz, .parquet or .safetensors file")
+    parser.add_argument(
+        "--layers",
+        metavar="L,...",
+        type=_layers,
+        default=(-1,),
+        help="blocks, the first is 0; -1 is the last, after the final norm (-1)",
+    )
+    parser.add_argument(
+        "--pool",
+        choices=("cls", "mean", "none"),
+        default="cls",
+        help="the class token, the mean of the patches, or all tokens (cls)",
+    )
+    parser.add_argument(
+        "--store-dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of the numbers in the file (float32)",
+    )
+    _add_stream_options(parser)
+    _add_hub_options(parser)
+    options, names = _parse(
+        parser,
+        _with_value(arguments, "--layers"),
+        "IMAGE|DIR",
+        "image files, or folders to look for image files in, at any depth",
+    )
+    if not names:
+        parser.error("name at least one image or folder")
+    if options.output is None:
+        parser.error("--output FILE is needed")
+
+    def command() -> int:
+        from vit_cli.features import features
+
+        return features(
+            names,
+            options.model,
+            options.output,
+            layers=options.layers,
+            pool=None if options.pool == "none" else options.pool,
+            store_dtype=options.store_dtype,
+            batch_size=options.batch_size,
+            dtype=options.dtype,
+            resume=options.resume,
+            force=options.force,
+            shard=options.shard,
+            hub={**_precision(options), **_hub(options)},
+        )
+
+    return command
+
+
+def _with_value(arguments: Sequence[str], option: str) -> list[str]:
+    """The arguments with an option and what follows it as one: argparse takes `-1,-2` for an
+    option of its own."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] == option and "--" not in joined:
+            joined[-1] = f"{option}={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _info(arguments: Sequence[str]) -> Command:
@@ -688,6 +795,7 @@ def _export(arguments: Sequence[str]) -> Command:
 
 _SUBCOMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], Command]]] = {
     "predict": ("classify images", _predict),
+    "features": ("what a model makes of images, in a file", _features),
     "attention": ("where a model looks, over the image", _attention),
     "convert": ("turn a checkpoint into another layout", _convert),
     "export": ("a model as a program for JAX or ONNX", _export),

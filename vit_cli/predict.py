@@ -15,10 +15,11 @@ from vit_cli.exit_codes import DONE, INTERRUPTED, SOME_FAILED
 from vit_cli.hosts import Cluster, Hosts
 from vit_cli.journal import Journal, check_free, prepare
 from vit_cli.messages import say
+from vit_cli.models import load_for_inference, precision_of
 from vit_cli.progress import Progress
 from vit_cli.results import JsonLines, PlainText, Table, Writer
 from vit_cli.sources import find_images
-from vit_common.errors import HostError, InputError
+from vit_common.errors import HostError
 from vit_common.files import reason
 
 
@@ -59,7 +60,7 @@ def predict(
         devices: how many of this process's devices to use; None is all.
         model_parallel: devices that one copy of the network is split over.
         cluster: processes that share the work, all started alike; they write one `output`.
-        hub: options of the Hub.
+        hub: more options of `from_pretrained`: those of the Hub, `param_dtype`, `weights`.
 
     Returns:
         The exit code: 1 if an image failed or a folder held none.
@@ -80,7 +81,7 @@ def predict(
         return SOME_FAILED
     if shard is not None:
         files = [file for file in files if in_shard(file, *shard)]
-    run = {"model": model, "top_k": top_k, "dtype": dtype}
+    run = {"model": model, "top_k": top_k, "dtype": dtype, **precision_of(hub)}
     hosts: Hosts | None = None
     if cluster is not None:
         if cluster.process is not None and output is not None:
@@ -104,8 +105,13 @@ def predict(
             files = [file for file in files if in_shard(file, hosts.index, hosts.count)]
 
         def load() -> Any:
-            return load_classifier(
-                model, dtype, hub, devices=devices, model_parallel=model_parallel
+            return load_for_inference(
+                "ImageClassifier",
+                model,
+                dtype,
+                hub,
+                devices=devices,
+                model_parallel=model_parallel,
             )
 
         outcome = _run(files, load, journal, hosts, top_k, batch_size, as_json=as_json)
@@ -228,40 +234,6 @@ def _finish_for_all(hosts: Hosts, journal: Journal, files: list[str], failed: in
     journal.finish(files)
     hosts.tell("finished")
     return sum(map(int, hosts.told("done").values()))
-
-
-def load_classifier(
-    model: str | None,
-    dtype: str,
-    hub: Mapping[str, Any] | None,
-    *,
-    devices: int | None = None,
-    model_parallel: int = 1,
-    **options: Any,
-) -> Any:
-    """The classifier of a command; None is the checkpoint in the package."""
-    # Only now: a name that is wrong is told at once, without the seconds that JAX takes.
-    import jax
-
-    from vit_cli.devices import find_devices
-    from vit_flax.inference import ImageClassifier
-
-    cache.enable()
-    find_devices()
-    if devices is not None or model_parallel > 1:
-        devices = devices or len(jax.local_devices())
-        if devices % model_parallel:
-            raise InputError(
-                f"--model-parallel must divide the number of devices, {devices}; given "
-                f"{model_parallel}."
-            )
-        sizes = {"data": devices // model_parallel, "model": model_parallel}
-        options["mesh"] = None if devices == 1 else sizes
-    if model is None:
-        from vit_common.embedded import embedded_checkpoint
-
-        model = str(embedded_checkpoint())
-    return ImageClassifier.from_pretrained(model, dtype=dtype, **options, **(hub or {}))
 
 
 def in_shard(file: str, index: int, count: int) -> bool:

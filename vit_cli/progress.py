@@ -23,9 +23,10 @@ class Progress:
     Args:
         total: images to come.
         show: whether a bar may be shown at all.
+        what: is being done.
     """
 
-    def __init__(self, total: int, *, show: bool = True) -> None:
+    def __init__(self, total: int, *, show: bool = True, what: str = "classifying") -> None:
         self._bar: Any = None
         self._lock = threading.RLock()
         self._kept: Any = None
@@ -37,7 +38,7 @@ class Progress:
             if not console.is_interactive:  # a dumb terminal, or the environment says no
                 return
             self._bar = progress.Progress(
-                progress.TextColumn("classifying"),
+                progress.TextColumn(what),
                 progress.BarColumn(),
                 progress.MofNCompleteColumn(),
                 progress.TimeRemainingColumn(),

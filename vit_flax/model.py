@@ -37,6 +37,7 @@ from vit_common.positions import (
     resize_matrices,
 )
 from vit_flax.attention import attention
+from vit_flax.int8 import Dense
 from vit_flax.layout import row_major
 from vit_flax.outputs import (
     FlaxBaseModelOutput,
@@ -120,8 +121,8 @@ def initializer(std: float) -> Callable[..., jax.Array]:
     return draw
 
 
-def dense(part: FlaxViTPart, features: int, use_bias: bool = True) -> nn.Dense:
-    return nn.Dense(
+def dense(part: FlaxViTPart, features: int, use_bias: bool = True) -> Dense:
+    return Dense(
         features,
         use_bias=use_bias,
         dtype=part.dtype,

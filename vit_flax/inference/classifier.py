@@ -1,4 +1,5 @@
-"""`ImageClassifier`: images or names of image files in, labels with probabilities out.
+"""`ImageClassifier`: images or names of image files in, labels with probabilities out; and
+`ImageEncoder`, for networks without classes: features and attention out.
 
 A stream of images is read, run and handed on batch by batch: while the network works on one batch
 the next are decoded, and its results are fetched when the next has been set off.
@@ -14,7 +15,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
 
 import flax.linen as nn
 import jax
@@ -22,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 
-from convert.source import find_processor, open_source
+from convert.source import Source, find_processor, open_source
 from vit_common.config import FIELDS, AutoConfig, ViTConfig
 from vit_common.errors import (
     CheckpointError,
@@ -44,10 +46,11 @@ from vit_common.predictions import (
     prepare_image,
 )
 from vit_flax import attention_maps
-from vit_flax.auto import FlaxAutoModelForImageClassification
+from vit_flax.auto import FlaxAutoModel, FlaxAutoModelForImageClassification
 from vit_flax.inference.engine import Engine, Running
 from vit_flax.inference.reader import Batch, Reader
 from vit_flax.inference.sharding import MeshLike, make_mesh, param_shardings, place
+from vit_flax.int8 import check_weights, quantize
 from vit_flax.model import mean_of_patches
 from vit_flax.pixels import normalize
 
@@ -115,11 +118,12 @@ class Timings:
     decoding: float = 0.0
 
 
-class ImageClassifier:
-    """A model for image classification with what prepares its images and names its classes.
+class ImageEncoder:
+    """A network with what prepares its images: features and attention out, whatever stands on the
+    network, and where nothing does.
 
-    Probabilities are the softmax of the logits in float32, or their sigmoid where the classes do
-    not exclude each other (`problem_type` "multi_label_classification", or a single label).
+    Computations are in the model's `dtype`, with its parameters as they are held (see `weights`
+    and `param_dtype` of `from_pretrained`); what comes out is float32.
 
     Args:
         model: the network with its parameters.
@@ -136,7 +140,7 @@ class ImageClassifier:
             too, over m devices each time; or a `jax.sharding.Mesh` with axes of these names.
 
     Raises:
-        ConfigError: the model does not classify, or does not take what the processor makes.
+        ConfigError: the model does not take what the processor makes.
     """
 
     def __init__(
@@ -152,14 +156,8 @@ class ImageClassifier:
         if workers is not None:
             check_positive("workers", workers)
         config = model.config
-        if config.problem_type == "regression":
-            raise ConfigError(
-                "config: `problem_type` is 'regression': this model predicts a quantity; wanted a "
-                "model of classes."
-            )
         self.model = model
         self.image_processor = image_processor or default_image_processor(config)
-        self.several = has_several_labels(config)
         self.image_size = image_size(config, self.image_processor)
         shape = (config.num_channels, *self.image_size)
         check_processor(self.image_processor, shape)
@@ -179,17 +177,21 @@ class ImageClassifier:
         dtype: Any = jnp.float32,
         *,
         mesh: MeshLike = "auto",
+        weights: Literal["int8"] | None = None,
         **options: Any,
-    ) -> ImageClassifier:
+    ) -> Self:
         """Load model and preprocessing.
 
         Args:
             name_or_path: directory, weights file, or "owner/name" on the Hub.
-            dtype: of the computation.
+            dtype: of the computation: float32, bfloat16 or float16. Statistics of norms and softmax
+                are float32 in each, and so is what comes out.
             mesh: as for the class; weights are read from a safetensors file as they lie on the
                 devices, each part by itself.
-            **options: of this class, of the Hub, and of
-                `FlaxViTForImageClassification.from_pretrained`.
+            weights: "int8" holds the kernels of the blocks as 8-bit integers, in a quarter of
+                float32's bytes; see `vit_flax.int8`. None holds them in `param_dtype`.
+            **options: of this class, of the Hub, and of `FlaxViTModel.from_pretrained`; among them
+                `param_dtype`, in which parameters are held on the device (None: as in the file).
 
         Warns:
             UserWarning: there is no `preprocessor_config.json`, so the defaults are used.
@@ -198,8 +200,9 @@ class ImageClassifier:
             MissingFileError: there is nothing of that name, or it cannot be reached.
             ConfigError: the configuration is not of this architecture, or contradicts the
                 preprocessing.
-            CheckpointError: the weights are corrupt, do not fit, or have no classifier.
+            CheckpointError: the weights are corrupt, do not fit, or lack what this class needs.
         """
+        check_weights(weights)
         own = {name: options.pop(name) for name in _OWN if name in options}
         hub, options = split_hub_options(options)
         config, format = options.pop("config", None), options.pop("format", None)
@@ -214,28 +217,26 @@ class ImageClassifier:
         with open_source(
             name_or_path, format=format, config=config, overrides=fields, **hub
         ) as source:
-            config, weights = source.config, source.path
-            if source.head not in ("classifier", "teacher"):
-                raise CheckpointError(
-                    f"{weights}: these weights have no classifier, so predictions would be random; "
-                    "wanted a checkpoint that was trained or fine-tuned to classify."
-                )
+            config, path = source.config, source.path
+            cls._check_source(source)
             processor = find_processor(source, name_or_path, **hub)
         devices = make_mesh(mesh, config)
         if devices is not None:
             options["shardings"] = partial(param_shardings, devices)
             if devices.shape["model"] > 1:  # other kernels cannot be split by the compiler
                 options.setdefault("attn_implementation", "eager")
-        model = FlaxAutoModelForImageClassification.from_pretrained(
-            weights, dtype=dtype, config=config, format=source.table.name, **options
+        model = cls._load_model(
+            path, source.head, dtype=dtype, config=config, format=source.table.name, **options
         )
+        if weights is not None:
+            model.params = quantize(model.params)
         if processor is None:
             prepare: BaseImageProcessor = default_image_processor(config)
             height, width = config.image_height_width
             warnings.warn(
                 f"{name_or_path} has no preprocessor_config.json: images are resized to {height} x "
                 f"{width} (height x width) and normalised with mean and standard deviation 0.5, "
-                "the Hub's defaults for a ViT. If the model was trained otherwise, its predictions "
+                "the Hub's defaults for a ViT. If the model was trained otherwise, its results "
                 "are worse than they could be.",
                 UserWarning,
                 stacklevel=2,
@@ -246,6 +247,20 @@ class ImageClassifier:
             return cls(model, prepare, mesh=devices, **own)
         except ConfigError as error:
             raise ConfigError(f"{name_or_path}: {error}") from error
+
+    @classmethod
+    def _check_source(cls, source: Source) -> None:
+        """Raise CheckpointError if a checkpoint lacks what this class needs."""
+
+    @classmethod
+    def _load_model(cls, path: Path, head: str | None, **options: Any) -> Any:
+        """The model to run, of a checkpoint with that head."""
+        if head in ("classifier", "teacher"):
+            return FlaxAutoModelForImageClassification.from_pretrained(path, **options)
+        with warnings.catch_warnings():
+            # A head that nothing here runs, such as a decoder's, is left aside as asked for.
+            warnings.filterwarnings("ignore", message=r".*: in the checkpoint and not used")
+            return FlaxAutoModel.from_pretrained(path, add_pooling_layer=False, **options)
 
     @property
     def config(self) -> ViTConfig:
@@ -264,70 +279,6 @@ class ImageClassifier:
         device that a batch is split over."""
         each = 8 if jax.default_backend() == "cpu" else 64
         return each * self.engine.parts_of_batch
-
-    def __call__(self, images: Any, top_k: int = 5) -> Any:
-        """Classify one image or a list of images.
-
-        Args:
-            images: name of a file, PIL image, or array as `ViTImageProcessor` takes it; or a list
-                of these, or an array (B, H, W, C) or (B, C, H, W).
-            top_k: how many classes to return; all if there are fewer.
-
-        Returns:
-            A tuple of `Prediction`, best first; for a list, a list of these.
-
-        Raises:
-            ImageError, MissingFileError: an image cannot be read or taken.
-            InputError: `top_k` is not a positive integer.
-        """
-        many = _are_many(images)
-        results = self.stream(images if many else [images], top_k=top_k)
-        predictions = [result.predictions for result in results]
-        return predictions if many else predictions[0]
-
-    def stream(
-        self, images: Iterable[Any], top_k: int = 5, batch_size: int | None = None
-    ) -> Generator[Result, None, None]:
-        """Classify any number of images; results come in order, as they are ready.
-
-        A few batches are in memory at most, however many images there are: those that the device
-        works on, and those that threads decode for it. An image that cannot be read gives a
-        `Result` with its error, and the stream goes on. `timings` then tells where the time went.
-
-        Args:
-            images: each as in a call.
-            top_k: how many classes to return; all if there are fewer.
-            batch_size: images that go through the model at once; a last batch of fewer is padded,
-                so that nothing is compiled for it.
-
-        Raises:
-            InputError: `top_k` or `batch_size` is not a positive integer. At once, not with the
-                first result.
-        """
-        check_positive("top_k", top_k)
-        return self._checked_stream(
-            images,
-            batch_size,
-            _PROBABILITIES,
-            lambda rows: likeliest(rows[0], self.config.id2label, top_k),
-        )
-
-    def compile(self, batch_size: int | None = None) -> None:
-        """Compile what `stream` and calls need for any number of images: every power of two up to
-        `batch_size`, and that. A last batch of few images is then run in the smallest that holds
-        it. Without this each size is compiled when a stream begins with so many images."""
-        batch_size = self.default_batch_size if batch_size is None else batch_size
-        check_positive("batch_size", batch_size)
-        self._add(_PROBABILITIES)
-        self.engine.compile_all(_PROBABILITIES, batch_size)
-
-    def runner(self, batch_size: int) -> Callable[[np.ndarray], np.ndarray]:
-        """The network alone, compiled for one size of batch: from prepared pixels (B, C, H, W) to
-        probabilities (B, K) of float32, both in the host's memory."""
-        check_positive("batch_size", batch_size)
-        self._add(_PROBABILITIES)
-        self.engine.compile(_PROBABILITIES, batch_size)
-        return lambda pixels: self.engine.start(_PROBABILITIES, pixels, batch_size).rows()[0]
 
     # -- features and attention
 
@@ -573,20 +524,18 @@ class ImageClassifier:
             output_hidden_states=work.kind == "features",
             output_attentions=work.kind == "attention",
         )
+        return tuple(array.astype(jnp.float32) for array in self._values(work, params, output))
+
+    def _values(self, work: _Work, params: Any, output: Any) -> list[jax.Array]:
+        """What is wanted of the network's output."""
         if work.kind == "attention":
-            found = [output.attentions[i] for i in work.layers]  # (B, A, S, S)
-        elif work.kind == "features":
-            found = [self._pooled(params, output.hidden_states, i, work.pool) for i in work.layers]
-        else:
-            logits = output.logits.astype(jnp.float32)  # (B, K)
-            several = self.several
-            found = [jax.nn.sigmoid(logits) if several else jax.nn.softmax(logits, axis=-1)]
-        return tuple(array.astype(jnp.float32) for array in found)
+            return [output.attentions[i] for i in work.layers]  # (B, A, S, S)
+        return [self._pooled(params, output.hidden_states, i, work.pool) for i in work.layers]
 
     def _pooled(self, params: Any, hidden_states: Any, layer: int, pool: str | None) -> jax.Array:
         """A block's output; the last one's after the final norm, where that is on the tokens."""
         x, config = hidden_states[layer + 1], self.config
-        network = params[config.base_model_prefix]
+        network = params.get(config.base_model_prefix, params)  # a base network has no prefix
         if layer == config.num_hidden_layers - 1 and "layernorm" in network:
             norm = nn.LayerNorm(
                 epsilon=config.layer_norm_eps,
@@ -598,6 +547,108 @@ class ImageClassifier:
         if pool == "cls":
             return x[:, 0]
         return mean_of_patches(x, config) if pool == "mean" else x
+
+
+class ImageClassifier(ImageEncoder):
+    """A model for image classification with what prepares its images and names its classes.
+
+    Probabilities are the softmax of the logits in float32, or their sigmoid where the classes do
+    not exclude each other (`problem_type` "multi_label_classification", or a single label).
+
+    Args:
+        model: the network with its parameters.
+        *args, **kwargs: as `ImageEncoder`.
+
+    Raises:
+        ConfigError: the model does not classify, or does not take what the processor makes.
+    """
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        if model.config.problem_type == "regression":
+            raise ConfigError(
+                "config: `problem_type` is 'regression': this model predicts a quantity; wanted a "
+                "model of classes."
+            )
+        super().__init__(model, *args, **kwargs)
+        self.several = has_several_labels(model.config)
+
+    @classmethod
+    def _check_source(cls, source: Source) -> None:
+        if source.head not in ("classifier", "teacher"):
+            raise CheckpointError(
+                f"{source.path}: these weights have no classifier, so predictions would be random; "
+                "wanted a checkpoint that was trained or fine-tuned to classify."
+            )
+
+    def __call__(self, images: Any, top_k: int = 5) -> Any:
+        """Classify one image or a list of images.
+
+        Args:
+            images: name of a file, PIL image, or array as `ViTImageProcessor` takes it; or a list
+                of these, or an array (B, H, W, C) or (B, C, H, W).
+            top_k: how many classes to return; all if there are fewer.
+
+        Returns:
+            A tuple of `Prediction`, best first; for a list, a list of these.
+
+        Raises:
+            ImageError, MissingFileError: an image cannot be read or taken.
+            InputError: `top_k` is not a positive integer.
+        """
+        many = _are_many(images)
+        results = self.stream(images if many else [images], top_k=top_k)
+        predictions = [result.predictions for result in results]
+        return predictions if many else predictions[0]
+
+    def stream(
+        self, images: Iterable[Any], top_k: int = 5, batch_size: int | None = None
+    ) -> Generator[Result, None, None]:
+        """Classify any number of images; results come in order, as they are ready.
+
+        A few batches are in memory at most, however many images there are: those that the device
+        works on, and those that threads decode for it. An image that cannot be read gives a
+        `Result` with its error, and the stream goes on. `timings` then tells where the time went.
+
+        Args:
+            images: each as in a call.
+            top_k: how many classes to return; all if there are fewer.
+            batch_size: images that go through the model at once; a last batch of fewer is padded,
+                so that nothing is compiled for it.
+
+        Raises:
+            InputError: `top_k` or `batch_size` is not a positive integer. At once, not with the
+                first result.
+        """
+        check_positive("top_k", top_k)
+        return self._checked_stream(
+            images,
+            batch_size,
+            _PROBABILITIES,
+            lambda rows: likeliest(rows[0], self.config.id2label, top_k),
+        )
+
+    def compile(self, batch_size: int | None = None) -> None:
+        """Compile what `stream` and calls need for any number of images: every power of two up to
+        `batch_size`, and that. A last batch of few images is then run in the smallest that holds
+        it. Without this each size is compiled when a stream begins with so many images."""
+        batch_size = self.default_batch_size if batch_size is None else batch_size
+        check_positive("batch_size", batch_size)
+        self._add(_PROBABILITIES)
+        self.engine.compile_all(_PROBABILITIES, batch_size)
+
+    def runner(self, batch_size: int) -> Callable[[np.ndarray], np.ndarray]:
+        """The network alone, compiled for one size of batch: from prepared pixels (B, C, H, W) to
+        probabilities (B, K) of float32, both in the host's memory."""
+        check_positive("batch_size", batch_size)
+        self._add(_PROBABILITIES)
+        self.engine.compile(_PROBABILITIES, batch_size)
+        return lambda pixels: self.engine.start(_PROBABILITIES, pixels, batch_size).rows()[0]
+
+    def _values(self, work: _Work, params: Any, output: Any) -> list[jax.Array]:
+        if work.kind != "probabilities":
+            return super()._values(work, params, output)
+        logits = output.logits.astype(jnp.float32)  # (B, K)
+        return [jax.nn.sigmoid(logits) if self.several else jax.nn.softmax(logits, axis=-1)]
 
 
 def _are_many(images: Any) -> bool:

@@ -1,0 +1,305 @@
+"""Parameters held as 8-bit integers or in half precision: the same network, against Transformers
+with the rounded weights; bytes; and the cost on real images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import transformers
+from flax.traverse_util import flatten_dict, unflatten_dict
+from networks import randomize
+from tolerances import BOUNDS
+
+from vit_cli.main import main
+from vit_common.embedded import embedded_checkpoint
+from vit_common.errors import InputError
+from vit_flax import FlaxAutoModelForImageClassification
+from vit_flax.inference import ImageClassifier, ImageEncoder
+from vit_flax.int8 import Dense, is_quantized, parameter_bytes, quantize
+
+DEIT_TINY = Path(__file__).parents[2] / "shared" / "data" / "deit_tiny"
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "patch_size": 8,
+    "image_size": 32,
+    "num_labels": 3,
+}
+FAMILIES = {
+    "vit": (
+        transformers.ViTForImageClassification,
+        transformers.ViTConfig,
+        {"intermediate_size": 64},
+    ),
+    "deit": (
+        transformers.DeiTForImageClassificationWithTeacher,
+        transformers.DeiTConfig,
+        {"intermediate_size": 64},
+    ),
+    "beit": (
+        transformers.BeitForImageClassification,
+        transformers.BeitConfig,
+        {"intermediate_size": 64, "use_relative_position_bias": True},
+    ),
+    "dinov2": (
+        transformers.Dinov2ForImageClassification,
+        transformers.Dinov2Config,
+        {"mlp_ratio": 2, "use_swiglu_ffn": True},
+    ),
+    "dinov2 with registers": (
+        transformers.Dinov2WithRegistersForImageClassification,
+        transformers.Dinov2WithRegistersConfig,
+        {"mlp_ratio": 2},
+    ),
+}
+
+
+def rounded(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A weight (out, in) of PyTorch rounded to integers of at most 127, by rows; and the integers.
+
+    Equations of Wu et al. 2020 (arXiv:2004.09602), 2 to 4: s = 127 / amax, q = round(s x)."""
+    largest = np.abs(weight).max(axis=1, keepdims=True)
+    step = (largest / 127).astype(np.float32)
+    integers = np.rint(weight / step)
+    return (integers * step).astype(np.float32), integers
+
+
+def of_a_block(name: str) -> bool:
+    return ".layer." in name and name.endswith(".weight")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    cls, config_class, fields = FAMILIES[request.param]
+    config = config_class(**SIZES, **fields)
+    config._attn_implementation = "eager"
+    model = randomize(cls(config).eval())
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def test_the_network_is_that_of_the_rounded_weights(family):
+    model, folder = family
+    ours = FlaxAutoModelForImageClassification.from_pretrained(folder, precision="highest")
+    pixels = np.random.default_rng(3).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    before = np.asarray(ours(pixels).logits)
+    ours.params = quantize(ours.params)
+    state = model.state_dict()
+    count = 0
+    for name, weight in state.items():
+        if of_a_block(name) and weight.ndim == 2:
+            state[name] = torch.tensor(rounded(weight.numpy())[0])
+            count += 1
+    kernels = [x for x in jax.tree.leaves(ours.params) if x.dtype == np.int8]
+    assert len(kernels) == count >= 12
+    model.load_state_dict(state)
+    with torch.no_grad():
+        wanted = model(torch.tensor(pixels)).logits.numpy()
+    found = np.asarray(ours(pixels).logits)
+    bound = BOUNDS["reference float32"]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=bound)
+    assert np.abs(found - before).max() > 20 * bound  # it is not the network of before
+
+
+def test_integers_and_factors_are_the_papers():
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(40, 6)).astype(np.float32) * np.float32([1, 1e-3, 50, 1, 1, 1e-30])
+    kernel[:, 3] = 0.0
+    params = {"encoder": {"layer": {"0": {"output": {"dense": {"kernel": kernel}}}}}}
+    made = quantize(params)["encoder"]["layer"]["0"]["output"]["dense"]
+    assert set(made) == {"kernel", "kernel_scale"}
+    assert made["kernel"].dtype == np.int8
+    assert made["kernel_scale"].dtype == np.float32
+    with np.errstate(invalid="ignore"):
+        _, integers = rounded(kernel.T)
+    np.testing.assert_array_equal(made["kernel"], np.nan_to_num(integers).T)
+    largest = np.abs(kernel).max(axis=0)
+    scale = np.where(largest == 0, 1.0, largest / 127)
+    np.testing.assert_allclose(made["kernel_scale"], scale, rtol=1e-6)
+
+
+def test_what_is_not_finite_stays_so():
+    kernel = np.ones((3, 2), np.float32)
+    kernel[1, 0] = np.nan
+    params = {"encoder": {"layer": {"0": {"output": {"dense": {"kernel": kernel}}}}}}
+    made = quantize(params)["encoder"]["layer"]["0"]["output"]["dense"]
+    assert np.isnan(made["kernel_scale"]).tolist() == [True, False]
+
+
+def test_all_else_stays_as_it_is():
+    classify = FlaxAutoModelForImageClassification.from_pretrained(embedded_checkpoint())
+    before, after = flatten_dict(classify.params), flatten_dict(quantize(classify.params))
+    for path, array in before.items():
+        if path[-1] == "kernel" and "layer" in path:
+            assert after[path].dtype == np.int8
+            assert after[*path[:-1], "kernel_scale"].shape == (array.shape[1],)
+        else:
+            assert after[path] is array
+    assert len(after) == len(before) + 4 * 6  # blocks, and kernels in each
+    assert all(array.dtype == np.float32 for array in before.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bytes_on_the_device(dtype):
+    """4 blocks of width 48 and 96: six kernels each; 77,530 parameters in all."""
+    kernels, columns, every = 4 * (4 * 48 * 48 + 2 * 48 * 96), 4 * (5 * 48 + 96), 77_530
+    size = jnp.dtype(dtype).itemsize
+    options = {"dtype": dtype, "param_dtype": dtype}
+    whole = ImageClassifier.from_pretrained(embedded_checkpoint(), **options)
+    assert parameter_bytes(whole.model.params) == every * size
+    small = ImageClassifier.from_pretrained(embedded_checkpoint(), **options, weights="int8")
+    found = parameter_bytes(small.model.params)
+    assert found == kernels + 4 * columns + (every - kernels) * size
+    (held,) = [small.engine.params]
+    assert parameter_bytes(held) == found  # the engine has no other copy
+    assert is_quantized(held)
+    assert not is_quantized(whole.model.params)
+
+
+def test_sums_are_scaled_before_they_are_rounded():
+    rng = np.random.default_rng(5)
+    kernel = rng.normal(size=(48, 48)).astype(np.float32)
+    x = jnp.asarray(rng.normal(size=(7, 48)), jnp.bfloat16)
+    tree = {"encoder": {"layer": {"0": {"dense": {"kernel": kernel}}}}}
+    params = {**quantize(tree)["encoder"]["layer"]["0"]["dense"], "bias": jnp.zeros(48)}
+    found = Dense(48, dtype=jnp.bfloat16).apply({"params": params}, x)
+    assert found.dtype == jnp.bfloat16
+    scale = np.asarray(params["kernel_scale"], np.float64)
+    exact = np.asarray(x, np.float64) @ (np.asarray(params["kernel"], np.float64) * scale)
+    # One rounding to 8 significant bits is off by 2^-8 at most, two by twice that.
+    error = np.abs(np.asarray(found, np.float64) - exact)
+    assert (error <= 1.01 * 2**-8 * np.abs(exact)).all()
+
+
+# -- half precision
+
+
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+def test_parameters_in_half_precision_are_no_worse_than_torch(half, tmp_path):
+    config = transformers.ViTConfig(**SIZES, intermediate_size=64)
+    config._attn_implementation = "eager"
+    model = randomize(transformers.ViTForImageClassification(config).eval())
+    model.save_pretrained(tmp_path)
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path)
+    rng = np.random.default_rng(0)
+    pictures = [
+        PIL.Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)) for _ in range(16)
+    ]
+    pixels = processor(pictures, return_tensors="pt")["pixel_values"]
+    torch_half = getattr(torch, half)
+    with torch.no_grad():
+        exact = model.vit(pixels).last_hidden_state.numpy()
+        theirs = model.vit.to(torch_half)(pixels.to(torch_half)).last_hidden_state.float().numpy()
+    encode = ImageEncoder.from_pretrained(tmp_path, dtype=half, param_dtype=half)
+    assert {x.dtype.name for x in jax.tree.leaves(encode.engine.params)} == {half}
+    ours = encode.features(pictures, pool=None)
+    assert ours.dtype == np.float32
+
+    def error(value):
+        return float(np.sqrt(np.mean((value - exact) ** 2)))
+
+    assert 0 < error(ours) <= 1.5 * error(theirs)
+
+
+# -- the cost, on real images
+
+
+def probabilities(classify, images):
+    found = np.zeros((len(images), classify.config.num_labels))
+    for row, result in zip(found, classify.stream(images, top_k=2000, batch_size=16), strict=True):
+        for each in result.predictions:
+            row[each.index] = each.probability
+    return found
+
+
+def test_the_cost_on_held_out_digits():
+    """450 digits that the network was not trained on (examples/digits.py has the split)."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images, labels = digits.images, digits.target
+    _, images, _, labels = train_test_split(
+        images, labels, test_size=450, random_state=0, stratify=labels
+    )
+    images = [PIL.Image.fromarray(np.minimum(x * 16, 255).astype(np.uint8)) for x in images]
+    exact = probabilities(ImageClassifier.from_pretrained(embedded_checkpoint()), images)
+    small = ImageClassifier.from_pretrained(embedded_checkpoint(), weights="int8")
+    found = probabilities(small, images)
+    assert (exact.argmax(1) == labels).sum() == 445  # as vit_common/digits/README.md has it
+    assert (found.argmax(1) == labels).sum() == 445
+    assert (found.argmax(1) == exact.argmax(1)).all()
+    change = np.abs(found - exact).max(1)
+    assert change.max() < 0.05  # measured 0.016
+    assert 1e-5 < change.mean() < 0.002  # measured 0.00033
+
+
+PHOTOS = ("astronaut", "camera", "chelsea", "coffee", "coins", "rocket")
+
+
+@pytest.mark.skipif(not DEIT_TINY.is_dir(), reason="the shared DeiT-Tiny is not beside this clone")
+def test_the_cost_on_photos():
+    """A real ImageNet network on scikit-image's photos."""
+    from skimage import data
+
+    images = [PIL.Image.fromarray(getattr(data, name)()).convert("RGB") for name in PHOTOS]
+    exact = probabilities(ImageClassifier.from_pretrained(DEIT_TINY), images)
+    small = ImageClassifier.from_pretrained(DEIT_TINY, weights="int8")
+    found = probabilities(small, images)
+    assert (found.argmax(1) == exact.argmax(1)).all()
+    change = np.abs(found - exact).max(1)
+    assert 1e-3 < change.max() < 0.2  # measured 0.043
+    assert change.mean() < 0.05  # measured 0.011
+    assert parameter_bytes(small.model.params) < 0.31 * 4 * 5_717_416
+
+
+# -- the doors
+
+
+def test_what_cannot_be(tmp_path):
+    with pytest.raises(InputError, match="`weights` must be 'int8' or None; given 'int4'"):
+        ImageClassifier.from_pretrained(embedded_checkpoint(), weights="int4")
+    model = FlaxAutoModelForImageClassification.from_pretrained(embedded_checkpoint())
+    small = quantize(model.params)
+    with pytest.raises(InputError, match="8-bit integers already"):
+        quantize(small)
+    with pytest.raises(InputError, match="there are none"):
+        quantize({"classifier": {"kernel": np.ones((2, 2), np.float32)}})
+    with pytest.raises(InputError, match="kernel_scale"):
+        model.save_pretrained(tmp_path, params=small)
+
+
+def test_factors_alone_are_no_parameters():
+    """A tree with the integers but without their factors is refused, not run."""
+    model = FlaxAutoModelForImageClassification.from_pretrained(embedded_checkpoint())
+    flat = flatten_dict(quantize(model.params))
+    bare = unflatten_dict({p: x for p, x in flat.items() if p[-1] != "kernel_scale"})
+    with pytest.raises(InputError, match="integers need `kernel_scale`"):
+        model(np.zeros((1, 1, 8, 8), np.float32), params=bare)
+
+
+def test_the_commands(tmp_path, capsys):
+    digit = str(min((embedded_checkpoint() / "images").iterdir()))
+    options = {"weights": "int8", "param_dtype": "bfloat16"}
+    arguments = ["--weights", "int8", "--param-dtype", "bfloat16"]
+    assert main(["predict", digit, "--json", "--top-k", "1", *arguments]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["predictions"]
+    (wanted,) = ImageClassifier.from_pretrained(embedded_checkpoint(), **options)(digit, top_k=1)
+    assert row["label"] == wanted.label
+    assert row["probability"] == pytest.approx(wanted.probability, abs=1e-6)
+    target = tmp_path / "out.npz"
+    assert main(["features", digit, "--output", str(target), *arguments]) == 0
+    with np.load(target) as arrays:
+        made_with = json.loads(str(arrays["made_with"]))
+    assert {name: made_with[name] for name in options} == options
+    capsys.readouterr()
