@@ -771,7 +771,7 @@ def test_info_of_the_attention_kernel(folder, capsys, monkeypatch):
         return line.removeprefix("attention").strip()
 
     if jax.default_backend() == "cpu":
-        assert asked() == "eager: there is no kernel made for cpu (1 image, float32)"
+        assert asked() == "cpu: the kernel for cpu (1 image, float32)"
     monkeypatch.setattr("vit_cli.info.compiled_for", lambda device: "tpu")
     assert asked("--batch", "64", "--dtype", "bfloat16") == (
         "pallas: the kernel for tpu (64 images, bfloat16)"

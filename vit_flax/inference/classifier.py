@@ -307,7 +307,7 @@ class ImageEncoder:
         """
         many = _are_many(images)
         results = self.stream_features(images if many else [images], layers, pool)
-        values = [result.value for result in results]
+        values = _values(results)
         if many:
             return np.stack(values) if values else np.zeros((0,), np.float32)
         return values[0]
@@ -359,7 +359,7 @@ class ImageEncoder:
             return np.stack(rows)
 
         results = self._checked_stream(images if many else [images], 1, work, finish)
-        values = [result.value for result in results]
+        values = _values(results)
         return values if many else values[0]
 
     def seen(self, image: Any) -> PIL.Image.Image:
@@ -597,7 +597,7 @@ class ImageClassifier(ImageEncoder):
         """
         many = _are_many(images)
         results = self.stream(images if many else [images], top_k=top_k)
-        predictions = [result.predictions for result in results]
+        predictions = _values(results)
         return predictions if many else predictions[0]
 
     def stream(
@@ -649,6 +649,12 @@ class ImageClassifier(ImageEncoder):
             return super()._values(work, params, output)
         logits = output.logits.astype(jnp.float32)  # (B, K)
         return [jax.nn.sigmoid(logits) if self.several else jax.nn.softmax(logits, axis=-1)]
+
+
+def _values(results: Generator[Result, None, None]) -> list[Any]:
+    """The values of all; the stream is closed where one has an error."""
+    with contextlib.closing(results):
+        return [result.value for result in results]
 
 
 def _are_many(images: Any) -> bool:
