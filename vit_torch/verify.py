@@ -510,7 +510,7 @@ def _torch_gradients(model, pixels, inputs, dtype) -> dict[str, np.ndarray]:
     value.backward()
     return {
         unprefixed(name): (
-            np.zeros(tuple(p.shape)) if p.grad is None else p.grad.numpy().astype(np.float64)
+            np.zeros(tuple(p.shape)) if p.grad is None else p.grad.numpy()
         )
         for name, p in model.named_parameters()
     }
