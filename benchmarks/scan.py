@@ -29,7 +29,15 @@ CHIP = "v5e"
 TPU_BATCH, CPU_BATCH, SPEED_BATCHES = 64, 8, (1, 8)
 MEMORY_BATCH, MEMORY_LAYERS = 64, 4
 MODELS = ("base", "large")
+PARTS = ("tpu", "cpu", "speed", "memory")
 NO_REMAT = "no gradient checkpointing"
+POLICIES = (
+    NO_REMAT,
+    "nothing_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "dots_saveable",
+    "everything_saveable",
+)
 
 
 def model_of(config: Any, scanned: bool, dtype: str) -> Any:
@@ -207,10 +215,10 @@ def compiling(platform: str, models: list[str], rounds: int) -> list[dict[str, A
 def main() -> None:
     """Run and write `results/scan.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("tpu", "cpu", "speed", "memory")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--policies", nargs="+", default=POLICIES)
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -221,27 +229,33 @@ def main() -> None:
         return
     for part in options.parts:
         if part == "speed":
-            rows = speed(max(options.rounds, 10))
+            write(part, speed(max(options.rounds, 10)))
         elif part == "memory":
-            from vit_flax.model import REMAT_POLICIES
-
-            rows = [
-                {
+            rows = []
+            for policy in options.policies:
+                row = {
                     "model": f"large, {MEMORY_LAYERS} layers",
                     "batch": MEMORY_BATCH,
                     "policy": policy,
-                    **{name: child("memory", policy, name) for name in ("unscanned", "scanned")},
                 }
-                for policy in (NO_REMAT, *REMAT_POLICIES)
-            ]
+                for name in ("unscanned", "scanned"):
+                    row[name] = child("memory", policy, name)
+                write(part, rows := [*rows, row])
         else:
-            rows = compiling(part, options.models, options.rounds)
-        path = RESULTS / "scan.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        kept = {name: known[name] for name in parts if name in known}
-        # Parts are run in different environments: each has its own.
-        kept[part] = {"environment": environment(), "rows": rows}
-        write_result("scan", {"question": " ".join(__doc__.split("\n\n")[0].split()), **kept})
+            rows = []
+            for size in options.models:
+                rows += compiling(part, [size], options.rounds)
+                write(part, rows)
+
+
+def write(part: str, rows: list[dict[str, Any]]) -> None:
+    """Put one part into `results/scan.json`; the others stay."""
+    path = RESULTS / "scan.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known = {name: value for name, value in known.items() if name in PARTS}
+    # Parts are run in different environments: each has its own.
+    known[part] = {"environment": environment(), "rows": rows}
+    write_result("scan", {"question": " ".join(__doc__.split("\n\n")[0].split()), **known})
 
 
 if __name__ == "__main__":
