@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("vit_common", "convert", "vit_flax", "vit_torch", "vit_cli", "tests", "pyproject.toml")
 FLAX, TORCH = "vit_flax/model.py", "vit_torch/model.py"
 FLAX_ATTENTION, TORCH_ATTENTION = "vit_flax/attention.py", "vit_torch/attention.py"
-TPU_ATTENTION = "vit_flax/attention_tpu.py"
+TPU_ATTENTION, STACKING = "vit_flax/attention_tpu.py", "vit_flax/stacked.py"
 
 # -- the tests, each of which takes seconds
 
@@ -48,6 +48,12 @@ OFFSET = "tests/test_suite.py::test_norms_far_from_zero"
 _ATTENTION = "tests/test_attention.py::test_"
 WHOLE = f"{_ATTENTION}kernel_of_whole_images_against_torch[(3,17,3,64)-True]"
 TILED = f"{_ATTENTION}tiled_kernel_against_torch[(2,257,2,64)-128]"
+_SCAN = "tests/test_scan.py::test_"
+SCANNED = f"{_SCAN}every_stage_against_the_torch_reference[vit]"
+SCANNED_TRAINING = f"{_SCAN}training_is_that_of_the_blocks_one_by_one[vit-"
+SCANNED_TRAINING += "dots_with_no_batch_dims_saveable]"
+SCANNED_DRAWS = f"{_SCAN}every_block_draws_its_own_masks"
+STACK = f"{_SCAN}stack_and_unstack_are_inverses[None-float32]"
 SOFTMAX = "tests/test_suite.py::test_softmax_in_half_precision"
 
 
@@ -337,8 +343,8 @@ MUTANTS = [
     Mutant(
         "stochastic depth by channel",
         FLAX,
-        "broadcast_dims=(1, 2)",
-        "broadcast_dims=(1,)",
+        "(B, *(1 for _ in rest)))",
+        "(B, 1, rest[-1]))",
         TRAINING,
     ),
     Mutant(
@@ -361,6 +367,35 @@ MUTANTS = [
         "row_major(self.dropout(embeddings, deterministic=deterministic))",
         "embeddings",
         TRAINING_DEIT,
+    ),
+    Mutant(
+        "scan with the same masks in every block",
+        FLAX,
+        '"dropout": True}',
+        '"dropout": False}',
+        SCANNED_DRAWS,
+    ),
+    Mutant(
+        "scan with the rates of stochastic depth from the back",
+        FLAX,
+        "jnp.asarray(rates) if any",
+        "jnp.asarray(rates[::-1]) if any",
+        SCANNED_TRAINING,
+    ),
+    Mutant(
+        "scan with the head masks from the back",
+        FLAX,
+        "self.layers[0], hidden_states, head_mask, layer_rates",
+        "self.layers[0], hidden_states, head_mask if head_mask is None else head_mask[::-1], "
+        "layer_rates",
+        SCANNED,
+    ),
+    Mutant(
+        "blocks stacked in the order of their names",
+        STACKING,
+        "for i in sorted(found)]",
+        "for i in sorted(found, key=str)]",
+        STACK,
     ),
     Mutant(
         "head mask lost in a kernel",

@@ -136,7 +136,7 @@ def test_arguments_that_are_new_are_keyword_only():
         new = [name for name, p in call.items() if p.kind is p.KEYWORD_ONLY]
         assert new == extra[head]
     new = [n for n, p in parameters(CLASSES[None].__init__).items() if p.kind is p.KEYWORD_ONLY]
-    assert new == ["param_dtype", "precision", "attn_implementation"]
+    assert new == ["param_dtype", "precision", "attn_implementation", "scan_layers"]
 
 
 def test_constructor_by_position():
@@ -988,7 +988,7 @@ WRONG_MODELS = {
         {"foo": 1, "bar": 2},
         "FlaxViTModel has no keyword 'foo', 'bar'; wanted one of "
         "input_shape, seed, dtype, _do_init, param_dtype, precision, attn_implementation, "
-        "add_pooling_layer, use_mask_token",
+        "scan_layers, add_pooling_layer, use_mask_token",
     ),
     "kernel": (
         {"attn_implementation": "flash"},

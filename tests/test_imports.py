@@ -96,6 +96,8 @@ def test_public_names_of_vit_flax():
         "ViTConfig",
         "ViTFeatureExtractor",
         "ViTImageProcessor",
+        "stack_layers",
+        "unstack_layers",
     ]
     assert all(hasattr(vit_flax, name) for name in vit_flax.__all__)
 

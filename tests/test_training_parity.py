@@ -29,6 +29,7 @@ import vit_flax
 import vit_torch
 from convert.formats import TREE
 from convert.rules import to_canonical
+from vit_flax.model import FlaxViTDropPath
 from vit_torch.parity import difference
 from vit_torch.pretrained import to_numpy
 
@@ -130,7 +131,7 @@ def draws_of_flax(monkeypatch):
         return jnp.asarray(draws.kept(shape, 1.0 - p))
 
     def name_the_module(call, args, kwargs, context):
-        if isinstance(context.module, nn.Dropout):
+        if isinstance(context.module, (nn.Dropout, FlaxViTDropPath)):
             draws.path = ".".join(context.module.path)
         return call(*args, **kwargs)
 

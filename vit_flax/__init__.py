@@ -73,6 +73,7 @@ if TYPE_CHECKING:
         FlaxViTModel,
         FlaxViTPreTrainedModel,
     )
+    from vit_flax.stacked import stack_layers, unstack_layers
 
 __all__ = [
     "AutoConfig",
@@ -122,6 +123,8 @@ __all__ = [
     "ViTConfig",
     "ViTFeatureExtractor",
     "ViTImageProcessor",
+    "stack_layers",
+    "unstack_layers",
 ]
 
 _HOMES = (
@@ -133,6 +136,7 @@ _HOMES = (
     "vit_flax.pretrained",
     "vit_flax.families",
     "vit_flax.auto",
+    "vit_flax.stacked",
 )
 _MODULES = ("attention", "auto", "families", "model", "outputs", "pretrained")
 

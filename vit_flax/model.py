@@ -77,8 +77,21 @@ def activation(name: str | Callable) -> Callable[[jax.Array], jax.Array]:
     return run
 
 
+REMAT_POLICIES = (
+    "nothing_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "dots_saveable",
+    "everything_saveable",
+)
+"""What a block keeps for its gradient under gradient checkpointing, from the least to the most, by
+the names of `jax.checkpoint_policies`."""
+
+STACKED = "stacked"
+"""The name that takes the place of a block's number where all are in one array each."""
+
+
 class FlaxViTPart(nn.Module):
-    """What every module here is told: sizes, dtypes, precision, kernel.
+    """What every module here is told: sizes, dtypes, precision, kernel, and how blocks are run.
 
     Attributes:
         config: the sizes.
@@ -86,6 +99,8 @@ class FlaxViTPart(nn.Module):
         param_dtype: of parameters that are drawn anew.
         precision: of every matrix product; None means JAX's default for the device.
         attn_implementation: the attention kernel, see `vit_flax.attention`.
+        scan_layers: compile one block and run it L times, over stacked parameters.
+        remat_policy: one of `REMAT_POLICIES`, for `config.gradient_checkpointing`.
     """
 
     config: ViTConfig
@@ -93,6 +108,8 @@ class FlaxViTPart(nn.Module):
     param_dtype: Any = jnp.float32
     precision: Any = None
     attn_implementation: str = "auto"
+    scan_layers: bool = False
+    remat_policy: str = "nothing_saveable"
 
 
 def options(part: FlaxViTPart) -> dict[str, Any]:
@@ -103,6 +120,8 @@ def options(part: FlaxViTPart) -> dict[str, Any]:
         "param_dtype": part.param_dtype,
         "precision": part.precision,
         "attn_implementation": part.attn_implementation,
+        "scan_layers": part.scan_layers,
+        "remat_policy": part.remat_policy,
     }
 
 
@@ -404,14 +423,21 @@ class FlaxViTOutput(FlaxViTPart):
         return self.dropout(hidden_states, deterministic=deterministic)
 
 
+class FlaxViTDropPath(nn.Module):
+    """In training, zero for a share `rate` of the images; the rest is scaled up to make up for
+    it."""
+
+    def __call__(self, hidden_states, rate, deterministic: bool):
+        if deterministic or rate is None:
+            return hidden_states
+        B, *rest = hidden_states.shape
+        keep = 1.0 - rate
+        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (B, *(1 for _ in rest)))
+        return jnp.where(kept, hidden_states / jnp.asarray(keep, hidden_states.dtype), 0.0)
+
+
 class FlaxViTLayer(FlaxViTPart):
-    """One pre-norm block: attention and MLP, each with a residual.
-
-    Attributes:
-        drop_path_rate: how often, in training, an image goes around a branch.
-    """
-
-    drop_path_rate: float = 0.0
+    """One pre-norm block: attention and MLP, each with a residual."""
 
     def setup(self):
         self.attention = FlaxViTAttention(**options(self))
@@ -419,7 +445,7 @@ class FlaxViTLayer(FlaxViTPart):
         self.output = FlaxViTOutput(**options(self))
         self.layernorm_before = layer_norm(self)
         self.layernorm_after = layer_norm(self)
-        self.drop_path = nn.Dropout(self.drop_path_rate, broadcast_dims=(1, 2))
+        self.drop_path = FlaxViTDropPath()
         if self.config.has_layer_scale:
             D, value = self.config.hidden_size, self.config.layer_scale_init_value
             start = nn.initializers.constant(value)
@@ -431,10 +457,13 @@ class FlaxViTLayer(FlaxViTPart):
         hidden_states,
         head_mask,
         bias,
+        drop_path_rate,
         deterministic: bool,
         output_attentions: bool,
         grid: tuple[int, int],
     ):
+        """Run the block; `drop_path_rate`, a number or None, says how often, in training, an image
+        goes around a branch."""
         attention_output, probabilities = self.attention(
             self.layernorm_before(hidden_states),
             head_mask,
@@ -445,28 +474,32 @@ class FlaxViTLayer(FlaxViTPart):
         )
         if self.config.has_layer_scale:
             attention_output = attention_output * self.lambda_1.astype(self.dtype)
-        attention_output = self.drop_path(attention_output, deterministic=deterministic)
+        attention_output = self.drop_path(attention_output, drop_path_rate, deterministic)
         hidden_states = attention_output + hidden_states
         mlp_output = self.intermediate(self.layernorm_after(hidden_states))
         mlp_output = self.output(mlp_output, deterministic)
         if self.config.has_layer_scale:
             mlp_output = mlp_output * self.lambda_2.astype(self.dtype)
-        mlp_output = self.drop_path(mlp_output, deterministic=deterministic)
+        mlp_output = self.drop_path(mlp_output, drop_path_rate, deterministic)
         hidden_states = mlp_output + hidden_states
         return hidden_states, probabilities
 
 
 class FlaxViTLayerCollection(FlaxViTPart):
-    """The L blocks. (PyTorch's `ModuleList`; it gives parameters the path `layer/{i}`.)"""
+    """The L blocks. (PyTorch's `ModuleList`; it gives parameters the path `layer/{i}`, or, with
+    `scan_layers`, `layer/stacked` and an axis of L in front.)"""
 
     def setup(self):
-        layer = FlaxViTLayer
+        layer, L = FlaxViTLayer, self.config.num_hidden_layers
         if self.config.gradient_checkpointing:
-            layer = nn.remat(FlaxViTLayer, static_argnums=(4, 5, 6))  # self is 0
-        self.layers = [
-            layer(**options(self), drop_path_rate=rate, name=str(i))
-            for i, rate in enumerate(self.config.drop_path_rates)
-        ]
+            layer = nn.remat(
+                FlaxViTLayer,
+                static_argnums=(5, 6, 7),  # self is 0
+                prevent_cse=not self.scan_layers,  # a loop's body is not merged with another's
+                policy=getattr(jax.checkpoint_policies, self.remat_policy),
+            )
+        names = [STACKED] if self.scan_layers and L else [str(i) for i in range(L)]
+        self.layers = [layer(**options(self), name=name) for name in names]
 
     def __call__(
         self,
@@ -478,14 +511,35 @@ class FlaxViTLayerCollection(FlaxViTPart):
         output_hidden_states: bool,
         grid: tuple[int, int],
     ):
-        all_hidden_states, all_attentions = [hidden_states], []
-        for i, layer in enumerate(self.layers):
-            layer_mask = None if head_mask is None else head_mask[i]
+        def run(layer, hidden_states, layer_mask, rate):
             hidden_states, probabilities = layer(
-                hidden_states, layer_mask, bias, deterministic, output_attentions, grid
+                hidden_states, layer_mask, bias, rate, deterministic, output_attentions, grid
             )
-            all_hidden_states.append(hidden_states)
-            all_attentions.append(probabilities)
+            return hidden_states, (hidden_states if output_hidden_states else None, probabilities)
+
+        all_hidden_states, all_attentions = [hidden_states], []
+        rates = self.config.drop_path_rates
+        if self.scan_layers and self.layers:
+            scan = nn.scan(
+                run,
+                variable_axes={"params": 0, "intermediates": 0},
+                split_rngs={"params": True, "dropout": True},
+                length=len(rates),
+            )
+            layer_rates = jnp.asarray(rates) if any(rates) else None
+            hidden_states, (states, probabilities) = scan(
+                self.layers[0], hidden_states, head_mask, layer_rates
+            )
+            all_hidden_states += [] if states is None else jnp.unstack(states)
+            all_attentions += [] if probabilities is None else jnp.unstack(probabilities)
+        else:
+            for i, layer in enumerate(self.layers):
+                layer_mask = None if head_mask is None else head_mask[i]
+                hidden_states, (_, probabilities) = run(
+                    layer, hidden_states, layer_mask, rates[i] or None
+                )
+                all_hidden_states.append(hidden_states)
+                all_attentions.append(probabilities)
         return FlaxBaseModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,

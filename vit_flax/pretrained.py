@@ -42,12 +42,14 @@ from vit_common.hub import PUSH_OPTIONS, push_folder, push_if_asked, split_hub_o
 from vit_common.parameters import Head, initial_value, parameter_shapes
 from vit_flax.attention import check_implementation
 from vit_flax.model import (
+    REMAT_POLICIES,
     FlaxViTForImageClassificationModule,
     FlaxViTForMaskedImageModelingModule,
     FlaxViTModule,
     FlaxViTPart,
     initializer,
 )
+from vit_flax.stacked import is_stacked, stack_layers, stacked_shapes, unstack_layers
 
 Params = Mapping[str, Any]
 
@@ -74,6 +76,9 @@ class FlaxViTPreTrainedModel:
         param_dtype: of parameters that are drawn anew.
         precision: of matrix products, as JAX names it ("highest", "high", "default", None).
         attn_implementation: see `vit_flax.attention`.
+        scan_layers: compile one block and run it for all of them, over parameters stacked along a
+            first axis (`vit_flax.stack_layers`): deep networks compile several times as fast. What
+            is saved is as ever.
         **kwargs: fields of the module (`add_pooling_layer`, `use_mask_token`).
 
     Raises:
@@ -98,6 +103,7 @@ class FlaxViTPreTrainedModel:
         param_dtype: Any = jnp.float32,
         precision: Any = None,
         attn_implementation: str = "auto",
+        scan_layers: bool = False,
         **kwargs: Any,
     ) -> None:
         if self.module_class is None:
@@ -116,6 +122,7 @@ class FlaxViTPreTrainedModel:
             param_dtype=self.param_dtype,
             precision=check_precision(precision),
             attn_implementation=check_implementation(attn_implementation),
+            scan_layers=check_flag("scan_layers", scan_layers),
             **kwargs,
         )
         C, (H, W) = self._config.num_channels, self._config.image_height_width
@@ -127,7 +134,9 @@ class FlaxViTPreTrainedModel:
             )
         self.seed = seed
         self.key = jax.random.PRNGKey(seed)
-        self._shapes = self._flax_shapes()
+        self._single_shapes = self._flax_shapes()  # each block's own
+        shapes = self._single_shapes
+        self._shapes = stacked_shapes(shapes) if self.scan_layers else shapes
         self._is_initialized = _do_init
         self._params: dict[str, Any] | None = None
         if _do_init:
@@ -154,6 +163,11 @@ class FlaxViTPreTrainedModel:
     def module(self) -> nn.Module:
         """The linen module; it takes images as (B, H, W, C)."""
         return self._module
+
+    @property
+    def scan_layers(self) -> bool:
+        """Whether the blocks' parameters are stacked and one block is run for all of them."""
+        return self._module.scan_layers
 
     @property
     def framework(self) -> str:
@@ -231,24 +245,25 @@ class FlaxViTPreTrainedModel:
         Args:
             rng: a JAX random key.
             input_shape: accepted for Transformers' sake; the config decides the shapes.
-            params: a nested dict to complete.
+            params: a nested dict to complete, its blocks stacked or not.
 
         Returns:
             A nested dict of arrays of `param_dtype`: weights, class token and positions from a
             truncated normal of standard deviation `initializer_range` (Transformers' PyTorch
             model; its Flax model drew them 28 times smaller), norms one, all else zero.
         """
-        flat = {} if params is None else flatten_dict(unfreeze(dict(params)))
-        missing = [path for path in self._shapes if path not in flat]
+        flat = {} if params is None else flatten_dict(unstack_layers(params))
+        missing = [path for path in self._single_shapes if path not in flat]
         flat.update(self._draw(rng, missing))
-        return unflatten_dict({path: flat[path] for path in self._shapes})
+        drawn = unflatten_dict({path: flat[path] for path in self._single_shapes})
+        return stack_layers(drawn) if self.scan_layers else drawn
 
     def _draw(self, rng: jax.Array, paths: list[tuple[str, ...]]) -> dict[tuple[str, ...], Any]:
         drawn = {}
-        canonical = dict(zip(self._shapes, self._canonical_shapes(), strict=True))
+        canonical = dict(zip(self._single_shapes, self._canonical_shapes(), strict=True))
         constants = {"zero": 0.0, "one": 1.0, "layer scale": self._config.layer_scale_init_value}
         for path in paths:
-            shape = self._shapes[path]
+            shape = self._single_shapes[path]
             kind = initial_value(canonical[path])
             if kind == "normal":
                 # The key depends on the name only, so a parameter is the same in every model.
@@ -431,7 +446,8 @@ class FlaxViTPreTrainedModel:
 
         Args:
             save_directory: made if it is not there.
-            params: parameters to write; None means the model's own.
+            params: parameters to write; None means the model's own. Stacked blocks are written one
+                by one.
             push_to_hub: upload the directory too (`repo_id`, `commit_message`, `private`, ...).
             max_shard_size: largest file, in bytes or as "5GB".
             token: of the Hub.
@@ -444,6 +460,8 @@ class FlaxViTPreTrainedModel:
             InputError: `params` do not fit, or a bad option.
         """
         params = self.params if params is None else check_params(params, self._shapes)
+        if self.scan_layers:  # on the host, where a block's part is a view
+            params = unstack_layers(jax.device_get(params))
         mapped = canonical(params)
         if mapped.unused:
             raise InputError(f"`params` hold what no file can: {', '.join(mapped.unused)}.")
@@ -506,18 +524,31 @@ class FlaxViTPreTrainedModel:
         """Floating parameters as float32, a new tree; where `mask` (a tree of bools) is True."""
         return self._cast(params, jnp.float32, mask)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute each block in the backward pass instead of storing what is inside it."""
-        self._set_gradient_checkpointing(True)
+    def enable_gradient_checkpointing(self, policy: str = "nothing_saveable") -> None:
+        """Recompute each block in the backward pass instead of storing what is inside it.
+
+        Args:
+            policy: what is stored all the same, as `jax.checkpoint_policies` names it:
+                "nothing_saveable"; "dots_with_no_batch_dims_saveable", the products with weights;
+                "dots_saveable", every matrix product; "everything_saveable". Attention by a kernel
+                is one operation and no product: but for the last of these it is computed anew.
+
+        Raises:
+            InputError: there is no such policy.
+        """
+        if policy not in REMAT_POLICIES:
+            wanted = ", ".join(map(repr, REMAT_POLICIES))
+            raise InputError(f"`policy` must be one of {wanted}; given {policy!r}.")
+        self._set_gradient_checkpointing(True, policy)
 
     def disable_gradient_checkpointing(self) -> None:
         """Undo `enable_gradient_checkpointing`."""
-        self._set_gradient_checkpointing(False)
+        self._set_gradient_checkpointing(False, self._module.remat_policy)
 
-    def _set_gradient_checkpointing(self, value: bool) -> None:
+    def _set_gradient_checkpointing(self, value: bool, policy: str) -> None:
         config = copy.deepcopy(self._module.config)
         config.gradient_checkpointing = value
-        self._module = self._module.clone(config=config)
+        self._module = self._module.clone(config=config, remat_policy=policy)
         vars(self).pop("_jitted", None)
 
 
@@ -695,10 +726,21 @@ def check_params(
     flat = flatten_dict(dict(params))
     missing = ["/".join(path) for path in shapes if path not in flat]
     if missing:
+        hint = ""
+        if "params" in params:
+            hint = ' (given {"params": ...}; pass what is in it).'
+        elif is_stacked(flat) != is_stacked(shapes):
+            hint = (
+                " (given stacked blocks, which the model takes one by one; pass "
+                "`vit_flax.unstack_layers(params)`, or make the model with `scan_layers=True`)."
+                if is_stacked(flat)
+                else " (given blocks one by one, which a model with `scan_layers=True` takes "
+                "stacked; pass `vit_flax.stack_layers(params)`)."
+            )
         raise InputError(
             "Some parameters are missing. Make sure that `params` include the following: "
             + ", ".join(missing)
-            + (' (given {"params": ...}; pass what is in it).' if "params" in params else "")
+            + hint
         )
     wrong = [
         f"{'/'.join(path)} must have shape {shape}; given {np.shape(flat[path])}"
@@ -755,6 +797,13 @@ def check_precision(precision: Any) -> Any:
             f"`jax.numpy.matmul` takes; given {precision!r}."
         ) from error
     return precision
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """The value itself; InputError unless it is True or False."""
+    if not isinstance(value, bool):
+        raise InputError(f"`{name}` must be True or False; given {value!r}.")
+    return value
 
 
 def float_dtype(name: str, dtype: Any) -> Any:
