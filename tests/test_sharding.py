@@ -355,3 +355,10 @@ def test_parts_are_read_by_themselves(tmp_path):
     largest = 512 * 16384 * 4  # bytes; the file is over four times that
     assert held > 4 * largest
     assert peak - held < 0.75 * largest, (peak, held)  # seen: 0.46; 1.07 where read whole
+
+
+def test_stacked_blocks_are_split_as_blocks_are():
+    block = ("vit", "encoder", "layer", "stacked")
+    assert partition_spec((*block, "output", "dense", "kernel")) == (None, "model", None)
+    assert partition_spec((*block, "intermediate", "dense", "bias")) == (None, "model")
+    assert partition_spec((*block, "layernorm_before", "scale")) == ()

@@ -509,9 +509,7 @@ def _torch_gradients(model, pixels, inputs, dtype) -> dict[str, np.ndarray]:
     value = output.loss if "loss" in output else _summary(output, torch)
     value.backward()
     return {
-        unprefixed(name): (
-            np.zeros(tuple(p.shape)) if p.grad is None else p.grad.numpy()
-        )
+        unprefixed(name): (np.zeros(tuple(p.shape)) if p.grad is None else p.grad.numpy())
         for name, p in model.named_parameters()
     }
 

@@ -229,6 +229,10 @@ class ImageEncoder:
             path, source.head, dtype=dtype, config=config, format=source.table.name, **options
         )
         if weights is not None:
+            if options.get("scan_layers"):
+                raise InputError(
+                    f"`weights` {weights!r} and `scan_layers` do not go together; leave one out."
+                )
             model.params = quantize(model.params)
         if processor is None:
             prepare: BaseImageProcessor = default_image_processor(config)

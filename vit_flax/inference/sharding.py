@@ -69,10 +69,12 @@ def partition_spec(path: tuple[str, ...]) -> PartitionSpec:
     Raises:
         InputError: no network here has such a parameter.
     """
-    name = "/".join(path)
+    # Blocks that are run by a scan lie in one array each, along a first axis of their own.
+    stacked = "stacked" in path
+    name = "/".join("0" if part == "stacked" else part for part in path)
     for pattern, spec in _TABLE:
         if pattern.fullmatch(name):
-            return spec
+            return PartitionSpec(None, *spec) if stacked and spec else spec
     raise InputError(f"parameter {name}: nothing says how it is split over devices.")
 
 
