@@ -516,7 +516,8 @@ class FlaxViTLayerCollection(FlaxViTPart):
             )
             return hidden_states, (hidden_states if output_hidden_states else None, probabilities)
 
-        all_hidden_states, all_attentions = [hidden_states], []
+        all_hidden_states: list[Any] = [hidden_states]
+        all_attentions: list[Any] = []
         rates = self.config.drop_path_rates
         if self.scan_layers and self.layers:
             scan = nn.scan(
