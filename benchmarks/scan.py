@@ -224,9 +224,10 @@ def main() -> None:
     if options.one:
         kind, *job = options.one
         job, scanned = job[:-1], job[-1] == "scanned"
-        make = compile_one if kind == "compile" else memory_one
+        make: Any = compile_one if kind == "compile" else memory_one
         print(json.dumps(make(*job, scanned)))
         return
+    rows: list[dict[str, Any]]
     for part in options.parts:
         if part == "speed":
             write(part, speed(max(options.rounds, 10)))
