@@ -322,6 +322,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_every_device_computes_its_own_images():
     """Split over the batch, or over batch and heads, nothing is gathered; only the gradient of a
     bias is summed. And inside a `shard_map` of the user's."""

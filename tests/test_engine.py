@@ -232,6 +232,7 @@ def test_images_of_odd_shapes(folder, classify, tmp_path, size):
     np.testing.assert_allclose(dense(classify(tmp_path / "odd.png")), expected, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_an_image_of_400_million_pixels(classify, tmp_path, monkeypatch):
     """Refused as Pillow does, and read where its limit is raised."""
     path = tmp_path / "huge.png"
@@ -259,6 +260,7 @@ print(peak(500), peak(int(sys.argv[2])))
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_stream(folder):
     """Images of 192 KB each: 5,000 of them are 960 MB."""
     out = subprocess.run(
@@ -269,6 +271,7 @@ def test_memory_does_not_grow_with_the_stream(folder):
     assert last - first < 60  # MB; 4 were seen
 
 
+@pytest.mark.slow
 def test_a_broken_file_among_many(classify, tmp_path):
     """One of 10,000: one error, and every other image once, in order."""
     picture((32, 32)).save(tmp_path / "good.png")

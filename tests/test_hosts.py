@@ -187,6 +187,7 @@ def test_one_ends_and_the_rest_stop(tmp_path, many, capsys, count, victim, numbe
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_come_together(tmp_path):
     """One whose peer never comes, and one that asks at the wrong door."""
     waiting = start(DIGITS, tmp_path / "a.jsonl", 2, "--start-timeout", "1", which=[1])

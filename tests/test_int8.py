@@ -247,6 +247,7 @@ def test_the_cost_on_held_out_digits():
 PHOTOS = ("astronaut", "camera", "chelsea", "coffee", "coins", "rocket")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DEIT_TINY.is_dir(), reason="the shared DeiT-Tiny is not beside this clone")
 def test_the_cost_on_photos():
     """A real ImageNet network on scikit-image's photos."""

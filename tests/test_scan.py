@@ -119,6 +119,7 @@ def test_what_is_not_asked_for_is_not_there():
     assert list(out) == ["last_hidden_state", "pooler_output"]
 
 
+@pytest.mark.slow
 def test_the_tpu_kernel_inside_the_scan():
     config = make_config(num_hidden_layers=2, hidden_size=24, intermediate_size=24)
     weights = random_weights(config)
@@ -179,7 +180,11 @@ def check_gradients(got, want, bound: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "policy"), [("vit", "dots_with_no_batch_dims_saveable"), ("beit", None)]
+    ("name", "policy"),
+    [
+        pytest.param("vit", "dots_with_no_batch_dims_saveable", marks=pytest.mark.slow),
+        ("beit", None),
+    ],
 )
 def test_training_is_that_of_the_blocks_one_by_one(name, policy, monkeypatch):
     """Outputs and the gradient of every parameter, under dropout, stochastic depth and a head mask

@@ -16,6 +16,7 @@ import torch
 import transformers
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from networks import flax_twin, make_config, random_weights, randomize
 
 import vit_flax
@@ -330,6 +331,7 @@ print(peak() - before, sum(x.nbytes for x in jax.tree.leaves(params)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="asks Linux for the peak")
 def test_parts_are_read_by_themselves(tmp_path):
     """The devices' memory is the host's here: what is above the parameters is what passes by."""
@@ -359,6 +361,6 @@ def test_parts_are_read_by_themselves(tmp_path):
 
 def test_stacked_blocks_are_split_as_blocks_are():
     block = ("vit", "encoder", "layer", "stacked")
-    assert partition_spec((*block, "output", "dense", "kernel")) == (None, "model", None)
-    assert partition_spec((*block, "intermediate", "dense", "bias")) == (None, "model")
-    assert partition_spec((*block, "layernorm_before", "scale")) == ()
+    assert partition_spec((*block, "output", "dense", "kernel")) == P(None, "model", None)
+    assert partition_spec((*block, "intermediate", "dense", "bias")) == P(None, "model")
+    assert partition_spec((*block, "layernorm_before", "scale")) == P()
