@@ -481,7 +481,9 @@ def run_tests(folder: Path, tests: list[str]) -> tuple[int, str]:
         sys.path.insert(0, str(folder))
         # A file of the same length, written within the second, would not be compiled anew.
         sys.dont_write_bytecode = True
-        code = pytest.main(["-x", "-p", "no:cacheprovider", "--tb=line", *tests])
+        # By name, also where a test is among the slow ones.
+        options = ["-x", "-p", "no:cacheprovider", "--tb=line", "-m", "slow or not slow"]
+        code = pytest.main([*options, *tests])
         import vit_flax
         import vit_torch
 
