@@ -26,14 +26,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from vit_cli.partial import check_begin, check_output, lock, parse_line, utf8
 from vit_common.containers.safetensors_file import CODES
 from vit_common.errors import ImageError, InputError, MissingFileError, ViTError
 from vit_common.files import MAX_JSON_BYTES, reason, replace_files
-
-try:
-    import fcntl
-except ImportError:  # no Unix
-    fcntl = None  # type: ignore[assignment]
 
 SUFFIXES = (".npz", ".parquet", ".safetensors")
 _LISTS = ("files", "failed", "errors")
@@ -81,16 +77,9 @@ class FeatureFile:
         self.done: set[str] = set()
         self._run = run or {}
         self._partial, self._rows = Path(f"{path}.partial"), Path(f"{path}.partial.rows")
-        _check_format(path)
-        if self.path.exists() and not force:
-            raise MissingFileError(
-                f"{path}: already there, and whole; pass --force to do it again."
-            )
-        if self._partial.exists() and not (resume or force):
-            raise MissingFileError(
-                f"{self._partial}: left by a run that did not end; pass --resume to go on, or "
-                "--force to begin anew."
-            )
+        check_output(path, SUFFIXES, ".npz")
+        left = [self._partial] if self._partial.exists() else []
+        check_begin(path, left, resume=resume, force=force)
         with contextlib.ExitStack() as undo:
             try:
                 # To append, whatever becomes of what is there: another process may be at it.
@@ -295,57 +284,21 @@ class FeatureFile:
                 found = rows.read(count * self._row_bytes)
                 values[~missing] = np.frombuffer(found, self.dtype).reshape(count, length)
                 columns = [
-                    pa.array([_utf8(record["file"]) for record in records], pa.string()),
+                    pa.array([utf8(record["file"]) for record in records], pa.string()),
                     pa.FixedSizeListArray.from_arrays(
                         values.reshape(-1), type=vector, mask=pa.array(missing)
                     ),
                     pa.array(
-                        [_utf8(r["error"]) if "error" in r else None for r in records], pa.string()
+                        [utf8(r["error"]) if "error" in r else None for r in records], pa.string()
                     ),
                 ]
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema))
 
 
-def _check_format(path: str) -> None:
-    suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise InputError(f"--output must end in {', '.join(SUFFIXES)}; given {path!r}.")
-    if suffix == ".parquet":
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError as error:
-            raise InputError(
-                'parquet needs pyarrow; run: pip install "vit-flax[parquet]", or write .npz'
-            ) from error
-
-
-def lock(stream: Any, path: Path) -> None:
-    """Keep other processes out until the file is closed, or this process ends.
-
-    Raises:
-        MissingFileError: one is at it.
-    """
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise MissingFileError(
-            f"{path}: another process is writing this; end it first, or name another --output."
-        ) from error
-    except OSError:  # a file system without locks
-        pass
-
-
 def _parse(line: bytes) -> dict[str, Any] | None:
     """A whole row, or None."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict):
+    row = parse_line(line)
+    if row is None:
         return None
     if isinstance(row.get("run"), dict):
         return row
@@ -353,11 +306,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     numbers = isinstance(shape, list) and all(isinstance(n, int) and n > 0 for n in shape)
     whole = isinstance(row.get("file"), str) and (numbers or isinstance(row.get("error"), str))
     return row if whole else None
-
-
-def _utf8(text: str) -> str:
-    """Text that UTF-8 can hold; bytes that are none are escaped."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _member(

@@ -18,13 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from vit_cli.partial import check_begin, check_output, lock, parse_line, utf8
 from vit_common.errors import InputError, MissingFileError
 from vit_common.files import reason, replace_files
-
-try:
-    import fcntl
-except ImportError:  # no Unix
-    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from vit_flax.inference import Prediction
@@ -32,6 +28,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 _COLUMNS = ("file", "rank", "label", "index", "probability", "error")
 _ROWS_AT_ONCE = 10_000
+_HINT = " (Of several processes on one run, each needs its own --process I/N.)"
 
 
 class Journal:
@@ -80,7 +77,7 @@ class Journal:
                 f"{self._partial}: cannot be written ({reason(error)})."
             ) from error
         try:
-            _lock(self._stream, self._partial)
+            lock(self._stream, self._partial, _HINT)
             end = self._recover(self._partial) if resume else 0
             self._own = len(self.done)
             os.truncate(self._partial, end)
@@ -271,7 +268,7 @@ class Journal:
 
             def put() -> None:
                 rows = [
-                    {n: _text(v) if isinstance(v, str) else v for n, v in row.items()}
+                    {n: utf8(v) if isinstance(v, str) else v for n, v in row.items()}
                     for row in batch
                 ]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
@@ -290,24 +287,9 @@ def prepare(path: str, *, resume: bool = False, force: bool = False) -> None:
     Raises:
         InputError, MissingFileError: as `Journal`.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise InputError(f"--output must end in {', '.join(SUFFIXES)}; given {path!r}.")
-    if suffix == ".parquet":
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError as error:
-            raise InputError(
-                'parquet needs pyarrow; run: pip install "vit-flax[parquet]", or write .jsonl'
-            ) from error
-    if Path(path).exists() and not force:
-        raise MissingFileError(f"{path}: already there, and whole; pass --force to do it again.")
+    check_output(path, SUFFIXES, ".jsonl")
     left = leftovers(path)
-    if left and not (resume or force):
-        raise MissingFileError(
-            f"{left[0]}: left by a run that did not end; pass --resume to go on, or --force to "
-            "begin anew."
-        )
+    check_begin(path, left, resume=resume, force=force)
     if not resume:
         for part in left:
             if part.name != f"{Path(path).name}.partial":  # that one is emptied, if nobody is at it
@@ -321,27 +303,12 @@ def check_free(path: str, part: tuple[int, int]) -> None:
         MissingFileError: one does.
     """
     with contextlib.suppress(FileNotFoundError), open(_partial(path, part), "rb") as stream:
-        _lock(stream, _partial(path, part))
+        lock(stream, _partial(path, part), _HINT)
 
 
 def _partial(path: str, part: tuple[int, int] | None) -> Path:
     name = "partial" if part is None else f"{part[0] + 1}-of-{part[1]}.partial"
     return Path(f"{path}.{name}")
-
-
-def _lock(stream: Any, path: Path) -> None:
-    """Keep other processes out until the file is closed, or this process ends."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise MissingFileError(
-            f"{path}: another process is writing this; end it first, or name another --output. (Of "
-            "several processes on one run, each needs its own --process I/N.)"
-        ) from error
-    except OSError:  # a file system without locks
-        pass
 
 
 def leftovers(path: str | Path) -> list[Path]:
@@ -355,20 +322,10 @@ def leftovers(path: str | Path) -> list[Path]:
     return [path.with_name(name) for name in sorted(names) if pattern.fullmatch(name)]
 
 
-def _text(value: str) -> str:
-    """Text that UTF-8 can hold; bytes that are none are escaped."""
-    return value.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
 def _parse(line: bytes) -> dict[str, Any] | None:
     """A whole row, or None."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict):
+    row = parse_line(line)
+    if row is None:
         return None
     whole = isinstance(row.get("file"), str) and ("error" in row or "predictions" in row)
     return row if whole or "run" in row else None

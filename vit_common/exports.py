@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from vit_common.errors import CheckpointError, InputError
 from vit_common.image_processor import BaseImageProcessor
 from vit_common.parameters import Head
+from vit_common.versions import versions as installed
 
 DYNAMIC = "dynamic"
 """As `batch`: any number of images."""
@@ -74,13 +74,7 @@ def check_output(model: str, head: Head | None, output: str) -> None:
 
 def versions(*names: str) -> dict[str, str]:
     """Version by name; "unknown" for what is not installed."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+    return {name: found or "unknown" for name, found in installed(*names).items()}
 
 
 def random_pixels(

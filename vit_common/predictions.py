@@ -12,12 +12,16 @@ import numpy as np
 import PIL.Image
 
 from vit_common.config import ViTConfig
-from vit_common.errors import ConfigError, ImageError, ViTError
+from vit_common.errors import ConfigError, ImageError, InputError, ViTError
 from vit_common.image_processor import BaseImageProcessor, ViTImageProcessor
 from vit_common.images import convert_mode, load_image
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Number of channels -> the mode of a PIL image that has as many."""
+
+AS_IN_A_PICTURE: dict[str, Any] = {"do_rescale": False, "do_normalize": False}
+"""Options of an image processor that leave pixels as a picture has them. What they leave out comes
+last, so nothing else changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,17 @@ class Prediction:
     label: str
     index: int
     probability: float
+
+
+def are_many(images: Any) -> bool:
+    """Whether a call was given several images, and not one."""
+    return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise InputError unless the value is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"`{name}` must be a positive integer; given {value!r}.")
 
 
 def likeliest(

@@ -116,13 +116,16 @@ def export(
     place = check_place(platforms) if check else None
     jax_export = serializer()
 
+    from flax.traverse_util import flatten_dict  # not above: `load` runs without Flax
+
     from vit_flax.inference import ImageClassifier
 
     classifier = ImageClassifier(model, image_processor)
     config, processor = model.config, classifier.image_processor
     shape = (config.num_channels, *classifier.image_size)
     run = _program(model, output, processor if input_dtype == "uint8" else None)
-    parameters = _flat(model.params)
+    flat = flatten_dict(model.params, sep=_SEPARATOR)
+    parameters = {name: jnp.asarray(array) for name, array in flat.items()}
 
     started = time.perf_counter()
     rows = jax_export.symbolic_shape("b")[0] if batch == DYNAMIC else batch
@@ -201,11 +204,12 @@ def check_platforms(platforms: Iterable[str]) -> tuple[str, ...]:
 
 def _program(model: Any, output: str, processor: BaseImageProcessor | None) -> Callable[..., Any]:
     """The function to export: flat parameters and images to logits or features."""
+    from flax.traverse_util import unflatten_dict
 
     def run(parameters: Mapping[str, jax.Array], pixel_values: jax.Array) -> jax.Array:
         if processor is not None:
             pixel_values = normalize(pixel_values, processor)
-        return _outputs(model, output, _nested(parameters), pixel_values)
+        return _outputs(model, output, unflatten_dict(parameters, sep=_SEPARATOR), pixel_values)
 
     return run
 
@@ -225,27 +229,6 @@ def _outputs(model: Any, output: str, params: Any, pixel_values: Any) -> jax.Arr
     if config.use_cls_token:
         return hidden[:, 0]  # (B, D)
     return jnp.mean(hidden[:, config.num_prefix_tokens :], axis=1)  # (B, D)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, jax.Array]:
-    flat: dict[str, jax.Array] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}{_SEPARATOR}")
-        else:
-            flat[prefix + name] = jnp.asarray(value)
-    return flat
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, name = path.split(_SEPARATOR)
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree
 
 
 @contextmanager

@@ -30,7 +30,14 @@ from vit_common.errors import CheckpointError, ConfigError, ImageError, InputErr
 from vit_common.files import MAX_JSON_BYTES, parse_json, reason
 from vit_common.image_processor import BaseImageProcessor
 from vit_common.image_processors import processor_from_dict
-from vit_common.predictions import Prediction, likeliest, prepare_image
+from vit_common.predictions import (
+    AS_IN_A_PICTURE,
+    Prediction,
+    are_many,
+    check_positive,
+    likeliest,
+    prepare_image,
+)
 
 KIND = "vit-flax export"
 VERSION = 1
@@ -156,7 +163,7 @@ class ExportedModel:
             ImageError, MissingFileError: it cannot be read or taken.
         """
         raw = self.metadata["input_dtype"] == "uint8"
-        options: dict[str, Any] = {"do_rescale": False, "do_normalize": False} if raw else {}
+        options = AS_IN_A_PICTURE if raw else {}
         pixels = prepare_image(image, self.image_processor, self.input_shape, **options)
         if raw and pixels.dtype != np.uint8:
             raise ImageError(
@@ -185,9 +192,8 @@ class ExportedModel:
                 f"{self.path} gives {self.metadata['output']}, not logits, so it cannot classify; "
                 "call it on `pixel_values`, or export a model with a classifier."
             )
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-            raise InputError(f"`top_k` must be a positive integer; given {top_k!r}.")
-        many = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+        check_positive("top_k", top_k)
+        many = are_many(images)
         sources = list(images) if many else [images]
         found: list[tuple[Prediction, ...]] = []
         # Fewer images than a batch: the next power of two, so that few sizes are ever compiled.

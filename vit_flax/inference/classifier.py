@@ -36,7 +36,10 @@ from vit_common.errors import (
 from vit_common.hub import split_hub_options
 from vit_common.image_processor import BaseImageProcessor
 from vit_common.predictions import (
+    AS_IN_A_PICTURE,
     Prediction,
+    are_many,
+    check_positive,
     check_processor,
     default_image_processor,
     has_several_labels,
@@ -203,6 +206,10 @@ class ImageEncoder:
             CheckpointError: the weights are corrupt, do not fit, or lack what this class needs.
         """
         check_weights(weights)
+        if weights is not None and options.get("scan_layers"):
+            raise InputError(
+                f"`weights` {weights!r} and `scan_layers` do not go together; leave one out."
+            )
         own = {name: options.pop(name) for name in _OWN if name in options}
         hub, options = split_hub_options(options)
         config, format = options.pop("config", None), options.pop("format", None)
@@ -229,10 +236,6 @@ class ImageEncoder:
             path, source.head, dtype=dtype, config=config, format=source.table.name, **options
         )
         if weights is not None:
-            if options.get("scan_layers"):
-                raise InputError(
-                    f"`weights` {weights!r} and `scan_layers` do not go together; leave one out."
-                )
             model.params = quantize(model.params)
         if processor is None:
             prepare: BaseImageProcessor = default_image_processor(config)
@@ -309,7 +312,7 @@ class ImageEncoder:
             ImageError, MissingFileError: an image cannot be read or taken.
             InputError: there is no such block, or nothing of that name to pool.
         """
-        many = _are_many(images)
+        many = are_many(images)
         results = self.stream_features(images if many else [images], layers, pool)
         values = _values(results)
         if many:
@@ -353,7 +356,7 @@ class ImageEncoder:
             ImageError, MissingFileError: an image cannot be read or taken.
             InputError: there is no such block.
         """
-        many = _are_many(images)
+        many = are_many(images)
         every = range(self.config.num_hidden_layers)
         work = _Work("attention", self._blocks(every if rollout else layers), None)
 
@@ -499,9 +502,9 @@ class ImageEncoder:
         at_least = (2 * shape[1], 2 * shape[2]) if self.fast_decode else None
         if not self.normalize_on_device:
             return prepare_image(source, self.image_processor, shape, at_least=at_least)
-        # Rescaling and normalising come last, so that leaving them out changes nothing else.
-        options: dict[str, Any] = {"do_rescale": False, "do_normalize": False}
-        pixels = prepare_image(source, self.image_processor, shape, at_least=at_least, **options)
+        pixels = prepare_image(
+            source, self.image_processor, shape, at_least=at_least, **AS_IN_A_PICTURE
+        )
         if pixels.dtype != np.uint8:
             raise ImageError(
                 naming(
@@ -599,7 +602,7 @@ class ImageClassifier(ImageEncoder):
             ImageError, MissingFileError: an image cannot be read or taken.
             InputError: `top_k` is not a positive integer.
         """
-        many = _are_many(images)
+        many = are_many(images)
         results = self.stream(images if many else [images], top_k=top_k)
         predictions = _values(results)
         return predictions if many else predictions[0]
@@ -661,11 +664,6 @@ def _values(results: Generator[Result, None, None]) -> list[Any]:
         return [result.value for result in results]
 
 
-def _are_many(images: Any) -> bool:
-    """Whether a call was given several images."""
-    return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
-
-
 def _usual_workers(platform: str) -> int:
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
@@ -681,9 +679,3 @@ def _clock(timings: Timings, name: str) -> Iterator[None]:
         yield
     finally:
         setattr(timings, name, getattr(timings, name) + time.perf_counter() - start)
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raise InputError unless the value is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"`{name}` must be a positive integer; given {value!r}.")

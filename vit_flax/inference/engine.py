@@ -39,6 +39,7 @@ class Engine:
     Attributes:
         compilations: how many programs were compiled.
         padded: rows that were run only to fill a batch.
+        tokens: of one image.
     """
 
     def __init__(
@@ -60,9 +61,9 @@ class Engine:
         self._ready: set[tuple[Hashable, int]] = set()
         self._most: int | None = None  # images that fit into the device's memory together
         patch = config.patch_height_width
-        tokens = config.num_prefix_tokens + (shape[1] // patch[0]) * (shape[2] // patch[1])
+        self.tokens = config.num_prefix_tokens + (shape[1] // patch[0]) * (shape[2] // patch[1])
         width = max(config.intermediate_size, config.hidden_size)
-        self._micro_batch = max(1, _MICRO_BATCH_NUMBERS // (tokens * width))
+        self._micro_batch = max(1, _MICRO_BATCH_NUMBERS // (self.tokens * width))
 
     @property
     def compilations(self) -> int:

@@ -88,11 +88,8 @@ def network_rate(
     run = classify.runner(batch_size)
     pixels = random_pixels(classify, batch_size)
     run(pixels)
-    patch = config.patch_height_width
-    H, W = classify.image_size
-    tokens = config.num_prefix_tokens + (H // patch[0]) * (W // patch[1])
     # As many rows as are worked on at once, but enough to fill any device, and not without end.
-    rows = int(np.clip(batch_size * tokens, 512, 16_384))
+    rows = int(np.clip(batch_size * classify.engine.tokens, 512, 16_384))
     products = Products(config, rows, classify.model.dtype)
     flops = forward_flops(config)
     samples, limits = [], []
