@@ -21,7 +21,7 @@ from tolerances import BOUNDS
 from vit_cli.feature_file import FeatureFile
 from vit_cli.main import main
 from vit_common.embedded import embedded_checkpoint
-from vit_common.errors import CheckpointError, InputError, MissingFileError
+from vit_common.errors import CheckpointError, ExistingFileError, InputError, MissingFileError
 from vit_flax.inference import ImageClassifier, ImageEncoder
 
 ATOL = BOUNDS["reference float32"]
@@ -271,7 +271,7 @@ def test_a_process_that_is_killed(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script, str(target)], check=False)
     assert done.returncode == -signal.SIGKILL
-    with pytest.raises(MissingFileError, match="pass --resume to go on"):
+    with pytest.raises(ExistingFileError, match="pass --resume to go on"):
         FeatureFile(str(target))
     file = FeatureFile(str(target), resume=True)
     assert 4000 < file.count <= 4321

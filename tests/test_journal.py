@@ -19,7 +19,7 @@ from vit_cli.journal import Journal
 from vit_cli.main import main
 from vit_cli.predict import in_shard
 from vit_common.embedded import embedded_checkpoint
-from vit_common.errors import InputError, MissingFileError
+from vit_common.errors import ExistingFileError, InputError, MissingFileError
 from vit_flax.inference import Prediction
 
 DIGITS = embedded_checkpoint() / "images"
@@ -284,7 +284,7 @@ def test_force_begins_anew_whoever_wrote(tmp_path):
         journal = Journal(str(target), part=part)
         journal.fail(f"old{part[0]}.png", "broken")
         journal.end()
-    with pytest.raises(MissingFileError, match=r"1-of-2\.partial: left by a run that did not end"):
+    with pytest.raises(ExistingFileError, match=r"1-of-2\.partial: left by a run that did not end"):
         Journal(str(target))
     journal = Journal(str(target), force=True)
     journal.fail("new.png", "broken")

@@ -57,8 +57,8 @@ class FeatureFile:
 
     Raises:
         InputError: no such format, or parquet without pyarrow; or an earlier run was another.
-        MissingFileError: the file is there already, cannot be written, or is being written by
-            another process.
+        ExistingFileError: the file is there already, or a part of it without `resume` or `force`.
+        MissingFileError: it cannot be written, or another process is writing it.
     """
 
     def __init__(

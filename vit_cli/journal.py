@@ -48,8 +48,8 @@ class Journal:
 
     Raises:
         InputError: no such format, or parquet without pyarrow.
-        MissingFileError: the file is there already, cannot be written, or is being written by
-            another process.
+        ExistingFileError: the file is there already, or a part of it without `resume` or `force`.
+        MissingFileError: it cannot be written, or another process is writing it.
     """
 
     def __init__(
@@ -285,7 +285,7 @@ def prepare(path: str, *, resume: bool = False, force: bool = False) -> None:
     """See that an output can be begun, or gone on with; once for all processes that write it.
 
     Raises:
-        InputError, MissingFileError: as `Journal`.
+        InputError, ExistingFileError, MissingFileError: as `Journal`.
     """
     check_output(path, SUFFIXES, ".jsonl")
     left = leftovers(path)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_common.errors import InputError, MissingFileError
+from vit_common.errors import ExistingFileError, InputError, MissingFileError
 
 try:
     import fcntl
@@ -48,12 +48,12 @@ def check_begin(path: str, left: Sequence[Path], *, resume: bool, force: bool) -
         resume, force: what the user allows.
 
     Raises:
-        MissingFileError: the file is there, or a partial one.
+        ExistingFileError: the file is there, or a partial one.
     """
     if Path(path).exists() and not force:
-        raise MissingFileError(f"{path}: already there, and whole; pass --force to do it again.")
+        raise ExistingFileError(f"{path}: already there, and whole; pass --force to do it again.")
     if left and not (resume or force):
-        raise MissingFileError(
+        raise ExistingFileError(
             f"{left[0]}: left by a run that did not end; pass --resume to go on, or --force to "
             "begin anew."
         )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vit_common.errors import CheckpointError, MissingFileError, ViTError
+from vit_common.errors import CheckpointError, ExistingFileError, MissingFileError, ViTError
 from vit_common.folders import change_folder, flush_directory
 
 MAX_JSON_BYTES = 100_000_000
@@ -180,12 +180,13 @@ def check_target(target: Path, *, force: bool) -> None:
     """Refuse a file that cannot be written, before the work that it is for.
 
     Raises:
-        MissingFileError: it is there and `force` is not set, is a directory, or has none to be in.
+        ExistingFileError: it is there and `force` is not set.
+        MissingFileError: it is a directory, or has none to be in.
     """
     if target.is_dir():
         raise MissingFileError(f"{target}: wanted the name of a file; this is a directory.")
     if target.exists() and not force:
-        raise MissingFileError(
+        raise ExistingFileError(
             f"{target}: already there; nothing was written. Pass --force (in Python `force=True`) "
             "to overwrite."
         )

@@ -75,7 +75,8 @@ def export(
     Raises:
         InputError: an option is wrong, or a package is missing.
         ConfigError: model and preprocessing contradict each other.
-        MissingFileError: the file is there already or cannot be written.
+        ExistingFileError: the file is there already.
+        MissingFileError: it cannot be written.
         CheckpointError: the exported program gives other numbers; nothing was written.
     """
     path = Path(path)
