@@ -47,6 +47,7 @@ TOKENS = f"{_TRAINING}[beit tokens]"
 OFFSET = "tests/test_suite.py::test_norms_far_from_zero"
 _ATTENTION = "tests/test_attention.py::test_"
 WHOLE = f"{_ATTENTION}kernel_of_whole_images_against_torch[(3,17,3,64)-True]"
+DEVICES = f"{_ATTENTION}every_device_computes_its_own_images"
 TILED = f"{_ATTENTION}tiled_kernel_against_torch[(2,257,2,64)-128]"
 _SCAN = "tests/test_scan.py::test_"
 SCANNED = f"{_SCAN}every_stage_against_the_torch_reference[vit]"
@@ -127,6 +128,13 @@ MUTANTS = [
         "attn_mask=None if bias is None else bias.to(query.dtype)",
         "attn_mask=None",
         KERNEL,
+    ),
+    Mutant(
+        "axes that operands vary over forgotten",
+        FLAX_ATTENTION,
+        'kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma',
+        "frozenset()",
+        DEVICES,
     ),
     Mutant(
         "head mask rounded up",

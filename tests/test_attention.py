@@ -313,11 +313,26 @@ for biased in (False, True):
         got = jitted(q, k, v, c, bias)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = P("data"), P()
     for check in (True, False):
-        spec = (P("data"),) * 4 + (P(),)
-        mapped = jax.shard_map(lambda *a: run("pallas", biased)(*a)[0], mesh=mesh, in_specs=spec,
-                               out_specs=P("data"), check_vma=check)
-        np.testing.assert_allclose(jax.jit(mapped)(q, k, v, c, bias), want[0], atol=1e-5)
+        def local(*a):
+            context, (*gradients, d_bias) = run(kernel, biased)(*a)
+            # With the account of what varies, JAX sums the gradient of what does not by itself.
+            return context, (*gradients, d_bias if check else jax.lax.psum(d_bias, "data"))
+        for kernel in ("pallas", "cpu"):
+            mapped = jax.shard_map(local, mesh=mesh, in_specs=(rows,) * 4 + (whole,),
+                                   out_specs=(rows, (rows,) * 3 + (whole,)), check_vma=check)
+            got = jax.jit(mapped)(q, k, v, c, bias)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+    one = q[:1]
+    mixed = jax.shard_map(lambda q, k, v: attention(q, k, v)[0], mesh=mesh,
+                          in_specs=(whole, rows, rows), out_specs=whole)
+    try:
+        mixed(one, k, v)
+    except ValueError as error:
+        assert "out_specs" in str(error), error
+    else:
+        raise AssertionError("a result that varies was taken for one that does not")
 print("done")
 """
 
@@ -358,6 +373,23 @@ def test_what_changes_probabilities_is_never_lost(implementation, what):
     )
     want = 0.5 * reference(query, key, value, value)[0]
     np.testing.assert_allclose(got, want, atol=FLOAT32)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "cpu", "pallas"])
+def test_no_images(implementation):
+    x = jnp.zeros((0, 9, 2, 16))
+    context, probabilities = attention(
+        x, x, x, implementation=implementation, output_attentions=True
+    )
+    assert context.shape == x.shape
+    assert probabilities.shape == (0, 2, 9, 9)
+
+
+def test_precision_of_each_operand():
+    """As flax hands it on: of both operands."""
+    x = jnp.ones((1, 3, 1, 8))
+    context, _ = attention(x, x, x, precision=["highest", "highest"])
+    np.testing.assert_allclose(context, x, rtol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "pallas", "cudnn"])
@@ -412,6 +444,8 @@ SHAPE, BF16 = (8, 197, 12, 64), jnp.bfloat16
         (("auto", "cuda", (8, 197, 3, 136), BF16), {}, "eager", "at most 128; these have 136"),
         (("auto", "cuda", SHAPE, BF16), {"gradient": True}, "eager", "even numbers .* not for 197"),
         (("auto", "cuda", (8, 198, 12, 64), BF16), {"gradient": True}, "cudnn", "for cuda"),
+        (("auto", "cuda", SHAPE, BF16), {"bias": (1, 12, 197, 197)}, "cudnn", "for cuda"),
+        (("auto", "cuda", SHAPE, BF16), {"bias": (1, 12, 1, 197)}, "eager", "for every pair"),
         (("cudnn", "tpu", SHAPE, BF16), {}, "eager", "runs on NVIDIA GPUs, not on tpu"),
         (
             ("auto", "cuda", SHAPE, BF16),

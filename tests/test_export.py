@@ -25,6 +25,7 @@ import vit_flax.export
 import vit_torch.export
 from vit_cli.main import main
 from vit_common.errors import CheckpointError, ConfigError, ImageError, InputError, MissingFileError
+from vit_common.exports import measure
 from vit_common.image_processor import ViTImageProcessor
 from vit_flax import (
     FlaxAutoModel,
@@ -387,6 +388,20 @@ def test_weights_that_are_not_finite_fail_the_check(theirs, tmp_path, monkeypatc
     model.params = jax.tree.map(lambda x: x * np.float32("nan"), model.params)
     with pytest.raises(CheckpointError, match=r"output of the model \(Flax\) is not finite"):
         export(model, tmp_path / "m.jaxexport")
+
+
+def test_what_a_check_compares():
+    """Each side is told apart, and in float32 every reference counts."""
+    ones, bad = np.ones((1, 2), np.float32), np.array([[1.0, np.nan]], np.float32)
+    with pytest.raises(CheckpointError, match=r"program differs from the model \(Flax\) by nan"):
+        measure(bad, {"Flax": ones}, "float32")
+    with pytest.raises(CheckpointError, match=r"output of the model \(PyTorch\) is not finite"):
+        measure(ones, {"Flax": ones, "PyTorch": bad}, "float32")
+    references = {"Flax": ones, "PyTorch": ones + np.float32(0.02)}
+    with pytest.raises(CheckpointError, match=r"differs from the model \(PyTorch\) by 0\.02, and"):
+        measure(ones, references, "float32")
+    found = measure(ones, references, "bfloat16")["max_abs_error"]
+    assert found == {"Flax": 0.0, "PyTorch": pytest.approx(0.02, rel=1e-5)}
 
 
 # -- files that are wrong

@@ -108,6 +108,11 @@ def test_the_network_is_that_of_the_rounded_weights(family):
     bound = BOUNDS["reference float32"]
     np.testing.assert_allclose(found, wanted, rtol=0, atol=bound)
     assert np.abs(found - before).max() > 20 * bound  # it is not the network of before
+    scanned = FlaxAutoModelForImageClassification.from_pretrained(
+        folder, precision="highest", scan_layers=True
+    )
+    scanned.params = quantize(scanned.params)
+    np.testing.assert_allclose(scanned(pixels).logits, wanted, rtol=0, atol=bound)
 
 
 def test_integers_and_factors_are_the_papers():

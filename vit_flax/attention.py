@@ -103,7 +103,7 @@ def choose(
     if asked == "cpu":
         reason = "has no gradient of its own" if gradient else None
     elif asked == "cudnn":
-        reason = _cudnn_refuses(platform, shape, dtype, gradient, cudnn)
+        reason = _cudnn_refuses(platform, shape, dtype, bias, gradient, cudnn)
     else:
         reason = _pallas_refuses(shape, dtype, bias, precision)
     if reason:
@@ -114,8 +114,8 @@ def choose(
     return Choice(asked, f"the kernel for {platform}")
 
 
-def _cudnn_refuses(platform, shape, dtype, gradient, cudnn) -> str | None:
-    width = shape[3]
+def _cudnn_refuses(platform, shape, dtype, bias, gradient, cudnn) -> str | None:
+    _, S, _, width = shape
     if platform != "cuda":
         return f"runs on NVIDIA GPUs, not on {platform}"
     if cudnn:
@@ -127,8 +127,10 @@ def _cudnn_refuses(platform, shape, dtype, gradient, cudnn) -> str | None:
             f"takes heads whose width is a multiple of 8 and at most {CUDNN_HEAD}; these have "
             f"{width}"
         )
-    if gradient and shape[1] % 2:
-        return f"has gradients for even numbers of tokens, not for {shape[1]}"
+    if bias is not None and bias[-2:] != (S, S):
+        return f"takes a bias for every pair of the {S} tokens, not one of shape {bias}"
+    if gradient and S % 2:
+        return f"has gradients for even numbers of tokens, not for {S}"
     return None
 
 
@@ -209,11 +211,14 @@ def attention(
     """
     check_implementation(implementation)
     alike = all((x.shape, x.dtype) == (query.shape, query.dtype) for x in (key, value))
-    if implementation == "eager" or head_mask is not None or dropout is not None or not alike:
+    plain = implementation == "eager" or head_mask is not None or dropout is not None
+    if plain or not alike or 0 in query.shape:  # of nothing, kernels cannot be made
         context, probabilities = eager(query, key, value, bias, head_mask, dropout, precision)
         return context, probabilities if output_attentions else None
     if precision is None:  # what is set now, not what will be when the program is lowered
         precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    if isinstance(precision, list):  # as flax takes it; what an operation is bound with is hashed
+        precision = tuple(precision)
     operands = _alike(query, key, value, *(() if bias is None else (bias,)))
     context = attention_p.bind(*operands, implementation=implementation, precision=precision)
     if not output_attentions:
@@ -322,23 +327,29 @@ def _squares(query, bias):
     return [jnp.broadcast_to(b[0], (A, S, S)).astype(jnp.float32) for b in bias] or [None]
 
 
+def _unsquare(square, bias):
+    """The gradient of a bias (1, A or 1, S or 1, S or 1), from that of its square."""
+    axes = tuple(i for i in range(3) if bias.shape[i + 1] < square.shape[i])
+    return square.sum(axes, keepdims=True)[None].astype(bias.dtype)
+
+
 def _pallas_gradients(query, key, value, *rest, precision, interpret):
     from vit_flax import attention_tpu
 
     *bias, cotangent = rest
-    squares, unsquare = jax.vjp(partial(_squares, query), bias)
     found = attention_tpu.gradients(
         _merge(query),
         _merge(key),
         _merge(value),
-        squares[0],
+        _squares(query, bias)[0],
         _merge(cotangent),
         heads=query.shape[2],
         precision=_kernel_precision(precision),
         interpret=interpret,
     )
     gradients = [each.reshape(query.shape) for each in found[:3]]
-    return [*gradients, *(unsquare([*found[3:]])[0] if bias else ())]
+    # Not by `jax.vjp` of `_squares`: inside a `shard_map` the kernel's result lacks its axes.
+    return [*gradients, *(_unsquare(square, b) for square, b in zip(found[3:], bias, strict=True))]
 
 
 def _lower(plain, kernels, platform):
@@ -513,9 +524,16 @@ batching.primitive_batchers[gradients_p] = _batched(gradients_p, _eager_gradient
 
 def _alike(*operands):
     """The operands, varying over the same axes where a `shard_map` keeps account of that."""
-    axes: list[frozenset] = [getattr(jax.typeof(x), "vma", frozenset()) for x in operands]
+    axes = [_varying(x) for x in operands]
     every = frozenset().union(*axes)
     return [
         x if own == every else jax.lax.pcast(x, tuple(every - own), to="varying")
         for x, own in zip(operands, axes, strict=True)
     ]
+
+
+def _varying(x) -> frozenset:
+    """Axes of the `shard_map` around that an array varies over."""
+    kind = jax.typeof(x)
+    # JAX has renamed this; with neither name it fails, since gradients would silently be wrong.
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma

@@ -27,7 +27,7 @@ from vit_common.errors import InputError
 SCALE = "kernel_scale"
 """Name of the factors, (out,), beside the "kernel" that they belong to."""
 
-_BLOCKS = re.compile(r"(?:.*/)?encoder/layer/\d+/.*/kernel")
+_BLOCKS = re.compile(r"(?:.*/)?encoder/layer/(?:\d+|stacked)/.*/kernel")
 _LARGEST = 127
 
 
@@ -73,7 +73,7 @@ def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
     The models take them as they take any others; they cannot be trained, saved, or quantized again.
 
     Args:
-        params: nested dict of arrays.
+        params: nested dict of arrays; blocks may be stacked.
 
     Returns:
         A new tree, with `kernel_scale` beside each kernel that is int8 now, (out,) in float32;
@@ -102,12 +102,13 @@ def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
 
 @jax.jit
 def _quantize(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(in, out) -> integers (in, out), factors (out,). What is not finite makes the factor so."""
+    """(..., in, out) -> integers of that shape, factors (..., out). What is not finite makes the
+    factor so."""
     kernel = kernel.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(kernel), axis=0) / _LARGEST  # (out,)
+    scale = jnp.max(jnp.abs(kernel), axis=-2) / _LARGEST  # (..., out)
     # A column of zeros has any factor; 1 keeps it from being 0 / 0.
     scale = jnp.where(scale == 0.0, 1.0, scale)
-    rounded = jnp.round(kernel / scale)
+    rounded = jnp.round(kernel / scale[..., None, :])
     return jnp.where(jnp.isfinite(rounded), rounded, 0.0).astype(jnp.int8), scale
 
 

@@ -206,10 +206,6 @@ class ImageEncoder:
             CheckpointError: the weights are corrupt, do not fit, or lack what this class needs.
         """
         check_weights(weights)
-        if weights is not None and options.get("scan_layers"):
-            raise InputError(
-                f"`weights` {weights!r} and `scan_layers` do not go together; leave one out."
-            )
         own = {name: options.pop(name) for name in _OWN if name in options}
         hub, options = split_hub_options(options)
         config, format = options.pop("config", None), options.pop("format", None)
