@@ -299,7 +299,7 @@ def test_two_do_not_write_one_output(tmp_path):
     journal = Journal(target)
     journal.fail("a.png", "broken")
     journal.flush()
-    for options in ({"resume": True}, {"force": True}):
+    for options in ({}, {"resume": True}, {"force": True}):
         with pytest.raises(MissingFileError, match="another process is writing this"):
             Journal(target, **options)
     journal.finish()
@@ -464,7 +464,7 @@ def test_rows_of_living_processes_are_left_alone(tmp_path, living):
         journal.fail(name, "broken")
         journal.flush()
     journals[1 - living].close()
-    for option in ({"resume": True}, {"force": True}):
+    for option in ({}, {"resume": True}, {"force": True}):
         refused(target, **option)
         refused(target, part=(0, 3), **option)
         refused(target, part=(0, 2), **option)

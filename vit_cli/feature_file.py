@@ -87,11 +87,11 @@ class FeatureFile:
         self._run = run or {}
         self._partial, self._rows = Path(f"{path}.partial"), Path(f"{path}.partial.rows")
         check_output(path, SUFFIXES, ".npz")
-        check_begin(path, [self._partial], resume=resume, force=force)
         header = _line({"run": self._run})
         self._names_file = PartialFile(self._partial, header=header)
         with contextlib.ExitStack() as undo:
             undo.callback(self._names_file.close)
+            check_begin(path, [self._partial], resume=resume, force=force)
             delete_strays(self.path)
             self._rows_file = PartialFile(self._rows, alone=False)
             undo.callback(self._rows_file.close)

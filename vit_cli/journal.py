@@ -79,15 +79,16 @@ class Journal:
         first = part is None or part[0] == 0
         if first:
             check_output(path, SUFFIXES, ".jsonl")
-            check_begin(path, leftovers(path), resume=resume, force=force)
         header = json.dumps({"run": self._run}).encode() + b"\n"
         self._file = PartialFile(self._partial, header=header, hint=_HINT)
         try:
-            others = [each for each in leftovers(path) if each != self._partial]
+            left = leftovers(path)
+            others = [each for each in left if each != self._partial]
             if first:
                 # Each run has one that looks at the files of all others after it has its own, so
                 # that of two that begin at once one sees the other.
                 with claimed(others, _HINT):
+                    check_begin(path, left, resume=resume, force=force)
                     delete_strays(self.path)
                     if not resume:
                         for other in others:

@@ -24,7 +24,8 @@ KEPT = "What was done is kept; --resume goes on from there."
 
 
 def check_output(path: str, suffixes: Sequence[str], instead: str) -> None:
-    """Refuse a name whose suffix is no format, or one whose package is missing.
+    """Refuse a name that no file can have, or whose suffix is no format, or one whose package is
+    missing.
 
     Args:
         path: the file.
@@ -33,6 +34,7 @@ def check_output(path: str, suffixes: Sequence[str], instead: str) -> None:
 
     Raises:
         InputError: no such format, or parquet without pyarrow.
+        MissingFileError: it is a directory, or has none to be in.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in suffixes:
@@ -44,10 +46,11 @@ def check_output(path: str, suffixes: Sequence[str], instead: str) -> None:
             raise InputError(
                 f'parquet needs pyarrow; run: pip install "vit-flax[parquet]", or write {instead}'
             ) from error
+    check_target(Path(path), force=True)
 
 
 def check_begin(path: str, left: Iterable[Path], *, resume: bool, force: bool) -> None:
-    """See that an output can be begun, or gone on with.
+    """See that an output can be begun, or gone on with; for who has locked it.
 
     Args:
         path: the file.
@@ -56,9 +59,7 @@ def check_begin(path: str, left: Iterable[Path], *, resume: bool, force: bool) -
 
     Raises:
         ExistingFileError: the file is there, or a partial one.
-        MissingFileError: it is a directory, or has none to be in.
     """
-    check_target(Path(path), force=True)
     if force:
         return
     rows = [each for each in left if _has_bytes(each)]
