@@ -28,7 +28,7 @@ from networks import flax_twin, make_config, random_weights
 import vit_cli.predict
 from vit_cli.devices import float32_products
 from vit_cli.main import main
-from vit_cli.messages import one_line, printable
+from vit_cli.messages import one_line, printable, say
 from vit_cli.progress import Progress
 from vit_cli.results import PlainText, Table
 from vit_cli.sources import find_images
@@ -317,6 +317,44 @@ def test_links_to_folders_are_not_followed(images):
     assert len(list(find_images([str(images / "sub" / "again")], pytest.fail))) == 5
 
 
+def test_links_that_lead_nowhere_are_images(images):
+    """Reading them says what is wrong; the rest of the folder is found all the same."""
+    odd = images / "sub" / "odd"
+    odd.mkdir()
+    (odd / "loop.png").symlink_to("loop.png")
+    (odd / "nothing.png").symlink_to("nothing")
+    (odd / "through.png").symlink_to(images / "a.jpg" / "x.png")
+    (odd / "loop").symlink_to("loop")
+    (odd / "z.jpg").symlink_to(images / "a.jpg")
+    found = [os.path.basename(path) for path in find_images([str(odd)], pytest.fail)]
+    assert found == ["loop.png", "nothing.png", "through.png", "z.jpg"]
+
+
+def test_what_cannot_be_looked_at(images, monkeypatch):
+    """Only the names can be read, as in a folder that may be listed and no more."""
+    scandir = os.scandir
+
+    class Entry:
+        def __init__(self, entry):
+            self.name, self.path = entry.name, entry.path
+            odd = entry.name in ("b.png", "notes.txt")
+            self.is_file = self.is_symlink = self.refuse if odd else entry.is_file
+            self.is_dir = self.refuse if odd else entry.is_dir
+
+        def refuse(self, **_):
+            raise PermissionError(13, "Permission denied", self.path)
+
+    def listed(path):
+        with scandir(path) as entries:
+            return contextlib.nullcontext([*map(Entry, entries)])
+
+    monkeypatch.setattr(os, "scandir", listed)
+    said = []
+    found = list(find_images([str(images)], said.append))
+    assert found == [str(images / name) for name in IN_ORDER]
+    assert said == [f"{images}/notes.txt: this folder cannot be read (Not a directory)."]
+
+
 NAMES = [
     "写真とても.png",
     "two\nlines.png",
@@ -355,6 +393,12 @@ def test_printable():
     assert printable("a\nb\x1b\x00\u202e") == r"a\nb\x1b\x00\u202e"
     assert printable("\udcff\ud800") == r"\xff\ud800"
     assert one_line("a\n  b\tc ") == "a b c"
+
+
+def test_names_in_messages_stay_as_they_are(capsys):
+    say("error", "a  b\nc.png: not an image")
+    say(" done\t")
+    assert capsys.readouterr().err == "vit: error: a  b\\nc.png: not an image\nvit:  done\\t\n"
 
 
 def test_options_reach_the_model(loaded, images, capsys):

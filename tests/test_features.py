@@ -16,6 +16,7 @@ from vit_flax.attention_maps import contact_sheet, heat, overlay, patch_map, rol
 from vit_flax.inference import ImageClassifier
 
 TOLERANCE = 2e-5
+DIGIT = str(embedded_checkpoint() / "images" / "digit-3-01.png")
 FAMILIES = {
     "vit": (
         transformers.ViTForImageClassification,
@@ -179,6 +180,10 @@ def test_the_command(tmp_path, capsys):
         (["a.png"], "--output FILE is needed"),
         (["a.png", "--output", "x.gif"], "--output must end in"),
         (["a.png", "--output", "x.png", "--rollout", "--head", "1"], "leave --head out"),
+        (["a.png", "--output", "x.png", "--rollout", "--layer", "-1"], "leave --layer out"),
+        (["a.png", "--output", "no/x.png"], "no: no such directory"),
+        ([DIGIT, "--output", "x.png", "--layer", "4"], "--layer must be from 0 to 3, or from -4"),
+        ([DIGIT, "--output", "x.png", "--layer", "-5"], "to -1; given -5"),
         (["nothing.png", "--output", "x.png"], "nothing.png"),
     ],
 )

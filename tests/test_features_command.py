@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import PIL.Image
@@ -18,8 +19,10 @@ import transformers
 from networks import randomize
 from tolerances import BOUNDS
 
+import vit_cli.feature_file
 from vit_cli.feature_file import FeatureFile
 from vit_cli.main import main
+from vit_cli.partial import PartialFile
 from vit_common.embedded import embedded_checkpoint
 from vit_common.errors import CheckpointError, ExistingFileError, InputError, MissingFileError
 from vit_flax.inference import ImageClassifier, ImageEncoder
@@ -367,6 +370,75 @@ def test_two_processes_do_not_write_one_file(tmp_path):
     check(tmp_path / "out.npz", 1)
 
 
+@pytest.mark.parametrize("option", ["resume", "force"])
+def test_nobody_else_begins_while_the_file_is_made(tmp_path, monkeypatch, option):
+    pytest.importorskip("fcntl", reason="this system has no locks of files")
+    target = tmp_path / "out.npz"
+    file = FeatureFile(str(target))
+    file.write(*vectors(1)[0])
+    replace, discard = vit_cli.feature_file.replace_files, PartialFile.discard
+    looked = []
+
+    def refused(where):
+        looked.append(where)
+        with pytest.raises(MissingFileError, match="another process is writing this"):
+            FeatureFile(str(target), **{option: True})
+
+    def while_it_is_written(*arguments):
+        refused("before")
+        replace(*arguments)
+        refused("after")
+
+    def while_they_are_deleted(self):
+        refused(self.path.name)
+        discard(self)
+
+    monkeypatch.setattr("vit_cli.feature_file.replace_files", while_it_is_written)
+    monkeypatch.setattr(PartialFile, "discard", while_they_are_deleted)
+    file.finish()
+    assert looked == ["before", "after", "out.npz.partial.rows", "out.npz.partial"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
+    check(target, 1)
+
+
+def test_what_ends_while_the_file_is_made(tmp_path, capsys, monkeypatch):
+    """A Ctrl-C leaves nothing but what --resume needs; the next run deletes what a SIGKILL left."""
+    target = tmp_path / "out.npz"
+    file = FeatureFile(str(target))
+    file.write(*vectors(1)[0])
+
+    def write(self, stream):
+        stream.write(b"some")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureFile, "_npz", write)
+        with pytest.raises(KeyboardInterrupt):
+            file.finish()
+    assert "--resume makes the file of it" in capsys.readouterr().err
+    left = ["out.npz.partial", "out.npz.partial.rows"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    (tmp_path / ".out.npz.badd550a.tmp").write_bytes(b"some")
+    FeatureFile(str(target), resume=True).finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
+    check(target, 1)
+
+
+def test_a_forced_run_can_be_resumed(tmp_path):
+    target = tmp_path / "out.npz"
+    target.write_bytes(b"old")
+    file = FeatureFile(str(target), force=True)
+    file.write(*vectors(2)[0])
+    file.close()
+    file = FeatureFile(str(target), resume=True)
+    file.write(*vectors(2)[1])
+    file.finish()
+    check(target, 2)
+    with pytest.raises(ExistingFileError, match="already there, and whole"):
+        FeatureFile(str(target), resume=True)
+
+
 def test_a_full_disk_keeps_what_there_is(tmp_path):
     """The limit on a file's size stands for a disk without room."""
     script = (
@@ -382,13 +454,15 @@ def test_a_full_disk_keeps_what_there_is(tmp_path):
         "    file.finish()\n"
         "except MissingFileError as error:\n"
         "    print(error)\n"
-        "except OSError as error:\n"
-        "    print(error.errno)\n"
+        "    file.close()\n"
     )
     target = tmp_path / "out.npz"
     command = [sys.executable, "-c", script, str(target)]
     done = subprocess.run([*command, "20000"], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "27", done.stderr  # EFBIG, as the command explains it
+    assert done.stdout.strip() == (
+        f"{target}.partial.rows: cannot be written (File too large). What was done is kept; "
+        "--resume goes on from there."
+    ), done.stderr
     file = FeatureFile(str(target), resume=True)
     assert file.count == 50
     file.finish()
@@ -397,7 +471,7 @@ def test_a_full_disk_keeps_what_there_is(tmp_path):
     # Room for the vectors, 40,000 bytes, but not for the names beside them in the file itself.
     done = subprocess.run([*command, "41000"], capture_output=True, text=True, check=False)
     assert "cannot be written (File too large)" in done.stdout, done.stderr
-    assert "--resume makes the file of them" in done.stdout
+    assert "--resume makes the file of it" in done.stdout
     assert not target.exists()
     FeatureFile(str(target), resume=True).finish()
     check(target, 100)
@@ -489,7 +563,7 @@ def test_more_names_than_safetensors_may_hold(tmp_path, monkeypatch):
         ([], "name at least one image"),
         (["x.png"], "--output FILE is needed"),
         (["x.png", "--output", "x.txt"], "--output must end in .npz, .parquet, .safetensors"),
-        (["x.png", "--output", "no/such/x.npz"], "cannot be written"),
+        (["x.png", "--output", "no/such/x.npz"], "no/such: no such directory"),
         (["x.png", "--output", "x.npz", "--layers", "a"], "must be numbers of blocks"),
         (["x.png", "--output", "x.npz", "--pool", "max"], "invalid choice"),
         (["x.png", "--output", "x.npz", "--model", "/no/model"], "/no/model"),

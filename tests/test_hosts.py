@@ -15,11 +15,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from vit_cli.hosts import Cluster, _meaning
+from vit_cli.hosts import Cluster, Hosts, _meaning
 from vit_cli.journal import Journal, check_free
 from vit_cli.main import main
 from vit_common.embedded import embedded_checkpoint
-from vit_common.errors import MissingFileError
+from vit_common.errors import InputError, MissingFileError
 
 DIGITS = embedded_checkpoint() / "images"
 TOLERANCE = 1e-6  # of a probability: batches are made up otherwise; seen: 0
@@ -36,14 +36,16 @@ def environment(**more):
     return {n: v for n, v in os.environ.items() if n != "TF_CPP_MIN_LOG_LEVEL"} | more
 
 
-def start(images, target, count, *options, which=None, port=None):
-    """The processes of a run."""
+def start(images, target, count, *options, which=None, port=None, instead=None):
+    """The processes of a run, some of them a script `instead` of the command."""
     port = port or free_port()
-    command = [sys.executable, "-m", "vit_cli", "predict", str(images), "--output", str(target)]
+    scripts = instead or {}
+    command = ["predict", str(images), "--output", str(target)]
     command += ["--coordinator", f"127.0.0.1:{port}", "--lost-after", "5", *options]
     return [
         subprocess.Popen(
-            [*command, "--process", f"{i}/{count}"],
+            [sys.executable, *(["-c", scripts[i]] if i in scripts else ["-m", "vit_cli"])]
+            + [*command, "--process", f"{i}/{count}"],
             env=environment(),
             stderr=subprocess.PIPE,
             text=True,
@@ -228,12 +230,54 @@ def test_two_come_as_the_same(tmp_path):
 @pytest.mark.slow
 def test_processes_started_otherwise(tmp_path):
     port = free_port()
-    first = start(DIGITS, tmp_path / "out.jsonl", 2, which=[1], port=port)
-    second = start(DIGITS, tmp_path / "out.jsonl", 2, "--top-k", "1", which=[2], port=port)
+    target = tmp_path / "out.jsonl"
+    first = start(DIGITS, target, 2, "--weights", "int8", "--force", which=[1], port=port)
+    second = start(DIGITS, target, 2, "--top-k", "1", "--resume", which=[2], port=port)
     codes, said = ends([*first, *second])
     assert codes == [2, 2]
     one_line(said[0], "process 2 of 2 stopped:", "top_k 1 here and 5 there")
-    one_line(said[1], "process 2 of 2 was started otherwise than the first: top_k 1")
+    one_line(
+        said[1],
+        "process 2 of 2 was started otherwise than the first: top_k 1 here and 5 there",
+        "resume True here and False there; force False here and True there",
+        "weights None here and 'int8' there",
+    )
+
+
+@pytest.mark.parametrize(
+    ("here", "there"), [({"a": 1}, {}), ({}, {"a": 1}), ({"a": 1, "b": 0}, {"a": 2, "b": 0})]
+)
+def test_whatever_one_has_and_the_other_not_differs(monkeypatch, here, there):
+    hosts = Hosts.__new__(Hosts)
+    hosts.index, hosts.count = 1, 2
+    monkeypatch.setattr(hosts, "wait", lambda key: json.dumps(there))
+    said = f"a {here.get('a')} here and {there.get('a')} there.$"
+    with pytest.raises(InputError, match=said):
+        hosts._agree(here)
+    monkeypatch.setattr(hosts, "wait", lambda key: json.dumps(here))
+    hosts._agree(here)
+
+
+def test_one_is_interrupted_while_it_loads(tmp_path, many):
+    """The others hear of it long before they would miss it."""
+    script = (
+        "import os, signal, sys, time\n"
+        "import vit_cli.predict\n"
+        "from vit_cli.main import main\n"
+        "def load(*_, **__):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(60)\n"
+        "vit_cli.predict.load_for_inference = load\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    target = tmp_path / "out.jsonl"
+    options = ("--lost-after", "60", "--batch-size", "4")
+    processes = start(many, target, 2, *options, instead={1: script})
+    codes, said = ends(processes, 50)
+    assert codes == [130, 2]
+    assert said[0] == "vit: interrupted\n"
+    one_line(said[1], "process 1 of 2 stopped: it was interrupted.", "--resume goes on from")
+    assert not target.exists()
 
 
 @pytest.mark.slow
@@ -340,8 +384,8 @@ def write(target, part, names, *, resume=False):
 
 def test_rows_of_all_in_the_order_of_the_files(tmp_path):
     target = tmp_path / "out.jsonl"
-    write(target, (1, 3), ["b", "d"]).end()
-    write(target, (2, 3), ["c"]).end()
+    write(target, (1, 3), ["b", "d"]).close()
+    write(target, (2, 3), ["c"]).close()
     with open(f"{target}.3-of-3.partial", "ab") as stream:
         stream.write(b'{"file": "half')  # of a process that died
     other = Journal(str(target), part=(0, 2), resume=True, run={"top_k": 5})
@@ -358,8 +402,8 @@ def test_rows_of_all_in_the_order_of_the_files(tmp_path):
 
 def test_an_image_that_nobody_did(tmp_path):
     target = tmp_path / "out.jsonl"
-    write(target, (1, 2), ["b"]).end()
     first = write(target, (0, 2), ["a"])
+    write(target, (1, 2), ["b"]).close()
     with pytest.raises(MissingFileError, match=r"1 of 3 images have no row, the first is c: .*res"):
         first.finish(["a", "b", "c"])
     assert not target.exists()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -15,18 +15,29 @@ import numpy as np
 import PIL.Image
 import pytest
 
+import vit_cli.journal
+import vit_cli.partial
+from vit_cli.feature_file import FeatureFile
 from vit_cli.journal import Journal
 from vit_cli.main import main
+from vit_cli.partial import PartialFile
 from vit_cli.predict import in_shard
 from vit_common.embedded import embedded_checkpoint
 from vit_common.errors import ExistingFileError, InputError, MissingFileError
-from vit_flax.inference import Prediction
+from vit_flax.inference import ImageClassifier, Prediction
 
 DIGITS = embedded_checkpoint() / "images"
+needs_locks = pytest.mark.skipif(
+    vit_cli.partial.fcntl is None, reason="this system has no locks of files"
+)
 
 
 def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# What the command says that its rows were made with; what is None may be absent.
+RUN = {"dtype": "float32", "top_k": 5}
 
 
 def predictions(label="cat"):
@@ -72,7 +83,15 @@ def test_rows_of_another_run_are_not_mixed(tmp_path):
     journal.close()
     with pytest.raises(InputError, match="made with top_k 5, now 1"):
         Journal(target, resume=True, run={"model": "a", "top_k": 1})
-    again = Journal(target, resume=True, run={"model": "a", "top_k": 5})
+    run = {"model": "a", "top_k": 5, "weights": None}
+    with pytest.raises(InputError, match="made with weights None, now 'int8'"):
+        Journal(target, resume=True, run={**run, "weights": "int8"})
+    with pytest.raises(InputError, match="made with model 'a', now None"):
+        Journal(target, resume=True, run={"top_k": 5})
+    with pytest.raises(InputError, match=r"out\.jsonl\.partial: its rows were made with top_k 5"):
+        Journal(target, resume=True, run={"model": "a", "top_k": 1}, part=(0, 2))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl.partial"]
+    again = Journal(target, resume=True, run=run)
     assert again.done == {"x.png"}
     assert again.failed == 1
     again.close()
@@ -81,7 +100,7 @@ def test_rows_of_another_run_are_not_mixed(tmp_path):
 def test_resume_does_each_image_once(folder, tmp_path, capsys):
     target = tmp_path / "out.jsonl"
     first = sorted(map(str, folder.glob("digit*")))[:3]
-    journal = Journal(str(target))
+    journal = Journal(str(target), run=RUN)
     for name in first:
         journal.write(name, predictions())
     journal.flush()
@@ -101,7 +120,7 @@ def test_resume_does_each_image_once(folder, tmp_path, capsys):
 
 def test_a_finished_run_needs_no_model(folder, tmp_path, capsys):
     target = tmp_path / "out.csv"
-    journal = Journal(str(target))
+    journal = Journal(str(target), run={**RUN, "model": "/no/such/model"})
     for path in folder.iterdir():
         journal.write(str(path), predictions())
     journal.flush()
@@ -136,12 +155,15 @@ def test_csv_by_itself(tmp_path):
     journal = Journal(str(target))
     journal.write("a,b.png", predictions())
     journal.write("a,b.png", predictions("twice"))  # once is enough
-    journal.fail("name\udcff.png", "cannot be read")
+    journal.fail("name\udcff.png", "name\udcff.png: cannot be read")
+    journal.write("c.png", predictions("\ud83d"))
     journal.finish()
     with open(target, newline="", encoding="utf-8", errors="surrogateescape") as stream:
         rows = list(csv.DictReader(stream))
-    assert [row["file"] for row in rows] == ["a,b.png", "a,b.png", "name\udcff.png"]
-    assert [row["label"] for row in rows] == ["cat", "dog, or not", ""]
+    assert [row["file"] for row in rows] == ["a,b.png"] * 2 + ["name\udcff.png", "c.png", "c.png"]
+    # Half a surrogate pair, which a configuration in JSON may hold, is no text in any encoding.
+    assert [row["label"] for row in rows] == ["cat", "dog, or not", "", "\\ud83d", "dog, or not"]
+    assert rows[2]["error"] == "name\\udcff.png: cannot be read"
     assert float(rows[0]["probability"]) == 0.75
 
 
@@ -163,12 +185,16 @@ def test_shards_that_are_none(text, capsys):
     ("name", "error", "said"),
     [
         ("out.txt", InputError, "must end in"),
-        ("no/such/folder/out.jsonl", MissingFileError, "cannot be written"),
+        ("no/such/folder/out.jsonl", MissingFileError, "no/such/folder: no such directory"),
+        ("folder.jsonl", MissingFileError, "wanted the name of a file; this is a directory"),
     ],
 )
 def test_files_that_cannot_be(tmp_path, name, error, said):
-    with pytest.raises(error, match=said):
-        Journal(str(tmp_path / name))
+    (tmp_path / "folder.jsonl").mkdir()
+    for force in (False, True):
+        with pytest.raises(error, match=said):
+            Journal(str(tmp_path / name), force=force)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.jsonl"]
 
 
 def test_force_begins_anew(tmp_path):
@@ -192,18 +218,20 @@ def test_a_full_disk_leaves_whole_rows(tmp_path):
         "    for i in range(1000):\n"
         "        journal.fail(f'{i}.png', 'x'); journal.flush()\n"
         "except OSError as error:\n"
-        "    print(error.errno)\n"
+        "    print(error)\n"
     )
     target = tmp_path / "out.jsonl"
     done = subprocess.run(
         [sys.executable, "-c", script, str(target)], capture_output=True, text=True, check=False
     )
-    assert done.stdout.strip() == "27", done.stderr  # EFBIG, as the command explains it
+    assert done.stdout.strip() == (
+        f"{target}.partial: cannot be written (File too large). What was done is kept; --resume "
+        "goes on from there."
+    ), done.stderr
     journal = Journal(str(target), resume=True)
     assert len(journal.done) > 10
     journal.finish()
     assert len(rows_of(target)) == len(journal.done)
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1000
 
 
 @pytest.mark.parametrize(
@@ -271,7 +299,7 @@ def test_two_do_not_write_one_output(tmp_path):
     journal = Journal(target)
     journal.fail("a.png", "broken")
     journal.flush()
-    for options in ({"resume": True}, {"force": True}):
+    for options in ({}, {"resume": True}, {"force": True}):
         with pytest.raises(MissingFileError, match="another process is writing this"):
             Journal(target, **options)
     journal.finish()
@@ -280,10 +308,13 @@ def test_two_do_not_write_one_output(tmp_path):
 
 def test_force_begins_anew_whoever_wrote(tmp_path):
     target = tmp_path / "out.jsonl"
+    journals = []
     for part in ((0, 2), (1, 2)):
         journal = Journal(str(target), part=part)
         journal.fail(f"old{part[0]}.png", "broken")
-        journal.end()
+        journals.append(journal)
+    for journal in journals:
+        journal.close()
     with pytest.raises(ExistingFileError, match=r"1-of-2\.partial: left by a run that did not end"):
         Journal(str(target))
     journal = Journal(str(target), force=True)
@@ -364,9 +395,249 @@ def test_a_disk_that_fills_up(folder, tmp_path, capsys):
     )
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if "broken.png" not in line]
-    assert lines == ["vit: error: the output cannot be written (File too large)."]
+    assert lines == [
+        f"vit: error: {target}.partial: cannot be written (File too large). What was done is "
+        "kept; --resume goes on from there."
+    ]
     assert not target.exists()
     assert main([*command, "--resume"]) == 1
     said = capsys.readouterr().err
     assert "of 7 images are done already" in said
     assert [row["file"] for row in rows_of(target)] == sorted(map(str, folder.iterdir()))
+
+
+# -- one output has one run at a time
+
+
+def refused(target, **options):
+    """A run that finds another one at its output, and leaves it alone."""
+    before = {path: path.read_bytes() for path in target.parent.iterdir()}
+    with pytest.raises(MissingFileError, match="another process is writing this"):
+        Journal(str(target), **options)
+    assert {path: path.read_bytes() for path in target.parent.iterdir()} == before
+
+
+@needs_locks
+@pytest.mark.parametrize("option", ["resume", "force"])
+def test_nobody_else_begins_while_the_file_is_made(tmp_path, monkeypatch, option):
+    target = tmp_path / "out.jsonl"
+    first = Journal(str(target), part=(0, 2))
+    second = Journal(str(target), part=(1, 2))
+    first.fail("a", "broken")
+    second.end()  # without rows, it would delete its file
+    replace, discard = vit_cli.journal.replace_files, PartialFile.discard
+    looked = []
+
+    def while_it_is_written(*arguments):
+        refused(target, **{option: True})
+        replace(*arguments)
+        looked.append("written")
+
+    def before_the_last_is_deleted(self):
+        looked.append(self.path.name)
+        refused(target, **{option: True}, part=(0, 2))
+        discard(self)
+
+    monkeypatch.setattr("vit_cli.journal.replace_files", while_it_is_written)
+    monkeypatch.setattr(PartialFile, "discard", before_the_last_is_deleted)
+    first.finish(["a"])
+    assert looked == ["written", "out.jsonl.1-of-2.partial"]
+    monkeypatch.undo()
+    again = Journal(str(target), force=True, part=(0, 2))
+    other = Journal(str(target), force=True, part=(1, 2))
+    second.close()  # as it does when the first is done; the file of that name is another's now
+    other.fail("new", "broken")
+    other.flush()
+    assert len(rows_of(tmp_path / "out.jsonl.2-of-2.partial")) == 2
+    again.close()
+    other.close()
+    assert [row["file"] for row in rows_of(target)] == ["a"]
+
+
+@needs_locks
+@pytest.mark.parametrize("living", [0, 1])
+def test_rows_of_living_processes_are_left_alone(tmp_path, living):
+    target = tmp_path / "out.jsonl"
+    journals = [Journal(str(target), part=(i, 2)) for i in range(2)]
+    for name, journal in zip("ab", journals, strict=True):
+        journal.fail(name, "broken")
+        journal.flush()
+    journals[1 - living].close()
+    for option in ({}, {"resume": True}, {"force": True}):
+        refused(target, **option)
+        refused(target, part=(0, 3), **option)
+        refused(target, part=(0, 2), **option)
+    journals[living].close()
+    journal = Journal(str(target), resume=True)
+    assert journal.done == {"a", "b"}
+    refused(target, part=(0, 2), resume=True)
+    journal.finish(["a", "b"])
+    assert [row["file"] for row in rows_of(target)] == ["a", "b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+@needs_locks
+def test_a_lock_on_a_file_that_was_deleted_is_none(tmp_path, monkeypatch):
+    """Another run ends between the opening of its file here and the lock on it."""
+    target = tmp_path / "out.jsonl"
+    lock = vit_cli.partial.lock
+    opened = []
+
+    def late(stream, path, hint=""):
+        if not opened:
+            path.unlink()
+        opened.append(path)
+        lock(stream, path, hint)
+
+    monkeypatch.setattr("vit_cli.partial.lock", late)
+    journal = Journal(str(target))
+    assert len(opened) == 2
+    refused(target, force=True)
+    journal.fail("a", "broken")
+    journal.finish()
+    assert [row["file"] for row in rows_of(target)] == ["a"]
+
+
+# -- runs that do not end
+
+
+@pytest.mark.parametrize("part", [None, (0, 2)])
+def test_a_forced_run_can_be_resumed(tmp_path, part):
+    target = tmp_path / "out.jsonl"
+    target.write_text("old\n")
+    journal = Journal(str(target), force=True, part=part)
+    journal.fail("a", "broken")
+    journal.close()
+    with pytest.raises(ExistingFileError, match="left by a run that did not end; pass --resume"):
+        Journal(str(target))
+    assert target.read_text() == "old\n"
+    journal = Journal(str(target), resume=True)
+    assert journal.done == {"a"}
+    journal.fail("b", "broken")
+    journal.finish(["a", "b"])
+    assert [row["file"] for row in rows_of(target)] == ["a", "b"]
+    with pytest.raises(ExistingFileError, match="already there, and whole"):
+        Journal(str(target), resume=True)
+
+
+def test_a_run_without_rows_is_in_nobodys_way(tmp_path):
+    """One that was killed while the model was loaded; and the odd files of one that was killed
+    while it made the output."""
+    target = tmp_path / "out.jsonl"
+    script = (
+        "import os, signal, sys\n"
+        "from vit_cli.journal import Journal\n"
+        "journal = Journal(sys.argv[1], part=(1, 2))\n"
+        "journal.flush()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(target)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    kept = [".out.jsonl.notes.tmp", ".out.jsonl.0123abcd.tmp.png", "out.jsonl.0123abcd.tmp"]
+    for name in (*kept, ".out.jsonl.0123abcd.tmp"):
+        (tmp_path / name).write_text("")
+    journal = Journal(str(target))
+    assert journal.done == set()
+    journal.fail("a", "broken")
+    journal.finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "out.jsonl"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_while_the_model_is_loaded(folder, tmp_path, number):
+    script = (
+        "import os, sys, time\n"
+        "import vit_cli.features, vit_cli.predict\n"
+        "from vit_cli.main import main\n"
+        "def load(*_, **__):\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "    time.sleep(60)\n"
+        "vit_cli.features.load_for_inference = vit_cli.predict.load_for_inference = load\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    for command, name in (("predict", "out.jsonl"), ("features", "out.npz")):
+        options = [command, str(folder), "--output", str(tmp_path / name)]
+        done = subprocess.run(
+            [sys.executable, "-c", script, *options], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (130, "vit: interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_while_the_file_is_made(folder, tmp_path, capsys, monkeypatch, number):
+    target = tmp_path / "out.jsonl"
+    journal = Journal(str(target), run=RUN)
+    for path in sorted(folder.iterdir()):
+        journal.write(str(path), predictions())
+    journal.close()
+
+    def write(self, stream):
+        stream.write(b"some")
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    command = ["predict", str(folder), "--output", str(target), "--resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_jsonl", write)
+        assert main(command) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == (
+        f"vit: interrupted: what was done is in {target}.partial; --resume makes the file of it"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out.jsonl.partial"]
+    assert main(command) == 0
+    assert len(rows_of(target)) == 7
+
+
+def test_whatever_goes_wrong_rows_are_kept_and_the_file_is_free(folder, tmp_path, monkeypatch):
+    target = tmp_path / "out.jsonl"
+    stream = ImageClassifier.stream
+
+    def fails(self, *arguments, **options):
+        with contextlib.closing(stream(self, *arguments, **options)) as results:
+            yield next(results)
+            raise RuntimeError("this should not happen")
+
+    command = ["predict", str(folder), "--output", str(target)]
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageClassifier, "stream", fails)
+        assert main(command) == 2
+    journal = Journal(str(target), resume=True, run=RUN)
+    assert len(journal.done) == 1
+    journal.close()
+
+
+# -- what is done already, and whose
+
+
+def test_images_that_are_named_twice_are_counted_once(folder, tmp_path, capsys):
+    target = tmp_path / "out.jsonl"
+    digit = str(sorted(folder.glob("digit*"))[0])
+    assert main(["predict", digit, digit, "--output", str(target)]) == 0
+    assert capsys.readouterr().err == f"vit: wrote {target}: 1 images\n"
+    assert [row["file"] for row in rows_of(target)] == [digit]
+
+
+@pytest.mark.parametrize(("command", "suffix"), [("predict", "jsonl"), ("features", "npz")])
+def test_a_shard_is_part_of_the_run(folder, tmp_path, capsys, command, suffix):
+    target = tmp_path / f"out.{suffix}"
+    digits = sorted(map(str, folder.glob("digit*")))
+    other = next(i for i in range(2) if not in_shard(digits[0], i, 2)) + 1
+    assert main([command, digits[0], "--output", str(target), "--shard", f"{other}/2"]) == 0
+    assert f"no image falls to shard {other}/2" in capsys.readouterr().err
+    target.unlink()
+    run = {**RUN, "shard": "1/2"}
+    if command == "predict":
+        left = Journal(str(target), run=run)
+    else:
+        del run["top_k"]
+        settings = {"layers": [-1], "pool": "cls", "store_dtype": "float32"}
+        left = FeatureFile(str(target), run={**run, **settings})
+    left.fail("a.png", "broken")
+    left.close()
+    arguments = [command, *digits, "--output", str(target), "--resume"]
+    for shard, said in ((["--shard", "2/2"], "'2/2'"), ([], "None")):
+        assert main([*arguments, *shard]) == 2
+        assert f"made with shard '1/2', now {said}." in capsys.readouterr().err
+    assert main([*arguments, "--shard", "1/2"]) == 1

@@ -10,8 +10,8 @@ from typing import Any
 from vit_cli.exit_codes import DONE
 from vit_cli.messages import say
 from vit_cli.models import load_for_inference
-from vit_common.errors import ExistingFileError, InputError, MissingFileError
-from vit_common.files import reason, replace_files
+from vit_common.errors import InputError, MissingFileError
+from vit_common.files import check_target, reason, replace_files
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _SIDE = 384
@@ -54,10 +54,7 @@ def attention(
     target = Path(output)
     if target.suffix.lower() not in _FORMATS:
         raise InputError(f"--output must end in {', '.join(_FORMATS)}; given {output!r}.")
-    if target.exists() and not force:
-        raise ExistingFileError(f"{target}: already there; pass --force to overwrite it.")
-    if not target.parent.is_dir():
-        raise MissingFileError(f"{target.parent}: no such directory.")
+    check_target(target, force=force)
     from vit_common.images import load_image
 
     picture = load_image(image)
@@ -70,6 +67,9 @@ def attention(
         raise InputError(
             f"--head must be from 0 to {config.num_attention_heads - 1}; given {head}."
         )
+    L = config.num_hidden_layers
+    if not -L <= layer < L:
+        raise InputError(f"--layer must be from 0 to {L - 1}, or from {-L} to -1; given {layer}.")
     seen = encoder.seen(picture)
     P, (height, width) = config.patch_height_width, encoder.image_size
     grid = (height // P[0], width // P[1])
@@ -83,13 +83,13 @@ def attention(
         maps = patch_map(encoder.attention(picture, [layer])[0], grid, prefix)  # (A, h, w)
         if head is not None:
             sheet = overlay(seen, maps[head])
-            what = f"block {layer % config.num_hidden_layers}, head {head}"
+            what = f"block {layer % L}, head {head}"
         else:
             tiles = [seen, overlay(seen, maps.mean(axis=0)), *(overlay(seen, m) for m in maps)]
             columns = len(tiles) if len(tiles) <= 6 else math.ceil(1.3 * math.sqrt(len(tiles)))
             sheet = contact_sheet(tiles, columns)
             what = (
-                f"block {layer % config.num_hidden_layers}: the image, the mean of the heads, "
+                f"block {layer % L}: the image, the mean of the heads, "
                 f"heads 0 to {config.num_attention_heads - 1}"
             )
     try:

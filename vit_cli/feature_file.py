@@ -26,10 +26,19 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vit_cli.partial import check_begin, check_output, lock, parse_line, utf8
+from vit_cli.partial import (
+    PartialFile,
+    check_begin,
+    check_output,
+    check_run,
+    made_of,
+    parse_line,
+    told,
+    utf8,
+)
 from vit_common.containers.safetensors_file import CODES
-from vit_common.errors import ImageError, InputError, MissingFileError, ViTError
-from vit_common.files import MAX_JSON_BYTES, reason, replace_files
+from vit_common.errors import ImageError, InputError, ViTError
+from vit_common.files import MAX_JSON_BYTES, delete_strays, replace_files
 
 SUFFIXES = (".npz", ".parquet", ".safetensors")
 _LISTS = ("files", "failed", "errors")
@@ -78,25 +87,17 @@ class FeatureFile:
         self._run = run or {}
         self._partial, self._rows = Path(f"{path}.partial"), Path(f"{path}.partial.rows")
         check_output(path, SUFFIXES, ".npz")
-        left = [self._partial] if self._partial.exists() else []
-        check_begin(path, left, resume=resume, force=force)
+        header = _line({"run": self._run})
+        self._names_file = PartialFile(self._partial, header=header)
         with contextlib.ExitStack() as undo:
-            try:
-                # To append, whatever becomes of what is there: another process may be at it.
-                self._names_stream = undo.enter_context(open(self._partial, "ab"))
-                lock(self._names_stream, self._partial)
-                self._rows_stream = undo.enter_context(open(self._rows, "ab"))
-                end = self._recover() if resume else 0
-                os.truncate(self._partial, end)
-                os.truncate(self._rows, self.count * self._row_bytes)
-                if not end:
-                    self._line({"run": self._run})
-            except MissingFileError:
-                raise
-            except OSError as error:
-                raise MissingFileError(
-                    f"{self._partial}: cannot be written ({reason(error)})."
-                ) from error
+            undo.callback(self._names_file.close)
+            check_begin(path, [self._partial], resume=resume, force=force)
+            delete_strays(self.path)
+            self._rows_file = PartialFile(self._rows, alone=False)
+            undo.callback(self._rows_file.close)
+            end = self._recover() if resume else 0
+            self._names_file.cut(end if self.done else 0)
+            self._rows_file.cut(self.count * self._row_bytes)
             undo.pop_all()
 
     @property
@@ -106,7 +107,7 @@ class FeatureFile:
     def _recover(self) -> int:
         """Read the names whose vectors are whole; returns the bytes that they take."""
         end, size = 0, os.path.getsize(self._rows)
-        with open(self._partial, "rb") as stream:
+        with told(self._partial, "read"), open(self._partial, "rb") as stream:
             for line in stream:
                 row = _parse(line)
                 if row is None or (end == 0) != ("run" in row):
@@ -118,26 +119,13 @@ class FeatureFile:
                         break
                     self.shape, self.count = shape, self.count + 1
                 elif end == 0:
-                    self._check_run(row["run"])
+                    check_run(self._partial, row["run"], self._run, "vectors")
                 else:
                     self.failed += 1
                 if end:
                     self.done.add(row["file"])
                 end += len(line)
         return end
-
-    def _check_run(self, run: dict[str, Any]) -> None:
-        """Raise InputError if the vectors that are there were made otherwise."""
-        odd = [
-            f"{name} {run.get(name)!r}, now {self._run.get(name)!r}"
-            for name in dict.fromkeys((*self._run, *run))
-            if run.get(name) != self._run.get(name)
-        ]
-        if odd:
-            raise InputError(
-                f"{self._partial}: its vectors were made with {'; '.join(odd)}. Run it as it was, "
-                "or pass --force to begin anew."
-            )
 
     def write(self, file: str, features: np.ndarray) -> ViTError | None:
         """The vector of an image.
@@ -157,35 +145,28 @@ class FeatureFile:
             self.fail(file, str(error))
             return error
         self.shape, self.count = row.shape, self.count + 1
-        self._rows_stream.write(row.data)
+        self._rows_file.write(row.data)
         self.done.add(file)
-        self._line({"file": file, "shape": row.shape})
+        self._names_file.write(_line({"file": file, "shape": row.shape}))
         return None
 
     def fail(self, file: str, error: str) -> None:
         """An image without features."""
         if file not in self.done:
             self.done.add(file)
-            self._line({"file": file, "error": error})
-
-    def _line(self, row: dict[str, Any]) -> None:
-        self._names_stream.write(json.dumps(row).encode() + b"\n")
+            self._names_file.write(_line({"file": file, "error": error}))
 
     def flush(self) -> None:
         """Hand what there is to the system; it survives the end of this process."""
-        self._rows_stream.flush()  # before the names: a name without a vector is cut off
-        self._names_stream.flush()
+        self._rows_file.flush()  # before the names: a name without a vector is cut off
+        self._names_file.flush()
 
     def close(self) -> None:
         """Keep what there is for `resume`; nothing where there is nothing."""
-        self._rows_stream.close()
-        self._names_stream.close()
-        if not self.done:
-            self._discard()
-
-    def _discard(self) -> None:
-        self._partial.unlink(missing_ok=True)
-        self._rows.unlink(missing_ok=True)
+        try:
+            self._rows_file.close()
+        finally:
+            self._names_file.close()  # the last: until then it keeps other runs out
 
     def finish(self) -> None:
         """Make the file.
@@ -194,16 +175,16 @@ class FeatureFile:
             MissingFileError: it cannot be written; what there is is kept.
             InputError: safetensors, and the names are more than its header may hold.
         """
-        self._rows_stream.close()
-        self._names_stream.close()
         ways = {".npz": self._npz, ".parquet": self._parquet, ".safetensors": self._safetensors}
         try:
-            replace_files(self.path.parent, {self.path.name: ways[self.path.suffix.lower()]})
-        except MissingFileError as error:
-            raise MissingFileError(
-                f"{error} The vectors are in {self._rows}; --resume makes the file of them."
-            ) from error
-        self._discard()
+            self._rows_file.sync()
+            self._names_file.sync()
+            with made_of(self._partial):
+                replace_files(self.path.parent, {self.path.name: ways[self.path.suffix.lower()]})
+            self._rows_file.discard()
+            self._names_file.discard()
+        finally:
+            self.close()
 
     # -- formats
 
@@ -293,6 +274,10 @@ class FeatureFile:
                     ),
                 ]
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row).encode() + b"\n"
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -11,8 +11,8 @@ from vit_cli import interrupt
 from vit_cli.exit_codes import DONE, INTERRUPTED, SOME_FAILED
 from vit_cli.feature_file import FeatureFile
 from vit_cli.messages import say
-from vit_cli.models import load_for_inference, precision_of
-from vit_cli.predict import in_shard
+from vit_cli.models import load_for_inference, settings
+from vit_cli.predict import own_shard
 from vit_cli.progress import Progress
 from vit_cli.sources import find_images
 
@@ -60,63 +60,66 @@ def features(
     if not files:
         return SOME_FAILED
     if shard is not None:
-        files = [file for file in files if in_shard(file, *shard)]
-    hub = hub or {}
+        files = own_shard(files, *shard)
     run = {
-        "model": model,
-        "revision": hub.get("revision"),
-        "subfolder": hub.get("subfolder"),
+        **settings(model, dtype, hub, shard),
         "layers": list(layers),
         "pool": pool,
-        "dtype": dtype,
         "store_dtype": store_dtype,
-        **precision_of(hub),
     }
     target = FeatureFile(output, dtype=store_dtype, resume=resume, force=force, run=run)
-    try:
+    with interrupt.exits_after(target.close), closing(target):
         failed += target.failed
         total = len(files)
         files = [file for file in files if file not in target.done]
         if len(files) < total:
             say(f"{total - len(files)} of {total} images are done already")
-        if files:
-            encoder = load_for_inference("ImageEncoder", model, dtype, hub)
-            results = encoder.stream_features(files, layers, pool, batch_size)
-    except BaseException:
-        target.close()
-        raise
-    if files:
-        batch_size = batch_size or encoder.default_batch_size
-        rich = importlib.util.find_spec("rich") is not None
-        done = 0
-        with Progress(len(files), show=rich, what="features") as progress:
-            try:
-                with interrupt.raises() as asked, closing(results):
-                    for result in results:
-                        if asked():
-                            raise KeyboardInterrupt
-                        error = result.error
-                        if error is None:
-                            error = target.write(result.source, result.value)
-                        else:
-                            target.fail(result.source, str(error))
-                        if error is not None:
-                            failed += 1
-                            progress.say("error", str(error))
-                        done += 1
-                        if done % batch_size == 0:  # they come a batch at a time
-                            target.flush()
-                            progress.advance(batch_size)
-            except KeyboardInterrupt:
-                with progress.hidden():
-                    target.flush()
-                    target.close()
-                    say(
-                        f"interrupted: {done} of {len(files)} images done; --resume goes on from "
-                        "there"
-                    )
-                return INTERRUPTED
-    target.finish()
+        try:
+            if files:
+                encoder = load_for_inference("ImageEncoder", model, dtype, hub)
+                batch_size = batch_size or encoder.default_batch_size
+                results = encoder.stream_features(files, layers, pool, batch_size)
+                failed += _write(results, target, len(files), batch_size)
+            target.finish()
+        except KeyboardInterrupt:
+            return INTERRUPTED
     shape = " x ".join(map(str, (target.count, *target.shape)))
     say(f"wrote {output}: {shape} {store_dtype}")
     return SOME_FAILED if failed else DONE
+
+
+def _write(results: Any, target: FeatureFile, total: int, batch_size: int) -> int:
+    """Write the results of a stream.
+
+    Returns:
+        How many images failed.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted; that is said.
+    """
+    done = failed = 0
+    rich = importlib.util.find_spec("rich") is not None
+    with Progress(total, show=rich, what="features") as progress:
+        try:
+            with interrupt.raises() as asked, closing(results):
+                for result in results:
+                    if asked():
+                        raise KeyboardInterrupt
+                    error = result.error
+                    if error is None:
+                        error = target.write(result.source, result.value)
+                    else:
+                        target.fail(result.source, str(error))
+                    if error is not None:
+                        failed += 1
+                        progress.say("error", str(error))
+                    done += 1
+                    if done % batch_size == 0:  # they come a batch at a time
+                        target.flush()
+                        progress.advance(batch_size)
+        except KeyboardInterrupt:
+            with progress.hidden():
+                target.flush()
+                say(f"interrupted: {done} of {total} images done; --resume goes on from there")
+            raise
+    return failed

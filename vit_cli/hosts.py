@@ -18,13 +18,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vit_cli import interrupt
 from vit_cli.exit_codes import COULD_NOT_RUN
 from vit_cli.messages import say
+from vit_cli.partial import KEPT, differences
 from vit_common.errors import HostError, InputError
 from vit_common.files import reason
 
 _SECONDS = 1.0  # between looks at the others
-_KEPT = "What was done is kept; --resume goes on from there."
+INTERRUPTION = "it was interrupted."
 _FATAL = re.compile(rb"F\d{4} \d\d:\d\d:\d\d\.\d+ ")  # as absl's log begins its last words
 
 
@@ -104,9 +106,10 @@ class Hosts:
         self._client: Any = distributed.global_state.client
         self._looked = time.monotonic()
         try:
-            find_devices()  # all processes together; JAX waits for each of them here
-            self.index, self.count = jax.process_index(), jax.process_count()
-            self._agree(run)
+            with interrupt.exits_after(self.leave_interrupted):
+                find_devices()  # all processes together; JAX waits for each of them here
+                self.index, self.count = jax.process_index(), jax.process_count()
+                self._agree(run)
         except BaseException as error:
             self.leave(reason(error))
             raise
@@ -119,9 +122,8 @@ class Hosts:
             return
         first = json.loads(self.wait("run"))
         odd = [
-            f"{name} {value!r} here and {first.get(name)!r} there"
-            for name, value in json.loads(text).items()
-            if first.get(name) != value
+            f"{name} {here!r} here and {there!r} there"
+            for name, here, there in differences(json.loads(text), first)
         ]
         if odd:
             raise InputError(f"{self.name} was started otherwise than the first: {'; '.join(odd)}.")
@@ -173,7 +175,7 @@ class Hosts:
         self._looked = time.monotonic()
         for index, why in self.told("left").items():
             if int(index) != self.index:
-                raise HostError(f"{_named(int(index), self.count)} stopped: {why} {_KEPT}")
+                raise HostError(f"{_named(int(index), self.count)} stopped: {why} {KEPT}")
 
     def leave(self, why: str | None = None) -> None:
         """Part from the others; with a reason, if not all is done, and then they stop too.
@@ -187,6 +189,10 @@ class Hosts:
                 self.tell(f"left/{jax.process_index()}", why)
         with contextlib.suppress(Exception):
             jax.distributed.shutdown()
+
+    def leave_interrupted(self) -> None:
+        """Part from the others after a Ctrl-C."""
+        self.leave(INTERRUPTION)
 
 
 # -- the process that watches
@@ -245,7 +251,7 @@ def supervised(cluster: Cluster, run: Callable[[], int]) -> int:
         say("error", _meaning(last_words, cluster))
         return COULD_NOT_RUN
     if code < 0:
-        say("error", f"{cluster.name} was ended by {signal.Signals(-code).name}. {_KEPT}")
+        say("error", f"{cluster.name} was ended by {signal.Signals(-code).name}. {KEPT}")
         return 128 - code
     return code
 
@@ -297,7 +303,7 @@ def _meaning(last_words: str, cluster: Cluster) -> str:
         gone = sorted({int(line.rpartition(":")[2]) for line in told[1].split()})
     who = " and ".join(_named(each, count) for each in gone)
     verb = "are" if len(gone) > 1 else "is"
-    return f"{who} {verb} gone; {cluster.name} stops. {_KEPT}"
+    return f"{who} {verb} gone; {cluster.name} stops. {KEPT}"
 
 
 def _same(where: str) -> str:

@@ -40,6 +40,26 @@ def raises() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(asked)
 
 
+@contextmanager
+def exits_after(leave: Callable[[], object]) -> Iterator[None]:
+    """Ctrl-C, or being asked to end, ends the process after a call; a second one ends it at once.
+
+    Args:
+        leave: what is left to do; should it fail, the process ends all the same.
+    """
+
+    def handler(*_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _exit)
+        try:
+            leave()
+        finally:
+            _exit()
+
+    with _handled(handler), _handled(handler, signal.SIGTERM):
+        yield
+
+
 def _exit(*_: object) -> NoReturn:
     os.write(2, b"vit: interrupted\n")
     os._exit(INTERRUPTED)

@@ -18,9 +18,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from vit_cli.partial import check_begin, check_output, lock, parse_line, utf8
-from vit_common.errors import InputError, MissingFileError
-from vit_common.files import reason, replace_files
+from vit_cli.partial import (
+    PartialFile,
+    check_begin,
+    check_output,
+    check_run,
+    claimed,
+    made_of,
+    parse_line,
+    told,
+    utf8,
+)
+from vit_common.errors import MissingFileError
+from vit_common.files import delete_strays, replace_files
 
 if TYPE_CHECKING:
     from vit_flax.inference import Prediction
@@ -39,15 +49,15 @@ class Journal:
         resume: go on with what an earlier run left.
         force: begin anew, and overwrite.
         run: what the rows are made with; a run with another cannot be resumed with this.
-        part: (i, n) where n processes write, each its own rows, and this is the i-th from 0. Then
-            the first has called `prepare` for all of them, and calls `finish` for all of them.
+        part: (i, n) where n processes write, each its own rows, and this is the i-th from 0. The
+            first begins before the others, and calls `finish` for all of them.
 
     Attributes:
         done: images that have a row, of whichever process.
         failed: how many of these rows, from earlier runs, hold an error.
 
     Raises:
-        InputError: no such format, or parquet without pyarrow.
+        InputError: no such format, or parquet without pyarrow; or an earlier run was another.
         ExistingFileError: the file is there already, or a part of it without `resume` or `force`.
         MissingFileError: it cannot be written, or another process is writing it.
     """
@@ -61,71 +71,53 @@ class Journal:
         run: dict[str, Any] | None = None,
         part: tuple[int, int] | None = None,
     ) -> None:
-        if part is None:
-            prepare(path, resume=resume, force=force)
         self._run = run or {}
         self.failed = 0
         self.path = Path(path)
         self._partial = _partial(path, part)
         self.done: set[str] = set()
-        self._own = 0
+        first = part is None or part[0] == 0
+        if first:
+            check_output(path, SUFFIXES, ".jsonl")
+        header = json.dumps({"run": self._run}).encode() + b"\n"
+        self._file = PartialFile(self._partial, header=header, hint=_HINT)
         try:
-            # To append, whatever becomes of what is there: another process may be at it.
-            self._stream: Any = open(self._partial, "ab")  # noqa: SIM115  # until `finish`
-        except OSError as error:
-            raise MissingFileError(
-                f"{self._partial}: cannot be written ({reason(error)})."
-            ) from error
-        try:
-            lock(self._stream, self._partial, _HINT)
+            left = leftovers(path)
+            others = [each for each in left if each != self._partial]
+            if first:
+                # Each run has one that looks at the files of all others after it has its own, so
+                # that of two that begin at once one sees the other.
+                with claimed(others, _HINT):
+                    check_begin(path, left, resume=resume, force=force)
+                    delete_strays(self.path)
+                    if not resume:
+                        for other in others:
+                            with told(other, "deleted"):
+                                other.unlink(missing_ok=True)
             end = self._recover(self._partial) if resume else 0
-            self._own = len(self.done)
-            os.truncate(self._partial, end)
-            for other in leftovers(path):
-                if resume and other != self._partial:
+            self._file.cut(end if self.done else 0)
+            if resume:
+                for other in others:
                     self._recover(other)
-            if not end:
-                self._stream.write(json.dumps({"run": self._run}).encode() + b"\n")
-                self._stream.flush()
-        except BaseException as error:
-            self._stream.close()
-            if isinstance(error, OSError) and not isinstance(error, MissingFileError):
-                raise MissingFileError(
-                    f"{self._partial}: cannot be written ({reason(error)})."
-                ) from error
+        except BaseException:
+            self._file.close()
             raise
 
     def _recover(self, partial: Path) -> int:
         """Read what is whole; returns the bytes that it takes."""
         end = 0
-        try:
-            with open(partial, "rb") as stream:
-                for number, line in enumerate(stream):
-                    row = _parse(line)
-                    if row is None:
-                        break
-                    if number == 0:
-                        self._check_run(row.get("run"))
-                    elif row["file"] not in self.done:
-                        self.done.add(row["file"])
-                        self.failed += "error" in row
-                    end += len(line)
-        except OSError as error:
-            raise MissingFileError(f"{partial}: cannot be read ({reason(error)}).") from error
+        with told(partial, "read"), open(partial, "rb") as stream:
+            for line in stream:
+                row = _parse(line)
+                if row is None or (end == 0) != ("run" in row):
+                    break
+                if end == 0:
+                    check_run(partial, row["run"], self._run, "rows")
+                elif row["file"] not in self.done:
+                    self.done.add(row["file"])
+                    self.failed += "error" in row
+                end += len(line)
         return end
-
-    def _check_run(self, run: Any) -> None:
-        """Raise InputError if the rows that are there were made otherwise."""
-        odd = [
-            f"{name} {run[name]!r}, now {value!r}"
-            for name, value in self._run.items()
-            if isinstance(run, dict) and run.get(name, value) != value
-        ]
-        if odd:
-            raise InputError(
-                f"{self._partial}: its rows were made with {'; '.join(odd)}. Run it as it was, or "
-                "pass --force to begin anew."
-            )
 
     def write(self, file: str, predictions: Sequence[Prediction]) -> None:
         """The row of an image."""
@@ -147,24 +139,20 @@ class Journal:
         if row["file"] in self.done:  # named twice, or by two folders
             return
         self.done.add(row["file"])
-        self._own += 1
-        self._stream.write(json.dumps(row).encode() + b"\n")
+        self._file.write(json.dumps(row).encode() + b"\n")
 
     def flush(self) -> None:
         """Hand the rows so far to the system; they survive the end of this process."""
-        self._stream.flush()
+        self._file.flush()
 
     def close(self) -> None:
         """Keep what there is for `resume`; nothing where there is nothing."""
-        self._stream.close()
-        if not self._own:
-            self._partial.unlink(missing_ok=True)
+        self._file.close()
 
     def end(self) -> None:
-        """Hand the rows to the disk; what `finish` needs of every process but the first."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
+        """Hand the rows to the disk; what `finish` needs of every process but the first, which
+        keep their files until it is done."""
+        self._file.sync()
 
     def finish(self, files: Iterable[str] = ()) -> None:
         """Make the file of the rows.
@@ -176,23 +164,21 @@ class Journal:
             MissingFileError: it cannot be written, or one of the images has no row; the rows are
                 kept.
         """
-        self.end()
-        suffix = self.path.suffix.lower()
         self._order = list(dict.fromkeys(files))
         self._parts = leftovers(self.path)
+        ways = {".jsonl": self._jsonl, ".csv": self._csv, ".parquet": self._parquet}
+        write: Callable[[BinaryIO], object] = ways[self.path.suffix.lower()]
         try:
-            ways = {".jsonl": self._jsonl, ".csv": self._csv, ".parquet": self._parquet}
-            write: Callable[[BinaryIO], object] = ways[suffix]
-            replace_files(self.path.parent, {self.path.name: write})
+            self._file.sync()
+            with made_of(self._partial):
+                replace_files(self.path.parent, {self.path.name: write})
             for part in self._parts:
-                part.unlink(missing_ok=True)
-        except MissingFileError as error:
-            raise MissingFileError(f"{error} The rows are in {self._partial}.") from error
-        except OSError as error:
-            raise MissingFileError(
-                f"{self.path}: cannot be written ({reason(error)}); the rows are in "
-                f"{self._partial}."
-            ) from error
+                if part != self._partial:
+                    with told(part, "deleted"):
+                        part.unlink(missing_ok=True)
+            self._file.discard()  # the last: until then it keeps other runs out
+        finally:
+            self.close()
 
     def _lines(self) -> Iterator[bytes]:
         """The rows as they were written: those of one process in their order, those of several in
@@ -218,8 +204,7 @@ class Journal:
             if absent:
                 raise MissingFileError(
                     f"{self.path}: {len(absent)} of {len(self._order)} images have no row, the "
-                    f"first is {absent[0]}: the processes did not find the same images. Run it "
-                    "again with --resume."
+                    f"first is {absent[0]}: the processes did not find the same images."
                 )
             for file in dict.fromkeys((*self._order, *where)):
                 number, position, length = where[file]
@@ -245,7 +230,7 @@ class Journal:
         writer = csv.DictWriter(text, _COLUMNS, restval="")
         writer.writeheader()
         for row in self._rows():
-            writer.writerow(row)
+            writer.writerow({n: utf8(v) if n in ("label", "error") else v for n, v in row.items()})
         text.flush()
         text.detach()
 
@@ -281,29 +266,14 @@ class Journal:
             put()
 
 
-def prepare(path: str, *, resume: bool = False, force: bool = False) -> None:
-    """See that an output can be begun, or gone on with; once for all processes that write it.
-
-    Raises:
-        InputError, ExistingFileError, MissingFileError: as `Journal`.
-    """
-    check_output(path, SUFFIXES, ".jsonl")
-    left = leftovers(path)
-    check_begin(path, left, resume=resume, force=force)
-    if not resume:
-        for part in left:
-            if part.name != f"{Path(path).name}.partial":  # that one is emptied, if nobody is at it
-                part.unlink(missing_ok=True)
-
-
 def check_free(path: str, part: tuple[int, int]) -> None:
     """See that no other process writes the rows of this one.
 
     Raises:
         MissingFileError: one does.
     """
-    with contextlib.suppress(FileNotFoundError), open(_partial(path, part), "rb") as stream:
-        lock(stream, _partial(path, part), _HINT)
+    with claimed([_partial(path, part)], _HINT):
+        pass
 
 
 def _partial(path: str, part: tuple[int, int] | None) -> Path:
@@ -328,4 +298,4 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     if row is None:
         return None
     whole = isinstance(row.get("file"), str) and ("error" in row or "predictions" in row)
-    return row if whole or "run" in row else None
+    return row if whole or isinstance(row.get("run"), dict) else None

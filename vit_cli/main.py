@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from vit_cli.exit_codes import COULD_NOT_RUN, PIPE_CLOSED
 from vit_cli.interrupt import exits_at_once
-from vit_cli.messages import say, show_warning
+from vit_cli.messages import one_line, say, show_warning
 
 _OUTPUT_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -70,10 +70,8 @@ def _explain(error: Exception) -> None:
     elif "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
         say("error", "out of memory; try a smaller --batch-size.")
     else:
-        say(
-            "error",
-            f"{type(error).__name__}: {error} (unexpected; VIT_DEBUG=1 shows where it comes from)",
-        )
+        text = one_line(f"{type(error).__name__}: {error}")
+        say("error", f"{text} (unexpected; VIT_DEBUG=1 shows where it comes from)")
 
 
 # -- streams

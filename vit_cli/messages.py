@@ -25,13 +25,13 @@ def _escape(character: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text on one line, printable."""
+    """The text on one line, printable, with one space for any number of them."""
     return printable(" ".join(text.split()))
 
 
 def say(kind: str, text: str = "") -> None:
-    """Write `vit: kind: text` to standard error."""
-    sys.stderr.write(f"vit: {kind}: {one_line(text)}\n" if text else f"vit: {one_line(kind)}\n")
+    """Write `vit: kind: text` to standard error, on one line; names in it stay as they are."""
+    sys.stderr.write(f"vit: {kind}: {printable(text)}\n" if text else f"vit: {printable(kind)}\n")
     sys.stderr.flush()
 
 
@@ -44,4 +44,4 @@ def show_warning(
     line: str | None = None,
 ) -> None:
     """What `warnings.showwarning` is while the command runs."""
-    say("warning", str(message))
+    say("warning", one_line(str(message)))

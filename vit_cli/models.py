@@ -59,6 +59,24 @@ def load_for_inference(
     return getattr(inference, name).from_pretrained(model, dtype=dtype, **options)
 
 
-def precision_of(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Of the options of `from_pretrained` those that say how parameters are held."""
-    return {name: value for name, value in (options or {}).items() if name in _PRECISION}
+def settings(
+    model: str | None,
+    dtype: str,
+    options: Mapping[str, Any] | None,
+    shard: tuple[int, int] | None,
+) -> dict[str, Any]:
+    """What results depend on, whatever is made; and which images are among them.
+
+    Args:
+        model, dtype, options: as `load_for_inference`.
+        shard: (i, n): only the i-th of n parts of the images, counted from 0.
+    """
+    options = options or {}
+    return {
+        "model": model,
+        "revision": options.get("revision"),
+        "subfolder": options.get("subfolder"),
+        "dtype": dtype,
+        **{name: value for name, value in options.items() if name in _PRECISION},
+        "shard": None if shard is None else f"{shard[0] + 1}/{shard[1]}",
+    }

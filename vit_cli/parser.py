@@ -621,7 +621,7 @@ def _attention(arguments: Sequence[str]) -> Command:
     _add_model_options(parser)
     parser.add_argument("--output", metavar="FILE", help=".png, .jpg or .webp file to write")
     parser.add_argument(
-        "--layer", metavar="L", type=int, default=-1, help="block, the first is 0 (-1: the last)"
+        "--layer", metavar="L", type=int, help="block, the first is 0 (-1: the last)"
     )
     parser.add_argument("--head", metavar="H", type=int, help="one head alone")
     parser.add_argument(
@@ -636,6 +636,8 @@ def _attention(arguments: Sequence[str]) -> Command:
         parser.error("--output FILE is needed")
     if options.rollout and options.head is not None:
         parser.error("--rollout takes all heads together; leave --head out")
+    if options.rollout and options.layer is not None:
+        parser.error("--rollout takes all blocks together; leave --layer out")
 
     def command() -> int:
         from vit_cli.attention import attention
@@ -644,7 +646,7 @@ def _attention(arguments: Sequence[str]) -> Command:
             names[0],
             options.model,
             options.output,
-            layer=options.layer,
+            layer=-1 if options.layer is None else options.layer,
             head=options.head,
             rollout=options.rollout,
             dtype=options.dtype,

@@ -7,15 +7,15 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any, NamedTuple
 
 from vit_cli import cache, interrupt
 from vit_cli.exit_codes import DONE, INTERRUPTED, SOME_FAILED
-from vit_cli.hosts import Cluster, Hosts
-from vit_cli.journal import Journal, check_free, prepare
+from vit_cli.hosts import INTERRUPTION, Cluster, Hosts
+from vit_cli.journal import Journal, check_free
 from vit_cli.messages import say
-from vit_cli.models import load_for_inference, precision_of
+from vit_cli.models import load_for_inference, settings
 from vit_cli.progress import Progress
 from vit_cli.results import JsonLines, PlainText, Table, Writer
 from vit_cli.sources import find_images
@@ -80,53 +80,69 @@ def predict(
     if not files and cluster is None:
         return SOME_FAILED
     if shard is not None:
-        files = [file for file in files if in_shard(file, *shard)]
-    run = {"model": model, "top_k": top_k, "dtype": dtype, **precision_of(hub)}
+        files = own_shard(files, *shard)
+    if output is not None:
+        files = list(dict.fromkeys(files))
+    run = {**settings(model, dtype, hub, shard), "top_k": top_k}
     hosts: Hosts | None = None
+    journal: Journal | None = None
     if cluster is not None:
         if cluster.process is not None and output is not None:
             check_free(output, cluster.process)  # before it disturbs those that are at work
         cache.enable()
-        hosts = Hosts(cluster, {**run, "images": names, "output": output})
+        begin = {"images": names, "output": output, "resume": resume, "force": force}
+        hosts = Hosts(cluster, {**run, **begin})
+
+    def end() -> None:
+        try:
+            if journal is not None:
+                journal.close()
+        finally:
+            if hosts is not None:
+                hosts.leave_interrupted()
+
     left: str | None = None  # why it stops before all is done
     try:
-        journal: Journal | None = None
-        every = files
-        if output is not None:
+        with interrupt.exits_after(end), ExitStack() as stack:
+            every = files
+            if output is not None:
+                if hosts is not None and hosts.index != 0:
+                    hosts.wait("begun")
+                part = None if hosts is None else (hosts.index, hosts.count)
+                journal = Journal(output, resume=resume, force=force, run=run, part=part)
+                stack.callback(journal.close)
+                if hosts is not None and hosts.index == 0:
+                    hosts.tell("begun")
+                failed += journal.failed
+                files = [file for file in files if file not in journal.done]
+                if len(files) < len(every) and (hosts is None or hosts.index == 0):
+                    say(f"{len(every) - len(files)} of {len(every)} images are done already")
             if hosts is not None:
-                _prepare_for_all(hosts, output, resume=resume, force=force)
-            part = None if hosts is None else (hosts.index, hosts.count)
-            journal = Journal(output, resume=resume, force=force, run=run, part=part)
-            failed += journal.failed
-            files = list(dict.fromkeys(file for file in files if file not in journal.done))
-            if len(files) < len(every) and (hosts is None or hosts.index == 0):
-                say(f"{len(every) - len(files)} of {len(every)} images are done already")
-        if hosts is not None:
-            files = [file for file in files if in_shard(file, hosts.index, hosts.count)]
+                files = [file for file in files if in_shard(file, hosts.index, hosts.count)]
 
-        def load() -> Any:
-            return load_for_inference(
-                "ImageClassifier",
-                model,
-                dtype,
-                hub,
-                devices=devices,
-                model_parallel=model_parallel,
-            )
+            def load() -> Any:
+                return load_for_inference(
+                    "ImageClassifier",
+                    model,
+                    dtype,
+                    hub,
+                    devices=devices,
+                    model_parallel=model_parallel,
+                )
 
-        outcome = _run(files, load, journal, hosts, top_k, batch_size, as_json=as_json)
-        failed += outcome.failed
-        if outcome.interrupted:
-            left = "it was interrupted."
-            return INTERRUPTED
-        if journal is not None:
-            if hosts is None:
-                journal.finish(every)
-            else:
-                failed += _finish_for_all(hosts, journal, every, failed)
-            if outcome.done or hosts is not None:
-                say(f"wrote {output}: {outcome.done} images{'' if hosts is None else ' here'}")
-        return SOME_FAILED if failed else DONE
+            outcome = _run(files, load, journal, hosts, top_k, batch_size, as_json=as_json)
+            failed += outcome.failed
+            if journal is not None:
+                if hosts is None:
+                    journal.finish(every)
+                else:
+                    failed += _finish_for_all(hosts, journal, every, failed)
+                if outcome.done or hosts is not None:
+                    say(f"wrote {output}: {outcome.done} images{'' if hosts is None else ' here'}")
+            return SOME_FAILED if failed else DONE
+    except KeyboardInterrupt:
+        left = INTERRUPTION
+        return INTERRUPTED
     except HostError:  # the others know it too
         raise
     except BaseException as error:
@@ -140,7 +156,6 @@ def predict(
 class _Outcome(NamedTuple):
     done: int
     failed: int
-    interrupted: bool = False
 
 
 def _run(
@@ -153,15 +168,14 @@ def _run(
     *,
     as_json: bool,
 ) -> _Outcome:
-    """Classify the files, and write what comes out."""
+    """Classify the files, and write what comes out.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted; that is said.
+    """
     if not files:
         return _Outcome(0, 0)
-    try:
-        classifier = load()
-    except BaseException:
-        if journal is not None:
-            journal.close()
-        raise
+    classifier = load()
     batch_size = batch_size or classifier.default_batch_size
     rich = _has_rich()
     writer: Writer
@@ -196,26 +210,11 @@ def _run(
             with progress.hidden():
                 writer.flush()
                 how = "" if journal is None else "; --resume goes on from there"
-                if journal is not None:
-                    journal.close()
                 say(f"interrupted: {done} of {len(files)} images done{how}")
-            return _Outcome(done, failed, interrupted=True)
-        except HostError:
-            if journal is not None:
-                journal.close()
             raise
         with progress.hidden():
             writer.flush()
     return _Outcome(done, failed)
-
-
-def _prepare_for_all(hosts: Hosts, output: str, *, resume: bool, force: bool) -> None:
-    """See that the output can be begun, in the first process, before any begins it."""
-    if hosts.index == 0:
-        prepare(output, resume=resume, force=force)
-        hosts.tell("prepared")
-    else:
-        hosts.wait("prepared")
 
 
 def _finish_for_all(hosts: Hosts, journal: Journal, files: list[str], failed: int) -> int:
@@ -234,6 +233,14 @@ def _finish_for_all(hosts: Hosts, journal: Journal, files: list[str], failed: in
     journal.finish(files)
     hosts.tell("finished")
     return sum(map(int, hosts.told("done").values()))
+
+
+def own_shard(files: list[str], index: int, count: int) -> list[str]:
+    """The files in one of `count` parts; says so where there are none."""
+    own = [file for file in files if in_shard(file, index, count)]
+    if files and not own:
+        say(f"no image falls to shard {index + 1}/{count}")
+    return own
 
 
 def in_shard(file: str, index: int, count: int) -> bool:

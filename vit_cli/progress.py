@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vit_cli.messages import say
+from vit_cli.messages import one_line, say
 
 FEW = 8
 """Images up to which there is no bar."""
@@ -53,7 +53,7 @@ class Progress:
     def __enter__(self) -> Progress:
         self._kept = warnings.showwarning
         if self._bar is not None:
-            warnings.showwarning = lambda message, *_: self.say("warning", str(message))
+            warnings.showwarning = lambda message, *_: self.say("warning", one_line(str(message)))
             self._bar.start()
         return self
 

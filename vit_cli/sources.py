@@ -61,13 +61,28 @@ def _walk(folder: str, report: Callable[[str], None]) -> Iterator[str]:
         except OSError as error:
             report(f"{path}: this folder cannot be read ({reason(error)}).")
             continue
-        yield from (entry.path for entry in entries if _is_image(entry))
-        folders = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        folders = []
+        for entry in entries:
+            if _is_image(entry):
+                yield entry.path
+            elif _is_folder(entry):
+                folders.append(entry.path)
         pending.extend(reversed(folders))
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
     if os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
         return False
-    # A link that leads nowhere counts too: it was meant to be an image, and reading it says so.
-    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    # What leads nowhere, or cannot be looked at, counts too: it was meant to be an image, and
+    # reading it says what is wrong.
+    try:
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError:
+        return True
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:  # so does reading it
+        return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -174,6 +175,18 @@ def replace_files(
             ) from error
     flush_directory(directory)
     return [final for _, final in staged]
+
+
+def delete_strays(target: Path) -> None:
+    """Delete the temporary files that `replace_files` left beside a file when it was killed.
+
+    Only for who knows that no other process is writing the file.
+    """
+    pattern = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.tmp")
+    with contextlib.suppress(OSError):  # they are in nobody's way
+        for entry in list(os.scandir(target.parent)):
+            if pattern.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                os.unlink(entry.path)
 
 
 def check_target(target: Path, *, force: bool) -> None:
