@@ -7,10 +7,12 @@ the next are decoded, and its results are fetched when the next has been set off
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -96,6 +98,7 @@ class _Work(NamedTuple):
 _PROBABILITIES = _Work("probabilities")
 _OWN = ("workers", "normalize_on_device", "fast_decode")  # options of the constructor
 _RUNNING = 2  # batches on the device: one that is computed, one that waits for it
+_streams: weakref.WeakSet[Generator[Result, None, None]] = weakref.WeakSet()
 
 
 @dataclass
@@ -414,7 +417,9 @@ class ImageEncoder:
             raise InputError(
                 f"`images` must be an iterable of images; given one {type(images).__name__}."
             )
-        return self._stream(iter(images), batch_size, work, finish)
+        stream = self._stream(iter(images), batch_size, work, finish)
+        _streams.add(stream)
+        return stream
 
     def _stream(
         self,
@@ -457,16 +462,18 @@ class ImageEncoder:
                     if not size:
                         size = self.engine.bucket(len(batch.sources), batch_size)
                         with _clock(timings, "compiling"):  # while the first batch is decoded
-                            self.engine.compile(work, size)
+                            self.engine.compile_ahead(work, size)
                     with _clock(timings, "waiting_for_images"):
-                        batch.wait()
+                        fault = batch.wait()
+                    nothing = all(batch.errors)  # to run
+                    run = None if nothing else self.engine.start(work, batch.pixel_values, size)
+                    running.append((batch, run))
+                    if fault is not None:
+                        raise fault
                 except BaseException:
                     while running:  # what came before the fault comes out before it
                         yield from results()
                     raise
-                whole = all(batch.errors)
-                run = None if whole else self.engine.start(work, batch.pixel_values, size)
-                running.append((batch, run))
             while running:
                 yield from results()
         finally:
@@ -648,7 +655,7 @@ class ImageClassifier(ImageEncoder):
         probabilities (B, K) of float32, both in the host's memory."""
         check_positive("batch_size", batch_size)
         self._add(_PROBABILITIES)
-        self.engine.compile(_PROBABILITIES, batch_size)
+        self.engine.compile_ahead(_PROBABILITIES, batch_size)
         return lambda pixels: self.engine.start(_PROBABILITIES, pixels, batch_size).rows()[0]
 
     def _values(self, work: _Work, params: Any, output: Any) -> list[jax.Array]:
@@ -662,6 +669,14 @@ def _values(results: Generator[Result, None, None]) -> list[Any]:
     """The values of all; the stream is closed where one has an error."""
     with contextlib.closing(results):
         return [result.value for result in results]
+
+
+@atexit.register
+def _close_streams() -> None:
+    """What a script left open, while the modules that closing needs are still there."""
+    for stream in list(_streams):
+        with contextlib.suppress(ValueError):  # a thread is running it
+            stream.close()
 
 
 def _usual_workers(platform: str) -> int:
