@@ -1,5 +1,7 @@
 """`ImageClassifier` against Transformers' model and processor, and its faults and its laziness."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -409,6 +411,30 @@ def test_broken_files_do_not_end_a_stream(classify, paths, tmp_path):
         classify([paths[0], broken[0]])
 
 
+@pytest.mark.parametrize("name", ["model", "image", "the"])
+def test_a_name_that_is_in_the_text_of_the_error(classify, paths, tmp_path, monkeypatch, name):
+    """It is named all the same."""
+    monkeypatch.chdir(tmp_path)
+    paths[0].rename(name)
+    monkeypatch.setattr(classify.image_processor, "do_resize", False)
+    with pytest.raises(ImageError, match=rf"^{name}: the image processor gives .*; the model take"):
+        classify(name)
+
+
+def test_files_of_a_folder_named_in_bytes(classify, paths):
+    paths[1].write_bytes(b"no image")
+    with os.scandir(os.fsencode(paths[0].parent)) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
+    good, bad, *rest = classify.stream(entries)
+    assert good.source is entries[0]
+    np.testing.assert_allclose(
+        dense(good.predictions), dense(classify(paths[0])), rtol=0, atol=TOLERANCE
+    )
+    with pytest.raises(ImageError, match=f"^{re.escape(str(paths[1]))}: not an image"):
+        bad.value  # noqa: B018
+    assert [result.error for result in rest] == [None] * 5
+
+
 def test_decompression_bomb(classify, paths, monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 700)
     first, second = classify.stream(paths[:2])
@@ -434,7 +460,13 @@ def test_top_k(classify, paths):
     assert len(classify(paths[0], top_k=100)) == 5
 
 
-@pytest.mark.parametrize("bad", [0, -1, 1.5, "3", True, None])
+def test_integers_of_any_type(classify, paths):
+    (result,) = classify.stream(paths[:1], top_k=np.int64(2), batch_size=np.uint8(3))
+    expected = classify(paths[0], top_k=2)
+    assert [p.index for p in result.predictions] == [p.index for p in expected]
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, "3", True, np.True_, np.int64(0), None])
 def test_bad_numbers(classify, paths, bad):
     with pytest.raises(InputError, match=r"`top_k` must be a positive integer; given"):
         classify.stream(paths, top_k=bad)

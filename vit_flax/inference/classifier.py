@@ -41,6 +41,7 @@ from vit_common.predictions import (
     AS_IN_A_PICTURE,
     Prediction,
     are_many,
+    as_integer,
     check_positive,
     check_processor,
     default_image_processor,
@@ -160,7 +161,7 @@ class ImageEncoder:
         mesh: MeshLike = None,
     ) -> None:
         if workers is not None:
-            check_positive("workers", workers)
+            workers = check_positive("workers", workers)
         config = model.config
         self.model = model
         self.image_processor = image_processor or default_image_processor(config)
@@ -315,12 +316,14 @@ class ImageEncoder:
             ImageError, MissingFileError: an image cannot be read or taken.
             InputError: there is no such block, or nothing of that name to pool.
         """
-        many = are_many(images)
+        many, layers = are_many(images), self._blocks(layers)
         results = self.stream_features(images if many else [images], layers, pool)
         values = _values(results)
-        if many:
-            return np.stack(values) if values else np.zeros((0,), np.float32)
-        return values[0]
+        if many and not values:
+            several = [len(layers)] if len(layers) > 1 else []
+            tokens = [self.engine.tokens] if pool is None else []
+            return np.zeros((0, *several, *tokens, self.config.hidden_size), np.float32)
+        return np.stack(values) if many else values[0]
 
     def stream_features(
         self,
@@ -391,11 +394,12 @@ class ImageEncoder:
         """Indices of blocks, counted from the front."""
         count = self.config.num_hidden_layers
         found = []
-        for index in [layers] if isinstance(layers, int) else layers:
-            if isinstance(index, bool) or not isinstance(index, int) or not -count <= index < count:
+        for layer in layers if isinstance(layers, Iterable) else [layers]:
+            index = as_integer(layer)
+            if index is None or not -count <= index < count:
                 raise InputError(
                     f"`layers` must hold blocks from 0 to {count - 1}, or from -1 back; given "
-                    f"{index!r}."
+                    f"{layer!r}."
                 )
             found.append(index % count)
         if not found:
@@ -412,7 +416,7 @@ class ImageEncoder:
         finish: Callable[[list[np.ndarray]], Any],
     ) -> Generator[Result, None, None]:
         batch_size = self.default_batch_size if batch_size is None else batch_size
-        check_positive("batch_size", batch_size)
+        batch_size = check_positive("batch_size", batch_size)
         if isinstance(images, (str, os.PathLike, PIL.Image.Image)):
             raise InputError(
                 f"`images` must be an iterable of images; given one {type(images).__name__}."
@@ -633,7 +637,7 @@ class ImageClassifier(ImageEncoder):
             InputError: `top_k` or `batch_size` is not a positive integer. At once, not with the
                 first result.
         """
-        check_positive("top_k", top_k)
+        top_k = check_positive("top_k", top_k)
         return self._checked_stream(
             images,
             batch_size,
@@ -646,14 +650,14 @@ class ImageClassifier(ImageEncoder):
         `batch_size`, and that. A last batch of few images is then run in the smallest that holds
         it. Without this each size is compiled when a stream begins with so many images."""
         batch_size = self.default_batch_size if batch_size is None else batch_size
-        check_positive("batch_size", batch_size)
+        batch_size = check_positive("batch_size", batch_size)
         self._add(_PROBABILITIES)
         self.engine.compile_all(_PROBABILITIES, batch_size)
 
     def runner(self, batch_size: int) -> Callable[[np.ndarray], np.ndarray]:
         """The network alone, compiled for one size of batch: from prepared pixels (B, C, H, W) to
         probabilities (B, K) of float32, both in the host's memory."""
-        check_positive("batch_size", batch_size)
+        batch_size = check_positive("batch_size", batch_size)
         self._add(_PROBABILITIES)
         self.engine.compile_ahead(_PROBABILITIES, batch_size)
         return lambda pixels: self.engine.start(_PROBABILITIES, pixels, batch_size).rows()[0]
