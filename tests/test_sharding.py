@@ -247,7 +247,7 @@ ALONE = """
 import sys
 from functools import partial
 import numpy as np
-from vit_cli import bench
+from vit_cli import bench, models
 from vit_flax.inference import ImageClassifier, measure
 folder = sys.argv[1]
 classify = ImageClassifier.from_pretrained(folder)
@@ -255,6 +255,7 @@ pictures = np.load(f"{folder}/pictures.npy")[:3]
 run = classify.runner(3)
 print(*run(np.stack([classify._prepare(picture) for picture in pictures])).ravel())
 measure.network_rate = partial(measure.network_rate, seconds=0.01)
+models.load_for_inference = lambda *_: classify
 bench._stream = lambda *_: {}
 options = {"rounds": 1, "dtype": "float32", "options": {}, "as_json": True}
 bench.bench([], folder, batch_sizes=[1, 2, 3], **options)
