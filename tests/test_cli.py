@@ -276,6 +276,41 @@ def test_files_that_fail_are_named_and_skipped(loaded, folder, images, tmp_path,
     assert said == ["b.png", "bad.jpg", "gone.png", "no.png"]
 
 
+def test_the_limit_on_pixels(loaded, folder, tmp_path, capsys):
+    image = save_image(tmp_path / "a.png", size=(40, 30))
+    assert main(["predict", "--model", str(folder), image, "--max-pixels", "1198"]) == 1
+    (line,) = lines(capsys.readouterr().err)
+    assert line.startswith(f"vit: error: {image}: too large: Image size (1200 pixels) exceeds")
+    assert "limit of 1198 pixels" in line
+    assert line.endswith("in a command, --max-pixels.")
+    assert main(["predict", "--model", str(folder), image, "--max-pixels", "1200"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("predict", ["a.png"]),
+        ("features", ["a.png", "--output", "a.npz"]),
+        ("attention", ["a.png", "--output", "b.png"]),
+        ("bench", ["a.png"]),
+        ("verify", ["model", "--images", "a.png"]),
+    ],
+)
+def test_the_limit_on_pixels_is_set_for_as_long_as_a_command_runs(command, names, monkeypatch):
+    seen = []
+
+    def run(*_, **__):
+        seen.append(PIL.Image.MAX_IMAGE_PIXELS)
+        raise ValueError
+
+    before = PIL.Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(f"vit_cli.{command}.{command}", run)
+    assert main([command, *names]) == 2
+    assert main([command, *names, "--max-pixels", "400000000"]) == 2
+    assert seen == [before, 200_000_000]  # Pillow refuses twice as many
+    assert before == PIL.Image.MAX_IMAGE_PIXELS
+
+
 def test_any_named_file_is_tried(loaded, folder, images, capsys):
     odd = images / "an image.dat"
     (images / "b.png").rename(odd)

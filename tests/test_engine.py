@@ -11,12 +11,13 @@ import PIL.Image
 import pytest
 import torch
 import transformers
-from test_inference import dense, picture, reference, save_model
+from test_inference import dense, picture, reference, save_model, threads
 
 from vit_common.errors import DeviceError, ImageError, InputError
 from vit_common.image_processor import ViTImageProcessor
 from vit_common.images import load_image
 from vit_flax.inference import ImageClassifier, engine
+from vit_flax.inference.reader import Reader
 
 TOLERANCE = 2e-6  # of a probability, float32; the largest difference seen was 2.4e-7
 
@@ -107,6 +108,56 @@ def test_what_does_not_fit_is_run_in_halves(classify, images, expected, most, sa
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
 
 
+def fill_the_compiler(classify, most, monkeypatch):
+    """As XLA for TPUs, which tells of memory that will not do when it compiles."""
+    compile = engine.Engine.compile
+
+    def full(self, work, n):
+        if n > most:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in hbm.")
+        return compile(self, work, n)
+
+    monkeypatch.setattr(engine.Engine, "compile", full)
+
+
+def test_what_the_compiler_finds_too_large_is_run_in_halves(
+    classify, images, expected, monkeypatch
+):
+    fill_the_compiler(classify, 2, monkeypatch)
+    with pytest.warns(RuntimeWarning, match="out of device memory") as seen:
+        found = probabilities(classify.stream(images, batch_size=8))
+    assert [str(w.message).partition("; ")[2] for w in seen] == [
+        "going on with 4.",
+        "going on with 2.",
+    ]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+    found = probabilities(classify.stream(images, batch_size=8))  # remembered: nothing is said
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_compiling_all_ends_with_what_the_compiler_finds_too_large(
+    classify, images, expected, monkeypatch
+):
+    fill_the_compiler(classify, 2, monkeypatch)
+    with pytest.warns(RuntimeWarning, match="with 4 images at once; going on with 2") as seen:
+        classify.compile(8)
+    assert len(seen) == 1
+    classify.compile(16)  # remembered: nothing is said
+    found = probabilities(classify.stream(images, batch_size=8))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+    assert sorted(size for _, size in classify.engine._compiled) == [1, 2]
+
+
+def test_the_network_alone_where_the_compiler_finds_a_batch_too_large(
+    classify, images, expected, monkeypatch
+):
+    fill_the_compiler(classify, 2, monkeypatch)
+    run = classify.runner(4)
+    with pytest.warns(RuntimeWarning, match="going on with 2"):
+        found = run(np.stack([classify._prepare(image) for image in images[:4]]))
+    np.testing.assert_allclose(found, expected[:4], rtol=0, atol=TOLERANCE)
+
+
 def test_not_even_one_image_fits(classify, images, monkeypatch):
     fill(classify, 0, monkeypatch)
     with (
@@ -174,21 +225,52 @@ def test_workers(folder, images, expected):
         ImageClassifier.from_pretrained(folder, workers=0)
 
 
-def test_a_reader_that_dies(classify, images):
+@pytest.mark.parametrize("at", [0, 4, 6, 7])  # in batches of four
+def test_a_reader_that_dies(classify, images, at):
     """What is no image's own fault ends the stream, after what came before it."""
     prepare = classify._prepare
 
     def dying(source):
-        if source is images[6]:
+        if source is images[at]:
             raise RuntimeError("the decoder died")
         return prepare(source)
 
     classify._prepare = dying
     done = []
     with pytest.raises(RuntimeError, match="the decoder died"):
-        done.extend(classify.stream(images, batch_size=2))
-    assert len(done) == 6
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("vit-decode")]
+        done.extend(classify.stream(images, batch_size=4))
+    assert [result.source for result in done] == images[:at]
+    assert all(len(result.predictions) == 5 for result in done)
+    assert threads() == []
+
+
+def test_a_fault_while_a_batch_is_set_off_comes_after_earlier_results(
+    classify, images, monkeypatch
+):
+    start = engine.Engine.start
+
+    def full(self, work, pixel_values, size):
+        if len(pixel_values) == 3:
+            raise MemoryError
+        return start(self, work, pixel_values, size)
+
+    monkeypatch.setattr(engine.Engine, "start", full)
+    done = []
+    with pytest.raises(MemoryError):
+        done.extend(classify.stream(images, batch_size=4))
+    assert [result.source for result in done] == images[:8]
+
+
+def test_a_batch_that_the_host_s_memory_does_not_hold():
+    """It is heard of: nobody waits for a thread that is gone."""
+    shape = (1 << 20, 1 << 20, 1 << 10)  # beyond what a processor can address
+    reader = Reader(iter(range(3)), 2, np.zeros, shape, np.float32, 1)
+    reader._feeder.join(timeout=60)
+    assert reader.ready()
+    said = r"a batch of 2 images of 1048576 x 1048576 x 1024 needs 9007199\.3 GB.*smaller batch"
+    with pytest.raises(InputError, match=said):
+        reader.next()
+    reader.close()
 
 
 def test_results_do_not_wait_for_images_that_come_slowly(classify, images):
@@ -275,8 +357,11 @@ def test_memory_does_not_grow_with_the_stream(folder):
 def test_a_broken_file_among_many(classify, tmp_path):
     """One of 10,000: one error, and every other image once, in order."""
     picture((32, 32)).save(tmp_path / "good.png")
-    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    names = [tmp_path / "good.png"] * 10_000
-    names[6_789] = tmp_path / "bad.png"
-    errors = [i for i, result in enumerate(classify.stream(names, batch_size=256)) if result.error]
-    assert errors == [6_789]
+    names = [tmp_path / f"{i}.png" for i in range(10_000)]
+    for name in names:
+        name.symlink_to(tmp_path / "good.png")
+    names[6_789].unlink()
+    names[6_789].write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    results = list(classify.stream(names, batch_size=256))
+    assert [result.source for result in results] == names
+    assert [i for i, result in enumerate(results) if result.error] == [6_789]

@@ -116,6 +116,8 @@ def test_steady_state_compiles_nothing(pair):
         ({"layers": [3]}, "blocks from 0 to 2"),
         ({"layers": []}, "at least one block"),
         ({"layers": [True]}, "blocks from 0 to 2"),
+        ({"layers": np.array([True])}, "blocks from 0 to 2"),
+        ({"layers": [np.int64(3)]}, "blocks from 0 to 2"),
         ({"pool": "max"}, "`pool` must be 'cls', 'mean' or None"),
     ],
 )
@@ -123,6 +125,27 @@ def test_what_there_is_not(pair, options, said):
     classify, pictures, _ = pair
     with pytest.raises(InputError, match=said):
         classify.features(pictures[0], **options)
+
+
+@pytest.mark.parametrize(
+    "layers", [np.array([1, -1]), [np.int64(1), np.uint8(2)], range(1, 3)], ids=repr
+)
+def test_blocks_by_integers_of_any_type(pair, layers):
+    classify, pictures, _ = pair
+    close = {"rtol": 0, "atol": TOLERANCE}
+    expected = classify.features(pictures[0], layers=[1, 2])
+    np.testing.assert_allclose(classify.features(pictures[0], layers=layers), expected, **close)
+    alone = classify.features(pictures[0], layers=np.int64(2))
+    np.testing.assert_allclose(alone, expected[1], **close)
+
+
+@pytest.mark.parametrize("layers", [[-1], [0, 2]])
+@pytest.mark.parametrize("pool", ["cls", "mean", None])
+def test_features_of_no_image(pair, layers, pool):
+    classify, pictures, _ = pair
+    found = classify.features([], layers, pool)
+    assert found.shape == classify.features(pictures[:1], layers, pool)[:0].shape
+    assert found.dtype == np.float32
 
 
 # -- pictures

@@ -3,12 +3,16 @@
 import copy
 import io
 import json
+import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -1117,7 +1121,11 @@ def test_files_that_are_not_there(tmp_path):
 def test_the_limit_on_pixels_is_pillows(tmp_path, monkeypatch):
     path = save(tmp_path, photo(0, 30, 20))
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 299)
-    with pytest.raises(ImageError, match=r"image\.png: too large: .*600 pixels.*MAX_IMAGE_PIXELS"):
+    said = (
+        r"image\.png: too large: .*600 pixels.*598 pixels, .* attack\. If you trust the file, "
+        r"raise `PIL\.Image\.MAX_IMAGE_PIXELS`; in a command, --max-pixels\.$"
+    )
+    with pytest.raises(ImageError, match=said):
         load_image(path)
     for limit in (300, 599, None):
         monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", limit)
@@ -1141,6 +1149,37 @@ def test_files_are_read_by_many_threads_at_once(tmp_path, monkeypatch):
         thread.join()
     assert len(results) == 160
     assert warnings.filters == filters
+
+
+def test_threads_do_not_wait_for_each_others_disk(tmp_path, monkeypatch):
+    """The first read of each of two files ends when the other's has begun."""
+    path = save(tmp_path, photo(0, 64, 64))
+    both = threading.Barrier(2, timeout=5)
+
+    class Disk(io.FileIO):
+        def readinto(self, buffer):
+            if self.tell() == 0:
+                both.wait()
+            return super().readinto(buffer)
+
+    def slow(self, mode="r", buffering=-1):
+        return io.BufferedReader(Disk(self), max(buffering, io.DEFAULT_BUFFER_SIZE))
+
+    monkeypatch.setattr(Path, "open", slow)
+    with ThreadPoolExecutor(2) as pool:
+        for image in pool.map(load_image, [path, path]):
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(photo(0, 64, 64)))
+
+
+def test_names_of_bytes(tmp_path):
+    path = save(tmp_path, photo())
+    with os.scandir(os.fsencode(tmp_path)) as scan:
+        (entry,) = scan
+    assert isinstance(os.fspath(entry), bytes)
+    np.testing.assert_array_equal(np.asarray(load_image(entry)), np.asarray(photo()))
+    path.write_bytes(b"no image")
+    with pytest.raises(ImageError, match=f"^{re.escape(str(path))}: not an image"):
+        load_image(entry)
 
 
 def test_a_truncated_file_that_was_opened_lazily(tmp_path):

@@ -1,7 +1,12 @@
 """`ImageClassifier` against Transformers' model and processor, and its faults and its laziness."""
 
+import os
+import re
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -21,7 +26,7 @@ from vit_common.errors import (
 )
 from vit_common.image_processor import ViTImageProcessor
 from vit_flax import FlaxViTForImageClassification, FlaxViTModel
-from vit_flax.inference import ImageClassifier
+from vit_flax.inference import ImageClassifier, reader
 
 LABELS = ["cat", "dog", "a tree, and more", "Zürich", "写真"]
 TOLERANCE = 2e-6  # of a probability, float32; the largest difference seen was 2.4e-7
@@ -261,7 +266,13 @@ def test_results_come_in_order_whatever_the_batch(classify, paths):
             )
 
 
-def test_reads_five_batches_ahead_at_most(classify, paths):
+def threads():
+    """Those of streams that are alive."""
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith(("vit-decode", "vit-read"))]
+
+
+def test_reads_three_batches_ahead_at_most(classify, paths):
     taken = []
 
     def endless():
@@ -273,9 +284,69 @@ def test_reads_five_batches_ahead_at_most(classify, paths):
     assert taken == []
     for count in range(1, 12):
         next(results)
-        assert len(taken) <= count + 10
+        time.sleep(0.02)  # for whoever reads to go too far
+        assert len(taken) <= count + count % 2 + 3 * 2
     results.close()
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("vit-decode")]
+    assert threads() == []
+
+
+def test_closing_leaves_the_images_alone(classify, paths):
+    """The next of them is the caller's again."""
+    taken = []
+
+    def slow():
+        for path in paths * 100:
+            taken.append(path)
+            yield path
+            time.sleep(0.1 if len(taken) > 4 else 0)
+
+    source = slow()
+    results = classify.stream(source, batch_size=4)
+    next(results)
+    before = len(taken)
+    results.close()
+    assert threads() == []
+    count = len(taken)
+    assert count <= before + 1
+    next(source)
+    assert len(taken) == count + 1
+
+
+def test_closing_does_not_wait_for_ever(classify, paths, monkeypatch):
+    monkeypatch.setattr(reader, "_PATIENCE", 0.05)
+    go_on = threading.Event()
+
+    def stuck():
+        yield from paths[:2]
+        assert go_on.wait(timeout=60)
+
+    results = classify.stream(stuck(), batch_size=2)
+    next(results)
+    results.close()
+    assert threads() == ["vit-read"]
+    go_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "vit-read":
+            thread.join(timeout=60)
+    assert threads() == []
+
+
+LEFT_OPEN = """
+import sys
+from vit_flax.inference import ImageClassifier
+classify = ImageClassifier.from_pretrained(sys.argv[1])
+results = classify.stream(sys.argv[2:] * 20, batch_size=2)
+print(next(results).source)
+"""
+
+
+def test_a_script_that_ends_in_the_middle(folder, paths):
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_OPEN, str(folder), *map(str, paths)],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{paths[0]}\n", "")
 
 
 def test_decodes_in_another_thread(classify, paths, monkeypatch):
@@ -287,7 +358,8 @@ def test_decodes_in_another_thread(classify, paths, monkeypatch):
 
     monkeypatch.setattr("vit_common.predictions.load_image", load_image)
     assert len(list(classify.stream(paths, batch_size=2))) == 7
-    assert seen == {"vit-decode_0"}
+    assert seen
+    assert all(name.startswith("vit-decode") for name in seen)
 
 
 def test_next_batch_is_decoded_while_results_are_used(classify, paths, monkeypatch):
@@ -339,6 +411,30 @@ def test_broken_files_do_not_end_a_stream(classify, paths, tmp_path):
         classify([paths[0], broken[0]])
 
 
+@pytest.mark.parametrize("name", ["model", "image", "the"])
+def test_a_name_that_is_in_the_text_of_the_error(classify, paths, tmp_path, monkeypatch, name):
+    """It is named all the same."""
+    monkeypatch.chdir(tmp_path)
+    paths[0].rename(name)
+    monkeypatch.setattr(classify.image_processor, "do_resize", False)
+    with pytest.raises(ImageError, match=rf"^{name}: the image processor gives .*; the model take"):
+        classify(name)
+
+
+def test_files_of_a_folder_named_in_bytes(classify, paths):
+    paths[1].write_bytes(b"no image")
+    with os.scandir(os.fsencode(paths[0].parent)) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
+    good, bad, *rest = classify.stream(entries)
+    assert good.source is entries[0]
+    np.testing.assert_allclose(
+        dense(good.predictions), dense(classify(paths[0])), rtol=0, atol=TOLERANCE
+    )
+    with pytest.raises(ImageError, match=f"^{re.escape(str(paths[1]))}: not an image"):
+        bad.value  # noqa: B018
+    assert [result.error for result in rest] == [None] * 5
+
+
 def test_decompression_bomb(classify, paths, monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 700)
     first, second = classify.stream(paths[:2])
@@ -364,7 +460,13 @@ def test_top_k(classify, paths):
     assert len(classify(paths[0], top_k=100)) == 5
 
 
-@pytest.mark.parametrize("bad", [0, -1, 1.5, "3", True, None])
+def test_integers_of_any_type(classify, paths):
+    (result,) = classify.stream(paths[:1], top_k=np.int64(2), batch_size=np.uint8(3))
+    expected = classify(paths[0], top_k=2)
+    assert [p.index for p in result.predictions] == [p.index for p in expected]
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, "3", True, np.True_, np.int64(0), None])
 def test_bad_numbers(classify, paths, bad):
     with pytest.raises(InputError, match=r"`top_k` must be a positive integer; given"):
         classify.stream(paths, top_k=bad)

@@ -243,6 +243,47 @@ def test_heads_that_cannot_be_divided(tmp_path):
     assert "'model' axis of 3 cannot divide this network's 4 attention heads;" in done.stdout
 
 
+ALONE = """
+import sys
+from functools import partial
+import numpy as np
+from vit_cli import bench, models
+from vit_flax.inference import ImageClassifier, measure
+folder = sys.argv[1]
+classify = ImageClassifier.from_pretrained(folder)
+pictures = np.load(f"{folder}/pictures.npy")[:3]
+run = classify.runner(3)
+print(*run(np.stack([classify._prepare(picture) for picture in pictures])).ravel())
+measure.network_rate = partial(measure.network_rate, seconds=0.01)
+models.load_for_inference = lambda *_: classify
+bench._stream = lambda *_: {}
+options = {"rounds": 1, "dtype": "float32", "options": {}, "as_json": True}
+bench.bench([], folder, batch_sizes=[1, 2, 3], **options)
+"""
+
+
+def test_the_network_alone_on_two_devices(folders):
+    """With batches that two cannot share."""
+    folder, expected = folders["ViT"]
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(folder)],
+        env={
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "JAX_PLATFORMS": "cpu",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    first, _, rest = done.stdout.partition("\n")
+    found = np.array(first.split(), np.float32).reshape(3, -1)
+    np.testing.assert_allclose(found, expected[:3], rtol=0, atol=TOLERANCE)
+    assert [rate["batch_size"] for rate in json.loads(rest)["network"]] == [2, 4]
+    said = "vit: batches are split over 2 devices: 1, 2, 3 images become 2, 4"
+    assert said in done.stderr.splitlines()
+
+
 def test_a_model_that_is_given_stays_as_it_is():
     config = make_config(id2label={i: str(i) for i in range(5)})
     model = flax_twin(FlaxViTForImageClassification, config, random_weights(config, "classifier"))

@@ -35,8 +35,8 @@ def bench(
     Args:
         names: image files or folders of them for the stream; none: photos of noise are made.
         model: folder, weights file or Hub name; None is the checkpoint in the package.
-        batch_sizes: of the network alone; the last is the stream's too. None: what suits the
-            device.
+        batch_sizes: of the network alone; the last is the stream's too; rounded up to what the
+            devices can share. None: what suits the device.
         rounds: of each measurement.
         dtype: of the computation.
         options: of `ImageClassifier`.
@@ -56,6 +56,7 @@ def bench(
     classify = load_for_inference("ImageClassifier", model, dtype, {**options, **(hub or {})})
     if batch_sizes is None:
         batch_sizes = (1, 8, 32) if classify.engine.platform == "cpu" else (1, 64, 512)
+    batch_sizes = _divisible(batch_sizes, classify.engine.parts_of_batch)
     result = describe(classify, dtype)
     if not as_json:
         _print_head(result)
@@ -71,6 +72,15 @@ def bench(
     else:
         _print_stream(stream, made=not files)
     return DONE
+
+
+def _divisible(batch_sizes: Sequence[int], devices: int) -> list[int]:
+    """Sizes that can be split over so many devices, or groups of them; says which were not."""
+    sizes = [-(-size // devices) * devices for size in batch_sizes]
+    if sizes != list(batch_sizes):
+        given, taken = ", ".join(map(str, batch_sizes)), ", ".join(map(str, dict.fromkeys(sizes)))
+        say(f"batches are split over {devices} devices: {given} images become {taken}")
+    return list(dict.fromkeys(sizes))
 
 
 def describe(classify: ImageClassifier, dtype: str) -> dict[str, Any]:

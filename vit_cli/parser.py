@@ -64,6 +64,33 @@ def _shard(text: str) -> tuple[int, int]:
     return int(index) - 1, int(count)
 
 
+def _add_pixel_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-pixels",
+        metavar="N",
+        type=_positive,
+        help="refuse images of more pixels, which might unpack to gigabytes (178956970)",
+    )
+
+
+def _limited(max_pixels: int | None, command: Command) -> Command:
+    """The command, with Pillow's limit set for as long as it runs."""
+    if max_pixels is None:
+        return command
+
+    def limited() -> int:
+        import PIL.Image
+
+        before = PIL.Image.MAX_IMAGE_PIXELS
+        PIL.Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2  # Pillow refuses beyond twice that
+        try:
+            return command()
+        finally:
+            PIL.Image.MAX_IMAGE_PIXELS = before
+
+    return limited
+
+
 def _add_hub_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("models on the Hugging Face Hub")
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit")
@@ -213,6 +240,7 @@ def _predict(arguments: Sequence[str]) -> Command:
     _add_stream_options(parser)
     _add_device_options(parser)
     _add_host_options(parser)
+    _add_pixel_option(parser)
     _add_hub_options(parser)
     options, names = _parse(
         parser,
@@ -264,7 +292,7 @@ def _predict(arguments: Sequence[str]) -> Command:
             hub={**_precision(options), **_hub(options)},
         )
 
-    return command
+    return _limited(options.max_pixels, command)
 
 
 def _layers(text: str) -> tuple[int, ...]:
@@ -306,6 +334,7 @@ def _features(arguments: Sequence[str]) -> Command:
         help="of the numbers in the file (float32)",
     )
     _add_stream_options(parser)
+    _add_pixel_option(parser)
     _add_hub_options(parser)
     options, names = _parse(
         parser,
@@ -336,7 +365,7 @@ def _features(arguments: Sequence[str]) -> Command:
             hub={**_precision(options), **_hub(options)},
         )
 
-    return command
+    return _limited(options.max_pixels, command)
 
 
 def _with_value(arguments: Sequence[str], option: str) -> list[str]:
@@ -583,6 +612,7 @@ def _verify(arguments: Sequence[str]) -> Command:
         "--from", dest="from_", metavar="FORMAT", help="format of the weights, if it cannot be told"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_pixel_option(parser)
     _add_hub_options(parser)
     options, names = _parse(
         parser, arguments, "A [B]", "folders, weights files, or names on the Hub"
@@ -608,7 +638,7 @@ def _verify(arguments: Sequence[str]) -> Command:
             hub=_hub(options),
         )
 
-    return command
+    return _limited(options.max_pixels, command)
 
 
 def _attention(arguments: Sequence[str]) -> Command:
@@ -628,6 +658,7 @@ def _attention(arguments: Sequence[str]) -> Command:
         "--rollout", action="store_true", help="over all blocks (Abnar and Zuidema 2020)"
     )
     parser.add_argument("--force", action="store_true", help="overwrite the file")
+    _add_pixel_option(parser)
     _add_hub_options(parser)
     options, names = _parse(parser, arguments, "IMAGE", "image file")
     if len(names) != 1:
@@ -654,7 +685,7 @@ def _attention(arguments: Sequence[str]) -> Command:
             hub=_hub(options),
         )
 
-    return command
+    return _limited(options.max_pixels, command)
 
 
 def _bench(arguments: Sequence[str]) -> Command:
@@ -682,6 +713,7 @@ def _bench(arguments: Sequence[str]) -> Command:
         "--fast-decode", action="store_true", help="decode large JPEGs at a fraction of their size"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_pixel_option(parser)
     _add_hub_options(parser)
     options, names = _parse(
         parser, arguments, "IMAGE|DIR", "image files for the stream, or folders"
@@ -702,7 +734,7 @@ def _bench(arguments: Sequence[str]) -> Command:
             hub=_hub(options),
         )
 
-    return command
+    return _limited(options.max_pixels, command)
 
 
 def _sizes(text: str) -> list[int]:

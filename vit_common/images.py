@@ -6,7 +6,7 @@ opened by a user are converted alike.
 
 from __future__ import annotations
 
-import contextlib
+import io
 import os
 import threading
 import warnings
@@ -115,6 +115,7 @@ def value_range(values: np.ndarray) -> tuple[Any, Any]:
 # -- files of images
 
 _open_lock = threading.Lock()
+_BLOCK = 1 << 20  # bytes that are read at once: a header and, of most files, all the rest
 
 _TRANSPOSE = {  # EXIF orientation -> what puts the image upright
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
@@ -148,27 +149,29 @@ def load_image(
         MissingFileError: the file is not there or cannot be opened.
         ImageError: it is empty, no image, truncated, corrupt or too large. One line.
     """
-    path = isinstance(source, (str, os.PathLike))
-    name = source if path else getattr(source, "name", None)
-    name = os.fspath(name) if isinstance(name, (str, os.PathLike)) else "the given file"
-    if not path and not hasattr(source, "read"):
+    if isinstance(source, (str, os.PathLike)):
+        name = os.fsdecode(source)  # a name may be of bytes
+        try:
+            stream = Path(name).open("rb", buffering=_BLOCK)  # noqa: SIM115  # closed below
+        except (OSError, ValueError) as error:
+            raise MissingFileError(f"{name}: cannot be opened ({reason(error)}).") from error
+        with stream:
+            return _decode(stream, name, at_least)
+    if not hasattr(source, "read"):
         raise InputError(
             "`load_image` takes a path or a file open for reading in binary; given "
             f"{type(source).__name__}."
         )
-    with contextlib.ExitStack() as stack:
-        if path:
-            try:
-                source = stack.enter_context(Path(source).open("rb"))  # type: ignore[arg-type]
-            except (OSError, ValueError) as error:
-                raise MissingFileError(f"{name}: cannot be opened ({reason(error)}).") from error
-        return _decode(source, str(name), at_least)  # type: ignore[arg-type]
+    given = getattr(source, "name", None)
+    return _decode(source, given if isinstance(given, str) else "the given file", at_least)
 
 
 def _decode(
     stream: BinaryIO, name: str, at_least: tuple[int, int] | None = None
 ) -> PIL.Image.Image:
     try:
+        if isinstance(stream, io.BufferedReader):
+            stream.peek()  # so that what is done under the lock need not wait for a disk
         # Pillow warns of large images at half the size it refuses; a filter is the only way to
         # keep that quiet, and the lock keeps threads from leaving each other's filters behind.
         with _open_lock, warnings.catch_warnings():
@@ -191,8 +194,8 @@ def _decode(
         raise ImageError(f"{name}: {error}") from error
     except PIL.Image.DecompressionBombError as error:
         raise ImageError(
-            f"{name}: too large: {reason(error)}. Raise `PIL.Image.MAX_IMAGE_PIXELS` if you trust "
-            "the file."
+            f"{name}: too large: {reason(error).rstrip('.')}. If you trust the file, raise "
+            "`PIL.Image.MAX_IMAGE_PIXELS`; in a command, --max-pixels."
         ) from error
     except PIL.UnidentifiedImageError as error:
         raise ImageError(f"{name}: {_why_unidentified(stream)}.") from error

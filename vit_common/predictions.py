@@ -3,6 +3,7 @@ takes, and the likeliest classes of what it gives."""
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,10 +39,22 @@ def are_many(images: Any) -> bool:
     return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Raise InputError unless the value is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def as_integer(value: Any) -> int | None:
+    """A value of any type of integers, numpy's too, as an int; None for others, a bool too."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def check_positive(name: str, value: Any) -> int:
+    """The value as an int; raises InputError unless it is a positive integer."""
+    number = as_integer(value)
+    if number is None or number < 1:
         raise InputError(f"`{name}` must be a positive integer; given {value!r}.")
+    return number
 
 
 def likeliest(
@@ -146,6 +159,6 @@ def default_image_processor(config: ViTConfig) -> ViTImageProcessor:
 
 
 def naming(source: Any, text: str) -> str:
-    """The text of an error, with the name of the file, if there is one, in it."""
-    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
-    return text if name in text else f"{name}: {text}"
+    """The text of an error behind the name of the file, if there is one."""
+    name = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else ""
+    return text if not name or text.startswith(f"{name}: ") else f"{name}: {text}"

@@ -7,10 +7,12 @@ the next are decoded, and its results are fetched when the next has been set off
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ from vit_common.predictions import (
     AS_IN_A_PICTURE,
     Prediction,
     are_many,
+    as_integer,
     check_positive,
     check_processor,
     default_image_processor,
@@ -96,6 +99,7 @@ class _Work(NamedTuple):
 _PROBABILITIES = _Work("probabilities")
 _OWN = ("workers", "normalize_on_device", "fast_decode")  # options of the constructor
 _RUNNING = 2  # batches on the device: one that is computed, one that waits for it
+_streams: weakref.WeakSet[Generator[Result, None, None]] = weakref.WeakSet()
 
 
 @dataclass
@@ -157,7 +161,7 @@ class ImageEncoder:
         mesh: MeshLike = None,
     ) -> None:
         if workers is not None:
-            check_positive("workers", workers)
+            workers = check_positive("workers", workers)
         config = model.config
         self.model = model
         self.image_processor = image_processor or default_image_processor(config)
@@ -308,12 +312,14 @@ class ImageEncoder:
             ImageError, MissingFileError: an image cannot be read or taken.
             InputError: there is no such block, or nothing of that name to pool.
         """
-        many = are_many(images)
+        many, layers = are_many(images), self._blocks(layers)
         results = self.stream_features(images if many else [images], layers, pool)
         values = _values(results)
-        if many:
-            return np.stack(values) if values else np.zeros((0,), np.float32)
-        return values[0]
+        if many and not values:
+            several = [len(layers)] if len(layers) > 1 else []
+            tokens = [self.engine.tokens] if pool is None else []
+            return np.zeros((0, *several, *tokens, self.config.hidden_size), np.float32)
+        return np.stack(values) if many else values[0]
 
     def stream_features(
         self,
@@ -384,11 +390,12 @@ class ImageEncoder:
         """Indices of blocks, counted from the front."""
         count = self.config.num_hidden_layers
         found = []
-        for index in [layers] if isinstance(layers, int) else layers:
-            if isinstance(index, bool) or not isinstance(index, int) or not -count <= index < count:
+        for layer in layers if isinstance(layers, Iterable) else [layers]:
+            index = as_integer(layer)
+            if index is None or not -count <= index < count:
                 raise InputError(
                     f"`layers` must hold blocks from 0 to {count - 1}, or from -1 back; given "
-                    f"{index!r}."
+                    f"{layer!r}."
                 )
             found.append(index % count)
         if not found:
@@ -405,12 +412,14 @@ class ImageEncoder:
         finish: Callable[[list[np.ndarray]], Any],
     ) -> Generator[Result, None, None]:
         batch_size = self.default_batch_size if batch_size is None else batch_size
-        check_positive("batch_size", batch_size)
+        batch_size = check_positive("batch_size", batch_size)
         if isinstance(images, (str, os.PathLike, PIL.Image.Image)):
             raise InputError(
                 f"`images` must be an iterable of images; given one {type(images).__name__}."
             )
-        return self._stream(iter(images), batch_size, work, finish)
+        stream = self._stream(iter(images), batch_size, work, finish)
+        _streams.add(stream)
+        return stream
 
     def _stream(
         self,
@@ -453,16 +462,18 @@ class ImageEncoder:
                     if not size:
                         size = self.engine.bucket(len(batch.sources), batch_size)
                         with _clock(timings, "compiling"):  # while the first batch is decoded
-                            self.engine.compile(work, size)
+                            self.engine.compile_ahead(work, size)
                     with _clock(timings, "waiting_for_images"):
-                        batch.wait()
+                        fault = batch.wait()
+                    nothing = all(batch.errors)  # to run
+                    run = None if nothing else self.engine.start(work, batch.pixel_values, size)
+                    running.append((batch, run))
+                    if fault is not None:
+                        raise fault
                 except BaseException:
                     while running:  # what came before the fault comes out before it
                         yield from results()
                     raise
-                whole = all(batch.errors)
-                run = None if whole else self.engine.start(work, batch.pixel_values, size)
-                running.append((batch, run))
             while running:
                 yield from results()
         finally:
@@ -622,7 +633,7 @@ class ImageClassifier(ImageEncoder):
             InputError: `top_k` or `batch_size` is not a positive integer. At once, not with the
                 first result.
         """
-        check_positive("top_k", top_k)
+        top_k = check_positive("top_k", top_k)
         return self._checked_stream(
             images,
             batch_size,
@@ -635,16 +646,16 @@ class ImageClassifier(ImageEncoder):
         `batch_size`, and that. A last batch of few images is then run in the smallest that holds
         it. Without this each size is compiled when a stream begins with so many images."""
         batch_size = self.default_batch_size if batch_size is None else batch_size
-        check_positive("batch_size", batch_size)
+        batch_size = check_positive("batch_size", batch_size)
         self._add(_PROBABILITIES)
         self.engine.compile_all(_PROBABILITIES, batch_size)
 
     def runner(self, batch_size: int) -> Callable[[np.ndarray], np.ndarray]:
         """The network alone, compiled for one size of batch: from prepared pixels (B, C, H, W) to
         probabilities (B, K) of float32, both in the host's memory."""
-        check_positive("batch_size", batch_size)
+        batch_size = check_positive("batch_size", batch_size)
         self._add(_PROBABILITIES)
-        self.engine.compile(_PROBABILITIES, batch_size)
+        self.engine.compile_ahead(_PROBABILITIES, batch_size)
         return lambda pixels: self.engine.start(_PROBABILITIES, pixels, batch_size).rows()[0]
 
     def _values(self, work: _Work, params: Any, output: Any) -> list[jax.Array]:
@@ -658,6 +669,14 @@ def _values(results: Generator[Result, None, None]) -> list[Any]:
     """The values of all; the stream is closed where one has an error."""
     with contextlib.closing(results):
         return [result.value for result in results]
+
+
+@atexit.register
+def _close_streams() -> None:
+    """What a script left open, while the modules that closing needs are still there."""
+    for stream in list(_streams):
+        with contextlib.suppress(ValueError):  # a thread is running it
+            stream.close()
 
 
 def _usual_workers(platform: str) -> int:

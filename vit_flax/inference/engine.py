@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -84,14 +85,26 @@ class Engine:
 
     def compile_all(self, work: Hashable, batch_size: int) -> None:
         """Compile every size that batches of at most so many images are run in, and from then on
-        run a last batch of few images in the smallest that holds it."""
+        run a last batch of few images in the smallest that holds it. It ends with what fits into
+        the device's memory."""
+        batch_size = self.limit(batch_size)
         sizes = {*(1 << i for i in range(batch_size.bit_length())), batch_size}
         for size in sorted(set(map(self._divisible, sizes))):
-            self.compile(work, size)
+            try:
+                self.compile(work, size)
+            except jax.errors.JaxRuntimeError as error:
+                self.shrink(size, error)
+                return
             self._ready.add((work, size))
 
+    def compile_ahead(self, work: Hashable, size: int) -> None:
+        """Compile what a batch padded to `size` is run in, so that `start` need not. What goes
+        wrong is left to `Running.rows`, which can do with less memory."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self.compile(work, self.limit(self._divisible(size)))
+
     def compile(self, work: Hashable, size: int) -> jax.stages.Compiled:
-        """The program for a batch of that size."""
+        """The program for a batch of that size, which can be split."""
         if (work, size) not in self._compiled:
             program, sharding = self._programs[work], None
             program = self._micro_batched(program, size // self.parts_of_batch)

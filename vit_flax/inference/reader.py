@@ -3,20 +3,22 @@ number of batches at a time."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from vit_common.errors import ViTError
+from vit_common.errors import InputError, ViTError
 
 _AHEAD = 1  # batches in the queue; the feeding thread holds another, and the caller may
+_PATIENCE = 1.0  # seconds that `close` waits for an iterable that takes its time
 
 
 class _End:
@@ -30,7 +32,7 @@ class Batch:
     Attributes:
         sources: the images or names, as they were given.
         pixel_values: (B, C, H, W); rows of images with an error are zero.
-        errors: for each image why it could not be read, or None; whole after `wait`.
+        errors: for each image why it could not be read, or None; there after `wait`.
     """
 
     sources: list[Any]
@@ -38,10 +40,21 @@ class Batch:
     _rows: list[Future[ViTError | None]] = field(default_factory=list)
     errors: list[ViTError | None] = field(default_factory=list)
 
-    def wait(self) -> Batch:
-        """Itself, once every image is there; raises what is not an image's own fault."""
-        self.errors = [row.result() for row in self._rows]
-        return self
+    def wait(self) -> BaseException | None:
+        """Wait until every image is there.
+
+        Returns:
+            What is not an image's own fault, if anything is; the batch then ends before the image
+            that met it.
+        """
+        for i, row in enumerate(self._rows):
+            fault = row.exception()
+            if fault is not None:
+                del self.sources[i:]
+                self.pixel_values = self.pixel_values[:i]
+                return fault
+            self.errors.append(row.result())
+        return None
 
     @property
     def ready(self) -> bool:
@@ -86,26 +99,45 @@ class Reader:
         self._feeder.start()
 
     def _feed(self) -> None:
-        end: BaseException | _End = _End()
+        end: BaseException | _End | None = None
         try:
-            while not self._stop.is_set() and isinstance(end, _End):
-                sources: list[Any] = []
-                try:
-                    sources.extend(islice(self._images, self._batch_size))
-                except BaseException as error:  # whatever it is, the caller gets it back, after
-                    end = error  # the images that came before it
-                if not sources:
-                    break
-                pixel_values = np.zeros((len(sources), *self._shape), self._dtype)
-                rows = [
-                    self._workers.submit(self._row, source, pixel_values, i)
-                    for i, source in enumerate(sources)
-                ]
-                if not self._put(Batch(sources, pixel_values, rows)):
+            while end is None:
+                sources, end = self._take()
+                if sources and not self._put(self._batch(sources)):
                     return
-        except RuntimeError as error:  # no more images are taken: the reader was closed
+        except BaseException as error:  # whatever it is: the caller waits, and must hear of it
             end = error
         self._put(end)
+
+    def _take(self) -> tuple[list[Any], BaseException | _End | None]:
+        """The images of a batch, and what came instead of the next, if anything did."""
+        sources: list[Any] = []
+        try:
+            while len(sources) < self._batch_size:
+                if self._stop.is_set():
+                    return [], _End()
+                sources.append(next(self._images))
+        except StopIteration:
+            return sources, _End()
+        except BaseException as error:  # of the iterable; the caller gets it back
+            return sources, error
+        return sources, None
+
+    def _batch(self, sources: list[Any]) -> Batch:
+        shape = (len(sources), *self._shape)
+        try:
+            pixel_values = np.zeros(shape, self._dtype)
+        except MemoryError as error:
+            size = math.prod(shape) * np.dtype(self._dtype).itemsize
+            raise InputError(
+                f"a batch of {shape[0]} images of {' x '.join(map(str, self._shape))} needs "
+                f"{size / 1e9:.1f} GB, more than there is; use a smaller batch size."
+            ) from error
+        rows = [
+            self._workers.submit(self._row, source, pixel_values, i)
+            for i, source in enumerate(sources)
+        ]
+        return Batch(sources, pixel_values, rows)
 
     def _put(self, item: Batch | BaseException | _End) -> bool:
         """Whether anyone still wanted it."""
@@ -151,6 +183,10 @@ class Reader:
         return item if isinstance(item, Batch) else None
 
     def close(self) -> None:
-        """Stop reading; images that are being decoded are finished first."""
+        """Stop reading. Images that are being decoded are finished first; one that the iterable is
+        being asked for is waited for, but not for ever."""
         self._stop.set()
         self._workers.shutdown(cancel_futures=True)
+        with contextlib.suppress(queue.Empty):  # the feeding thread may wait for room
+            self._batches.get_nowait()
+        self._feeder.join(timeout=_PATIENCE)
