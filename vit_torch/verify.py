@@ -174,7 +174,7 @@ def verify(
         dtypes: of `DTYPES`. float64 and float32 are held against an absolute bound; half precision
             against the twin's own error.
         image_size: (height, width) other than the model's; positions are resampled.
-        batch: number of random images.
+        batch: number of random images; given `images`, left at 2.
         gradients: compare the gradient of every parameter as well, in float64 and float32.
         format: of both checkpoints, where it cannot be told.
         bounds: instead of `vit_torch.bounds.BOUNDS`.
