@@ -62,3 +62,34 @@ def test_a_row_outside_its_bound_fails(load, passed, tmp_path, monkeypatch):
             parity.main()
     assert ("**outside**" in page.read_text()) is not passed
     assert len(json.loads((tmp_path / "parity.json").read_text())["rows"]) == 1
+
+
+@pytest.mark.parametrize("missing", ["matrix products", "vit_flax"])
+def test_a_contender_that_does_not_start(load, missing, monkeypatch):
+    inference = load("inference")
+
+    class Contender:
+        def __init__(self, name, *arguments):
+            if name == missing:
+                raise RuntimeError("out of memory")
+            self.name, self.versions = name, {}
+
+        def ask(self, line):
+            return [[1.0]] if line.startswith("probabilities") else 1.0
+
+        def close(self):
+            pass
+
+    written = []
+    monkeypatch.setattr(inference, "Contender", Contender)
+    monkeypatch.setattr(inference, "run_process", lambda command: None)
+    monkeypatch.setattr(inference, "write_result", lambda name, result: written.append(result))
+    options = ["--batches", "1", "--rounds", "1", "--only", "vit_flax"]
+    monkeypatch.setattr(sys, "argv", ["inference.py", *options])
+    if missing == "vit_flax":
+        with pytest.raises(SystemExit, match="vit_flax failed: out of memory"):
+            inference.main()
+        assert written == []
+    else:
+        inference.main()
+        assert written[0]["left_out"] == {missing: "out of memory"}

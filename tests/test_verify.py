@@ -606,7 +606,7 @@ def test_another_preparation_fails_and_is_said(tmp_path, capsys):
     wrong = tiny(tmp_path / "b", num_channels=1, processor={"size": 12})
     assert main(["verify", str(right), str(wrong)]) == 1
     out, _ = capsys.readouterr()
-    assert "images are prepared as (1, 8, 8) and (3, 12, 12)" in out
+    assert "pixels: prepared as (1, 8, 8) and (3, 12, 12)" in out
     assert "OUTSIDE bounds" in out
 
 

@@ -633,7 +633,7 @@ def _compare_pixels(subject: _Subject, other: _Subject, images: Sequence[Any] | 
         try:
             pixels.append(_prepared(each.processor, pictures))
         except (ImageError, InputError) as error:
-            refused.append(f"{each.name} prepares no such images: {error}")
+            refused.append(f"pixels: {each.name} prepares no such images: {error}")
     if len(refused) == 2:
         return f"how images are prepared was not compared: {refused[0]}"
     row = Row("cpu", "float32", "highest", str(other.name), "absolute", [], refused)
@@ -642,8 +642,7 @@ def _compare_pixels(subject: _Subject, other: _Subject, images: Sequence[Any] | 
     ours, theirs = pixels
     if ours.shape != theirs.shape:
         row.unmatched = [
-            f"images are prepared as {ours.shape[1:]} and {theirs.shape[1:]} (channels, height, "
-            "width)"
+            f"pixels: prepared as {ours.shape[1:]} and {theirs.shape[1:]} (channels, height, width)"
         ]
         return row
     stage = difference("pixels", ours, theirs)
