@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,12 @@ def run_process(command: Sequence[str]) -> dict[str, Any]:
             "peak_mb": usage.ru_maxrss / 1024,
             "stdout": output.read().decode(),
         }
+
+
+def require_agreement(differences: Mapping[str, float], bound: float) -> None:
+    """End the process where a contender's answer is further off than `bound`, or no number."""
+    if not all(difference <= bound for difference in differences.values()):
+        sys.exit(f"the contenders disagree: {dict(differences)}; wanted at most {bound:g}")
 
 
 def spread(samples: Sequence[float]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import ROOT, ratio, run_process, spread, write_result
+from common import ROOT, ratio, require_agreement, run_process, spread, write_result
 from contender import KINDS
 
 OURS, LIMIT = "vit_flax", "matrix products"
@@ -111,11 +111,13 @@ def main() -> None:
                 left_out[name] = str(error).strip().splitlines()[-1]
                 contenders = [c for c in contenders if c.name != name]
                 print(f"left out: {name}: {left_out[name]}", file=sys.stderr)
-        answers = {c.name: np.array(c.ask("probabilities 4")) for c in contenders}
-        del answers[LIMIT]
+        if OURS in left_out:
+            sys.exit(f"there is nothing to compare with: {OURS} failed: {left_out[OURS]}")
+        answers = {
+            c.name: np.array(c.ask("probabilities 4")) for c in contenders if c.name != LIMIT
+        }
         differences = {n: float(np.abs(a - answers[OURS]).max()) for n, a in answers.items()}
-        if max(differences.values()) > BOUNDS[arguments.dtype]:
-            sys.exit(f"the contenders disagree: {differences}")
+        require_agreement(differences, BOUNDS[arguments.dtype])
         rows = {}
         for batch in arguments.batches:
             seconds: dict[str, list[float]] = {c.name: [] for c in contenders}

@@ -6,13 +6,15 @@ Networks of the width, depth and heads of ViT-Ti/16 (DINOv2's patches are 14 x 1
 weights, every parameter, scaled so that activations are of unit scale; and the embedded digits
 network, which was trained. Every stage of the Flax twin on each device against the PyTorch twin on
 the CPU. Rows of other devices and of families not named stay as they are: run it on a machine with
-a GPU or a TPU to add theirs. Writes `results/parity.json` and the table in `docs/parity.md`.
+a GPU or a TPU to add theirs. Writes `results/parity.json` and the table in `docs/parity.md`; where
+a row is outside its bound the table says so, and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -95,9 +97,12 @@ def measure(family: str, device: str, dtypes: list[str]) -> list[dict[str, Any]]
         path = checkpoint(family, Path(folder))
         found = verify(path, devices=(device,), dtypes=dtypes)
         reference = to_transformers(family, path, found)
+    for note in found.notes:
+        print(f"{family}: {note}", file=sys.stderr)
     rows = []
     for row in found.rows:
         worst = row.worst
+        assert worst is not None  # the twins of one checkpoint have the same stages
         command = f"python benchmarks/parity.py --families {family} --devices {device}"
         rows.append(
             {
@@ -179,6 +184,9 @@ def main() -> None:
             print(table(rows[-len(arguments.dtypes) :]).splitlines()[-1], flush=True)
     path = RESULTS / "parity.json"
     old = json.loads(path.read_text()).get("rows", []) if path.exists() else []
+    failed = [
+        f"{row['family']} {row['device']} {row['dtype']}" for row in rows if not row["passed"]
+    ]
     rows = merge([row for row in old if "platform" in row], rows)
     text = json.dumps({"question": __doc__.splitlines()[0], "rows": rows}, indent=2) + "\n"
     path.write_text(text)
@@ -187,6 +195,8 @@ def main() -> None:
     head, tail = text[: text.index(BEGIN)], text[text.index(END) :]
     page.write_text(f"{head}{BEGIN}\n{table(rows)}\n{tail}")
     print(table(rows))
+    if failed:
+        sys.exit(f"outside bounds: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

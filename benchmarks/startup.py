@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from common import ratio, run_process, spread, write_result
+from common import ratio, require_agreement, run_process, spread, write_result
 
 FLAX_TAIL = """
 import numpy as np
@@ -93,8 +93,7 @@ def main() -> None:
         differences = {
             n: float(np.abs(np.array(r["logits"]) - want).max()) for n, r in first.items()
         }
-        if max(differences.values()) > 1e-4:
-            sys.exit(f"the contenders disagree: {differences}")
+        require_agreement(differences, 1e-4)
         runs: dict[str, list] = {name: [] for name in [*commands, *IMPORTS]}
         for _ in range(arguments.rounds):
             for name, command in {**commands, **IMPORTS}.items():

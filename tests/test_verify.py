@@ -4,22 +4,41 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from types import SimpleNamespace
 
+import jax
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from networks import images, make_config, random_weights, torch_twin
 
+import vit_cli.verify
+import vit_torch.verify
+from vit_cli import verify_report
 from vit_cli.main import main
-from vit_common.config import ViTConfig
+from vit_common.config import BeitConfig, ViTConfig
 from vit_common.embedded import embedded_checkpoint
+from vit_common.errors import ConfigError, InputError
 from vit_common.image_processor import ViTImageProcessor
 from vit_common.positions import resize_positions
-from vit_torch import ViTForImageClassification
+from vit_torch import BeitForImageClassification, ViTForImageClassification, ViTModel
 from vit_torch.bounds import BOUNDS
-from vit_torch.diagnose import _precisions, diagnose, diagnose_pixels
+from vit_torch.diagnose import Cause, _precisions, diagnose, diagnose_pixels
+from vit_torch.parity import Stage, difference
 from vit_torch.stages import stage_of, torch_stages
-from vit_torch.verify import verify
+from vit_torch.verify import (
+    Checked,
+    Row,
+    Verification,
+    _compare_pixels,
+    _half,
+    _plan,
+    _row,
+    _Subject,
+    verify,
+)
 
 BOUND = BOUNDS["twins float32"]
 
@@ -55,7 +74,9 @@ def cause(right, wrong, pixels, **inputs):
     theirs = torch_stages(wrong, pixels, **inputs)
     name = first_over(ours, theirs)
     assert name is not None, "the planted fault makes no difference"
-    return name, diagnose(name, wrong, fed(ours, name, pixels), ours, BOUND)
+    P = right.config.patch_height_width
+    grid = pixels.shape[2] // P[0], pixels.shape[3] // P[1]
+    return name, diagnose(name, wrong, fed(ours, name, pixels), ours, BOUND, grid)
 
 
 CONFIG_FAULTS = {
@@ -256,6 +277,35 @@ def test_images_with_their_channels_reversed_are_named():
     assert causes[0].change == "channels in the order BGR"
 
 
+def test_the_real_grid_is_used():
+    """Relative positions of 6 x 2 patches are not those of 3 x 4 or 4 x 3."""
+    fields = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    fields |= {"image_size": 16, "patch_size": 4, "use_relative_position_bias": True}
+    config = BeitConfig(**fields, layer_scale_init_value=1.0)
+    torch.manual_seed(0)
+    right = BeitForImageClassification(config)
+    with torch.no_grad():
+        for name, parameter in right.named_parameters():
+            if name.endswith("_table"):
+                parameter.normal_()
+    wrong = BeitForImageClassification(BeitConfig(**{**config.to_dict(), "hidden_act": "relu"}))
+    wrong.load_state_dict(right.state_dict())
+    pixels = images(config, size=(24, 8)).astype(np.float32)
+    stage, causes = cause(right, wrong, pixels, interpolate_pos_encoding=True)
+    assert stage == "block 0 MLP"
+    assert causes[0].change == "hidden_act = 'gelu'"
+    assert causes[0].after <= BOUND
+
+
+def test_nothing_explains_what_stays_infinite():
+    config, weights = network()
+    model = torch_twin(ViTForImageClassification, config, weights)
+    stages = torch_stages(model, images(config).astype(np.float32))
+    broken = {**stages, "block 0": np.full_like(stages["block 0"], np.nan)}
+    assert diagnose("block 0", model, stages["embeddings"], broken, BOUND) == []
+    assert diagnose("loss", model, stages["embeddings"], stages, BOUND) is None  # none was tried
+
+
 def test_names_of_stages():
     assert stage_of("vit.encoder.layer.3.attention", "vit") == "block 3 attention"
     assert stage_of("encoder.layer.11", "dinov2") == "block 11"
@@ -348,3 +398,281 @@ def test_resampled_positions_are_those_of_both(tmp_path):
     ours = torch_stages(right, pixels, interpolate_pos_encoding=True)
     theirs = torch_stages(wrong, pixels)
     assert first_over(ours, theirs) == "embeddings"
+
+
+# -- what must not pass, or be left out without a word
+
+
+def tiny(folder, cls=ViTForImageClassification, change=None, processor=None, pooler=True, **fields):
+    """A checkpoint of one narrow block."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    sizes |= {"num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+    config = make_config(**{**sizes, **fields})
+    base = {"add_pooling_layer": pooler} if cls is ViTModel else {}
+    weights = random_weights(config, None if base else "classifier", **base)
+    if change is not None:
+        change(weights)
+    torch_twin(cls, config, weights, **base).save_pretrained(folder)
+    if processor is not None:
+        ViTImageProcessor(**{"size": 8, **processor}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*weights hold NaN or infinity")
+def test_an_infinite_output_is_outside_every_bound(tmp_path, capsys):
+    def overflow(weights):
+        weights["classifier.bias"][0] = np.inf
+
+    right, wrong = tiny(tmp_path / "a"), tiny(tmp_path / "b", change=overflow)
+    code = main(["verify", str(right), str(wrong), "--json", "--report", str(tmp_path / "r.md")])
+    out, _ = capsys.readouterr()
+    assert code == 1
+    table = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert table["passed"] is False
+    (row,) = table["rows"]
+    assert row["first_over"] == "logits"
+    logits = next(stage for stage in row["stages"] if stage["stage"]["name"] == "logits")
+    assert logits["value"] is None
+    text = (tmp_path / "r.md").read_text()
+    assert "infinite or no number" in text
+    assert "none of the known causes" in text
+    assert "becomes inf" not in text
+
+
+@pytest.mark.parametrize(("value", "bound"), [(np.inf, np.inf), (np.nan, 1.0), (0.0, np.nan)])
+def test_what_is_not_finite_is_outside(value, bound):
+    assert not Checked(Stage("logits", value, 1.0, ()), bound, value).passed
+
+
+def test_half_precision_beside_a_twin_that_overflowed():
+    exact = np.ones((2, 3))
+    assert not _half("logits", exact + 0.1, np.full((2, 3), np.inf), exact).passed
+    assert _half("logits", exact + 0.01, exact + 0.01, exact).passed
+
+
+def report_of(rows, notes=()):
+    return Verification("a", "b", "vit", "classifier", (8, 8), 2, rows, {}, list(notes))
+
+
+def row_of(stages=(), unmatched=(), causes=None):
+    return Row("cpu", "float32", "highest", "b", "absolute", list(stages), list(unmatched), causes)
+
+
+GOOD = Checked(Stage("logits", 0.0, 1.0, (0, 0)), 1e-5, 0.0)
+BAD = Checked(Stage("logits", 1.0, 1.0, (0, 0)), 1e-5, 1.0)
+
+
+def test_nothing_compared_is_nothing_passed():
+    assert not report_of([]).passed
+    assert not report_of([row_of()]).passed
+    assert not report_of([row_of([GOOD], ["a alone has pooled"])]).passed
+    assert report_of([row_of([GOOD])]).passed
+
+
+@pytest.mark.parametrize(
+    ("row", "said", "unsaid"),
+    [
+        (row_of([BAD]), "no cause was looked for", "none of the known causes"),
+        (row_of([BAD], causes=[]), "none of the known causes", "was looked for"),
+        (row_of([BAD], causes=[Cause("x", 1.0, 0.0)]), "it agrees with x: 1 becomes 0", "none of"),
+        (row_of([BAD], causes=[Cause("x", 1.0, 0.5)]), "it comes closest with x", "it agrees"),
+        (row_of([], ["a alone has pooled"]), "a alone has pooled", "cause"),
+    ],
+)
+def test_every_report_says_why(row, said, unsaid, capsys):
+    found = report_of([row], ["gradients were left out"])
+    vit_cli.verify._print(found)
+    for text in (capsys.readouterr().out, verify_report.markdown(found), verify_report.html(found)):
+        assert said in text
+        assert unsaid not in text
+        assert "gradients were left out" in text
+        assert "FAIL" in text
+
+
+def test_what_is_left_out_is_said():
+    tpu, cpu = (SimpleNamespace(platform=name) for name in ("tpu", "cpu"))
+    runs, notes = _plan([tpu, cpu], ("float64", "bfloat16"), True)
+    assert runs == [(cpu, "float64", "highest"), (tpu, "bfloat16", "highest")] + [
+        (cpu, "bfloat16", "highest")
+    ]
+    assert len(notes) == 2
+    assert "float64 was left out on the tpu" in notes[0]
+    assert "gradients were left out in bfloat16" in notes[1]
+    with pytest.raises(InputError, match=r"nothing of what was asked for.*float64 was left out"):
+        _plan([tpu], ("float64",), False)
+    with pytest.raises(InputError, match=r"nothing of what was asked for.*gradients were left out"):
+        _plan([cpu], ("bfloat16", "float16"), True)
+    for name in ("dtypes", "devices"):
+        with pytest.raises(InputError, match=f"`{name}` must be of .*; given none"):
+            verify(embedded_checkpoint(), **{name: ()})
+
+
+def row_of_fakes(monkeypatch, stages, gradients, precision="highest"):
+    """A row of two models that are nothing but (the first's, the second's) stages and gradients."""
+    both = [SimpleNamespace(name=name, flax=lambda *_, i=i: i) for i, name in enumerate("ab")]
+    monkeypatch.setattr(vit_torch.verify, "flax_stages", lambda i, *_: stages[i])
+    monkeypatch.setattr(vit_torch.verify, "_flax_gradients", lambda i, *_: gradients[i])
+    cpu = jax.local_devices(backend="cpu")[0]
+    return _row(*both, np.ones((2, 3, 8, 8)), {}, cpu, "float32", precision, BOUNDS, True)
+
+
+def test_stages_and_parameters_of_one_model_alone(monkeypatch):
+    one = np.ones((2, 4))
+    same = {"embeddings": one, "final norm": one}
+    many = {f"encoder.layer.{i}.attention.attention.query.bias": one for i in range(6)}
+    assert row_of_fakes(monkeypatch, (same, same), (many, many)).passed
+    row = row_of_fakes(monkeypatch, (same, same), ({"cls_token": one}, many | {"cls_token": one}))
+    assert not row.passed
+    assert row.first_over is None
+    (text,) = row.unmatched
+    assert text.startswith("b alone has gradient of encoder.layer.0.attention.attention.query.bias")
+    assert text.endswith(" and 2 more")
+    wide = {**same, "embeddings": np.ones((2, 5))}
+    row = row_of_fakes(monkeypatch, ({**same, "pooled": one}, wide), (many, many))
+    assert not row.passed
+    assert row.unmatched == [
+        "a alone has pooled",
+        "the shapes differ: embeddings (2, 4) and (2, 5)",
+    ]
+
+
+def test_gradients_at_the_default_precision_have_the_bound_of_activations(monkeypatch):
+    stages, gradients = {"logits": np.ones((2, 4))}, {"classifier.bias": np.ones(4)}
+    for precision, bound in (("highest", BOUNDS["gradients float32"]), ("default", 2.0**-6)):
+        row = row_of_fakes(monkeypatch, (stages, stages), (gradients, gradients), precision)
+        assert [checked.stage.name for checked in row.stages][1:] == ["gradient of classifier.bias"]
+        assert row.stages[1].bound == bound
+
+
+def test_a_pooler_of_one_model_alone(tmp_path, capsys):
+    right = tiny(tmp_path / "a", ViTModel)
+    wrong = tiny(tmp_path / "b", ViTModel, pooler=False)
+    assert main(["verify", str(right), str(wrong)]) == 1
+    assert f"{right} alone has pooled" in capsys.readouterr().out
+
+
+GREY = {"num_channels": 1, "processor": {"image_mean": [0.5], "image_std": [0.5]}}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"image_mean": [0.5], "image_std": [0.5], "rescale_factor": 0.01}, None),
+        ({"image_mean": [0.0], "image_std": [1.0]}, "mean and standard deviation 0.5"),
+        (
+            {"image_mean": [0.5], "image_std": [0.5], "do_normalize": False},
+            "mean and standard deviation 0.5",
+        ),
+        ({"image_mean": [0.5], "image_std": [0.5], "resample": 0}, "resize filter bilinear"),
+    ],
+)
+@pytest.mark.parametrize("given", [False, True])
+def test_grey_images_that_are_prepared_otherwise(given, options, said, tmp_path):
+    pictures = None
+    if given:
+        noise = np.random.default_rng(0).integers(0, 256, (2, 20, 30), np.uint8)
+        pictures = [PIL.Image.fromarray(values) for values in noise]
+    right = _Subject(tiny(tmp_path / "a", **GREY), None, {})
+    wrong = _Subject(tiny(tmp_path / "b", num_channels=1, processor=options), None, {})
+    assert _compare_pixels(right, right, pictures).passed
+    row = _compare_pixels(right, wrong, pictures)
+    assert not row.passed
+    assert [checked.stage.name for checked in row.stages] == ["pixels"]
+    assert [cause.change for cause in row.agreeing] == ([] if said is None else [said])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (None, "nothing says how for .*b$"),
+        ({"image_mean": [0.5], "image_std": [0.5], "size": 12}, r"\(1, 8, 8\) and \(1, 12, 12\)"),
+        ({}, r"\(1, 8, 8\) and \(3, 8, 8\)"),  # in colour
+    ],
+)
+def test_images_that_cannot_be_compared(options, said, tmp_path):
+    right = _Subject(tiny(tmp_path / "a", **GREY), None, {})
+    wrong = _Subject(tiny(tmp_path / "b", num_channels=1, processor=options), None, {})
+    found = _compare_pixels(right, wrong, None)
+    if options is None:
+        text = found
+    else:
+        assert not found.passed
+        (text,) = verify_report.remarks(found)
+    assert re.search(said, text)
+
+
+def test_another_preparation_fails_and_is_said(tmp_path, capsys):
+    right = tiny(tmp_path / "a", **GREY)
+    wrong = tiny(tmp_path / "b", num_channels=1, processor={"size": 12})
+    assert main(["verify", str(right), str(wrong)]) == 1
+    out, _ = capsys.readouterr()
+    assert "pixels: prepared as (1, 8, 8) and (3, 12, 12)" in out
+    assert "OUTSIDE bounds" in out
+
+
+@pytest.mark.parametrize(
+    ("fields", "shape"),
+    [
+        ({"problem_type": "multi_label_classification"}, (2, 5)),
+        ({"problem_type": "regression", "num_labels": 3}, (2, 3)),
+        ({"num_labels": 1}, (2, 1)),
+        ({}, (2,)),
+    ],
+)
+def test_every_classifier_has_a_loss(fields, shape, tmp_path):
+    path = tiny(tmp_path, **fields)
+    assert _Subject(path, None, {}).extra_inputs(2, (8, 8))["labels"].shape == shape
+    if "problem_type" in fields:
+        found = verify(path)
+        assert found.passed
+        assert "loss" in [checked.stage.name for checked in found.rows[0].stages]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_channels": 1}, "num_channels 3 and 1"),
+        (
+            {"problem_type": "multi_label_classification"},
+            "problem_type 'single_label_classification' and 'multi_label_classification'",
+        ),
+    ],
+)
+def test_other_inputs_or_another_loss_make_another_network(fields, said, tmp_path):
+    right, wrong = tiny(tmp_path / "a"), tiny(tmp_path / "b", **fields)
+    with pytest.raises(ConfigError, match=f"are not versions of one network: {said}"):
+        verify(right, wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--report", "r.json"], "--report"),
+        (["--gradients", "--image-size", "16"], "--gradients, --image-size"),
+        (["--images", "."], "--images"),
+        (["--dtype", "float32,bfloat16"], "more than one --dtype"),
+    ],
+)
+def test_without_a_tpu_what_compiling_cannot_take_is_refused(options, said, capsys, monkeypatch):
+    monkeypatch.setattr(vit_cli.verify, "_has", lambda name: False)
+    assert main(["verify", str(embedded_checkpoint()), "--device", "tpu", *options]) == 2
+    assert f"given {said}, which that cannot take" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
+    report = tmp_path / "nowhere" / "r.html"
+    assert main(["verify", str(embedded_checkpoint()), "--report", str(report)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "no such directory" in err
+
+
+def test_a_batch_beside_images_is_refused(tmp_path, capsys):
+    PIL.Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    arguments = ["--images", str(tmp_path), "--batch", "5"]
+    assert main(["verify", str(embedded_checkpoint()), *arguments]) == 2
+    assert "`batch` is of random images; given 5" in capsys.readouterr().err
+
+
+def test_infinity_on_both_sides_is_no_agreement():
+    assert np.isnan(difference("logits", [np.inf], [np.inf]).max_abs)

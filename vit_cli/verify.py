@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from vit_cli.exit_codes import DONE, SOME_FAILED
 from vit_cli.messages import one_line, say
 from vit_cli.sources import find_images
 from vit_common.errors import InputError, MissingFileError
-from vit_common.files import write_text
+from vit_common.files import check_target, write_text
 
 _REPORTS = (".html", ".json", ".md")
 
@@ -57,20 +56,32 @@ def verify(
     """
     if report is not None and Path(report).suffix not in _REPORTS:
         raise InputError(f"--report must end in {', '.join(_REPORTS)}; given {report!r}.")
-    pictures = None
-    if images is not None:
-        pictures = _read(images)
     if {"gpu", "all"} & set(devices):
-        # JAX would take most of the GPU's memory when it starts, and leave torch none.
+        # JAX would take most of the GPU's memory when it starts, and leave other processes none.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    compiled_dtype = "bfloat16" if dtypes is None else dtypes[0]
-    dtypes = dtypes or ("float32",)
     if devices == ("tpu",) and second is None and not _has("tpu"):
+        given = {
+            "--report": report is not None,
+            "--gradients": gradients,
+            "--image-size": image_size is not None,
+            "--images": images is not None,
+            "more than one --dtype": len(dtypes or ()) > 1,
+        }
+        if any(given.values()):
+            names = ", ".join(name for name, is_given in given.items() if is_given)
+            raise InputError(
+                "there is no TPU here, so that the model is only compiled for one; given "
+                f"{names}, which that cannot take."
+            )
         from vit_cli.tpu import compile_for_tpu
 
+        dtype = dtypes[0] if dtypes else "bfloat16"
         return compile_for_tpu(
-            first, batch=batch, as_json=as_json, format=format, hub=hub, dtype=compiled_dtype
+            first, batch=batch, as_json=as_json, format=format, hub=hub, dtype=dtype
         )
+    if report is not None:
+        check_target(Path(report), force=True)
+    pictures = None if images is None else _read(images)
     try:
         import torch  # noqa: F401
     except ImportError as error:
@@ -87,7 +98,7 @@ def verify(
         second,
         images=pictures,
         devices=devices,
-        dtypes=dtypes,
+        dtypes=dtypes or ("float32",),
         image_size=side,
         batch=batch,
         gradients=gradients,
@@ -97,7 +108,7 @@ def verify(
     from vit_cli import verify_report
 
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print(verify_report.as_json(found), end="")
     else:
         _print(found)
     if report is not None:
@@ -140,7 +151,7 @@ def _read(place: str) -> list[Any]:
 
 
 def _print(found: Any) -> None:
-    from vit_cli.verify_report import summary
+    from vit_cli.verify_report import remarks, summary
 
     lines = summary(found)
     rich = False
@@ -169,19 +180,9 @@ def _print(found: Any) -> None:
                 ).rstrip()
             )
     for row in found.rows:
-        over = row.first_over
-        if over is None:
-            continue
-        where = ", ".join(map(str, over.stage.where))
-        print(
-            f"{row.device} {row.dtype}: the first stage outside its bound is {over.stage.name}: "
-            f"{over.value:.3g} (bound {over.bound:.3g}), largest at ({where})"
-        )
-        for cause in row.agreeing or row.causes[:1]:
-            how = "it agrees with" if row.agreeing else "it comes closest with"
-            print(f"  {how} {one_line(cause.change)}: {cause.before:.2g} becomes {cause.after:.2g}")
-        if not row.causes:
-            print("  none of the known causes makes it agree")
+        for number, remark in enumerate(remarks(row)):
+            start = "  " if number else f"{row.device} {row.dtype}: "
+            print(start + one_line(remark))
     for note in found.notes:
-        print(note)
+        print(one_line(note))
     print("within bounds" if found.passed else "OUTSIDE bounds")

@@ -16,24 +16,43 @@ def summary(found: Any) -> list[list[str]]:
     table = [["device", "dtype", "precision", "against", "worst stage", "value", "bound", "result"]]
     for row in found.rows:
         worst = row.worst
-        table.append(
-            [
-                row.device,
-                row.dtype,
-                row.precision,
-                row.against,
-                worst.stage.name,
-                f"{worst.value:.2e}" if row.rule == "absolute" else f"{worst.value:.2f} x",
-                f"{worst.bound:.2e}" if row.rule == "absolute" else f"{worst.bound:.2f} x",
-                "pass" if row.passed else "FAIL",
-            ]
-        )
+        cells = ["-", "-", "-"]
+        if worst is not None:
+            numbers = (worst.value, worst.bound)
+            absolute = row.rule == "absolute"
+            texts = [f"{n:.2e}" if absolute else f"{n:.2f} x" for n in numbers]
+            cells = [worst.stage.name, *texts]
+        start = [row.device, row.dtype, row.precision, row.against]
+        table.append([*start, *cells, "pass" if row.passed else "FAIL"])
     return table
+
+
+def remarks(row: Any) -> list[str]:
+    """What is wrong with a row, and why as far as that is known."""
+    lines = list(row.unmatched)
+    over = row.first_over
+    if over is None:
+        return lines
+    where = ", ".join(map(str, over.stage.where))
+    lines.append(
+        f"the first stage outside its bound is {over.stage.name}: {over.value:.3g} "
+        f"(bound {over.bound:.3g}), largest at ({where})"
+    )
+    if not math.isfinite(over.value):
+        lines.append("there it is infinite or no number (NaN)")
+    if row.causes is None:
+        lines.append("no cause was looked for: none is known of such a stage, dtype or precision")
+    elif not row.causes:
+        lines.append("none of the known causes makes it agree")
+    for cause in row.agreeing or (row.causes or [])[:1]:
+        how = "it agrees with" if row.agreeing else "it comes closest with"
+        lines.append(f"{how} {cause.change}: {cause.before:.2g} becomes {cause.after:.2g}")
+    return lines
 
 
 def as_json(found: Any) -> str:
     """Everything, for programs."""
-    return json.dumps(found.to_dict(), indent=2) + "\n"
+    return json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n"
 
 
 def markdown(found: Any) -> str:
@@ -43,7 +62,8 @@ def markdown(found: Any) -> str:
     for row in found.rows:
         lines += ["", f"## {row.device}, {row.dtype}, {row.precision}, against {row.against}", ""]
         lines += _markdown_table(_stages(row))
-        lines += [f"\nIt agrees with {cause.change}." for cause in row.agreeing]
+        lines += [f"\n{remark}" for remark in remarks(row)]
+    lines += [f"\n{note}" for note in found.notes]
     lines += [
         "",
         ", ".join(f"{name} {version}" for name, version in found.versions.items() if version),
@@ -116,11 +136,7 @@ def html(found: Any) -> str:
     for row in found.rows:
         heading = f"{row.device}, {row.dtype}, {row.precision}, against {row.against}"
         parts.append(f"<h2>{text(heading)}</h2>")
-        for cause in row.agreeing:
-            parts.append(
-                f"<p>The first differing stage agrees with <b>{text(cause.change)}</b>: "
-                f"{cause.before:.2g} becomes {cause.after:.2g}.</p>"
-            )
+        parts += [f"<p>{text(remark)}</p>" for remark in remarks(row)]
         opened = "" if row.passed else " open"
         parts.append(f"<details{opened}><summary>{len(row.stages)} stages</summary>")
         parts.append(_html_table(_stages(row)) + "</details>")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ def diagnose(
     inputs: np.ndarray,
     wanted: dict[str, np.ndarray],
     bound: float,
-) -> list[Cause]:
+    grid: tuple[int, int] | None = None,
+) -> list[Cause] | None:
     """Changes to `model` that make it agree with another at one stage, the best first.
 
     Args:
@@ -61,28 +63,40 @@ def diagnose(
             states before it.
         wanted: stages of the other model.
         bound: a difference up to which the two agree.
+        grid: patches down and across, where not those of the model's own image size.
+
+    Returns:
+        None where no change of such a stage is known, so that none was tried.
     """
     part, name = _part(stage, model)
     if part is None or name not in wanted:
-        return []
+        return None
+    grid = grid or model.config.grid_size
     target = wanted[name]
     x = torch.as_tensor(inputs, device=model.device).to(model.dtype)
-    before = _difference(_run(name, part, x, model), target)
+    before = _difference(_run(name, part, x, model, grid), target)
     found = []
     for change, changed in _alternatives(name, part, model):
         try:
-            after = _difference(_run(name, changed, x, model), target)
+            after = _difference(_run(name, changed, x, model, grid), target)
         except Exception:  # a change that this network cannot have
             continue
-        if after <= bound or after * _FACTOR <= before:
+        if _explains(before, after, bound):
             found.append(Cause(change, before, after))
     return sorted(found, key=lambda cause: cause.after)
+
+
+def _explains(before: float, after: float, bound: float) -> bool:
+    """Whether a change of the difference is one for the better; none is that leaves it infinite."""
+    better = math.isfinite(after) and after < before
+    return better and (after <= bound or after * _FACTOR <= before)
 
 
 def _difference(ours: torch.Tensor, theirs: np.ndarray) -> float:
     if tuple(ours.shape) != theirs.shape:
         return float("inf")
-    error = np.abs(ours.detach().cpu().double().numpy() - theirs)
+    with np.errstate(invalid="ignore"):
+        error = np.abs(ours.detach().cpu().double().numpy() - theirs)
     return float(np.nan_to_num(error, nan=np.inf).max(initial=0.0))
 
 
@@ -101,12 +115,13 @@ def _part(stage: str, model: ViTPreTrainedModel) -> tuple[nn.Module | None, str]
     return modules.get(stage), "embeddings" if stage == "patches" else stage
 
 
-def _run(name: str, part: Any, x: torch.Tensor, model: ViTPreTrainedModel) -> torch.Tensor:
+def _run(
+    name: str, part: Any, x: torch.Tensor, model: ViTPreTrainedModel, grid: tuple[int, int]
+) -> torch.Tensor:
     with torch.no_grad():
         if callable(part) and not isinstance(part, nn.Module):
             return part(x)
         if name.startswith("block"):
-            grid = _grid(x, model.config)
             shared = getattr(model.base_model.encoder, "relative_position_bias", None)
             bias = None if shared is None else shared(grid)
             return part(x, None, bias, False, grid)[0]
@@ -115,15 +130,6 @@ def _run(name: str, part: Any, x: torch.Tensor, model: ViTPreTrainedModel) -> to
         if name == "logits":
             return part(_pooled(x, model.config, model))
         return part(x)
-
-
-def _grid(x: torch.Tensor, config: ViTConfig) -> tuple[int, int]:
-    """The grid of patches of hidden states; the config's, or a square."""
-    count = x.shape[1] - config.num_prefix_tokens
-    if count == config.num_patches:
-        return config.grid_size
-    side = round(count**0.5)
-    return (side, count // side)
 
 
 def _pooled(x: torch.Tensor, config: ViTConfig, model: Any) -> torch.Tensor:
@@ -361,11 +367,11 @@ def _pooling(part: nn.Module, model: ViTPreTrainedModel) -> Iterator[tuple[str, 
 # -- images
 
 
-_STATISTICS = {
+_STATISTICS = {  # one value is of every channel
     "of ImageNet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    "0.5": ([0.5] * 3, [0.5] * 3),
+    "0.5": ([0.5], [0.5]),
     "of CLIP": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
-    "none (0 and 1)": ([0.0] * 3, [1.0] * 3),
+    "none (0 and 1)": ([0.0], [1.0]),
 }
 
 
@@ -376,15 +382,17 @@ def diagnose_pixels(processor: Any, image: Any, wanted: np.ndarray, bound: float
         return np.asarray(processor(picture, return_tensors="np", **options)["pixel_values"])
 
     before = _error(made(image), wanted)
-    flipped = np.asarray(image)[..., ::-1]
-    trials: list[tuple[str, Callable[[], np.ndarray]]] = [
-        ("channels in the order BGR", lambda: made(flipped)),
-    ]
+    trials: list[tuple[str, Callable[[], np.ndarray]]] = []
+    values = np.asarray(image)
+    if values.ndim == 3:
+        trials.append(("channels in the order BGR", lambda: made(values[..., ::-1])))
     for name, (mean, std) in _STATISTICS.items():
+        times = wanted.shape[1] // len(mean)
+        statistics = {"image_mean": mean * times, "image_std": std * times}
         trials.append(
             (
                 f"mean and standard deviation {name}",
-                partial(made, image, image_mean=mean, image_std=std),
+                partial(made, image, do_normalize=True, **statistics),
             )
         )
     for code, name in ((0, "nearest"), (1, "Lanczos"), (2, "bilinear"), (3, "bicubic")):
@@ -396,7 +404,7 @@ def diagnose_pixels(processor: Any, image: Any, wanted: np.ndarray, bound: float
             after = _error(run(), wanted)
         except Exception:  # an option this processor does not have
             continue
-        if before > 0 and (after <= bound or after * _FACTOR <= before):
+        if _explains(before, after, bound):
             found.append(Cause(text, before, after))
     return sorted(found, key=lambda cause: cause.after)
 

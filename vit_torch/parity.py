@@ -64,7 +64,8 @@ def difference(name: str, ours: Any, theirs: Any) -> Stage:
     a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     if a.shape != b.shape:
         raise InputError(f"{name}: the shapes differ, {a.shape} and {b.shape}.")
-    error = np.abs(a - b)
+    with np.errstate(invalid="ignore"):  # infinity less infinity is NaN, and is told as that
+        error = np.abs(a - b)
     where = np.unravel_index(int(np.argmax(error)), error.shape) if error.size else ()
     return Stage(
         name,

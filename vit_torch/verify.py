@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from convert.source import find_processor, open_source
+from vit_common.checks import resolve_problem_type
 from vit_common.config import ViTConfig
-from vit_common.errors import ConfigError, InputError
+from vit_common.errors import ConfigError, ImageError, InputError
 from vit_common.parameters import class_name
 from vit_common.versions import versions
 from vit_torch.bounds import BOUNDS, HALF_PRECISION
@@ -28,6 +29,8 @@ from vit_torch.stages import arrays_and_flags, as_tensors, flax_stages, torch_st
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 PRECISIONS = ("highest", "default")
+_HALF = ("bfloat16", "float16")
+_PIXELS = 1e-6  # on what processors make of an image: they are the same numpy, or differ at once
 
 _PACKAGES = ("python", "vit-flax", "jax", "jaxlib", "flax", "torch", "numpy", "transformers")
 
@@ -42,8 +45,8 @@ class Checked:
 
     @property
     def passed(self) -> bool:
-        """Whether it is within its bound; NaN is not."""
-        return self.value <= self.bound
+        """Whether it is within its bound; what is not finite is not."""
+        return bool(np.isfinite([self.value, self.bound]).all()) and self.value <= self.bound
 
 
 @dataclass
@@ -55,7 +58,9 @@ class Row:
         against: what it was compared with.
         rule: what the bound is of: "absolute", or "error ratio" in half precision.
         stages: in the order of the network.
-        causes: why the first stage over its bound differs, as far as that could be found.
+        unmatched: what only one of the two has, or both in different shapes.
+        causes: changes that bring the first stage over its bound nearer; empty where none of those
+            known does, None where none was tried.
     """
 
     device: str
@@ -64,12 +69,14 @@ class Row:
     against: str
     rule: str
     stages: list[Checked]
-    causes: list[Cause] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
+    causes: list[Cause] | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether every stage is within its bound."""
-        return all(checked.passed for checked in self.stages)
+        """Whether both have the same stages, and every one is within its bound."""
+        within = all(checked.passed for checked in self.stages)
+        return within and bool(self.stages) and not self.unmatched
 
     @property
     def first_over(self) -> Checked | None:
@@ -81,15 +88,17 @@ class Row:
         """The causes that bring the first stage within its bound; a few at most."""
         over = self.first_over
         bound = 0.0 if over is None else over.bound
-        return [cause for cause in self.causes if cause.after <= bound][:3]
+        return [cause for cause in self.causes or () if cause.after <= bound][:3]
 
     @property
-    def worst(self) -> Checked:
-        """The stage closest to its bound, or furthest over it."""
-        return max(
-            self.stages,
-            key=lambda c: np.inf if np.isnan(c.value) else c.value / c.bound if c.bound else 0.0,
-        )
+    def worst(self) -> Checked | None:
+        """The stage closest to its bound, or furthest over it; None where none was compared."""
+
+        def part(checked: Checked) -> float:
+            finite = np.isfinite([checked.value, checked.bound]).all()
+            return checked.value / max(checked.bound, 1e-300) if finite else np.inf
+
+        return max(self.stages, key=part, default=None)
 
 
 @dataclass
@@ -117,12 +126,12 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether every row is."""
-        return all(row.passed for row in self.rows)
+        """Whether there are rows, and every one is."""
+        return bool(self.rows) and all(row.passed for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON holds it."""
-        table = asdict(self)
+        """Everything, as JSON holds it: None for a number that is not finite."""
+        table = _finite(asdict(self))
         table["passed"] = self.passed
         for row, own in zip(table["rows"], self.rows, strict=True):
             row["passed"] = own.passed
@@ -131,6 +140,15 @@ class Verification:
             for stage, checked in zip(row["stages"], own.stages, strict=True):
                 stage["passed"] = checked.passed
         return table
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for every number that is not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def verify(
@@ -152,13 +170,12 @@ def verify(
     Args:
         first, second: directory, weights file or Hub name; in any format.
         images: PIL images or arrays for the models; None draws random numbers.
-        devices: "cpu", "gpu", "tpu": where the Flax models run. The PyTorch twin runs on the CPU,
-            and on the GPU too where torch has it.
+        devices: "cpu", "gpu", "tpu": where the Flax models run. The PyTorch twin runs on the CPU.
         dtypes: of `DTYPES`. float64 and float32 are held against an absolute bound; half precision
             against the twin's own error.
         image_size: (height, width) other than the model's; positions are resampled.
-        batch: number of random images.
-        gradients: compare the gradient of every parameter as well.
+        batch: number of random images; given `images`, left at 2.
+        gradients: compare the gradient of every parameter as well, in float64 and float32.
         format: of both checkpoints, where it cannot be told.
         bounds: instead of `vit_torch.bounds.BOUNDS`.
         **hub: options of the Hub.
@@ -174,10 +191,13 @@ def verify(
         ("devices", devices, ("cpu", "gpu", "tpu")),
     ):
         wrong = [value for value in given if value not in known]
-        if wrong:
-            raise InputError(f"`{name}` must be of {', '.join(known)}; given {wrong[0]!r}.")
+        if wrong or not given:
+            odd = repr(wrong[0]) if wrong else "none"
+            raise InputError(f"`{name}` must be of {', '.join(known)}; given {odd}.")
+    if images and batch != 2:
+        raise InputError(f"`batch` is of random images; given {batch!r} beside `images`.")
     table = {**BOUNDS, **(bounds or {})}
-    places = _places(devices)
+    runs, notes = _plan(_places(devices), dtypes, gradients)
     subject = _Subject(first, format, hub)
     other = None if second is None else _Subject(second, format, hub)
     if other is not None:
@@ -187,17 +207,17 @@ def verify(
     if size != subject.config.image_height_width:
         inputs["interpolate_pos_encoding"] = True
     inputs |= subject.extra_inputs(len(pixels), size)
-    notes = [] if other is None else subject.differences(other)
     rows: list[Row] = []
-    prepared = _compare_pixels(subject, other, table)
-    if prepared is not None:
-        rows.append(prepared)
-    for dtype in dtypes:
-        for place, precision in _runs(places, dtype):
-            rows.append(
-                _row(subject, other, pixels, inputs, place, dtype, precision, table, gradients)
-            )
-            gc.collect()
+    if other is not None:
+        notes = subject.differences(other) + notes
+        prepared = _compare_pixels(subject, other, images)
+        if isinstance(prepared, Row):
+            rows.append(prepared)
+        else:
+            notes.append(prepared)
+    for place, dtype, precision in runs:
+        rows.append(_row(subject, other, pixels, inputs, place, dtype, precision, table, gradients))
+        gc.collect()
     return Verification(
         first=str(first),
         second=None if second is None else str(second),
@@ -226,9 +246,10 @@ class _Subject:
         self.processor = None if found is None else found[0]
 
     def check_like(self, other: _Subject, but: tuple[str, ...] = ()) -> None:
-        """Raise ConfigError unless both have the same stages."""
+        """Raise ConfigError unless both take the same inputs and are of one size."""
         sizes = (
             "image_size",
+            "num_channels",
             "model_type",
             "hidden_size",
             "num_hidden_layers",
@@ -242,10 +263,17 @@ class _Subject:
         ]
         if self.head != other.head:
             odd.append(f"head {self.head!r} and {other.head!r}")
+        elif self.problem_type != other.problem_type:
+            odd.append(f"problem_type {self.problem_type!r} and {other.problem_type!r}")
         if odd:
             raise ConfigError(
                 f"{self.name} and {other.name} are not versions of one network: {'; '.join(odd)}."
             )
+
+    @property
+    def problem_type(self) -> str | None:
+        """What the classifier's loss is; None without one."""
+        return resolve_problem_type(self.config, True) if self.head == "classifier" else None
 
     def differences(self, other: _Subject) -> list[str]:
         """What the configurations do not have in common."""
@@ -304,12 +332,12 @@ class _Subject:
         rng = np.random.default_rng(1)
         P = self.config.patch_height_width
         patches = size[0] // P[0] * (size[1] // P[1])
-        if self.head == "classifier" and self.config.problem_type in (
-            None,
-            "single_label_classification",
-        ):
-            if self.config.num_labels > 1:
-                return {"labels": rng.integers(0, self.config.num_labels, batch)}
+        if self.head == "classifier":
+            classes = self.config.num_labels
+            if self.problem_type != "single_label_classification":
+                return {"labels": rng.integers(0, 2, (batch, classes)).astype(np.float32)}
+            if classes > 1:  # of one class the loss is zero, whatever the network
+                return {"labels": rng.integers(0, classes, batch)}
         elif self.head == "decoder":
             return {"bool_masked_pos": rng.integers(0, 2, (batch, patches))}
         elif self.head == "tokens":
@@ -338,15 +366,35 @@ def _places(devices: Sequence[str]) -> list[Any]:
     return places
 
 
-def _runs(places: list[Any], dtype: str) -> Iterator[tuple[Any, str]]:
-    """(device, precision): where float32 can mean less than float32, both are run."""
-    for place in places:
-        if place.platform == "tpu" and dtype == "float64":
-            continue  # it has none
-        if dtype == "float32" and place.platform != "cpu":
-            yield from ((place, precision) for precision in PRECISIONS)
-        else:
-            yield place, "highest"
+def _plan(
+    places: Sequence[Any], dtypes: Sequence[str], gradients: bool
+) -> tuple[list[tuple[Any, str, str]], list[str]]:
+    """(device, dtype, precision) of every row, and notes on what was asked for and is left out.
+
+    Where float32 can mean less than float32, both precisions are run.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    runs, notes = [], []
+    for dtype in dtypes:
+        for place in places:
+            if place.platform == "tpu" and dtype == "float64":
+                notes.append("float64 was left out on the tpu, which has none")
+            elif dtype == "float32" and place.platform != "cpu":
+                runs += [(place, dtype, precision) for precision in PRECISIONS]
+            else:
+                runs.append((place, dtype, "highest"))
+    exact = [dtype for _, dtype, _ in runs if dtype not in _HALF]
+    half = [dtype for dtype in dtypes if dtype in _HALF]
+    if gradients and half:
+        notes.append(f"gradients were left out in {', '.join(half)}: only of float64 and float32")
+    if not runs or (gradients and not exact):
+        raise InputError(
+            f"nothing of what was asked for can be compared: {'; '.join(notes)}; name another of "
+            "`dtypes`."
+        )
+    return runs, notes
 
 
 @contextlib.contextmanager
@@ -368,84 +416,105 @@ def _pixels(
                 f"{subject.name}: nothing says how images are prepared; leave `images` out to use "
                 "random numbers."
             )
-        pixels = np.stack(
-            [
-                np.asarray(subject.processor(image, return_tensors="np")["pixel_values"])[0]
-                for image in images
-            ]
-        )
+        pixels = _prepared(subject.processor, images)
         if image_size is not None and pixels.shape[2:] != size:
             raise InputError(
                 f"the images are prepared at {pixels.shape[2]} x {pixels.shape[3]}; `image_size` "
                 "is for random numbers."
             )
-        return pixels.astype(np.float64), (pixels.shape[2], pixels.shape[3])
+        return pixels, (pixels.shape[2], pixels.shape[3])
     if batch < 1:
         raise InputError(f"`batch` must be a positive integer; given {batch!r}.")
     rng = np.random.default_rng(0)
     return rng.standard_normal((batch, config.num_channels, *size)), size
 
 
+def _prepared(processor: Any, images: Sequence[Any]) -> np.ndarray:
+    """What a processor makes of images, (B, C, H, W)."""
+    pixels = processor(list(images), return_tensors="np")["pixel_values"]
+    return np.asarray(pixels).astype(np.float64)
+
+
 # -- one row
 
 
 def _row(subject, other, pixels, inputs, place, dtype, precision, table, gradients) -> Row:
-    half = dtype in ("bfloat16", "float16")
+    half = dtype in _HALF
+    gradients = gradients and not half
     label = place.platform if place.platform == "cpu" else f"{place.platform} {place.device_kind}"
-    with _on(place, dtype):
-        model = subject.flax(dtype, precision)
-        ours = flax_stages(model, _as(pixels, dtype), **inputs)
-        own = _flax_gradients(model, pixels, inputs, dtype) if gradients and not half else {}
-        del model
-    if other is not None:
+
+    def of_flax(which: _Subject) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         with _on(place, dtype):
-            model = other.flax(dtype, precision)
-            theirs = flax_stages(model, _as(pixels, dtype), **inputs)
-            theirs_gradients = (
-                _flax_gradients(model, pixels, inputs, dtype) if gradients and not half else {}
-            )
-            del model
-        against = str(other.name)
+            model = which.flax(dtype, precision)
+            stages = flax_stages(model, _as(pixels, dtype), **inputs)
+            return stages, _flax_gradients(model, pixels, inputs, dtype) if gradients else {}
+
+    ours, own = of_flax(subject)
+    if other is not None:
+        theirs, their_own = of_flax(other)
+        against, sides = str(other.name), (str(subject.name), str(other.name))
     else:
         twin = subject.torch(dtype)
         theirs = torch_stages(twin, _as(pixels, "float32" if half else dtype), **inputs)
-        theirs_gradients = (
-            _torch_gradients(twin, pixels, inputs, dtype) if gradients and not half else {}
-        )
+        their_own = _torch_gradients(twin, pixels, inputs, dtype) if gradients else {}
         del twin
-        against = f"PyTorch twin, cpu, {dtype}"
+        against, sides = f"PyTorch twin, cpu, {dtype}", ("the Flax twin", "the PyTorch twin")
+    names, unmatched = _match(ours, theirs, sides)
     if half and other is None:
         exact = torch_stages(subject.torch("float32"), _as(pixels, "float32"), **inputs)
         # A loss is one number: its rounding says nothing.
-        names = [name for name in exact if name != "loss"]
-        stages = [_half(name, ours[name], theirs[name], exact[name]) for name in names]
-        return Row(label, dtype, precision, against, "error ratio", stages)
+        stages = [_half(n, ours[n], theirs[n], exact[n]) for n in names if n != "loss"]
+        return Row(label, dtype, precision, against, "error ratio", stages, unmatched)
     kind = "float32" if half else dtype
-    bound = 2.0**-6 if half else table[f"twins {kind}"]
+    bound, gradient_bound = table[f"twins {kind}"], table[f"gradients {kind}"]
     # float32 at an accelerator's default precision: TF32 and bfloat16 keep 10 and 7 bits.
-    if precision == "default":
-        bound = 2.0**-6
+    if half or precision == "default":
+        bound = gradient_bound = 2.0**-6
+    if other is not None:  # the twins' stages are in the order of the PyTorch twin's calls
+        names.sort(key=_depth)
     stages = []
-    for name in (name for name in ours if name in theirs):
+    for name in names:
         stage = difference(name, ours[name], theirs[name])
-        stages.append(Checked(stage, bound * max(1.0, stage.scale), stage.max_abs))
-    # In the order of the network, which is that of the PyTorch twin's calls.
-    order = {name: place for place, name in enumerate(theirs)}
-    if other is None:
-        stages.sort(key=lambda checked: order[checked.stage.name])
-    else:
-        stages.sort(key=lambda checked: _depth(checked.stage.name))
-    row = Row(label, dtype, precision, against, "absolute", stages)
+        scale = max(1.0, stage.scale) if np.isfinite(stage.scale) else 1.0
+        stages.append(Checked(stage, bound * scale, stage.max_abs))
+    names, odd = _match(own, their_own, sides, "gradient of ")
+    row = Row(label, dtype, precision, against, "absolute", stages, unmatched + odd)
     # The gradient of a key's bias is zero but for rounding, so one that is tiny beside the others
     # is held against them.
-    largest = max((float(np.abs(g).max(initial=0.0)) for g in theirs_gradients.values()), default=0)
-    for name in own:
-        stage = difference(f"gradient of {name}", own[name], theirs_gradients[name])
+    largest = max((float(np.abs(g).max(initial=0.0)) for g in their_own.values()), default=0)
+    for name in names:
+        stage = difference(f"gradient of {name}", own[name], their_own[name])
         scale = max(stage.scale, 1e-2 * largest, 1e-300)
-        row.stages.append(Checked(stage, table[f"gradients {kind}"], stage.max_abs / scale))
-    if not row.passed and precision != "default":
-        row.causes = _causes(row, subject, other, ours, theirs, pixels, dtype)
+        row.stages.append(Checked(stage, gradient_bound, stage.max_abs / scale))
+    if row.first_over is not None and precision != "default":
+        row.causes = _causes(row, subject, other, ours, pixels, dtype)
     return row
+
+
+def _match(
+    ours: Mapping[str, np.ndarray],
+    theirs: Mapping[str, np.ndarray],
+    sides: tuple[str, str],
+    prefix: str = "",
+) -> tuple[list[str], list[str]]:
+    """The names that can be compared, in the order of `theirs`; and what cannot, in words."""
+    unmatched = []
+    for here, there, who in ((ours, theirs, sides[0]), (theirs, ours, sides[1])):
+        alone = [prefix + name for name in here if name not in there]
+        if alone:
+            unmatched.append(f"{who} alone has {_few(alone)}")
+    both = [name for name in theirs if name in ours]
+    odd = {name for name in both if ours[name].shape != theirs[name].shape}
+    if odd:
+        pairs = [f"{prefix}{n} {ours[n].shape} and {theirs[n].shape}" for n in both if n in odd]
+        unmatched.append(f"the shapes differ: {_few(pairs)}")
+    return [name for name in both if name not in odd], unmatched
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
 def _as(pixels: np.ndarray, dtype: str) -> np.ndarray:
@@ -468,14 +537,17 @@ def _half(name: str, ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray) ->
     """In half precision: the Flax twin's error over that of the PyTorch twin."""
 
     def rms(array: np.ndarray) -> float:
-        return float(np.sqrt(np.mean((array - exact) ** 2)))
+        with np.errstate(invalid="ignore"):
+            return float(np.sqrt(np.mean((array - exact) ** 2)))
 
     stage = difference(name, ours, exact)
     reference = rms(theirs)
     scale = float(np.abs(exact).max(initial=0.0))
     # Below a rounding of the largest value there is nothing to compare.
     floor = 2.0**-12 * scale / max(exact.size, 1) ** 0.5
-    return Checked(stage, HALF_PRECISION, rms(ours) / max(reference, floor, 1e-30))
+    # Any error is small beside that of a twin that overflowed.
+    ratio = rms(ours) / max(reference, floor, 1e-30) if np.isfinite(reference) else np.nan
+    return Checked(stage, HALF_PRECISION, ratio)
 
 
 def _flax_gradients(model, pixels, inputs, dtype) -> dict[str, np.ndarray]:
@@ -526,10 +598,10 @@ def _summary(output: Any, np_like: Any) -> Any:
 # -- causes
 
 
-def _causes(row, subject, other, ours, theirs, pixels, dtype) -> list[Cause]:
+def _causes(row, subject, other, ours, pixels, dtype) -> list[Cause] | None:
     over = row.first_over
-    if over is None or over.stage.name.startswith("gradient"):
-        return []
+    if over.stage.name.startswith("gradient"):
+        return None
     changed = subject if other is None else other
     # The twin that is changed has the second model's weights; it is to agree with the first.
     model = changed.torch(dtype)
@@ -544,39 +616,52 @@ def _causes(row, subject, other, ours, theirs, pixels, dtype) -> list[Cause]:
         fed = ours[f"block {last}"] if last >= 0 else ours["embeddings"]
     else:
         fed = ours.get("final norm", ours.get("embeddings"))
-    return diagnose(name, model, fed, ours, over.bound)
+    height, width = subject.config.patch_height_width
+    grid = (pixels.shape[2] // height, pixels.shape[3] // width)
+    return diagnose(name, model, fed, ours, over.bound, grid)
 
 
-def _compare_pixels(subject: _Subject, other: _Subject | None, table: Any) -> Row | None:
-    """What both prepare of one picture, where both say how."""
-    if other is None or subject.processor is None or other.processor is None:
-        return None
+def _compare_pixels(subject: _Subject, other: _Subject, images: Sequence[Any] | None) -> Row | str:
+    """What both make of the images, or of a test picture; or why that cannot be compared."""
+    silent = [str(each.name) for each in (subject, other) if each.processor is None]
+    if silent:
+        who = " and ".join(silent)
+        return f"how images are prepared was not compared: nothing says how for {who}"
+    pictures = list(images or [_picture(subject.config.num_channels)])
+    pixels, refused = [], []
+    for each in (subject, other):
+        try:
+            pixels.append(_prepared(each.processor, pictures))
+        except (ImageError, InputError) as error:
+            refused.append(f"pixels: {each.name} prepares no such images: {error}")
+    if len(refused) == 2:
+        return f"how images are prepared was not compared: {refused[0]}"
+    row = Row("cpu", "float32", "highest", str(other.name), "absolute", [], refused)
+    if refused:
+        return row
+    ours, theirs = pixels
+    if ours.shape != theirs.shape:
+        row.unmatched = [
+            f"pixels: prepared as {ours.shape[1:]} and {theirs.shape[1:]} (channels, height, width)"
+        ]
+        return row
+    stage = difference("pixels", ours, theirs)
+    row.stages.append(Checked(stage, _PIXELS, stage.max_abs))
+    if not row.passed:
+        worst = stage.where[0]
+        row.causes = diagnose_pixels(
+            other.processor, pictures[worst], ours[worst : worst + 1], _PIXELS
+        )
+    return row
+
+
+def _picture(channels: int) -> np.ndarray:
+    """Smooth noise, (480, 640) or (480, 640, C)."""
     import PIL.Image
 
-    rng = np.random.default_rng(2)
-    channels = subject.config.num_channels
-    if channels != 3:
-        return None
-    coarse = PIL.Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
-    picture = coarse.resize((640, 480), PIL.Image.Resampling.BICUBIC)
-    ours, theirs = (
-        np.asarray(prepare(picture, return_tensors="np")["pixel_values"]).astype(np.float64)
-        for prepare in (subject.processor, other.processor)
-    )
-    if ours.shape != theirs.shape:
-        raise ConfigError(
-            f"{subject.name} and {other.name} prepare images at different sizes: "
-            f"{ours.shape[2:]} and {theirs.shape[2:]}."
-        )
-    stage = difference("pixels", ours, theirs)
-    row = Row(
-        "cpu",
-        "float32",
-        "highest",
-        str(other.name),
-        "absolute",
-        [Checked(stage, 1e-6, stage.max_abs)],
-    )
-    if not row.passed:
-        row.causes = diagnose_pixels(other.processor, picture, ours, 1e-6)
-    return row
+    coarse = np.random.default_rng(2).integers(0, 256, (channels, 12, 16), np.uint8)
+    bands = [
+        np.asarray(PIL.Image.fromarray(band).resize((640, 480), PIL.Image.Resampling.BICUBIC))
+        for band in coarse
+    ]
+    return bands[0] if channels == 1 else np.stack(bands, axis=-1)

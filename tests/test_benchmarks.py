@@ -1,0 +1,95 @@
+"""The benchmarks' own checks: what disagrees, is no number or is outside its bound ends them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a module of the benchmarks."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("difference", [2e-4, np.inf, np.nan])
+@pytest.mark.parametrize("first", [True, False])
+def test_contenders_that_disagree_end_it(load, difference, first):
+    common = load("common")
+    common.require_agreement({"a": 0.0, "b": 1e-4}, 1e-4)
+    differences = {"a": difference, "b": 0.0} if first else {"b": 0.0, "a": difference}
+    with pytest.raises(SystemExit, match="the contenders disagree"):
+        common.require_agreement(differences, 1e-4)
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_row_outside_its_bound_fails(load, passed, tmp_path, monkeypatch):
+    parity = load("parity")
+    row = {
+        "family": "vit",
+        "device": "cpu",
+        "platform": "cpu",
+        "dtype": "float32",
+        "precision": "highest",
+        "stage": "logits",
+        "max_abs": 1.0,
+        "rule": "absolute",
+        "value": 1.0,
+        "bound": 0.5,
+        "passed": passed,
+        "transformers_float64": 0.0,
+        "environment": {"versions": {}},
+    }
+    monkeypatch.setattr(parity, "measure", lambda *arguments: [row])
+    monkeypatch.setattr(parity, "RESULTS", tmp_path)
+    monkeypatch.setattr(parity, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["parity.py", "--families", "vit"])
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "parity.md"
+    page.write_text(f"{parity.BEGIN}\n{parity.END}\n")
+    if passed:
+        parity.main()
+    else:
+        with pytest.raises(SystemExit, match="outside bounds: vit cpu float32"):
+            parity.main()
+    assert ("**outside**" in page.read_text()) is not passed
+    assert len(json.loads((tmp_path / "parity.json").read_text())["rows"]) == 1
+
+
+@pytest.mark.parametrize("missing", ["matrix products", "vit_flax"])
+def test_a_contender_that_does_not_start(load, missing, monkeypatch):
+    inference = load("inference")
+
+    class Contender:
+        def __init__(self, name, *arguments):
+            if name == missing:
+                raise RuntimeError("out of memory")
+            self.name, self.versions = name, {}
+
+        def ask(self, line):
+            return [[1.0]] if line.startswith("probabilities") else 1.0
+
+        def close(self):
+            pass
+
+    written = []
+    monkeypatch.setattr(inference, "Contender", Contender)
+    monkeypatch.setattr(inference, "run_process", lambda command: None)
+    monkeypatch.setattr(inference, "write_result", lambda name, result: written.append(result))
+    options = ["--batches", "1", "--rounds", "1", "--only", "vit_flax"]
+    monkeypatch.setattr(sys, "argv", ["inference.py", *options])
+    if missing == "vit_flax":
+        with pytest.raises(SystemExit, match="vit_flax failed: out of memory"):
+            inference.main()
+        assert written == []
+    else:
+        inference.main()
+        assert written[0]["left_out"] == {missing: "out of memory"}
