@@ -4,7 +4,7 @@ policy keep?
     python benchmarks/scan.py [--parts tpu cpu speed memory] [--rounds 3] [--models base large]
 
 `tpu` and `memory` compile with XLA's TPU compiler, which needs no TPU, but
-`pip install "vit-flax[tpu-check]"`; `cpu` compiles for this processor; both need no weights. Each
+`pip install '.[tpu-check]'`; `cpu` compiles for this processor; both need no weights. Each
 program is made in a process of its own, scanned and not in turn. A machine that does other things
 too shows in the seconds by the clock; those of the processor, over all cores, are the fairer
 figure. `speed` runs ViT-B on the CPU, after comparing what both give.

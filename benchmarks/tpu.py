@@ -3,7 +3,7 @@
     python benchmarks/tpu.py [--models base large] [--chips v5e v6e] [--workers 2] [--table]
 
 Compiles, and does not run: neither a TPU nor weights are needed, but `pip install
-"vit-flax[bench,tpu-check]"` is. Each model at 1024 images on one chip, or the largest power of two
+'.[bench,tpu-check]'` is. Each model at 1024 images on one chip, or the largest power of two
 below it that fits, bfloat16 with float32 parameters; ViT-B beside Transformers' FlaxViT, and both
 with bfloat16 parameters too. Writes `results/tpu.json` after every row (rows of other models made
 with the same versions stay), and the table in `docs/tpu.md`; `--table` writes that alone.

@@ -646,7 +646,7 @@ def test_without_rich(loaded, folder, images, monkeypatch):
     assert main(["predict", str(images), "--model", str(folder), "--top-k=1"]) == 0
     assert len(sys.stdout.getvalue().splitlines()) == 5
     assert sys.stderr.getvalue() == (
-        'vit: warning: tables and progress bars need rich; run: pip install "vit-flax[cli]"\n'
+        "vit: warning: tables and progress bars need rich; run: pip install rich\n"
     )
 
 

@@ -233,10 +233,11 @@ def test_without_the_server_the_cache_is_used(
     with pytest.raises(MissingFileError) as info:
         find_file("owner/name", "other.json")
     assert _one_line(info) == (
-        "owner/name: other.json (revision main) is not in the cache, and http://127.0.0.1:9 cannot "
-        "be reached (Connection refused)."
+        "owner/name: no such file or folder here; other.json of that repository on the Hub "
+        "(revision main) is not in the cache, and http://127.0.0.1:9 cannot be reached "
+        "(Connection refused)."
     )
-    with pytest.raises(MissingFileError, match=r"model\.safetensors .* is not in the cache, and"):
+    with pytest.raises(MissingFileError, match=r"model\.safetensors .* not in the cache, and"):
         find_weights("owner/other")
     assert len(hub.seen) == count
     assert waits == []
@@ -315,8 +316,8 @@ def test_offline_mode(hub: HubServer) -> None:
     ).stdout.splitlines()
     assert Path(out[0]) == path
     assert out[1] == (
-        "owner/name: other.json (revision main) is not in the cache, and HF_HUB_OFFLINE keeps it "
-        "from the network."
+        "owner/name: no such file or folder here; other.json of that repository on the Hub "
+        "(revision main) is not in the cache, and HF_HUB_OFFLINE keeps it from the network."
     )
     assert len(hub.seen) == count
 

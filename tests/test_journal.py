@@ -84,9 +84,9 @@ def test_rows_of_another_run_are_not_mixed(tmp_path):
     with pytest.raises(InputError, match="made with top_k 5, now 1"):
         Journal(target, resume=True, run={"model": "a", "top_k": 1})
     run = {"model": "a", "top_k": 5, "weights": None}
-    with pytest.raises(InputError, match="made with weights None, now 'int8'"):
+    with pytest.raises(InputError, match="made with weights not given, now 'int8'"):
         Journal(target, resume=True, run={**run, "weights": "int8"})
-    with pytest.raises(InputError, match="made with model 'a', now None"):
+    with pytest.raises(InputError, match="made with model 'a', now not given"):
         Journal(target, resume=True, run={"top_k": 5})
     with pytest.raises(InputError, match=r"out\.jsonl\.partial: its rows were made with top_k 5"):
         Journal(target, resume=True, run={"model": "a", "top_k": 1}, part=(0, 2))
@@ -615,7 +615,7 @@ def test_images_that_are_named_twice_are_counted_once(folder, tmp_path, capsys):
     target = tmp_path / "out.jsonl"
     digit = str(sorted(folder.glob("digit*"))[0])
     assert main(["predict", digit, digit, "--output", str(target)]) == 0
-    assert capsys.readouterr().err == f"vit: wrote {target}: 1 images\n"
+    assert capsys.readouterr().err == f"vit: wrote {target}: 1 image\n"
     assert [row["file"] for row in rows_of(target)] == [digit]
 
 
@@ -637,7 +637,7 @@ def test_a_shard_is_part_of_the_run(folder, tmp_path, capsys, command, suffix):
     left.fail("a.png", "broken")
     left.close()
     arguments = [command, *digits, "--output", str(target), "--resume"]
-    for shard, said in ((["--shard", "2/2"], "'2/2'"), ([], "None")):
+    for shard, said in ((["--shard", "2/2"], "'2/2'"), ([], "not given")):
         assert main([*arguments, *shard]) == 2
         assert f"made with shard '1/2', now {said}." in capsys.readouterr().err
     assert main([*arguments, "--shard", "1/2"]) == 1

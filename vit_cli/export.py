@@ -145,7 +145,8 @@ def _export_onnx(
 ) -> Export:
     if importlib.util.find_spec("torch") is None:
         raise InputError(
-            'ONNX files are made by PyTorch, which is not installed: pip install "vit-flax[onnx]".'
+            "ONNX files are made by PyTorch, which is not installed; run: pip install torch onnx "
+            "onnxscript onnxruntime"
         )
     from vit_torch.export import export, require
 

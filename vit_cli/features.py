@@ -10,7 +10,7 @@ from typing import Any, Literal
 from vit_cli import interrupt
 from vit_cli.exit_codes import DONE, INTERRUPTED, SOME_FAILED
 from vit_cli.feature_file import FeatureFile
-from vit_cli.messages import say
+from vit_cli.messages import counted, say
 from vit_cli.models import load_for_inference, settings
 from vit_cli.predict import own_shard
 from vit_cli.progress import Progress
@@ -120,6 +120,7 @@ def _write(results: Any, target: FeatureFile, total: int, batch_size: int) -> in
         except KeyboardInterrupt:
             with progress.hidden():
                 target.flush()
-                say(f"interrupted: {done} of {total} images done; --resume goes on from there")
+                how = "; --resume goes on from there" if done or target.done else ""
+                say(f"interrupted: {done} of {counted(total)} done{how}")
             raise
     return failed

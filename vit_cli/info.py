@@ -21,7 +21,7 @@ from convert.source import (
 from vit_cli import cache
 from vit_cli.devices import compiled_for, describe_devices, find_devices
 from vit_cli.exit_codes import DONE
-from vit_cli.messages import one_line
+from vit_cli.messages import counted, one_line
 from vit_common.config import ViTConfig
 from vit_common.errors import MissingFileError
 from vit_common.flops import multiply_adds
@@ -228,8 +228,8 @@ def _model_lines(model: Report) -> Iterator[str]:
     )
     yield _line("parameters", f"{model['parameters']:,}")
     kernel = model["attention"]
-    images = "1 image" if kernel["batch"] == 1 else f"{kernel['batch']} images"
-    yield _line("attention", f"{kernel['kernel']}: {kernel['why']} ({images}, {kernel['dtype']})")
+    what = f"{counted(kernel['batch'])}, {kernel['dtype']}"
+    yield _line("attention", f"{kernel['kernel']}: {kernel['why']} ({what})")
     yield _line("GFLOP/image", f"{model['gflops_per_image']:.4g}")
     size = model["input"]
     yield _line(

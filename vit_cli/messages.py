@@ -29,6 +29,11 @@ def one_line(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
+def counted(images: int) -> str:
+    """The number, with its noun."""
+    return "1 image" if images == 1 else f"{images} images"
+
+
 def say(kind: str, text: str = "") -> None:
     """Write `vit: kind: text` to standard error, on one line; names in it stay as they are."""
     sys.stderr.write(f"vit: {kind}: {printable(text)}\n" if text else f"vit: {printable(kind)}\n")

@@ -44,7 +44,7 @@ def check_output(path: str, suffixes: Sequence[str], instead: str) -> None:
             import pyarrow.parquet  # noqa: F401
         except ImportError as error:
             raise InputError(
-                f'parquet needs pyarrow; run: pip install "vit-flax[parquet]", or write {instead}'
+                f"parquet needs pyarrow; run: pip install pyarrow, or write {instead}"
             ) from error
     check_target(Path(path), force=True)
 
@@ -97,12 +97,16 @@ def check_run(path: Path, made: Mapping[str, Any], run: Mapping[str, Any], what:
     Raises:
         InputError: it was made otherwise.
     """
-    odd = [f"{name} {old!r}, now {new!r}" for name, old, new in differences(made, run)]
+    odd = [f"{name} {_shown(old)}, now {_shown(new)}" for name, old, new in differences(made, run)]
     if odd:
         raise InputError(
             f"{path}: its {what} were made with {'; '.join(odd)}. Run it as it was, or pass "
             "--force to begin anew."
         )
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else repr(value)
 
 
 class PartialFile:

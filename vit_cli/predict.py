@@ -14,7 +14,7 @@ from vit_cli import cache, interrupt
 from vit_cli.exit_codes import DONE, INTERRUPTED, SOME_FAILED
 from vit_cli.hosts import INTERRUPTION, Cluster, Hosts
 from vit_cli.journal import Journal, check_free
-from vit_cli.messages import say
+from vit_cli.messages import counted, say
 from vit_cli.models import load_for_inference, settings
 from vit_cli.progress import Progress
 from vit_cli.results import JsonLines, PlainText, Table, Writer
@@ -137,8 +137,10 @@ def predict(
                     journal.finish(every)
                 else:
                     failed += _finish_for_all(hosts, journal, every, failed)
-                if outcome.done or hosts is not None:
-                    say(f"wrote {output}: {outcome.done} images{'' if hosts is None else ' here'}")
+                if hosts is not None:
+                    say(f"wrote {output}: {counted(outcome.done)} here")
+                elif outcome.done:
+                    say(f"wrote {output}: {counted(len(every))}")
             return SOME_FAILED if failed else DONE
     except KeyboardInterrupt:
         left = INTERRUPTION
@@ -209,8 +211,9 @@ def _run(
         except KeyboardInterrupt:
             with progress.hidden():
                 writer.flush()
-                how = "" if journal is None else "; --resume goes on from there"
-                say(f"interrupted: {done} of {len(files)} images done{how}")
+                kept = journal is not None and (done or journal.done)
+                how = "; --resume goes on from there" if kept else ""
+                say(f"interrupted: {done} of {counted(len(files))} done{how}")
             raise
         with progress.hidden():
             writer.flush()
@@ -253,7 +256,7 @@ def _has_rich() -> bool:
     if importlib.util.find_spec("rich") is not None:
         return True
     if sys.stdout.isatty():
-        say("warning", 'tables and progress bars need rich; run: pip install "vit-flax[cli]"')
+        say("warning", "tables and progress bars need rich; run: pip install rich")
     return False
 
 

@@ -85,9 +85,7 @@ def verify(
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        raise InputError(
-            'verifying needs the PyTorch twin; run: pip install "vit-flax[torch]"'
-        ) from error
+        raise InputError("verifying needs the PyTorch twin; run: pip install torch") from error
     if "all" in devices:
         devices = tuple(name for name in ("cpu", "gpu", "tpu") if _has(name))
     from vit_torch.verify import verify as run

@@ -183,7 +183,7 @@ def _plot(rows: list[Any]) -> str:
         return "<p>There is nothing to plot: no stage differs.</p>"
     low = math.floor(math.log10(min(values)))
     high = max(math.ceil(math.log10(max(values))), low + 1)
-    right, top = _WIDTH - 20, 20
+    right, top = _WIDTH - 60, 20  # the last name hangs over
     floor = _HEIGHT - _BOTTOM
 
     def x(place: int) -> float:

@@ -338,7 +338,8 @@ def _download(place: _Repository, filename: str, hub: Mapping[str, Any], alone: 
         if known is not None:  # the cache also remembers what a repository lacks
             raise AbsentFileError(f"{name} on the Hub had no file {filename} when last asked.")
         raise _Unreachable(
-            f"{name}: {filename} (revision {revision or 'main'}) is not in the cache, and {alone}."
+            f"{name}: no such file or folder here; {filename} of that repository on the Hub "
+            f"(revision {revision or 'main'}) is not in the cache, and {alone}."
         )
     options = {key: value for key, value in hub.items() if key != "proxies"}
     options |= {"revision": revision, "library_name": _LIBRARY, **_proxies(hub)}

@@ -269,8 +269,8 @@ def serializer() -> Any:
         import flatbuffers  # noqa: F401  # JAX asks for it, but does not depend on it
     except ImportError as error:
         raise InputError(
-            "exported programs need the package flatbuffers, which is not installed: "
-            'pip install "vit-flax[export]", or pip install flatbuffers.'
+            "exported programs need the package flatbuffers, which is not installed; run: pip "
+            "install flatbuffers"
         ) from error
     import jax.export
 

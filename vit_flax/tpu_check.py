@@ -236,8 +236,8 @@ def require_compiler(training: bool = False) -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
-            f"checking without a TPU needs {' and '.join(missing)}; run: "
-            'pip install "vit-flax[tpu-check]"'
+            f"checking without a TPU needs {' and '.join(missing)}; run: pip install "
+            '"libtpu==0.0.42.*" optax'
         )
 
 

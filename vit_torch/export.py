@@ -162,12 +162,13 @@ def export(
 
 
 def require(check: bool) -> None:
-    """Raise InputError, naming the extra, where a package is missing that is needed."""
+    """Raise InputError where a package is missing that is needed."""
     needed = ["onnx", "onnxscript", *(["onnxruntime"] if check else [])]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if not missing:
         return
-    text = f'ONNX needs {" and ".join(missing)}, not installed here: pip install "vit-flax[onnx]"'
+    names = " and ".join(missing)
+    text = f"ONNX needs {names}, not installed here; run: pip install {' '.join(missing)}"
     if missing == ["onnxruntime"]:
         text += "; or pass --no-check (in Python `check=False`) to write a file that was not run"
     raise InputError(f"{text}.")

@@ -76,8 +76,8 @@ def _torch(file: DataFile) -> Any:
         import torch
     except ImportError as error:
         raise file.fail(
-            "reading a torch pickle needs torch; run `pip install torch` (or the extra "
-            "`vit-flax[torch]`), or give the weights as safetensors."
+            "reading a torch pickle needs torch; run `pip install torch`, or give the weights as "
+            "safetensors."
         ) from error
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if version < _MINIMUM:
@@ -222,8 +222,8 @@ def write(
         import torch
     except ImportError as error:
         raise InputError(
-            "writing a torch pickle needs torch; run `pip install torch` (or the extra "
-            "`vit-flax[torch]`), or write safetensors, msgpack or npz."
+            "writing a torch pickle needs torch; run `pip install torch`, or write safetensors, "
+            "msgpack or npz."
         ) from error
     for tensor in tensors:
         if not isinstance(getattr(torch, tensor.dtype.name, None), torch.dtype):

@@ -132,7 +132,8 @@ def _mesh_of_sizes(sizes: Any) -> Mesh:
     if data * model > len(devices):
         raise InputError(
             f"`mesh` of {data} x {model} (data x model) needs {data * model} devices; this "
-            f"process has {len(devices)} ({devices[0].device_kind})."
+            f"process has {len(devices)} ({devices[0].device_kind}). Ask for fewer (in the "
+            "commands --devices and --model-parallel)."
         )
     return Mesh(np.array(devices[: data * model]).reshape(data, model), AXES)
 
