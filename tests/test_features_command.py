@@ -341,7 +341,7 @@ def test_resume_goes_on_with_the_same_settings(family, tmp_path, capsys):
     assert "pass --resume to go on" in capsys.readouterr().err
     for option, said in (
         (["--pool", "mean"], "pool 'cls', now 'mean'"),
-        (["--weights", "int8"], "weights None, now 'int8'"),
+        (["--weights", "int8"], "weights not given, now 'int8'"),
         (["--store-dtype", "float16"], "store_dtype 'float32', now 'float16'"),
     ):
         assert run(family, target, "--resume", *option) == 2
