@@ -115,7 +115,11 @@ CASES = {
         {"num_register_tokens": 3, "use_swiglu_ffn": True},
     ),
 }
-RUNS = [(name, size) for name, case in CASES.items() for size in (NATIVE, *case.sizes)]
+RUNS = [
+    pytest.param(name, size, marks=[] if size == NATIVE else pytest.mark.slow)
+    for name, case in CASES.items()
+    for size in (NATIVE, *case.sizes)
+]
 FAMILIES = ("DeiT", "Beit", "Dinov2", "Dinov2WithRegisters")
 
 

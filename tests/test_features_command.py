@@ -478,7 +478,9 @@ def test_a_full_disk_keeps_what_there_is(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc on this system")
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    "suffix", [".npz", *(pytest.param(s, marks=pytest.mark.slow) for s in SUFFIXES if s != ".npz")]
+)
 def test_memory_does_not_grow_with_the_images(tmp_path, suffix):
     script = (
         "import sys, numpy as np\n"

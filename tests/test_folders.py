@@ -221,7 +221,9 @@ print(json.dumps({"old": old, "new": new, "found": found}))
 """
 
 
-@pytest.mark.parametrize("what", ["convert", "convert, new", "save"])
+@pytest.mark.parametrize(
+    "what", ["convert", pytest.param("convert, new", marks=pytest.mark.slow), "save"]
+)
 def test_killed_at_any_step_a_folder_is_old_or_new(tmp_path, what):
     done = subprocess.run(
         [sys.executable, "-c", KILLED, what, str(tmp_path / "place")],

@@ -76,7 +76,10 @@ def of_a_block(name: str) -> bool:
     return ".layer." in name and name.endswith(".weight")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=pytest.mark.slow if i else []) for i, n in enumerate(FAMILIES)],
+)
 def family(request, tmp_path_factory):
     cls, config_class, fields = FAMILIES[request.param]
     config = config_class(**SIZES, **fields)

@@ -57,7 +57,13 @@ SQUARE = [
 ]
 
 
-@pytest.fixture(params=[jnp.float64, jnp.float32], ids=["float64", "float32"])
+# What differs in float64 differs in float32; test_suite.py has quick rows of both.
+@pytest.fixture(
+    params=[
+        pytest.param(jnp.float64, id="float64"),
+        pytest.param(jnp.float32, id="float32", marks=pytest.mark.slow),
+    ]
+)
 def dtype(request):
     with jax.enable_x64(request.param == jnp.float64):
         yield jnp.dtype(request.param)

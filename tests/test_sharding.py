@@ -262,6 +262,7 @@ bench.bench([], folder, batch_sizes=[1, 2, 3], **options)
 """
 
 
+@pytest.mark.slow
 def test_the_network_alone_on_two_devices(folders):
     """With batches that two cannot share."""
     folder, expected = folders["ViT"]

@@ -161,7 +161,13 @@ TRACED = (
 )
 
 
-@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name.endswith(("huge", "giant")) else [])
+        for name in TRACED
+    ],
+)
 def test_the_flax_modules_parameters(name):
     """What `init` would make is what `parameter_shapes` says, in Flax's names and layouts."""
     model = MODELS[name]
