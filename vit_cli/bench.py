@@ -14,6 +14,7 @@ from vit_common.errors import MissingFileError
 
 if TYPE_CHECKING:
     from vit_flax.inference import ImageClassifier
+    from vit_flax.inference.engine import Engine
 
 _PHOTOS = 32  # made where none are given
 _PHOTO_SIZE = (640, 480)
@@ -56,7 +57,7 @@ def bench(
     classify = load_for_inference("ImageClassifier", model, dtype, {**options, **(hub or {})})
     if batch_sizes is None:
         batch_sizes = (1, 8, 32) if classify.engine.platform == "cpu" else (1, 64, 512)
-    batch_sizes = _divisible(batch_sizes, classify.engine.parts_of_batch)
+    batch_sizes = _divisible(batch_sizes, classify.engine)
     result = describe(classify, dtype)
     if not as_json:
         _print_head(result)
@@ -74,12 +75,14 @@ def bench(
     return DONE
 
 
-def _divisible(batch_sizes: Sequence[int], devices: int) -> list[int]:
-    """Sizes that can be split over so many devices, or groups of them; says which were not."""
-    sizes = [-(-size // devices) * devices for size in batch_sizes]
+def _divisible(batch_sizes: Sequence[int], engine: Engine) -> list[int]:
+    """Sizes that can be split over the devices, or groups of them; says which were not."""
+    sizes = [engine.divisible(size) for size in batch_sizes]
     if sizes != list(batch_sizes):
         given, taken = ", ".join(map(str, batch_sizes)), ", ".join(map(str, dict.fromkeys(sizes)))
-        say(f"batches are split over {devices} devices: {given} images become {taken}")
+        say(
+            f"batches are split over {engine.parts_of_batch} devices: {given} images become {taken}"
+        )
     return list(dict.fromkeys(sizes))
 
 

@@ -20,7 +20,6 @@ import math
 import os
 import zipfile
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,9 +27,11 @@ import numpy as np
 
 from vit_cli.partial import (
     PartialFile,
+    batches,
     check_begin,
     check_output,
     check_run,
+    json_line,
     made_of,
     parse_line,
     told,
@@ -87,7 +88,7 @@ class FeatureFile:
         self._run = run or {}
         self._partial, self._rows = Path(f"{path}.partial"), Path(f"{path}.partial.rows")
         check_output(path, SUFFIXES, ".npz")
-        header = _line({"run": self._run})
+        header = json_line({"run": self._run})
         self._names_file = PartialFile(self._partial, header=header)
         with contextlib.ExitStack() as undo:
             undo.callback(self._names_file.close)
@@ -147,14 +148,14 @@ class FeatureFile:
         self.shape, self.count = row.shape, self.count + 1
         self._rows_file.write(row.data)
         self.done.add(file)
-        self._names_file.write(_line({"file": file, "shape": row.shape}))
+        self._names_file.write(json_line({"file": file, "shape": row.shape}))
         return None
 
     def fail(self, file: str, error: str) -> None:
         """An image without features."""
         if file not in self.done:
             self.done.add(file)
-            self._names_file.write(_line({"file": file, "error": error}))
+            self._names_file.write(json_line({"file": file, "error": error}))
 
     def flush(self) -> None:
         """Hand what there is to the system; it survives the end of this process."""
@@ -213,7 +214,7 @@ class FeatureFile:
                 for name in self._names(which):
                     count, longest = count + 1, max(longest, len(name))
                 dtype = np.dtype(f"<U{max(1, longest)}")
-                names = _batches(self._names(which), _NAMES_AT_ONCE)
+                names = batches(self._names(which), _NAMES_AT_ONCE)
                 chunks = (np.array(some, dtype).tobytes() for some in names)
                 _member(archive, which, dtype, (count,), chunks)
             made_with = np.array(json.dumps(self._run))
@@ -258,7 +259,7 @@ class FeatureFile:
             ) as writer,
             open(self._rows, "rb") as rows,
         ):
-            for records in _batches(self._records(), at_once):
+            for records in batches(self._records(), at_once):
                 missing = np.array(["error" in record for record in records])
                 values = np.zeros((len(records), length), self.dtype)
                 count = int((~missing).sum())
@@ -274,10 +275,6 @@ class FeatureFile:
                     ),
                 ]
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    return json.dumps(row).encode() + b"\n"
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -311,10 +308,3 @@ def _member(
         np.lib.format.write_array_header_2_0(stream, header)
         for chunk in chunks:
             stream.write(chunk)
-
-
-def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size` items, the last of fewer."""
-    rest = iter(items)
-    while some := list(islice(rest, size)):
-        yield some

@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vit_cli.partial import (
     PartialFile,
+    batches,
     check_begin,
     check_output,
     check_run,
     claimed,
+    json_line,
     made_of,
     parse_line,
     told,
@@ -79,7 +81,7 @@ class Journal:
         first = part is None or part[0] == 0
         if first:
             check_output(path, SUFFIXES, ".jsonl")
-        header = json.dumps({"run": self._run}).encode() + b"\n"
+        header = json_line({"run": self._run})
         self._file = PartialFile(self._partial, header=header, hint=_HINT)
         try:
             left = leftovers(path)
@@ -139,7 +141,7 @@ class Journal:
         if row["file"] in self.done:  # named twice, or by two folders
             return
         self.done.add(row["file"])
-        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.write(json_line(row))
 
     def flush(self) -> None:
         """Hand the rows so far to the system; they survive the end of this process."""
@@ -249,21 +251,12 @@ class Journal:
             ]
         )
         with pq.ParquetWriter(stream, schema) as writer:
-            batch: list[dict[str, Any]] = []
-
-            def put() -> None:
+            for batch in batches(self._rows(), _ROWS_AT_ONCE):
                 rows = [
                     {n: utf8(v) if isinstance(v, str) else v for n, v in row.items()}
                     for row in batch
                 ]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-                batch.clear()
-
-            for row in self._rows():
-                batch.append(row)
-                if len(batch) == _ROWS_AT_ONCE:
-                    put()
-            put()
 
 
 def check_free(path: str, part: tuple[int, int]) -> None:

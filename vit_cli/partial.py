@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,11 @@ def lock(stream: Any, path: Path, hint: str = "") -> None:
         pass
 
 
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """A row as `parse_line` takes it."""
+    return json.dumps(row).encode() + b"\n"
+
+
 def parse_line(line: bytes) -> dict[str, Any] | None:
     """The JSON object of a line that was written to its end, or None."""
     if not line.endswith(b"\n"):
@@ -281,6 +287,13 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) else None
+
+
+def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` items, the last of fewer."""
+    rest = iter(items)
+    while some := list(islice(rest, size)):
+        yield some
 
 
 def utf8(text: str) -> str:

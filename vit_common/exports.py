@@ -107,6 +107,7 @@ def measure(found: np.ndarray, references: Mapping[str, np.ndarray], dtype: str)
     """
     own = next(iter(references))
     largest = float(np.abs(references[own]).max())
+    bound = BOUNDS.get(dtype, BOUNDS["float32"]) * max(1.0, largest)
     errors = {}
     for name, wanted in references.items():
         if found.shape != wanted.shape:
@@ -120,7 +121,6 @@ def measure(found: np.ndarray, references: Mapping[str, np.ndarray], dtype: str)
                 f"hold such values, or {dtype} cannot hold what it computes; nothing was written."
             )
         errors[name] = float(np.abs(found - wanted).max())
-        bound = BOUNDS.get(dtype, BOUNDS["float32"]) * max(1.0, largest)
         # A half-precision network is as far from a float32 reference as its dtype has it.
         if (name == own or dtype == "float32") and not errors[name] <= bound:  # NaN neither
             raise CheckpointError(

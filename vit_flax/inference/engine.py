@@ -77,10 +77,10 @@ class Engine:
     def bucket(self, images: int, batch_size: int) -> int:
         """The size of batch that so many images are run in: a power of two, at most
         `batch_size`; on several devices, the next multiple of what it is split over."""
-        return self._divisible(min(batch_size, 1 << (images - 1).bit_length()))
+        return self.divisible(min(batch_size, 1 << (images - 1).bit_length()))
 
-    def _divisible(self, size: int) -> int:
-        """The next size that can be split."""
+    def divisible(self, size: int) -> int:
+        """The next size that can be split over the devices."""
         return -(-size // self.parts_of_batch) * self.parts_of_batch
 
     def compile_all(self, work: Hashable, batch_size: int) -> None:
@@ -89,7 +89,7 @@ class Engine:
         the device's memory."""
         batch_size = self.limit(batch_size)
         sizes = {*(1 << i for i in range(batch_size.bit_length())), batch_size}
-        for size in sorted(set(map(self._divisible, sizes))):
+        for size in sorted(set(map(self.divisible, sizes))):
             try:
                 self.compile(work, size)
             except jax.errors.JaxRuntimeError as error:
@@ -101,7 +101,7 @@ class Engine:
         """Compile what a batch padded to `size` is run in, so that `start` need not. What goes
         wrong is left to `Running.rows`, which can do with less memory."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self.compile(work, self.limit(self._divisible(size)))
+            self.compile(work, self.limit(self.divisible(size)))
 
     def compile(self, work: Hashable, size: int) -> jax.stages.Compiled:
         """The program for a batch of that size, which can be split."""
@@ -166,7 +166,7 @@ class Engine:
     def dispatch(self, work: Hashable, pixel_values: np.ndarray, size: int) -> _Arrays:
         """Arrays to come of one part."""
         images = len(pixel_values)
-        size = self.limit(self._divisible(size))
+        size = self.limit(self.divisible(size))
         # Not what happens to be compiled: the bits of a result would depend on what ran before.
         ready = [n for name, n in self._ready if name == work and images <= n <= size]
         size = min(ready, default=size)
@@ -182,7 +182,7 @@ class Engine:
         """Remember that so many images do not fit; raise `error` if that is not why it failed."""
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise error
-        size = self._divisible(size)
+        size = self.divisible(size)
         if size <= self.parts_of_batch:
             raise DeviceError(
                 f"the device's memory does not hold one image of {self.shape[1]} x {self.shape[2]} "
