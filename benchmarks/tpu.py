@@ -1,12 +1,14 @@
 """What does a forward pass cost on a TPU, by XLA's own TPU compiler?
 
-    python benchmarks/tpu.py [--models base large] [--chips v5e v6e] [--workers 2] [--table]
+    python benchmarks/tpu.py [--models base large] [--chips v5e v6e] [--only "class token"]
+        [--workers 2] [--table]
 
 Compiles, and does not run: neither a TPU nor weights are needed, but `pip install
 '.[bench,tpu-check]'` is. Each model at 1024 images on one chip, or the largest power of two
-below it that fits, bfloat16 with float32 parameters; ViT-B beside Transformers' FlaxViT, and both
-with bfloat16 parameters too. Writes `results/tpu.json` after every row (rows of other models made
-with the same versions stay), and the table in `docs/tpu.md`; `--table` writes that alone.
+below it that fits, bfloat16 with float32 parameters; ViT-B also as `ImageClassifier` runs it,
+beside Transformers' FlaxViT, and both with bfloat16 parameters too. Writes `results/tpu.json`
+after every row (other rows made with the same versions stay), and the table in `docs/tpu.md`;
+`--table` writes that alone.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from common import RESULTS, ROOT, run_process, write_result
 MODELS = ("base", "small", "tiny", "large", "huge", "giant")
 OURS, THEIRS = "vit_flax", "Transformers FlaxViT"
 HALF = ", bfloat16 parameters"
+FRONT = ", last block for the class token"
 BATCH = 1024
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
@@ -38,6 +41,8 @@ def compile_one(contender: str, model: str, chip: str) -> dict[str, Any]:
         mesh = tpu_check.chip_mesh(chip, devices=1)
         while True:
             build = transformers_forward if contender.startswith(THEIRS) else ours
+            if contender.endswith(FRONT):
+                build = ours_for_the_class_token
             built = build(model, mesh, batch)
             if contender.endswith(HALF):
                 built = with_half_parameters(built)
@@ -63,12 +68,18 @@ def compile_one(contender: str, model: str, chip: str) -> dict[str, Any]:
     }
 
 
-def ours(model: str, mesh: Any, batch: int) -> Any:
+def ours(model: str, mesh: Any, batch: int, front_tokens: int | None = None) -> Any:
     """The package's classifier."""
     from vit_common.presets import preset
     from vit_flax import tpu_check
 
-    return tpu_check.forward(preset(model, num_labels=1000), mesh, batch=batch, dtype="bfloat16")
+    config = preset(model, num_labels=1000)
+    return tpu_check.forward(config, mesh, batch=batch, dtype="bfloat16", front_tokens=front_tokens)
+
+
+def ours_for_the_class_token(model: str, mesh: Any, batch: int) -> Any:
+    """The same as `ImageClassifier` runs it."""
+    return ours(model, mesh, batch, front_tokens=1)
 
 
 def transformers_forward(model: str, mesh: Any, batch: int) -> Any:
@@ -138,7 +149,7 @@ def order(row: dict[str, Any]) -> tuple[Any, ...]:
     """Small models first, ours before theirs."""
     sizes = ("tiny", "small", "base", "large", "huge", "giant")
     contender = row["contender"]
-    place = (contender.endswith(HALF), contender.startswith(THEIRS))
+    place = (contender.endswith(HALF), contender.startswith(THEIRS), contender)
     return row["chip"], sizes.index(row["model"]), *place
 
 
@@ -155,6 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--chips", nargs="+", default=["v5e", "v6e"])
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="ends of contenders' names")
     parser.add_argument("--workers", type=int, default=1, help="programs compiled at once")
     parser.add_argument("--table", action="store_true", help="only write the table again")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
@@ -175,9 +187,10 @@ def main() -> None:
     if "base" in arguments.models:
         jobs[len(arguments.chips) : len(arguments.chips)] = [
             (contender, "base", chip)
-            for contender in (THEIRS, OURS + HALF, THEIRS + HALF)
+            for contender in (OURS + FRONT, THEIRS, OURS + HALF, THEIRS + HALF)
             for chip in arguments.chips
         ]
+    jobs = [job for job in jobs if not arguments.only or job[0].endswith((*arguments.only,))]
     lock = threading.Lock()
 
     def run(job: tuple[str, str, str]) -> None:

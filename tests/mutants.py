@@ -55,6 +55,7 @@ SCANNED_TRAINING = f"{_SCAN}training_is_that_of_the_blocks_one_by_one[vit-"
 SCANNED_TRAINING += "dots_with_no_batch_dims_saveable]"
 SCANNED_DRAWS = f"{_SCAN}every_block_draws_its_own_masks"
 STACK = f"{_SCAN}stack_and_unstack_are_inverses[None-float32]"
+FRONT = "tests/test_front_tokens.py::test_logits_are_those_of_the_torch_reference"
 SOFTMAX = "tests/test_suite.py::test_softmax_in_half_precision"
 
 
@@ -460,6 +461,20 @@ MUTANTS = [
         "_scaled(total[...], width).astype",
         "total[...].astype",
         TILED,
+    ),
+    Mutant(
+        "biases of the last tokens for those in front",
+        FLAX,
+        "bias = bias[:, :, :F]",
+        "bias = bias[:, :, S - F :]",
+        f"{FRONT}[beit, biases of a block]",
+    ),
+    Mutant(
+        "the first block cut, not the last",
+        FLAX,
+        "last if name == str(L - 1) else whole",
+        "last if name == str(0) else whole",
+        f"{FRONT}[vit]",
     ),
 ]
 

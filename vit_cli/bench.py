@@ -90,15 +90,13 @@ def describe(classify: ImageClassifier, dtype: str) -> dict[str, Any]:
     """What is measured, and on what."""
     import jax
 
-    from vit_common.flops import forward_flops
-
-    config, device = classify.config, jax.devices()[0]
+    device = jax.devices()[0]
     return {
         "device": device.device_kind,
         "devices": jax.local_device_count(),
         "dtype": dtype,
         "image_size": list(classify.image_size),
-        "gflop_per_image": forward_flops(config) / 1e9,
+        "gflop_per_image": classify.flops / 1e9,
         "workers": classify.workers,
         "jax": jax.__version__,
     }

@@ -6,7 +6,9 @@ from vit_common.config import ViTConfig
 from vit_common.parameters import Head
 
 
-def multiply_adds(config: ViTConfig, head: Head | None = "classifier") -> int:
+def multiply_adds(
+    config: ViTConfig, head: Head | None = "classifier", *, front_tokens: int | None = None
+) -> int:
     """Multiply-adds of one forward pass over one image at the native size.
 
     Matrix products only: patch projection, attention with both of its S x S products, MLP and
@@ -16,15 +18,17 @@ def multiply_adds(config: ViTConfig, head: Head | None = "classifier") -> int:
     Args:
         config: the sizes.
         head: as in `parameter_shapes`; None leaves the head out.
+        front_tokens: of how many tokens the last block is computed; None means all.
     """
     D, inner, N = config.hidden_size, config.intermediate_size, config.num_patches
     S = config.num_prefix_tokens + N
     patch = config.patch_height_width[0] * config.patch_height_width[1]
-    projections = 4 * S * D * D  # query, key, value and output
-    attention = 2 * S * S * D
-    mlp = (3 if config.use_swiglu_ffn else 2) * S * D * inner
-    total = N * patch * config.num_channels * D
-    total += config.num_hidden_layers * (projections + attention + mlp)
+    # For each token: query and output, both products of attention, MLP; then key and value.
+    token = 2 * D * D + 2 * S * D + (3 if config.use_swiglu_ffn else 2) * D * inner
+    block = S * token + 2 * S * D * D
+    total = N * patch * config.num_channels * D + config.num_hidden_layers * block
+    if front_tokens is not None and config.num_hidden_layers:
+        total -= (S - front_tokens) * token
     if head == "classifier":
         total += config.classifier_width * config.num_labels
         if config.use_representation_layer:
@@ -38,6 +42,8 @@ def multiply_adds(config: ViTConfig, head: Head | None = "classifier") -> int:
     return total
 
 
-def forward_flops(config: ViTConfig, head: Head | None = "classifier") -> int:
+def forward_flops(
+    config: ViTConfig, head: Head | None = "classifier", *, front_tokens: int | None = None
+) -> int:
     """Floating point operations of one forward pass: two for each of `multiply_adds`."""
-    return 2 * multiply_adds(config, head)
+    return 2 * multiply_adds(config, head, front_tokens=front_tokens)

@@ -30,6 +30,13 @@ def class_name(config: ViTConfig, head: Head | None) -> str:
     return config.class_stem() + _CLASSES[head]
 
 
+def head_tokens(config: ViTConfig, head: Head | None) -> int | None:
+    """How many tokens, from the first, the head looks at; None where patches are among them."""
+    if head == "teacher":
+        return 2
+    return 1 if head == "classifier" and config.pooling == "cls" else None
+
+
 HEAD_PARAMETERS = (
     "classifier.",
     "cls_classifier.",

@@ -35,6 +35,7 @@ from vit_common.exports import (
 )
 from vit_common.files import check_target, staged
 from vit_common.image_processor import BaseImageProcessor
+from vit_common.parameters import head_tokens
 from vit_common.predictions import Prediction
 from vit_flax.exported import (
     CHECK,
@@ -216,7 +217,11 @@ def _program(model: Any, output: str, processor: BaseImageProcessor | None) -> C
 
 
 def _outputs(model: Any, output: str, params: Any, pixel_values: Any) -> jax.Array:
-    found = model(
+    head = None if output == "features" else model.head
+    front = head_tokens(model.config, head)
+    if output == "features" and model.config.use_cls_token:
+        front = 1
+    found = model.with_front_tokens(front)(
         pixel_values,
         params=params,
         output_attentions=False,

@@ -101,6 +101,8 @@ class FlaxViTPart(nn.Module):
         attn_implementation: the attention kernel, see `vit_flax.attention`.
         scan_layers: compile one block and run it L times, over stacked parameters.
         remat_policy: one of `REMAT_POLICIES`, for `config.gradient_checkpointing`.
+        front_tokens: how many tokens in front the last block gives, which is all that a head on
+            them needs; None means every token. With `scan_layers` it gives every token always.
     """
 
     config: ViTConfig
@@ -110,6 +112,7 @@ class FlaxViTPart(nn.Module):
     attn_implementation: str = "auto"
     scan_layers: bool = False
     remat_policy: str = "nothing_saveable"
+    front_tokens: int | None = None
 
 
 def options(part: FlaxViTPart) -> dict[str, Any]:
@@ -122,6 +125,7 @@ def options(part: FlaxViTPart) -> dict[str, Any]:
         "attn_implementation": part.attn_implementation,
         "scan_layers": part.scan_layers,
         "remat_policy": part.remat_policy,
+        "front_tokens": part.front_tokens,
     }
 
 
@@ -316,7 +320,7 @@ class FlaxViTRelativePositionBias(FlaxViTPart):
 
 
 class FlaxViTSelfAttention(FlaxViTPart):
-    """Query, key and value of every head, and their attention."""
+    """Query, key and value of every head, and their attention; F tokens in front attend."""
 
     def setup(self):
         D = self.config.hidden_size
@@ -341,7 +345,11 @@ class FlaxViTSelfAttention(FlaxViTPart):
             own = self.relative_position_bias(grid)
             bias = own if bias is None else bias + own  # (1, A, S, S)
         A = self.config.num_attention_heads
-        query = self.query(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
+        front = hidden_states[:, : self.front_tokens]  # (B, F, D)
+        F = front.shape[1]
+        if bias is not None:
+            bias = bias[:, :, :F]  # (1, A, F, S)
+        query = self.query(front).reshape(B, F, A, D // A)  # (B, F, A, D/A)
         key = self.key(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
         value = self.value(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
         context, probabilities = attention(
@@ -355,7 +363,7 @@ class FlaxViTSelfAttention(FlaxViTPart):
             implementation=self.attn_implementation,
             precision=self.precision,
         )
-        return context.reshape(B, S, D), probabilities  # (B, S, D), (B, A, S, S)
+        return context.reshape(B, F, D), probabilities  # (B, F, D), (B, A, F, S)
 
     def active_dropout(self, probabilities):
         """Dropout as it is in training."""
@@ -437,7 +445,8 @@ class FlaxViTDropPath(nn.Module):
 
 
 class FlaxViTLayer(FlaxViTPart):
-    """One pre-norm block: attention and MLP, each with a residual."""
+    """One pre-norm block: attention and MLP, each with a residual. With `front_tokens`, of those
+    alone: the others are looked at, and nothing is made of them."""
 
     def setup(self):
         self.attention = FlaxViTAttention(**options(self))
@@ -475,7 +484,7 @@ class FlaxViTLayer(FlaxViTPart):
         if self.config.has_layer_scale:
             attention_output = attention_output * self.lambda_1.astype(self.dtype)
         attention_output = self.drop_path(attention_output, drop_path_rate, deterministic)
-        hidden_states = attention_output + hidden_states
+        hidden_states = attention_output + hidden_states[:, : self.front_tokens]
         mlp_output = self.intermediate(self.layernorm_after(hidden_states))
         mlp_output = self.output(mlp_output, deterministic)
         if self.config.has_layer_scale:
@@ -499,7 +508,10 @@ class FlaxViTLayerCollection(FlaxViTPart):
                 policy=getattr(jax.checkpoint_policies, self.remat_policy),
             )
         names = [STACKED] if self.scan_layers and L else [str(i) for i in range(L)]
-        self.layers = [layer(**options(self), name=name) for name in names]
+        whole, last = options(self) | {"front_tokens": None}, options(self)
+        self.layers = [
+            layer(**(last if name == str(L - 1) else whole), name=name) for name in names
+        ]
 
     def __call__(
         self,
@@ -590,6 +602,8 @@ def spread_head_mask(head_mask, config: ViTConfig):
 
 def mean_of_patches(hidden_states, config: ViTConfig):
     """(B, S, D) -> (B, D): the mean of the tokens that are patches."""
+    if hidden_states.shape[1] <= config.num_prefix_tokens:
+        raise InputError("the mean of the patches needs all tokens: `front_tokens` must be None.")
     return jnp.mean(hidden_states[:, config.num_prefix_tokens :], axis=1)
 
 

@@ -31,6 +31,7 @@ from convert.source import config_from_dict, open_source, read_config_file
 from vit_common.config import ViTConfig, is_timm
 from vit_common.errors import InputError
 from vit_common.flops import forward_flops
+from vit_common.parameters import Head
 from vit_common.presets import PRESETS, preset
 from vit_flax.attention_tpu import NEEDED
 from vit_flax.auto import FlaxAutoModelForImageClassification
@@ -356,17 +357,19 @@ def forward(
     dtype: str,
     teacher: bool = False,
     attn_implementation: str = "auto",
+    front_tokens: int | None = None,
 ) -> Built:
-    """Logits of `batch` images on each device."""
+    """Logits of `batch` images on each device; `front_tokens` as `with_front_tokens` takes them."""
     everywhere, split = _shardings(mesh)
-    model = _model(config, dtype, teacher, attn_implementation)
+    model = _model(config, dtype, teacher, attn_implementation).with_front_tokens(front_tokens)
     jitted = jax.jit(
         lambda params, pixel_values: model(pixel_values, params=params, return_dict=True).logits,
         in_shardings=(everywhere, split),
         out_shardings=split,
     )
     arguments = (model.params_shape_tree, _pixels(config, batch * mesh.size, dtype))
-    flops = batch * forward_flops(config, "teacher" if teacher else "classifier")
+    head: Head = "teacher" if teacher else "classifier"
+    flops = batch * forward_flops(config, head, front_tokens=front_tokens)
     return Built(jitted, arguments, flops, mesh.size, may_communicate=False)
 
 

@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,8 +34,10 @@ from vit_common.errors import (
     InputError,
     ViTError,
 )
+from vit_common.flops import forward_flops
 from vit_common.hub import split_hub_options
 from vit_common.image_processor import BaseImageProcessor
+from vit_common.parameters import head_tokens
 from vit_common.predictions import (
     AS_IN_A_PICTURE,
     Prediction,
@@ -57,7 +58,8 @@ from vit_flax.inference.engine import Engine, Running
 from vit_flax.inference.reader import Batch, Reader
 from vit_flax.inference.sharding import MeshLike, make_mesh, param_shardings, place
 from vit_flax.int8 import check_weights, quantize
-from vit_flax.model import mean_of_patches
+from vit_flax.model import FlaxViTModule, mean_of_patches
+from vit_flax.model import options as options_of
 from vit_flax.pixels import normalize
 
 
@@ -531,36 +533,25 @@ class ImageEncoder:
         """Arrays with a row for each image, in float32."""
         if self.normalize_on_device:
             pixel_values = normalize(pixel_values, self.image_processor)
-        output = self.model(
-            pixel_values,
-            params=params,
+        arrays = self._values(work, params, pixel_values)
+        return tuple(array.astype(jnp.float32) for array in arrays)
+
+    def _values(self, work: _Work, params: Any, pixel_values: jax.Array) -> list[jax.Array]:
+        """What is wanted of the network, whatever stands on it."""
+        config = self.config
+        kwargs = options_of(self.model.module)
+        kwargs["front_tokens"] = 1 if work.pool == "cls" else None
+        output: Any = FlaxViTModule(**kwargs, add_pooling_layer=False).apply(
+            {"params": params.get(config.base_model_prefix, params)},  # alone it has no prefix
+            pixel_values.transpose(0, 2, 3, 1),  # (B, H, W, C)
             return_dict=True,
             output_hidden_states=work.kind == "features",
             output_attentions=work.kind == "attention",
         )
-        return tuple(array.astype(jnp.float32) for array in self._values(work, params, output))
-
-    def _values(self, work: _Work, params: Any, output: Any) -> list[jax.Array]:
-        """What is wanted of the network's output."""
         if work.kind == "attention":
             return [output.attentions[i] for i in work.layers]  # (B, A, S, S)
-        return [self._pooled(params, output.hidden_states, i, work.pool) for i in work.layers]
-
-    def _pooled(self, params: Any, hidden_states: Any, layer: int, pool: str | None) -> jax.Array:
-        """A block's output; the last one's after the final norm, where that is on the tokens."""
-        x, config = hidden_states[layer + 1], self.config
-        network = params.get(config.base_model_prefix, params)  # a base network has no prefix
-        if layer == config.num_hidden_layers - 1 and "layernorm" in network:
-            norm = nn.LayerNorm(
-                epsilon=config.layer_norm_eps,
-                dtype=self.model.dtype,
-                use_fast_variance=False,
-                force_float32_reductions=True,
-            )
-            x = norm.apply({"params": network["layernorm"]}, x)
-        if pool == "cls":
-            return x[:, 0]
-        return mean_of_patches(x, config) if pool == "mean" else x
+        states = [*output.hidden_states[1:-1], output.last_hidden_state]
+        return [_pooled(states[i], work.pool, config) for i in work.layers]
 
 
 class ImageClassifier(ImageEncoder):
@@ -650,6 +641,12 @@ class ImageClassifier(ImageEncoder):
         self._add(_PROBABILITIES)
         self.engine.compile_all(_PROBABILITIES, batch_size)
 
+    @property
+    def flops(self) -> int:
+        """Floating point operations in the matrix products of one image: see `vit_common.flops`."""
+        front = None if self.model.scan_layers else self._front_tokens
+        return forward_flops(self.config, self.model.head, front_tokens=front)
+
     def runner(self, batch_size: int) -> Callable[[np.ndarray], np.ndarray]:
         """The network alone, compiled for one size of batch: from prepared pixels (B, C, H, W) to
         probabilities (B, K) of float32, both in the host's memory."""
@@ -658,11 +655,29 @@ class ImageClassifier(ImageEncoder):
         self.engine.compile_ahead(_PROBABILITIES, batch_size)
         return lambda pixels: self.engine.start(_PROBABILITIES, pixels, batch_size).rows()[0]
 
-    def _values(self, work: _Work, params: Any, output: Any) -> list[jax.Array]:
+    def _values(self, work: _Work, params: Any, pixel_values: jax.Array) -> list[jax.Array]:
         if work.kind != "probabilities":
-            return super()._values(work, params, output)
+            return super()._values(work, params, pixel_values)
+        model = self.model.with_front_tokens(self._front_tokens)
+        output = model(
+            pixel_values,
+            params=params,
+            output_attentions=False,
+            output_hidden_states=False,
+            return_dict=True,
+        )
         logits = output.logits.astype(jnp.float32)  # (B, K)
         return [jax.nn.sigmoid(logits) if self.several else jax.nn.softmax(logits, axis=-1)]
+
+    @property
+    def _front_tokens(self) -> int | None:
+        return head_tokens(self.config, self.model.head)
+
+
+def _pooled(hidden_states: jax.Array, pool: str | None, config: ViTConfig) -> jax.Array:
+    if pool == "cls":
+        return hidden_states[:, 0]
+    return mean_of_patches(hidden_states, config) if pool == "mean" else hidden_states
 
 
 def _values(results: Generator[Result, None, None]) -> list[Any]:

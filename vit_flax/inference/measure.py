@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_common.flops import forward_flops
 from vit_flax.inference.classifier import ImageClassifier, Timings
 
 
@@ -91,7 +90,7 @@ def network_rate(
     # As many rows as are worked on at once, but enough to fill any device, and not without end.
     rows = int(np.clip(batch_size * classify.engine.tokens, 512, 16_384))
     products = Products(config, rows, classify.model.dtype)
-    flops = forward_flops(config)
+    flops = classify.flops
     samples, limits = [], []
     for _ in range(rounds):
         limits.append(products.rate(seconds / 4) / flops)
