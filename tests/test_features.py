@@ -179,6 +179,17 @@ def test_a_sheet_holds_every_picture():
     assert sheet.getpixel((17, 14)) == (255, 255, 255)
 
 
+def test_captions_stand_under_their_pictures():
+    tiles = [PIL.Image.new("RGB", (160, 80), "red") for _ in range(3)]
+    sheet = np.asarray(contact_sheet(tiles, 2, ["image", "", "head 1"]))
+    assert sheet.shape == (204, 324, 3)  # letters of 10, in bands of 20
+    dark = (sheet < 64).all(axis=-1)
+    assert dark[80:100, :160].any()
+    assert dark[184:, :160].any()
+    dark[80:100, :160] = dark[184:, :160] = False
+    assert not dark.any()
+
+
 def test_no_attention_is_no_rollout():
     with pytest.raises(InputError, match="at least one"):
         rollout([])

@@ -87,7 +87,8 @@ def attention(
         else:
             tiles = [seen, overlay(seen, maps.mean(axis=0)), *(overlay(seen, m) for m in maps)]
             columns = len(tiles) if len(tiles) <= 6 else math.ceil(1.3 * math.sqrt(len(tiles)))
-            sheet = contact_sheet(tiles, columns)
+            heads = (f"head {i}" for i in range(config.num_attention_heads))
+            sheet = contact_sheet(tiles, columns, ["image", "mean of the heads", *heads])
             what = (
                 f"block {layer % L}: the image, the mean of the heads, "
                 f"heads 0 to {config.num_attention_heads - 1}"

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 
 from vit_common.errors import InputError
 
@@ -82,14 +84,26 @@ def overlay(image: PIL.Image.Image, values: np.ndarray, strength: float = 0.55) 
     return PIL.Image.blend(image, colours, strength)
 
 
-def contact_sheet(images: Sequence[PIL.Image.Image], columns: int, gap: int = 4):
-    """Pictures of one size side by side, row by row, on white."""
+def contact_sheet(
+    images: Sequence[PIL.Image.Image],
+    columns: int,
+    captions: Sequence[str] = (),
+    gap: int = 4,
+) -> PIL.Image.Image:
+    """Pictures of one size side by side, row by row, on white, each over its caption."""
     width, height = images[0].size
+    size = max(10, width // 16) if captions else 0  # of the letters
+    band = height + 2 * size  # what a row takes
     rows = -(-len(images) // columns)
     sheet = PIL.Image.new(
-        "RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white"
+        "RGB", (columns * (width + gap) - gap, rows * (band + gap) - gap), "white"
     )
-    for place, image in enumerate(images):
-        row, column = divmod(place, columns)
-        sheet.paste(image, (column * (width + gap), row * (height + gap)))
+    places = [divmod(place, columns) for place in range(len(images))]
+    for image, (row, column) in zip(images, places, strict=True):
+        sheet.paste(image, (column * (width + gap), row * (band + gap)))
+    if captions:
+        draw, font = PIL.ImageDraw.Draw(sheet), PIL.ImageFont.load_default(size)
+        for caption, (row, column) in zip(captions, places, strict=True):
+            middle = (column * (width + gap) + width // 2, row * (band + gap) + height + size)
+            draw.text(middle, caption, "black", font, anchor="mm")
     return sheet
