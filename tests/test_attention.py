@@ -303,6 +303,7 @@ def run(kernel, biased):
 
 def collectives(compiled):
     text = compiled.as_text()
+    assert ("/vit_attention" in text) == (kernel == "pallas")  # its name, in those of operations
     kinds = "all-gather", "all-to-all", "collective-permute", "all-reduce"
     return [kind for kind in kinds if f" {kind}(" in text or f" {kind}-start(" in text]
 
@@ -324,7 +325,8 @@ for biased in (False, True):
             differ(jax.jit(run(kernel, biased), **options)(q, k, v, c, bias), want)
             # One bias for all heads: its gradient is of the heads of every device.
             one = Sharding(mesh, P())
-            same = {"in_shardings": (rows,) * 4 + (one,), "out_shardings": (rows, (rows,) * 3 + (one,))}
+            same = {"in_shardings": (rows,) * 4 + (one,),
+                    "out_shardings": (rows, (rows,) * 3 + (one,))}
             differ(jax.jit(run(kernel, biased), **same)(q, k, v, c, bias[:, :1]),
                    run("eager", biased)(q, k, v, c, bias[:, :1]))
             if len(names) == 1:
@@ -339,6 +341,14 @@ for biased in (False, True):
                 compiled = jax.jit(mapped, **options).lower(q, k, v, c, bias).compile()
                 assert collectives(compiled) == summed, (biased, check, kernel)
                 differ(jax.jit(mapped, **options)(q, k, v, c, bias), want)
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=explicit)
+    rows, heads = Sharding(mesh, P("data", None, "model")), Sharding(mesh, P(None, "model"))
+    given = [jax.device_put(x, rows) for x in (q, k, v, c)] + [jax.device_put(bias, heads)]
+    for kernel in ("pallas", "cpu"):
+        compiled = jax.jit(run(kernel, biased)).lower(*given).compile()
+        assert collectives(compiled) == summed, (biased, kernel)
+        differ(compiled(*given), want)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, whole = P("data"), P()
     for check in (True, False):
@@ -359,6 +369,17 @@ for biased in (False, True):
         assert "out_specs" in str(error), error
     else:
         raise AssertionError("a result that varies was taken for one that does not")
+from jax._src.cudnn import fused_attention_stablehlo as private
+from vit_flax import attention as module
+private.check_cudnn_version, module.cudnn_missing = lambda: 91300, lambda: None
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
+mapped = jax.shard_map(lambda q, b: attention(q, q, q, bias=b)[0], mesh=mesh, out_specs=P("data"),
+                       in_specs=(P("data"), P()), axis_names={"data"})
+half = jax.ShapeDtypeStruct((8, 9, 6, 32), jnp.bfloat16)
+b = jax.ShapeDtypeStruct((1, 6, 9, 9), jnp.bfloat16)
+text = jax.jit(mapped).trace(half, b).lower(lowering_platforms=("cuda",)).as_text()
+(call,) = [line for line in text.splitlines() if "__cudnn$fmha" in line]
+assert "tensor<4x9x3x32xbf16>" in call and "tensor<1x3x9x9xbf16>" in call, call
 print("done")
 """
 

@@ -46,15 +46,16 @@ needs_compiler = pytest.mark.skipif(
     reason="needs XLA's TPU compiler and optax: pip install '.[tpu-check]'",
 )
 
-SMALL = ViTConfig(
-    hidden_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=128,
-    image_size=32,
-    patch_size=8,
-    num_labels=10,
-)
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_labels": 10,
+}
+SMALL = ViTConfig(**SIZES)
 
 
 def shape(*sizes, dtype=jnp.float32):
@@ -486,15 +487,11 @@ def squares(text, tokens):
 @needs_compiler
 @pytest.mark.parametrize("biased", [False, True])
 def test_each_chip_computes_its_own_heads(biased):
-    sizes = {**SMALL.to_dict(), "num_hidden_layers": 2}
-    config = BeitConfig(**{**sizes, "use_relative_position_bias": True}) if biased else (
-        ViTConfig(**sizes)
-    )
+    config = BeitConfig(**SIZES, use_relative_position_bias=True) if biased else SMALL
     with libtpu_environment():
         text = on_two_axes(config, batch=4, kernel="auto").as_text()
-    assert len(own_kernels(text)) == 2
-    assert custom_kernels(text) == 2
-    assert collectives(text) == {"all-reduce": 2 * 2}
+    assert len(own_kernels(text)) == custom_kernels(text) == SMALL.num_hidden_layers
+    assert collectives(text) == {"all-reduce": 2 * SMALL.num_hidden_layers}
 
 
 @needs_compiler
@@ -511,11 +508,11 @@ def test_heads_on_two_chips_against_eager():
     assert squares(theirs, 197)
     assert not squares(ours, 197)
     assert product_flops(ours) == product_flops(theirs)
-    accessed, temporary = (
-        [each.cost_analysis()["bytes accessed"] for each in (kernel, eager)],
-        [each.memory_analysis().temp_size_in_bytes for each in (kernel, eager)],
-    )
-    print(accessed, temporary)
+    # Seen: 7.75 of 10.53 GB, and 319 of 663 MB.
+    accessed = [each.cost_analysis()["bytes accessed"] for each in (kernel, eager)]
+    assert accessed[0] <= 0.8 * accessed[1]
+    temporary = [each.memory_analysis().temp_size_in_bytes for each in (kernel, eager)]
+    assert temporary[0] <= 0.55 * temporary[1]
 
 
 @needs_compiler

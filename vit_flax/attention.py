@@ -402,23 +402,31 @@ def _on_every_device(ctx, kernel, shape, bias, forward):
     left = {name: size for name, size in mesh.shape.items() if name not in manual}
     if not left:
         return _unchecked(kernel)
+    # What an array is split over is in its type where axes are explicit, and ours to say elsewhere.
+    explicit = {name for name in left if name in mesh.explicit_axes}
+    types = [_axes(aval.sharding.spec, explicit) for aval in ctx.avals_in]
     B, _, A, _ = shape
-    images: list[str] = []
-    heads: list[str] = []
+    images: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
     for name, size in left.items():
-        if name in HEAD_AXES and A % size == 0:
-            heads, A = [*heads, name], A // size
-        elif name not in HEAD_AXES and B % size == 0:
-            images, B = [*images, name], B // size
-    batch, head = tuple(images) or None, tuple(heads) or None
-    split = PartitionSpec(batch, None, head, None)
+        of_heads = name in types[0][2] if name in explicit else name in HEAD_AXES
+        of_images = name in types[0][0] if name in explicit else not of_heads
+        if of_heads and A % size == 0:
+            heads, A = (*heads, name), A // size
+        elif of_images and B % size == 0:
+            images, B = (*images, name), B // size
+    split = PartitionSpec(images or None, None, heads or None, None)
     operands = [split] * 3
     shared: tuple[str, ...] = ()  # axes whose devices have the same bias
     if bias is not None:
         sizes = (1,) * (4 - len(bias)) + bias  # (B or 1, A or 1, S or 1, S or 1)
-        own = (batch if sizes[0] > 1 else None, head if sizes[1] > 1 else None, None, None)
-        operands.append(PartitionSpec(*own[4 - len(bias) :]))
-        shared = tuple(name for name in (*images, *heads) if name not in {*(own[0] or ()), *(own[1] or ())})
+        own = (images if sizes[0] > 1 else (), heads if sizes[1] > 1 else ())
+        shared = tuple(name for name in images + heads if name not in own[0] + own[1])
+        parts = (own[0] or None, own[1] or None, None, None)
+        operands.append(PartitionSpec(*parts[4 - len(bias) :]))
+    specs = operands if forward else [*operands, split]
+    if explicit and types != [_axes(spec, explicit) for spec in specs]:
+        return None
 
     def run(*local):
         found = kernel(*local)
@@ -429,7 +437,7 @@ def _on_every_device(ctx, kernel, shape, bias, forward):
     mapped = jax.shard_map(
         run,
         mesh=mesh,
-        in_specs=tuple(operands) if forward else (*operands, split),
+        in_specs=tuple(specs),
         out_specs=split if forward else operands,
         axis_names=set(left),
         check_vma=False,
@@ -440,6 +448,12 @@ def _on_every_device(ctx, kernel, shape, bias, forward):
             return mapped(*whole)
 
     return run_mapped
+
+
+def _axes(spec, names):
+    """Which of the names each axis of an array is split over."""
+    every = [(axes,) if isinstance(axes, str) else axes or () for axes in spec]
+    return [tuple(name for name in axes if name in names) for axes in every]
 
 
 def _unchecked(kernel):
