@@ -149,7 +149,7 @@ MUTANTS = [
         "heads of a model axis left to the compiler",
         FLAX_ATTENTION,
         "    if not left:\n        return _unchecked(kernel)\n",
-        "    if not left:\n        return _unchecked(kernel)\n    if manual:\n        return None\n",
+        "    if manual:\n        return None\n",
         SHARDED,
     ),
     Mutant(

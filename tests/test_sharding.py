@@ -94,6 +94,7 @@ def folders(tmp_path_factory):
 def run():
     """Asks a process with eight devices."""
     flags = os.environ.get("XLA_FLAGS", "")
+    package = str(Path(vit_flax.__file__).parents[1])  # the one under test, wherever it was found
     with subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("sharded_run.py"))],
         stdin=subprocess.PIPE,
@@ -101,6 +102,7 @@ def run():
         text=True,
         env={
             **os.environ,
+            "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
         },
