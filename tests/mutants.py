@@ -48,6 +48,7 @@ OFFSET = "tests/test_suite.py::test_norms_far_from_zero"
 _ATTENTION = "tests/test_attention.py::test_"
 WHOLE = f"{_ATTENTION}kernel_of_whole_images_against_torch[(3,17,3,64)-True]"
 DEVICES = f"{_ATTENTION}every_device_computes_its_own_images"
+SHARDED = "tests/test_sharding.py::test_numbers_and_collectives[BEiT-mesh3-pallas]"
 TILED = f"{_ATTENTION}tiled_kernel_against_torch[(2,257,2,64)-128]"
 _SCAN = "tests/test_scan.py::test_"
 SCANNED = f"{_SCAN}every_stage_against_the_torch_reference[vit]"
@@ -135,6 +136,28 @@ MUTANTS = [
         FLAX_ATTENTION,
         'kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma',
         "frozenset()",
+        DEVICES,
+    ),
+    Mutant(
+        "bias of other heads on each device",
+        FLAX_ATTENTION,
+        "        found = kernel(*local)\n        if not forward and shared",
+        "        found = kernel(*local[:3], *(x[:, ::-1] for x in local[3:]))\n"
+        "        if not forward and shared",
+        SHARDED,
+    ),
+    Mutant(
+        "heads of a model axis left to the compiler",
+        FLAX_ATTENTION,
+        "    if not left:\n        return _unchecked(kernel)\n",
+        "    if manual:\n        return None\n",
+        SHARDED,
+    ),
+    Mutant(
+        "gradient of a shared bias from one device",
+        FLAX_ATTENTION,
+        "if not forward and shared:",
+        "if False:",
         DEVICES,
     ),
     Mutant(

@@ -14,10 +14,12 @@ from vit_flax.inference import ImageClassifier
 COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 
 
-def main(folder, mesh, counts):
+def main(folder, mesh, counts, kernel):
     """Probabilities of the first so many images, for each number in `counts`, on a mesh."""
     pictures = list(np.load(f"{folder}/pictures.npy"))
-    classify = ImageClassifier.from_pretrained(folder, mesh=json.loads(mesh))
+    classify = ImageClassifier.from_pretrained(
+        folder, mesh=json.loads(mesh), attn_implementation=kernel
+    )
     out = {"probabilities": {}, "compilations": {}}
     for count in json.loads(counts):
         results = classify(pictures[:count], top_k=1000)
@@ -27,6 +29,11 @@ def main(folder, mesh, counts):
         out["compilations"][count] = classify.compilations
     (text, *_) = [compiled.as_text() for compiled in classify.engine._compiled.values()]
     out["collectives"] = Counter(re.findall(rf" ({COLLECTIVES})(?:-start)?\(", text))
+    S = classify.engine.tokens
+    out["scores"] = [
+        [int(size) for size in sizes.split(",")]
+        for sizes in re.findall(rf" f32\[((?:\d+,)*{S},{S})\][^ ]* dot\(", text)
+    ]
     out["parts"] = {
         "/".join(path): [list(leaf.shape), list(leaf.sharding.shard_shape(leaf.shape))]
         for path, leaf in flatten_dict(classify.engine.params).items()

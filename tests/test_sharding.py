@@ -94,6 +94,7 @@ def folders(tmp_path_factory):
 def run():
     """Asks a process with eight devices."""
     flags = os.environ.get("XLA_FLAGS", "")
+    package = str(Path(vit_flax.__file__).parents[1])  # the one under test, wherever it was found
     with subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("sharded_run.py"))],
         stdin=subprocess.PIPE,
@@ -101,13 +102,15 @@ def run():
         text=True,
         env={
             **os.environ,
+            "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
         },
     ) as process:
 
-        def ask(folder, mesh, counts=COUNTS):
-            process.stdin.write(f"{folder}\t{json.dumps(mesh)}\t{json.dumps(counts)}\n")
+        def ask(folder, mesh, kernel, counts=COUNTS):
+            line = (str(folder), json.dumps(mesh), json.dumps(counts), kernel)
+            process.stdin.write("\t".join(line) + "\n")
             process.stdin.flush()
             return json.loads(process.stdout.readline())
 
@@ -116,22 +119,29 @@ def run():
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh"),
+    ("name", "mesh", "kernel"),
     [
-        ("ViT", "auto"),
-        ("DeiT", BOTH),
-        ("BEiT", MORE),
-        ("DINOv2, SwiGLU", BOTH),
+        ("ViT", "auto", "auto"),
+        ("DeiT", BOTH, "auto"),
+        ("BEiT", MORE, "auto"),
+        ("BEiT", BOTH, "pallas"),
+        ("DINOv2, SwiGLU", BOTH, "auto"),
         *(
-            pytest.param(name, mesh, marks=pytest.mark.slow)
+            pytest.param(name, mesh, "auto", marks=pytest.mark.slow)
             for name in MODELS
             for mesh in (DATA, BOTH, MORE, {"data": 1, "model": 4}, {"data": 3, "model": 2})
         ),
+        *(
+            pytest.param(name, mesh, kernel, marks=pytest.mark.slow)
+            for name in MODELS
+            for mesh, kernel in ((BOTH, "eager"), (DATA, "pallas"), (MORE, "pallas"))
+        ),
     ],
 )
-def test_numbers_and_collectives(folders, run, name, mesh):
+def test_numbers_and_collectives(folders, run, name, mesh, kernel):
+    """Of each device's own heads, with the kernel asked for: of "auto", the one for CPUs."""
     folder, expected = folders[name]
-    out = run(folder, mesh)
+    out = run(folder, mesh, kernel)
     assert out["devices"] == 8
     for count in COUNTS:
         found = np.array(out["probabilities"][str(count)])
@@ -151,6 +161,11 @@ def test_numbers_and_collectives(folders, run, name, mesh):
         assert collectives.pop("all-reduce") == 2 * SMALL["num_hidden_layers"]
         # A SwiGLU's halves lie one after the other: each device sends what others multiply.
         assert set(collectives) <= ({"collective-permute"} if "SwiGLU" in name else set())
+    images, heads = buckets[0] // parts, SMALL["num_attention_heads"] // model
+    S = 18 if name == "DeiT" else 17  # 16 patches and a token or two
+    matrices = {"auto": [[images * heads, S, S]], "pallas": [[S, S]] * heads}.get(kernel)
+    if matrices is not None:  # of a device: the others have theirs as (images, heads, S, S)
+        assert out["scores"] == matrices * SMALL["num_hidden_layers"]
     for path, (shape, part) in out["parts"].items():
         split = np.prod(shape) // np.prod(part)
         in_block = re.search(r"layer/\d+/.*(kernel|bias_table)$", path)

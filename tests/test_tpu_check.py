@@ -5,18 +5,24 @@ skipped without it; `make test-tpu` runs them."""
 import importlib.util
 import json
 import os
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from vit_cli import tpu as command
-from vit_common.config import ViTConfig
+from vit_common.config import BeitConfig, ViTConfig
 from vit_common.errors import InputError, MissingFileError
 from vit_common.flops import forward_flops
 from vit_common.presets import preset
 from vit_flax import tpu_check
 from vit_flax.attention import attention
+from vit_flax.auto import FlaxAutoModelForImageClassification
+from vit_flax.inference.engine import Engine
+from vit_flax.inference.sharding import param_shardings
 from vit_flax.tpu_check import (
     CHIPS,
     Check,
@@ -40,15 +46,16 @@ needs_compiler = pytest.mark.skipif(
     reason="needs XLA's TPU compiler and optax: pip install '.[tpu-check]'",
 )
 
-SMALL = ViTConfig(
-    hidden_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=128,
-    image_size=32,
-    patch_size=8,
-    num_labels=10,
-)
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_labels": 10,
+}
+SMALL = ViTConfig(**SIZES)
 
 
 def shape(*sizes, dtype=jnp.float32):
@@ -454,6 +461,58 @@ def test_attention_kernels_compile(mesh, kernel, gradient):
     # The gradient of a bias is a sum over all images.
     assert failures(checks) == (["no collective"] if biased and gradient else [])
     assert "matrix products 1.0000" in checks["flops"].detail
+
+
+def on_two_axes(config, *, batch, kernel):
+    """The classifier as `ImageClassifier` compiles it, in bfloat16, for four chips: two rows of
+    images, each with two chips that share a network."""
+    cls = FlaxAutoModelForImageClassification.class_for(config)
+    model = cls(config, dtype=jnp.bfloat16, _do_init=False, attn_implementation=kernel)
+    chips = Mesh(chip_mesh("v5e").devices.reshape(2, 2), ("data", "model"))
+    params = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param_shardings(chips, path))
+        for path, leaf in flatten_dict(model.params_shape_tree).items()
+    }
+    pixels = (config.num_channels, *config.image_height_width)
+    engine = Engine(unflatten_dict(params), config, pixels, mesh=chips)
+    engine.add("logits", lambda params, x: (model(x, params=params, return_dict=True).logits,))
+    return engine.compile("logits", batch)
+
+
+def squares(text, tokens):
+    """Operations whose result has a number for each pair of tokens."""
+    return re.findall(rf"= \w+\[[\d,]*\b{tokens},{tokens}[\],]", text)
+
+
+@needs_compiler
+@pytest.mark.parametrize("biased", [False, True])
+def test_each_chip_computes_its_own_heads(biased):
+    config = BeitConfig(**SIZES, use_relative_position_bias=True) if biased else SMALL
+    with libtpu_environment():
+        text = on_two_axes(config, batch=4, kernel="auto").as_text()
+    assert len(own_kernels(text)) == custom_kernels(text) == SMALL.num_hidden_layers
+    assert collectives(text) == {"all-reduce": 2 * SMALL.num_hidden_layers}
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_heads_on_two_chips_against_eager():
+    """Two blocks of large, 512 images. The kernel never writes the scores to memory."""
+    config = preset("large", num_labels=1000, num_hidden_layers=2)
+    with libtpu_environment():
+        kernel = on_two_axes(config, batch=512, kernel="pallas")
+        eager = on_two_axes(config, batch=512, kernel="eager")
+    ours, theirs = kernel.as_text(), eager.as_text()
+    assert collectives(ours) == collectives(theirs) == {"all-reduce": 2 * 2}
+    assert (len(own_kernels(ours)), len(own_kernels(theirs))) == (2, 0)
+    assert squares(theirs, 197)
+    assert not squares(ours, 197)
+    assert product_flops(ours) == product_flops(theirs)
+    # Seen: 7.75 of 10.53 GB, and 319 of 663 MB.
+    accessed = [each.cost_analysis()["bytes accessed"] for each in (kernel, eager)]
+    assert accessed[0] <= 0.8 * accessed[1]
+    temporary = [each.memory_analysis().temp_size_in_bytes for each in (kernel, eager)]
+    assert temporary[0] <= 0.55 * temporary[1]
 
 
 @needs_compiler

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from vit_common.errors import InputError
 
@@ -357,7 +357,7 @@ def _lower(plain, kernels, platform):
 
     def rule(ctx, *operands, implementation, precision):
         query = ctx.avals_in[0]
-        biased = len(ctx.avals_in) - (3 if plain is _eager else 4)
+        biased = len(ctx.avals_in) > (3 if plain is _eager else 4)
         bias = ctx.avals_in[3].shape if biased else None
         name = choose(
             implementation,
@@ -370,53 +370,90 @@ def _lower(plain, kernels, platform):
             cudnn=cudnn_missing() if platform == "cuda" else None,
         ).name
         run = partial(plain, implementation=implementation, precision=precision)
-        if name in ("cpu", "cudnn"):
-            run = partial(kernels[name], precision=precision)
-        elif name == "pallas":
-            kernel = partial(kernels[name], precision=precision, interpret=platform != "tpu")
-            run = _on_every_device(ctx, kernel, query.shape, biased, plain is _eager) or run
+        if name != "eager":
+            options = {"interpret": platform != "tpu"} if name == "pallas" else {}
+            kernel = partial(kernels[name], precision=precision, **options)
+            inside = isinstance(ctx.module_context.axis_context, mlir.SPMDAxisContext)
+            if name == "cudnn" and not inside:
+                run = kernel  # JAX splits it by itself, as its operands are
+            else:
+                run = _on_every_device(ctx, kernel, query.shape, bias, plain is _eager) or run
         return mlir.lower_fun(run, multiple_results=plain is not _eager)(ctx, *operands)
 
     return rule
 
 
-def _on_every_device(ctx, kernel, shape, biased, forward):
+def _on_every_device(ctx, kernel, shape, bias, forward):
     """The kernel on each device's own images and heads; None where it cannot be told which those
-    are. XLA cannot split a kernel, and neither can JAX's custom_partitioning for TPUs."""
+    are. XLA cannot split a kernel, and neither can JAX's custom_partitioning for TPUs; of the one
+    for CPUs it gathers the heads first."""
     where = ctx.module_context.axis_context
     if isinstance(where, mlir.SPMDAxisContext):
-        inside = set(where.manual_axes) == set(where.mesh.axis_names)
-        return _unchecked(kernel) if inside else None
-    if getattr(where, "num_devices", 1) == 1:
-        return kernel
-    mesh = getattr(where, "abstract_mesh", None) or ctx.avals_in[0].sharding.mesh
+        # Inside a `shard_map`; axes that it left to the compiler are split by one of our own.
+        manual = where.manual_axes
+        mesh = where.mesh.abstract_mesh.update_axis_types(dict.fromkeys(manual, AxisType.Manual))
+    else:
+        if getattr(where, "num_devices", 1) == 1:
+            return kernel
+        manual = frozenset()
+        mesh = getattr(where, "abstract_mesh", None) or ctx.avals_in[0].sharding.mesh
     if mesh.empty:
         return None
+    left = {name: size for name, size in mesh.shape.items() if name not in manual}
+    if not left:
+        return _unchecked(kernel)
+    # What an array is split over is in its type where axes are explicit, and ours to say elsewhere.
+    explicit = {name for name in left if name in mesh.explicit_axes}
+    types = [_axes(aval.sharding.spec, explicit) for aval in ctx.avals_in]
     B, _, A, _ = shape
-    images: list[str] = []
-    heads: list[str] = []
-    for name, size in mesh.shape.items():
-        if name in HEAD_AXES and not biased and A % size == 0:
-            heads, A = [*heads, name], A // size
-        elif name not in HEAD_AXES and B % size == 0:
-            images, B = [*images, name], B // size
-    split = PartitionSpec(tuple(images) or None, None, tuple(heads) or None, None)
-    whole = PartitionSpec()
-    operands = (split,) * 3 + (whole,) * biased
+    images: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    for name, size in left.items():
+        of_heads = name in types[0][2] if name in explicit else name in HEAD_AXES
+        of_images = name in types[0][0] if name in explicit else not of_heads
+        if of_heads and A % size == 0:
+            heads, A = (*heads, name), A // size
+        elif of_images and B % size == 0:
+            images, B = (*images, name), B // size
+    split = PartitionSpec(images or None, None, heads or None, None)
+    operands = [split] * 3
+    shared: tuple[str, ...] = ()  # axes whose devices have the same bias
+    if bias is not None:
+        sizes = (1,) * (4 - len(bias)) + bias  # (B or 1, A or 1, S or 1, S or 1)
+        own = (images if sizes[0] > 1 else (), heads if sizes[1] > 1 else ())
+        shared = tuple(name for name in images + heads if name not in own[0] + own[1])
+        parts = (own[0] or None, own[1] or None, None, None)
+        operands.append(PartitionSpec(*parts[4 - len(bias) :]))
+    specs = operands if forward else [*operands, split]
+    if explicit and types != [_axes(spec, explicit) for spec in specs]:
+        return None
 
     def run(*local):
         found = kernel(*local)
-        if not forward and biased and images:
-            found = [*found[:3], jax.lax.psum(found[3], tuple(images))]
+        if not forward and shared:
+            found = [*found[:3], jax.lax.psum(found[3], shared)]
         return found if forward else list(found)
 
-    return jax.shard_map(
+    mapped = jax.shard_map(
         run,
         mesh=mesh,
-        in_specs=operands if forward else (*operands, split),
-        out_specs=split if forward else list(operands),
+        in_specs=tuple(specs),
+        out_specs=split if forward else operands,
+        axis_names=set(left),
         check_vma=False,
     )
+
+    def run_mapped(*whole):
+        with jax.sharding.use_abstract_mesh(mesh):
+            return mapped(*whole)
+
+    return run_mapped
+
+
+def _axes(spec, names):
+    """Which of the names each axis of an array is split over."""
+    every = [(axes,) if isinstance(axes, str) else axes or () for axes in spec]
+    return [tuple(name for name in axes if name in names) for axes in every]
 
 
 def _unchecked(kernel):

@@ -232,8 +232,6 @@ class ImageEncoder:
         devices = make_mesh(mesh, config)
         if devices is not None:
             options["shardings"] = partial(param_shardings, devices)
-            if devices.shape["model"] > 1:  # other kernels cannot be split by the compiler
-                options.setdefault("attn_implementation", "eager")
         model = cls._load_model(
             path, source.head, dtype=dtype, config=config, format=source.table.name, **options
         )

@@ -142,6 +142,8 @@ class Engine:
     @property
     def platform(self) -> str:
         """Of the device that holds the parameters: "cpu", "gpu" or "tpu"."""
+        if self.mesh is not None:
+            return self.mesh.devices.flat[0].platform
         leaf = jax.tree.leaves(self.params)[0]
         return next(iter(leaf.devices())).platform if isinstance(leaf, jax.Array) else "cpu"
 
