@@ -19,7 +19,7 @@ import transformers
 from networks import randomize
 from tolerances import BOUNDS
 
-import vit_cli.feature_file
+import vit_cli.rows
 from vit_cli.feature_file import FeatureFile
 from vit_cli.main import main
 from vit_cli.partial import PartialFile
@@ -376,7 +376,7 @@ def test_nobody_else_begins_while_the_file_is_made(tmp_path, monkeypatch, option
     target = tmp_path / "out.npz"
     file = FeatureFile(str(target))
     file.write(*vectors(1)[0])
-    replace, discard = vit_cli.feature_file.replace_files, PartialFile.discard
+    replace, discard = vit_cli.rows.replace_files, PartialFile.discard
     looked = []
 
     def refused(where):
@@ -393,7 +393,7 @@ def test_nobody_else_begins_while_the_file_is_made(tmp_path, monkeypatch, option
         refused(self.path.name)
         discard(self)
 
-    monkeypatch.setattr("vit_cli.feature_file.replace_files", while_it_is_written)
+    monkeypatch.setattr("vit_cli.rows.replace_files", while_it_is_written)
     monkeypatch.setattr(PartialFile, "discard", while_they_are_deleted)
     file.finish()
     assert looked == ["before", "after", "out.npz.partial.rows", "out.npz.partial"]

@@ -16,8 +16,9 @@ import PIL.Image
 import pytest
 
 from vit_cli.hosts import Cluster, Hosts, _meaning
-from vit_cli.journal import Journal, check_free
+from vit_cli.journal import Journal
 from vit_cli.main import main
+from vit_cli.rows import check_free
 from vit_common.embedded import embedded_checkpoint
 from vit_common.errors import InputError, MissingFileError
 
