@@ -1,9 +1,9 @@
 """Features in a file: one array for all images, with their names.
 
 While images come, the vectors go end to end into `FILE.partial.rows` and the names into
-`FILE.partial`, one JSON object a line (several processes have files of their own, see `rows`);
-neither is ever in memory as a whole. A run that is resumed first cuts both to what they agree on. At
-the end the file is made of them:
+`FILE.partial`, one JSON object a line; several processes have a pair of files each (see `rows`).
+No array is ever in memory as a whole. A run that is resumed first cuts both files to what they
+agree on. At the end the file is made of them:
 
 - `.npz`: `features` (count, ...), `files` (count,); `failed` and `errors`, the images without
   features and why; `made_with`, the settings as JSON.
