@@ -14,15 +14,19 @@ import time
 import numpy as np
 import PIL.Image
 import pytest
+from feature_files import read_features
+from tolerances import BOUNDS
 
 from vit_cli.hosts import Cluster, Hosts, _meaning
-from vit_cli.journal import Journal, check_free
+from vit_cli.journal import Journal
 from vit_cli.main import main
+from vit_cli.rows import check_free
 from vit_common.embedded import embedded_checkpoint
 from vit_common.errors import InputError, MissingFileError
 
 DIGITS = embedded_checkpoint() / "images"
-TOLERANCE = 1e-6  # of a probability: batches are made up otherwise; seen: 0
+TOLERANCE = 1e-6  # of a probability or a feature: batches are made up otherwise; seen: 0
+RESIZED = BOUNDS["reference float32"]  # of a feature: other sizes of batches; seen: 1.8e-6
 
 
 def free_port():
@@ -36,11 +40,16 @@ def environment(**more):
     return {n: v for n, v in os.environ.items() if n != "TF_CPP_MIN_LOG_LEVEL"} | more
 
 
+def command_for(target):
+    """What makes such a file; .parquet is of features here."""
+    return "predict" if target.suffix in (".jsonl", ".csv") else "features"
+
+
 def start(images, target, count, *options, which=None, port=None, instead=None):
     """The processes of a run, some of them a script `instead` of the command."""
     port = port or free_port()
     scripts = instead or {}
-    command = ["predict", str(images), "--output", str(target)]
+    command = [command_for(target), str(images), "--output", str(target)]
     command += ["--coordinator", f"127.0.0.1:{port}", "--lost-after", "5", *options]
     return [
         subprocess.Popen(
@@ -67,7 +76,14 @@ def rows_of(path):
 
 
 def read(path):
-    """File, error, index and probability of each class, or of each image that failed."""
+    """File, error, index and probability of each class, or of each image that failed; or the same
+    with a list of features."""
+    if command_for(path) == "features":
+        features, files, failed, errors, _ = read_features(path)
+        return [
+            *((file, None, None, row.tolist()) for file, row in zip(files, features, strict=True)),
+            *((file, error, None, 0.0) for file, error in zip(failed, errors, strict=True)),
+        ]
     if path.suffix == ".csv":
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
             return [
@@ -104,7 +120,7 @@ def many(tmp_path_factory):
 
 def wait_for_rows(target, processes, rows):
     """Until each process has written so many rows."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while True:
         partials = list(target.parent.glob(f"{target.name}.*-of-*.partial"))
         counts = [len(p.read_bytes().splitlines()) - 1 for p in partials]
@@ -118,7 +134,14 @@ def wait_for_rows(target, processes, rows):
 
 @pytest.mark.parametrize(
     ("count", "suffix"),
-    [(2, "jsonl"), *(pytest.param(4, s, marks=pytest.mark.slow) for s in ("jsonl", "csv"))],
+    [
+        (2, "jsonl"),
+        (2, "npz"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((4, "jsonl"), (4, "csv"), (2, "parquet"), (3, "safetensors"))
+        ),
+    ],
 )
 def test_results_are_those_of_one_process(tmp_path, capsys, count, suffix):
     folder = tmp_path / "images"
@@ -133,7 +156,7 @@ def test_results_are_those_of_one_process(tmp_path, capsys, count, suffix):
     codes, said = ends(start(folder, target, count))
     assert codes[0] == 1, said  # an image failed, in whichever process
     assert set(codes) <= {0, 1}
-    assert main(["predict", str(folder), "--output", str(alone)]) == 1
+    assert main([command_for(alone), str(folder), "--output", str(alone)]) == 1
     capsys.readouterr()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"alone.{suffix}",
@@ -143,7 +166,8 @@ def test_results_are_those_of_one_process(tmp_path, capsys, count, suffix):
     for ours, theirs in zip(read(target), read(alone), strict=True):
         assert ours[:3] == theirs[:3]
         assert ours[3] == pytest.approx(theirs[3], abs=TOLERANCE)
-    assert os.fsdecode(odd) in [row[0] for row in read(target)]
+    names = [row[0] for row in read(target)]
+    assert (odd.encode(errors="backslashreplace").decode() if suffix == "parquet" else odd) in names
 
 
 @pytest.mark.parametrize(
@@ -187,6 +211,49 @@ def test_one_ends_and_the_rest_stop(tmp_path, many, capsys, count, victim, numbe
         assert codes == [0] * again, said
     assert [row["file"] for row in rows_of(target)] == sorted(map(str, many.iterdir()))
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("suffix", "count", "victim", "number", "again"),
+    [
+        ("npz", 2, 1, signal.SIGKILL, 1),
+        ("safetensors", 3, 2, signal.SIGKILL, 2),
+        ("parquet", 2, 2, signal.SIGTERM, 3),
+    ],
+)
+def test_features_when_one_ends(tmp_path, many, capsys, suffix, count, victim, number, again):
+    """Every image has its own vector, whichever process wrote it, and when."""
+    target, whole = tmp_path / f"out.{suffix}", tmp_path / "whole.npz"
+    processes = start(many, target, count, "--batch-size", "4")
+    wait_for_rows(target, processes, 8)
+    processes[victim - 1].send_signal(number)
+    codes, said = ends(processes, 30)
+    asked = number != signal.SIGKILL
+    assert codes.pop(victim - 1) == (130 if asked else -signal.SIGKILL)
+    del said[victim - 1]
+    assert codes == [2] * (count - 1)
+    for each in said:
+        one_line(each, f"process {victim} of {count} ", "--resume goes on from there.")
+    left = [path.name for path in tmp_path.iterdir()]
+    ends_of_names = (".partial", ".partial.rows")
+    parts = [f"{target.name}.{i + 1}-of-{count}" for i in range(count)]
+    assert sorted(left) == sorted(part + end for part in parts for end in ends_of_names)
+    if again == 1:
+        assert main(["features", str(many), "--output", str(target), "--resume"]) == 0
+    else:
+        codes, said = ends(start(many, target, again, "--resume"), 120)
+        assert codes == [0] * again, said
+    features, files, failed, _, _ = read_features(target)
+    assert (files, failed) == (sorted(map(str, many.iterdir())), [])
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+    first = files[:20]  # the rest are links to them
+    assert main(["features", *first, "--output", str(whole)]) == 0
+    capsys.readouterr()
+    wanted = read_features(whole)[0]
+    assert len(np.unique(wanted[:, 0])) == 20
+    wanted = np.resize(wanted, features.shape)
+    np.testing.assert_allclose(features, wanted, rtol=0, atol=RESIZED)
 
 
 @pytest.mark.slow
@@ -242,6 +309,20 @@ def test_processes_started_otherwise(tmp_path):
         "resume True here and False there; force False here and True there",
         "weights None here and 'int8' there",
     )
+
+
+@pytest.mark.slow
+def test_features_started_otherwise(tmp_path):
+    port = free_port()
+    target = tmp_path / "out.npz"
+    first = start(DIGITS, target, 2, "--layers", "-2,-1", which=[1], port=port)
+    second = start(DIGITS, target, 2, "--pool", "mean", which=[2], port=port)
+    codes, said = ends([*first, *second])
+    assert codes == [2, 2]
+    what = "layers [-1] here and [-2, -1] there; pool 'mean' here and 'cls' there"
+    one_line(said[0], "process 2 of 2 stopped:", what)
+    one_line(said[1], "process 2 of 2 was started otherwise than the first:", what)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -326,6 +407,7 @@ def test_no_cluster(tmp_path):
     one_line(done.stderr, "JAX finds no cluster here", "--coordinator HOST:PORT")
 
 
+@pytest.mark.parametrize("command", ["predict", "features"])
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -339,16 +421,25 @@ def test_no_cluster(tmp_path):
         (["--devices", "0"], "must be a positive integer"),
     ],
 )
-def test_options_that_do_not_fit(options, said, capsys):
-    assert main(["predict", "x.png", *options]) == 2
+def test_options_that_do_not_fit(command, options, said, capsys):
+    if command == "features" and "--output" not in options:
+        if "--output" in said:
+            said = "--output FILE is needed"
+        else:
+            options = [*options, "--output", "o.npz"]
+    assert main([command, "x.png", *options]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_devices_that_cannot_be_divided(capsys):
+@pytest.mark.parametrize("command", ["predict", "features"])
+def test_devices_that_cannot_be_divided(tmp_path, capsys, command):
     (image, *_) = DIGITS.iterdir()
-    assert main(["predict", str(image), "--devices", "3", "--model-parallel", "2"]) == 2
+    arguments = [command, str(image)]
+    if command == "features":
+        arguments += ["--output", str(tmp_path / "out.npz")]
+    assert main([*arguments, "--devices", "3", "--model-parallel", "2"]) == 2
     assert "--model-parallel must divide the number of devices, 3" in capsys.readouterr().err
-    assert main(["predict", str(image), "--devices", "1000"]) == 2
+    assert main([*arguments, "--devices", "1000"]) == 2
     assert "needs 1000 devices" in capsys.readouterr().err
 
 

@@ -15,13 +15,13 @@ import numpy as np
 import PIL.Image
 import pytest
 
-import vit_cli.journal
 import vit_cli.partial
+import vit_cli.rows
 from vit_cli.feature_file import FeatureFile
+from vit_cli.job import in_shard
 from vit_cli.journal import Journal
 from vit_cli.main import main
 from vit_cli.partial import PartialFile
-from vit_cli.predict import in_shard
 from vit_common.embedded import embedded_checkpoint
 from vit_common.errors import ExistingFileError, InputError, MissingFileError
 from vit_flax.inference import ImageClassifier, Prediction
@@ -369,7 +369,7 @@ def test_a_folder_that_changes_while_it_is_read(folder, tmp_path, capsys, monkey
         digits[2].unlink()
         (folder / "digit-late.png").write_bytes(digits[0].read_bytes())
 
-    monkeypatch.setattr("vit_cli.predict.find_images", find)
+    monkeypatch.setattr("vit_cli.job.find_images", find)
     target = tmp_path / "out.jsonl"
     assert main(["predict", str(folder), "--output", str(target)]) == 1
     rows = rows_of(target)
@@ -425,7 +425,7 @@ def test_nobody_else_begins_while_the_file_is_made(tmp_path, monkeypatch, option
     second = Journal(str(target), part=(1, 2))
     first.fail("a", "broken")
     second.end()  # without rows, it would delete its file
-    replace, discard = vit_cli.journal.replace_files, PartialFile.discard
+    replace, discard = vit_cli.rows.replace_files, PartialFile.discard
     looked = []
 
     def while_it_is_written(*arguments):
@@ -438,7 +438,7 @@ def test_nobody_else_begins_while_the_file_is_made(tmp_path, monkeypatch, option
         refused(target, **{option: True}, part=(0, 2))
         discard(self)
 
-    monkeypatch.setattr("vit_cli.journal.replace_files", while_it_is_written)
+    monkeypatch.setattr("vit_cli.rows.replace_files", while_it_is_written)
     monkeypatch.setattr(PartialFile, "discard", before_the_last_is_deleted)
     first.finish(["a"])
     assert looked == ["written", "out.jsonl.1-of-2.partial"]

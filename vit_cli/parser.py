@@ -171,6 +171,38 @@ def _add_host_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _several_hosts(options: argparse.Namespace) -> bool:
+    return options.distributed or options.coordinator is not None
+
+
+def _check_hosts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
+    if (options.coordinator is None) != (options.process is None):
+        parser.error("--coordinator HOST:PORT and --process I/N go together")
+    if options.coordinator is not None and options.distributed:
+        parser.error("--distributed finds out what --coordinator and --process say; leave one out")
+    if _several_hosts(options) and options.output is None:
+        parser.error("several hosts write one file; name it with --output FILE")
+    if _several_hosts(options) and options.shard is not None:
+        parser.error("several hosts share the images out themselves; leave --shard out")
+
+
+def _on_hosts(options: argparse.Namespace, run: Callable[[Any], int]) -> Command:
+    """The command as one of several processes, if the options say so."""
+
+    def command() -> int:
+        if not _several_hosts(options):
+            return run(None)
+        from vit_cli.hosts import Cluster, supervised
+
+        cluster = Cluster(
+            options.coordinator, options.process, options.start_timeout, options.lost_after
+        )
+        return supervised(cluster, lambda: run(cluster))
+
+    return command
+
+
 def _add_precision_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--param-dtype",
@@ -252,25 +284,7 @@ def _predict(arguments: Sequence[str]) -> Command:
         parser.error("name at least one image or folder")
     if options.output is None and (options.resume or options.force):
         parser.error("--resume and --force are for --output FILE")
-    several = options.distributed or options.coordinator is not None
-    if (options.coordinator is None) != (options.process is None):
-        parser.error("--coordinator HOST:PORT and --process I/N go together")
-    if options.coordinator is not None and options.distributed:
-        parser.error("--distributed finds out what --coordinator and --process say; leave one out")
-    if several and options.output is None:
-        parser.error("several hosts write one file; name it with --output FILE")
-    if several and options.shard is not None:
-        parser.error("several hosts share the images out themselves; leave --shard out")
-
-    def command() -> int:
-        if several:
-            from vit_cli.hosts import Cluster, supervised
-
-            cluster = Cluster(
-                options.coordinator, options.process, options.start_timeout, options.lost_after
-            )
-            return supervised(cluster, lambda: run(cluster))
-        return run(None)
+    _check_hosts(parser, options)
 
     def run(cluster: Any) -> int:
         from vit_cli.predict import predict
@@ -292,7 +306,7 @@ def _predict(arguments: Sequence[str]) -> Command:
             hub={**_precision(options), **_hub(options)},
         )
 
-    return _limited(options.max_pixels, command)
+    return _limited(options.max_pixels, _on_hosts(options, run))
 
 
 def _layers(text: str) -> tuple[int, ...]:
@@ -334,6 +348,8 @@ def _features(arguments: Sequence[str]) -> Command:
         help="of the numbers in the file (float32)",
     )
     _add_stream_options(parser)
+    _add_device_options(parser)
+    _add_host_options(parser)
     _add_pixel_option(parser)
     _add_hub_options(parser)
     options, names = _parse(
@@ -346,8 +362,9 @@ def _features(arguments: Sequence[str]) -> Command:
         parser.error("name at least one image or folder")
     if options.output is None:
         parser.error("--output FILE is needed")
+    _check_hosts(parser, options)
 
-    def command() -> int:
+    def run(cluster: Any) -> int:
         from vit_cli.features import features
 
         return features(
@@ -362,10 +379,13 @@ def _features(arguments: Sequence[str]) -> Command:
             resume=options.resume,
             force=options.force,
             shard=options.shard,
+            devices=options.devices,
+            model_parallel=options.model_parallel,
+            cluster=cluster,
             hub={**_precision(options), **_hub(options)},
         )
 
-    return _limited(options.max_pixels, command)
+    return _limited(options.max_pixels, _on_hosts(options, run))
 
 
 def _with_value(arguments: Sequence[str], option: str) -> list[str]:

@@ -10,16 +10,30 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from vit_cli.messages import one_line, printable
 
 if TYPE_CHECKING:
+    from vit_common.errors import ViTError
     from vit_flax.inference import Prediction
 
 _FILE, _PROBABILITY, _LABEL = "file", "probability", "label"
 
 
 class Writer(Protocol):
-    """Where results go; what is written may be held back until `flush`."""
+    """Where results go; what is written may be held back until `flush`.
 
-    def write(self, file: str, predictions: Sequence[Prediction]) -> None: ...
+    What `write` returns is why a result cannot be held, if so.
+    """
+
+    def write(self, file: str, value: Any, /) -> ViTError | None: ...
     def flush(self) -> None: ...
+
+
+def as_row(file: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """What is known of an image, as JSON has it."""
+    return {
+        "file": file,
+        "predictions": [
+            {"label": p.label, "index": p.index, "probability": p.probability} for p in predictions
+        ],
+    }
 
 
 class JsonLines:
@@ -29,14 +43,7 @@ class JsonLines:
         self._stream = stream
 
     def write(self, file: str, predictions: Sequence[Prediction]) -> None:
-        table: dict[str, Any] = {
-            "file": file,
-            "predictions": [
-                {"label": p.label, "index": p.index, "probability": p.probability}
-                for p in predictions
-            ],
-        }
-        self._stream.write(json.dumps(table) + "\n")
+        self._stream.write(json.dumps(as_row(file, predictions)) + "\n")
 
     def flush(self) -> None:
         self._stream.flush()
