@@ -1,7 +1,7 @@
 """How many images a second does ViT-B/16 classify, beside its peers and beside matrix products?
 
     python benchmarks/inference.py [--model base] [--batches 1 8 32 64] [--dtype float32]
-        [--device cpu|gpu] [--rounds 5] [--only NAME ...] [--python "NAME=PATH" ...]
+        [--device cpu|gpu] [--rounds 5] [--seconds 0] [--only NAME ...] [--python "NAME=PATH" ...]
 
 Every contender is a process of its own that holds the same random weights; they take turns, one
 forward pass each a round, and their probabilities are compared before anything is timed. "matrix
@@ -91,6 +91,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=BOUNDS, default="float32")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--seconds", type=float, default=0.0, help="more rounds, until vit_flax has run so long"
+    )
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--python", nargs="+", default=[], metavar="NAME=PATH")
     arguments = parser.parse_args()
@@ -121,11 +124,12 @@ def main() -> None:
         rows = {}
         for batch in arguments.batches:
             seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
-            for counted in range(-1, arguments.rounds):
+            for contender in contenders:
+                contender.ask(str(batch))
+            ours = seconds[OURS]
+            while len(ours) < arguments.rounds or sum(ours) < arguments.seconds:
                 for contender in contenders:
-                    found = contender.ask(str(batch))
-                    if counted >= 0:
-                        seconds[contender.name].append(found)
+                    seconds[contender.name].append(contender.ask(str(batch)))
             rows[batch] = seconds
             report(batch, seconds)
         for contender in contenders:
@@ -135,7 +139,7 @@ def main() -> None:
         "model": arguments.model,
         "dtype": arguments.dtype,
         "device": arguments.device,
-        "rounds": arguments.rounds,
+        "rounds": {batch: len(seconds[OURS]) for batch, seconds in rows.items()},
         "contenders": {c.name: c.versions for c in contenders},
         "left_out": left_out,
         "largest_difference_of_a_probability": differences,
