@@ -64,7 +64,7 @@ def start(images, target, count, *options, which=None, port=None, instead=None):
     ]
 
 
-def ends(processes, seconds=60):
+def ends(processes, seconds=120):
     """Exit codes and what was said; none may take longer."""
     deadline = time.monotonic() + seconds
     said = [p.communicate(timeout=max(1, deadline - time.monotonic()))[1] for p in processes]
@@ -207,7 +207,7 @@ def test_one_ends_and_the_rest_stop(tmp_path, many, capsys, count, victim, numbe
         assert main(["predict", str(many), "--output", str(target), "--resume"]) == 0
         assert "of 1500 images are done already" in capsys.readouterr().err
     else:
-        codes, said = ends(start(many, target, again, "--resume"), 120)
+        codes, said = ends(start(many, target, again, "--resume"))
         assert codes == [0] * again, said
     assert [row["file"] for row in rows_of(target)] == sorted(map(str, many.iterdir()))
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
@@ -242,7 +242,7 @@ def test_features_when_one_ends(tmp_path, many, capsys, suffix, count, victim, n
     if again == 1:
         assert main(["features", str(many), "--output", str(target), "--resume"]) == 0
     else:
-        codes, said = ends(start(many, target, again, "--resume"), 120)
+        codes, said = ends(start(many, target, again, "--resume"))
         assert codes == [0] * again, said
     features, files, failed, _, _ = read_features(target)
     assert (files, failed) == (sorted(map(str, many.iterdir())), [])
@@ -287,7 +287,7 @@ def test_two_come_as_the_same(tmp_path):
         for _ in range(2)
     ]
     first = start(DIGITS, tmp_path / "out.jsonl", 3, *options, which=[1], port=port)
-    codes, said = ends([*first, *twice], 60)
+    codes, said = ends([*first, *twice])
     assert codes == [2, 2, 2]
     assert any("each needs its own --process I/N" in each for each in said[1:])
     for each in said:
