@@ -265,6 +265,19 @@ def test_features_of_a_network_without_a_classifier(theirs, tmp_path):
         program.classify(pictures(1))
 
 
+def test_features_beside_a_pooler_of_the_patches(tmp_path):
+    """BEiT's looks at every patch, of which the features are not made."""
+    reference("beit").beit.save_pretrained(tmp_path / "base")
+    base = FlaxAutoModel.from_pretrained(tmp_path / "base", precision="highest")
+    assert base.module.add_pooling_layer
+    export(base, tmp_path / "m.jaxexport", output="features", check=False)
+    theirs = transformers.BeitModel.from_pretrained(tmp_path / "base").eval()
+    x = pixels(2)
+    with torch.no_grad():
+        wanted = theirs(torch.from_numpy(x)).last_hidden_state[:, 0].numpy()
+    close(load(tmp_path / "m.jaxexport")(x), wanted)
+
+
 @pytest.mark.slow
 def test_half_precision_is_computed_and_logits_are_float32(theirs, tmp_path):
     model = ours(theirs[1], dtype="bfloat16", param_dtype="bfloat16")

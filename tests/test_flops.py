@@ -42,6 +42,17 @@ def test_xla_counts_little_more(shape):
     assert 1.0 <= lowered.cost_analysis()["flops"] / forward_flops(config) <= 1.02
 
 
+def test_xla_counts_little_more_of_another_size():
+    config = preset("base", num_labels=1000)
+    model = FlaxViTForImageClassification(config, _do_init=False)
+    images = jax.ShapeDtypeStruct((1, 3, 96, 160), jnp.float32)
+    lowered = jax.jit(lambda p, x: model(x, params=p, interpolate_pos_encoding=True).logits).lower(
+        model.params_shape_tree, images
+    )
+    flops = forward_flops(config, image_size=(96, 160))
+    assert 1.0 <= lowered.cost_analysis()["flops"] / flops <= 1.02
+
+
 def test_heads():
     config = preset("base", num_labels=10)
     network = multiply_adds(config, None)

@@ -18,6 +18,7 @@ from tolerances import BOUNDS
 import vit_flax
 from vit_common.errors import InputError
 from vit_common.flops import forward_flops
+from vit_common.image_processor import ViTImageProcessor
 from vit_common.parameters import head_tokens
 from vit_common.presets import preset
 from vit_flax.inference import ImageClassifier
@@ -181,8 +182,38 @@ def test_too_few(cls, tokens, wanted):
         model.with_front_tokens(tokens)
 
 
-def test_no_mean_of_patches_that_are_not_there():
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_pooler_that_looks_at_the_patches(tokens):
     config = vit_flax.BeitConfig(**SMALL)
-    model = vit_flax.FlaxBeitModel(config, add_pooling_layer=True).with_front_tokens(1)
+    model = vit_flax.FlaxBeitModel(config, _do_init=False)
+    with pytest.raises(InputError, match="must be None, as the pooler of FlaxBeitModel looks at"):
+        model.with_front_tokens(tokens)
+    alone = vit_flax.FlaxBeitModel(config, add_pooling_layer=False).with_front_tokens(tokens)
+    found = alone(np.zeros((1, 3, 16, 16), np.float32))
+    assert found.last_hidden_state.shape == (1, tokens, 24)
+
+
+def test_no_mean_of_patches_that_are_not_there():
+    model = vit_flax.FlaxBeitModel(vit_flax.BeitConfig(**SMALL))
+    module = model.module.clone(front_tokens=1)
     with pytest.raises(InputError, match="mean of the patches needs all tokens"):
-        model(np.zeros((1, 3, 16, 16), np.float32))
+        module.apply({"params": model.params}, np.zeros((1, 16, 16, 3), np.float32))
+
+
+def test_what_the_network_was_built_with_counts():
+    """Not a configuration that was changed since."""
+    config = vit_flax.BeitConfig(**SMALL)
+    model = vit_flax.FlaxBeitForImageClassification(config)
+    x = np.random.default_rng(1).normal(size=(2, 3, 16, 16)).astype(np.float32)
+    want = ImageClassifier(model).runner(2)(x)
+    model.config.use_mean_pooling = False
+    np.testing.assert_array_equal(ImageClassifier(model).runner(2)(x), want)
+
+
+def test_operations_of_an_image_of_another_size():
+    """A network that takes any size is given what its processor makes."""
+    config = vit_flax.Dinov2Config(**{**DINO, "image_size": 32})
+    model = vit_flax.FlaxDinov2ForImageClassification(config)
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    native = vit_flax.Dinov2Config(**DINO)
+    assert ImageClassifier(model, processor).flops == forward_flops(native)

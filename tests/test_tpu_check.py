@@ -464,8 +464,8 @@ def test_attention_kernels_compile(mesh, kernel, gradient):
 
 
 def on_two_axes(config, *, batch, kernel):
-    """The classifier as `ImageClassifier` compiles it, in bfloat16, for four chips: two rows of
-    images, each with two chips that share a network."""
+    """The classifier with all tokens of its last block, as the inference engine compiles it, in
+    bfloat16, for four chips: two rows of images, each with two chips that share a network."""
     cls = FlaxAutoModelForImageClassification.class_for(config)
     model = cls(config, dtype=jnp.bfloat16, _do_init=False, attn_implementation=kernel)
     chips = Mesh(chip_mesh("v5e").devices.reshape(2, 2), ("data", "model"))

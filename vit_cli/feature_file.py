@@ -72,8 +72,9 @@ class FeatureFile(RowFile):
     def _whole(self, partial: Path) -> Callable[[dict[str, Any]], bool]:
         """A name is whole where its vector is."""
         size = 0
-        with contextlib.suppress(FileNotFoundError):
-            size = os.path.getsize(f"{partial}.rows")
+        # Opened, as a shared file system may remember the size that another host's file had.
+        with contextlib.suppress(FileNotFoundError), open(f"{partial}.rows", "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
         count = 0
 
         def whole(row: dict[str, Any]) -> bool:

@@ -7,9 +7,13 @@ from vit_common.parameters import Head
 
 
 def multiply_adds(
-    config: ViTConfig, head: Head | None = "classifier", *, front_tokens: int | None = None
+    config: ViTConfig,
+    head: Head | None = "classifier",
+    *,
+    front_tokens: int | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> int:
-    """Multiply-adds of one forward pass over one image at the native size.
+    """Multiply-adds of one forward pass over one image.
 
     Matrix products only: patch projection, attention with both of its S x S products, MLP and
     head. Norms, softmax, activations and biases are left out; they are less than one percent.
@@ -19,16 +23,18 @@ def multiply_adds(
         config: the sizes.
         head: as in `parameter_shapes`; None leaves the head out.
         front_tokens: of how many tokens the last block is computed; None means all.
+        image_size: (H, W) of the image in pixels; None means the native size.
     """
-    D, inner, N = config.hidden_size, config.intermediate_size, config.num_patches
+    D, inner = config.hidden_size, config.intermediate_size
+    (H, W), P = image_size or config.image_height_width, config.patch_height_width
+    N = (H // P[0]) * (W // P[1])
     S = config.num_prefix_tokens + N
-    patch = config.patch_height_width[0] * config.patch_height_width[1]
     # For each token: query and output, both products of attention, MLP; then key and value.
     token = 2 * D * D + 2 * S * D + (3 if config.use_swiglu_ffn else 2) * D * inner
     block = S * token + 2 * S * D * D
-    total = N * patch * config.num_channels * D + config.num_hidden_layers * block
+    total = N * P[0] * P[1] * config.num_channels * D + config.num_hidden_layers * block
     if front_tokens is not None and config.num_hidden_layers:
-        total -= (S - front_tokens) * token
+        total -= max(0, S - front_tokens) * token
     if head == "classifier":
         total += config.classifier_width * config.num_labels
         if config.use_representation_layer:
@@ -43,7 +49,11 @@ def multiply_adds(
 
 
 def forward_flops(
-    config: ViTConfig, head: Head | None = "classifier", *, front_tokens: int | None = None
+    config: ViTConfig,
+    head: Head | None = "classifier",
+    *,
+    front_tokens: int | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> int:
     """Floating point operations of one forward pass: two for each of `multiply_adds`."""
-    return 2 * multiply_adds(config, head, front_tokens=front_tokens)
+    return 2 * multiply_adds(config, head, front_tokens=front_tokens, image_size=image_size)

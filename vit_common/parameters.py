@@ -30,10 +30,20 @@ def class_name(config: ViTConfig, head: Head | None) -> str:
     return config.class_stem() + _CLASSES[head]
 
 
-def head_tokens(config: ViTConfig, head: Head | None) -> int | None:
-    """How many tokens, from the first, the head looks at; None where patches are among them."""
+def head_tokens(
+    config: ViTConfig, head: Head | None, *, add_pooling_layer: bool = True
+) -> int | None:
+    """How many tokens, from the first, the head looks at; None where patches are among them.
+
+    Args:
+        config: the sizes.
+        head: as in `parameter_shapes`; of a base network it is the pooler that looks.
+        add_pooling_layer: whether a base network has one; without it nothing needs more than 1.
+    """
     if head == "teacher":
         return 2
+    if head is None:
+        return None if add_pooling_layer and config.pooling == "mean" else 1
     return 1 if head == "classifier" and config.pooling == "cls" else None
 
 

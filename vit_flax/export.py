@@ -217,10 +217,10 @@ def _program(model: Any, output: str, processor: BaseImageProcessor | None) -> C
 
 
 def _outputs(model: Any, output: str, params: Any, pixel_values: Any) -> jax.Array:
-    head = None if output == "features" else model.head
-    front = head_tokens(model.config, head)
-    if output == "features" and model.config.use_cls_token:
-        front = 1
+    pooler = getattr(model.module, "add_pooling_layer", False)
+    front = head_tokens(model.config, model.head, add_pooling_layer=pooler)
+    if output == "features" and not model.config.use_cls_token:
+        front = None  # the mean of the patches
     found = model.with_front_tokens(front)(
         pixel_values,
         params=params,

@@ -283,7 +283,8 @@ class FlaxViTPreTrainedModel:
 
         A classifier on the class token looks at nothing else, so it gives the same logits for fewer
         operations: of ViT-B 7% fewer. The last of the `hidden_states` and
-        `last_hidden_state` are (B, `tokens`, D) then.
+        `last_hidden_state` are (B, `tokens`, D) then, the last of the `attentions` (B, A, `tokens`,
+        S). With `scan_layers` the model stays as it is: one program runs all blocks.
 
         Args:
             tokens: from the first; None means all.
@@ -292,15 +293,20 @@ class FlaxViTPreTrainedModel:
             A model that shares the configuration and parameters of this one, which stays as it is.
 
         Raises:
-            InputError: it is no positive number, or the head looks at more tokens.
+            InputError: it is no positive number; or the head, or a base network's pooler, looks at
+                more tokens.
         """
         if tokens is not None:
             tokens = check_positive("tokens", tokens)
-            needed = head_tokens(self._config, self.head)
-            if self.head is not None and (needed is None or tokens < needed):
+            module = self._module
+            pooler = getattr(module, "add_pooling_layer", False)
+            # Of what the network was built with.
+            needed = head_tokens(module.config, self.head, add_pooling_layer=pooler)
+            if needed is None or tokens < needed:
+                what = "pooler" if self.head is None else "head"
                 raise InputError(
                     f"`tokens` must be {'None' if needed is None else f'{needed} or more'}, as the "
-                    f"head of {type(self).__name__} looks at {needed or 'all of them'}; given "
+                    f"{what} of {type(self).__name__} looks at {needed or 'all of them'}; given "
                     f"{tokens}."
                 )
         model = copy.copy(self)  # without the compiled function, see `__getstate__`

@@ -643,7 +643,9 @@ class ImageClassifier(ImageEncoder):
     def flops(self) -> int:
         """Floating point operations in the matrix products of one image: see `vit_common.flops`."""
         front = None if self.model.scan_layers else self._front_tokens
-        return forward_flops(self.config, self.model.head, front_tokens=front)
+        return forward_flops(
+            self.config, self.model.head, front_tokens=front, image_size=self.image_size
+        )
 
     def runner(self, batch_size: int) -> Callable[[np.ndarray], np.ndarray]:
         """The network alone, compiled for one size of batch: from prepared pixels (B, C, H, W) to
@@ -669,7 +671,7 @@ class ImageClassifier(ImageEncoder):
 
     @property
     def _front_tokens(self) -> int | None:
-        return head_tokens(self.config, self.model.head)
+        return head_tokens(self.model.module.config, self.model.head)
 
 
 def _pooled(hidden_states: jax.Array, pool: str | None, config: ViTConfig) -> jax.Array:
