@@ -128,7 +128,13 @@ def test_what_there_is_not(pair, options, said):
 
 
 @pytest.mark.parametrize(
-    "layers", [np.array([1, -1]), [np.int64(1), np.uint8(2)], range(1, 3)], ids=repr
+    "layers",
+    [
+        np.array([1, -1]),
+        pytest.param([np.int64(1), np.uint8(2)], marks=pytest.mark.slow),
+        pytest.param(range(1, 3), marks=pytest.mark.slow),
+    ],
+    ids=repr,
 )
 def test_blocks_by_integers_of_any_type(pair, layers):
     classify, pictures, _ = pair

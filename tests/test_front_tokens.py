@@ -89,6 +89,7 @@ def test_logits_are_those_of_the_torch_reference(pair):
     assert front.params is model.params
 
 
+@pytest.mark.slow
 @some
 def test_a_gradient_is_that_of_the_torch_reference(pair):
     cls, folder, reference, tokens = pair
@@ -134,7 +135,7 @@ def test_operations_of_vit_base():
 
 
 @some
-@pytest.mark.parametrize("layers", [(2,), (0, 2)])
+@pytest.mark.parametrize("layers", [(2,), pytest.param((0, 2), marks=pytest.mark.slow)])
 def test_features_of_the_class_token_compute_no_more(pair, layers):
     cls, folder, _, _ = pair
     classify = ImageClassifier(cls.from_pretrained(folder, attn_implementation="eager"))

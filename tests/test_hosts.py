@@ -135,11 +135,10 @@ def wait_for_rows(target, processes, rows):
 @pytest.mark.parametrize(
     ("count", "suffix"),
     [
-        (2, "jsonl"),
         (2, "npz"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((4, "jsonl"), (4, "csv"), (2, "parquet"), (3, "safetensors"))
+            for case in ((2, "jsonl"), (4, "jsonl"), (4, "csv"), (2, "parquet"), (3, "safetensors"))
         ),
     ],
 )

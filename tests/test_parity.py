@@ -86,8 +86,14 @@ def check_report(report, bound_name: str) -> None:
 
 # -- the twins against each other
 
+STRUCTURES = ("plain", "no qkv bias", "wide pooler", "no layers", "wide image", "flat patches")
 
-@pytest.mark.parametrize("name", CONFIGS)
+
+@pytest.mark.parametrize(
+    "name",
+    # The others differ in a number or in a function that other tests here have too.
+    [pytest.param(name, marks=[] if name in STRUCTURES else pytest.mark.slow) for name in CONFIGS],
+)
 def test_every_stage_of_the_base_network(name, dtype):
     """Twin against twin, and each against Transformers' PyTorch and Flax models."""
     config = make_config(name)

@@ -281,7 +281,7 @@ def test_transformers_torch_reads_what_we_write(tmp_path, head, shards):
         ("hub", "classifier"),
         ("flax", "classifier"),
         ("flax", None),
-        ("flax in shards", "classifier"),
+        pytest.param("flax in shards", "classifier", marks=pytest.mark.slow),
         ("flax-safetensors", None),
     ],
 )

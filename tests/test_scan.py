@@ -409,8 +409,12 @@ def loss_of(model):
 
 @pytest.mark.parametrize(
     ("policy", "scan"),
-    [("nothing_saveable", False), ("dots_with_no_batch_dims_saveable", False)]
-    + [("nothing_saveable", True), ("dots_saveable", True)],
+    [
+        ("dots_with_no_batch_dims_saveable", False),
+        ("nothing_saveable", True),
+        pytest.param("nothing_saveable", False, marks=pytest.mark.slow),
+        pytest.param("dots_saveable", True, marks=pytest.mark.slow),
+    ],
 )
 def test_policies_change_no_gradient(policy, scan, network):
     config, params, want = network
