@@ -168,11 +168,11 @@ def _print_head(result: Mapping[str, Any]) -> None:
 
 def _print_rate(rate: Mapping[str, Any], *, first: bool) -> None:
     if first:
-        print("batch  images/s  range            products alone  share")
+        print(f"batch  images/s   {'range':<22}  products alone  share")
     low, high = rate["range"]
     spread = f"{low:.4g} to {high:.4g}"
     print(
-        f"{rate['batch_size']:<6} {rate['images_per_second']:<9.4g} {spread:<16} "
+        f"{rate['batch_size']:<6} {rate['images_per_second']:<10.4g} {spread:<23} "
         f"{rate['products_alone']:<15.4g} {rate['share']:.0%}",
         flush=True,
     )
