@@ -40,10 +40,10 @@ def compile_one(contender: str, model: str, chip: str) -> dict[str, Any]:
     with tpu_check.libtpu_environment():
         mesh = tpu_check.chip_mesh(chip, devices=1)
         while True:
-            build = transformers_forward if contender.startswith(THEIRS) else ours
-            if contender.endswith(FRONT):
-                build = ours_for_the_class_token
-            built = build(model, mesh, batch)
+            if contender.startswith(THEIRS):
+                built = transformers_forward(model, mesh, batch)
+            else:
+                built = ours(model, mesh, batch, 1 if contender.endswith(FRONT) else None)
             if contender.endswith(HALF):
                 built = with_half_parameters(built)
             program = tpu_check.check_program(
@@ -68,18 +68,13 @@ def compile_one(contender: str, model: str, chip: str) -> dict[str, Any]:
     }
 
 
-def ours(model: str, mesh: Any, batch: int, front_tokens: int | None = None) -> Any:
-    """The package's classifier."""
+def ours(model: str, mesh: Any, batch: int, front_tokens: int | None) -> Any:
+    """The package's classifier; `ImageClassifier` runs it for one front token."""
     from vit_common.presets import preset
     from vit_flax import tpu_check
 
     config = preset(model, num_labels=1000)
     return tpu_check.forward(config, mesh, batch=batch, dtype="bfloat16", front_tokens=front_tokens)
-
-
-def ours_for_the_class_token(model: str, mesh: Any, batch: int) -> Any:
-    """The same as `ImageClassifier` runs it."""
-    return ours(model, mesh, batch, front_tokens=1)
 
 
 def transformers_forward(model: str, mesh: Any, batch: int) -> Any:

@@ -132,6 +132,19 @@ def wait_for_rows(target, processes, rows):
         time.sleep(0.02)
 
 
+def end_one(target, processes, victim, number):
+    """Signal one of the processes, counted from 1, when all have rows; what it said, and what each
+    of the others, which stop."""
+    wait_for_rows(target, processes, 8)
+    processes[victim - 1].send_signal(number)
+    codes, said = ends(processes, 30)
+    asked = number != signal.SIGKILL
+    assert codes.pop(victim - 1) == (130 if asked else -signal.SIGKILL)
+    last = said.pop(victim - 1)
+    assert codes == [2] * len(said)
+    return last, said
+
+
 @pytest.mark.parametrize(
     ("count", "suffix"),
     [
@@ -188,15 +201,10 @@ def test_results_are_those_of_one_process(tmp_path, capsys, count, suffix):
 def test_one_ends_and_the_rest_stop(tmp_path, many, capsys, count, victim, number, again):
     target = tmp_path / "out.jsonl"
     processes = start(many, target, count, "--batch-size", "4")
-    wait_for_rows(target, processes, 8)
-    processes[victim - 1].send_signal(number)
-    codes, said = ends(processes, 30)
+    last, said = end_one(target, processes, victim, number)
     asked = number != signal.SIGKILL
-    assert codes.pop(victim - 1) == (130 if asked else -signal.SIGKILL)
-    last = said.pop(victim - 1)
     if asked:
         assert "--resume goes on from there" in last
-    assert codes == [2] * (count - 1)
     what = "stopped: it was interrupted." if asked else "is gone; process"
     for each in said:
         one_line(each, f"process {victim} of {count} {what}", "--resume goes on from there.")
@@ -225,13 +233,7 @@ def test_features_when_one_ends(tmp_path, many, capsys, suffix, count, victim, n
     """Every image has its own vector, whichever process wrote it, and when."""
     target, whole = tmp_path / f"out.{suffix}", tmp_path / "whole.npz"
     processes = start(many, target, count, "--batch-size", "4")
-    wait_for_rows(target, processes, 8)
-    processes[victim - 1].send_signal(number)
-    codes, said = ends(processes, 30)
-    asked = number != signal.SIGKILL
-    assert codes.pop(victim - 1) == (130 if asked else -signal.SIGKILL)
-    del said[victim - 1]
-    assert codes == [2] * (count - 1)
+    _, said = end_one(target, processes, victim, number)
     for each in said:
         one_line(each, f"process {victim} of {count} ", "--resume goes on from there.")
     left = [path.name for path in tmp_path.iterdir()]

@@ -168,7 +168,7 @@ def _print_head(result: Mapping[str, Any]) -> None:
 
 def _print_rate(rate: Mapping[str, Any], *, first: bool) -> None:
     if first:
-        print(f"batch  images/s   {'range':<22}  products alone  share")
+        print(f"batch  images/s   {'range':<23} products alone  share")
     low, high = rate["range"]
     spread = f"{low:.4g} to {high:.4g}"
     print(

@@ -3,7 +3,6 @@ processes, put through a model, and what comes out is written."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import zlib
 from collections.abc import Callable, Generator
@@ -177,9 +176,8 @@ class Job:
         results, batch_size, printer = self.begin(files)
         writer = printer if target is None else target
         assert writer is not None
-        rich = importlib.util.find_spec("rich") is not None
         done = failed = 0
-        with Progress(len(files), show=rich and hosts is None, what=self.what) as progress:
+        with Progress(len(files), show=hosts is None, what=self.what) as progress:
             try:
                 with interrupt.raises() as asked, closing(results):
                     for result in results:

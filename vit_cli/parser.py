@@ -249,6 +249,20 @@ def _hub(options: argparse.Namespace) -> dict[str, Any]:
 # -- subcommands
 
 
+def _of_a_stream(options: argparse.Namespace) -> dict[str, Any]:
+    """What `vit predict` and `vit features` are told alike."""
+    return {
+        "batch_size": options.batch_size,
+        "dtype": options.dtype,
+        "resume": options.resume,
+        "force": options.force,
+        "shard": options.shard,
+        "devices": options.devices,
+        "model_parallel": options.model_parallel,
+        "hub": {**_precision(options), **_hub(options)},
+    }
+
+
 def _predict(arguments: Sequence[str]) -> Command:
     parser = _parser(
         "vit predict",
@@ -293,17 +307,10 @@ def _predict(arguments: Sequence[str]) -> Command:
             names,
             options.model,
             top_k=options.top_k,
-            batch_size=options.batch_size,
-            dtype=options.dtype,
             as_json=options.json,
             output=options.output,
-            resume=options.resume,
-            force=options.force,
-            shard=options.shard,
-            devices=options.devices,
-            model_parallel=options.model_parallel,
             cluster=cluster,
-            hub={**_precision(options), **_hub(options)},
+            **_of_a_stream(options),
         )
 
     return _limited(options.max_pixels, _on_hosts(options, run))
@@ -374,15 +381,8 @@ def _features(arguments: Sequence[str]) -> Command:
             layers=options.layers,
             pool=None if options.pool == "none" else options.pool,
             store_dtype=options.store_dtype,
-            batch_size=options.batch_size,
-            dtype=options.dtype,
-            resume=options.resume,
-            force=options.force,
-            shard=options.shard,
-            devices=options.devices,
-            model_parallel=options.model_parallel,
             cluster=cluster,
-            hub={**_precision(options), **_hub(options)},
+            **_of_a_stream(options),
         )
 
     return _limited(options.max_pixels, _on_hosts(options, run))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import threading
 import warnings
@@ -22,7 +23,7 @@ class Progress:
 
     Args:
         total: images to come.
-        show: whether a bar may be shown at all.
+        show: whether a bar may be shown at all; none is without rich.
         what: is being done.
     """
 
@@ -30,7 +31,8 @@ class Progress:
         self._bar: Any = None
         self._lock = threading.RLock()
         self._kept: Any = None
-        if show and total > FEW and sys.stderr.isatty():
+        show = show and total > FEW and sys.stderr.isatty()
+        if show and importlib.util.find_spec("rich") is not None:
             from rich import progress
             from rich.console import Console
 

@@ -1,7 +1,9 @@
-"""Checks both twins make at the door of the network; each raises before any arithmetic."""
+"""Checks of arguments, most of which both twins make at the door of the network; each raises before
+any arithmetic."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +11,24 @@ import numpy as np
 
 from vit_common.config import ViTConfig
 from vit_common.errors import InputError
+
+
+def as_integer(value: Any) -> int | None:
+    """A value of any type of integers, numpy's too, as an int; None for others, a bool too."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def check_positive(name: str, value: Any) -> int:
+    """The value as an int; raises InputError unless it is a positive integer."""
+    number = as_integer(value)
+    if number is None or number < 1:
+        raise InputError(f"`{name}` must be a positive integer; given {value!r}.")
+    return number
 
 
 def check_image(

@@ -3,7 +3,6 @@ takes, and the likeliest classes of what it gives."""
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 import PIL.Image
 
 from vit_common.config import ViTConfig
-from vit_common.errors import ConfigError, ImageError, InputError, ViTError
+from vit_common.errors import ConfigError, ImageError, ViTError
 from vit_common.image_processor import BaseImageProcessor, ViTImageProcessor
 from vit_common.images import convert_mode, load_image
 
@@ -37,24 +36,6 @@ class Prediction:
 def are_many(images: Any) -> bool:
     """Whether a call was given several images, and not one."""
     return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
-
-
-def as_integer(value: Any) -> int | None:
-    """A value of any type of integers, numpy's too, as an int; None for others, a bool too."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
-def check_positive(name: str, value: Any) -> int:
-    """The value as an int; raises InputError unless it is a positive integer."""
-    number = as_integer(value)
-    if number is None or number < 1:
-        raise InputError(f"`{name}` must be a positive integer; given {value!r}.")
-    return number
 
 
 def likeliest(

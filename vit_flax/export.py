@@ -35,7 +35,6 @@ from vit_common.exports import (
 )
 from vit_common.files import check_target, staged
 from vit_common.image_processor import BaseImageProcessor
-from vit_common.parameters import head_tokens
 from vit_common.predictions import Prediction
 from vit_flax.exported import (
     CHECK,
@@ -217,8 +216,7 @@ def _program(model: Any, output: str, processor: BaseImageProcessor | None) -> C
 
 
 def _outputs(model: Any, output: str, params: Any, pixel_values: Any) -> jax.Array:
-    pooler = getattr(model.module, "add_pooling_layer", False)
-    front = head_tokens(model.config, model.head, add_pooling_layer=pooler)
+    front = model.head_tokens
     if output == "features" and not model.config.use_cls_token:
         front = None  # the mean of the patches
     found = model.with_front_tokens(front)(

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vit_common.checks import check_positive
 from vit_common.containers import safetensors_file
 from vit_common.containers.tensor import DataFile
 from vit_common.errors import CheckpointError, ConfigError, ImageError, InputError, MissingFileError
@@ -34,7 +35,6 @@ from vit_common.predictions import (
     AS_IN_A_PICTURE,
     Prediction,
     are_many,
-    check_positive,
     likeliest,
     prepare_image,
 )

@@ -34,13 +34,18 @@ from convert.load import (
 )
 from convert.rules import Mapped, MappedTensor, to_canonical, to_foreign, unprefixed
 from convert.save import SaveFormat, check_save_keywords, save_parameters
-from vit_common.checks import check_keywords, check_labels, check_rank, resolve_problem_type
+from vit_common.checks import (
+    check_keywords,
+    check_labels,
+    check_positive,
+    check_rank,
+    resolve_problem_type,
+)
 from vit_common.config import ViTConfig, as_config
 from vit_common.containers.tensor import as_tensor
 from vit_common.errors import InputError
 from vit_common.hub import PUSH_OPTIONS, push_folder, push_if_asked, split_hub_options
 from vit_common.parameters import Head, head_tokens, initial_value, parameter_shapes
-from vit_common.predictions import check_positive
 from vit_flax.attention import check_implementation
 from vit_flax.model import (
     REMAT_POLICIES,
@@ -278,6 +283,14 @@ class FlaxViTPreTrainedModel:
 
     # -- calls
 
+    @property
+    def head_tokens(self) -> int | None:
+        """How many tokens, from the first, the head or a base network's pooler looks at; None where
+        patches are among them. Of what the network was built with."""
+        module = self._module
+        pooler = getattr(module, "add_pooling_layer", False)
+        return head_tokens(module.config, self.head, add_pooling_layer=pooler)
+
     def with_front_tokens(self, tokens: int | None) -> Self:
         """This model with a last block that is computed for so many tokens in front alone.
 
@@ -298,10 +311,7 @@ class FlaxViTPreTrainedModel:
         """
         if tokens is not None:
             tokens = check_positive("tokens", tokens)
-            module = self._module
-            pooler = getattr(module, "add_pooling_layer", False)
-            # Of what the network was built with.
-            needed = head_tokens(module.config, self.head, add_pooling_layer=pooler)
+            needed = self.head_tokens
             if needed is None or tokens < needed:
                 what = "pooler" if self.head is None else "head"
                 raise InputError(

@@ -26,6 +26,7 @@ import numpy as np
 import PIL.Image
 
 from convert.source import Source, find_processor, open_source
+from vit_common.checks import as_integer, check_positive
 from vit_common.config import FIELDS, AutoConfig, ViTConfig
 from vit_common.errors import (
     CheckpointError,
@@ -37,13 +38,10 @@ from vit_common.errors import (
 from vit_common.flops import forward_flops
 from vit_common.hub import split_hub_options
 from vit_common.image_processor import BaseImageProcessor
-from vit_common.parameters import head_tokens
 from vit_common.predictions import (
     AS_IN_A_PICTURE,
     Prediction,
     are_many,
-    as_integer,
-    check_positive,
     check_processor,
     default_image_processor,
     has_several_labels,
@@ -642,7 +640,7 @@ class ImageClassifier(ImageEncoder):
     @property
     def flops(self) -> int:
         """Floating point operations in the matrix products of one image: see `vit_common.flops`."""
-        front = None if self.model.scan_layers else self._front_tokens
+        front = None if self.model.scan_layers else self.model.head_tokens
         return forward_flops(
             self.config, self.model.head, front_tokens=front, image_size=self.image_size
         )
@@ -658,7 +656,7 @@ class ImageClassifier(ImageEncoder):
     def _values(self, work: _Work, params: Any, pixel_values: jax.Array) -> list[jax.Array]:
         if work.kind != "probabilities":
             return super()._values(work, params, pixel_values)
-        model = self.model.with_front_tokens(self._front_tokens)
+        model = self.model.with_front_tokens(self.model.head_tokens)
         output = model(
             pixel_values,
             params=params,
@@ -668,10 +666,6 @@ class ImageClassifier(ImageEncoder):
         )
         logits = output.logits.astype(jnp.float32)  # (B, K)
         return [jax.nn.sigmoid(logits) if self.several else jax.nn.softmax(logits, axis=-1)]
-
-    @property
-    def _front_tokens(self) -> int | None:
-        return head_tokens(self.model.module.config, self.model.head)
 
 
 def _pooled(hidden_states: jax.Array, pool: str | None, config: ViTConfig) -> jax.Array:
