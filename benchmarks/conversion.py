@@ -34,7 +34,7 @@ print(json.dumps({"work": work, "cpu": cpu, "peak_mb": peak()}))
 """
 
 CONVERT = """
-from convert.convert import convert
+from vit_convert.convert import convert
 start, cpu = time.perf_counter(), time.process_time()
 convert({source!r}, {target!r}, to="flax", verify={verify}, force=True)
 """

@@ -35,7 +35,7 @@ from vit_torch import ViTForImageClassification
 torch.manual_seed(0)
 config = preset({model!r}, num_labels=1000, layer_norm_eps=1e-6)
 ViTForImageClassification(config).save_pretrained({path!r})
-from convert import convert
+from vit_convert import convert
 convert({path!r}, {path!r} + "/timm.safetensors", to="timm", verify=False)
 """
 

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.plan import Plan
-from convert.report import Report
-from convert.source import find_processor, open_source
-from convert.target import is_file, refuse_to_overwrite, stale_weights, target_format
-from convert.write import write
 from vit_common.checks import check_keywords
 from vit_common.config import FLOATS
 from vit_common.errors import CheckpointError, ConfigError, InputError
-from vit_common.hub import HUB_OPTIONS
-from vit_common.image_processors import AutoImageProcessor
+from vit_common.files.hub import HUB_OPTIONS
+from vit_common.images.auto import AutoImageProcessor
+from vit_convert.plan import Plan
+from vit_convert.report import Report
+from vit_convert.source import find_processor, open_source
+from vit_convert.target import is_file, refuse_to_overwrite, stale_weights, target_format
+from vit_convert.write import write
 
 
 def convert(
@@ -46,8 +46,8 @@ def convert(
         source: directory, weights file, index of shards, or "owner/name" on the Hub.
         target: a file, whose suffix tells the container, or a directory, which also gets
             `config.json` and `preprocessor_config.json`.
-        to: the format to write, one of `convert.formats.WRITTEN`; None takes what the suffix says,
-            and "hub" for a directory.
+        to: the format to write, one of `vit_convert.formats.WRITTEN`; None takes what the suffix
+            says, and "hub" for a directory.
         from_: the source's format, where its names do not tell.
         dtype: of the target: "float32", "bfloat16", "float16" or "float64"; None keeps it.
         num_labels: number of classes; must be that of the head.

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from convert.formats import FORMATS, NAMES
-from convert.rules import PREFIXES, Format, TensorLike
 from vit_common.errors import CheckpointError, InputError
+from vit_convert.formats import FORMATS, NAMES
+from vit_convert.rules import PREFIXES, Format, TensorLike
 
 # What the patch projection's kernel is called, in any of the formats. What stands before it is what
 # the file puts before every name of the network.

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from convert.rules import TensorLike
 from vit_common.config import ViTConfig
 from vit_common.errors import ConfigError
 from vit_common.positions import relative_position_index
+from vit_convert.rules import TensorLike
 
 
 def _erf(x: np.ndarray) -> np.ndarray:

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convert.formats import timm_models
-from convert.rules import Format, Mapped, TensorLike
 from vit_common.config import Dinov2Config, ViTConfig, config_class
 from vit_common.errors import CheckpointError, ConfigError
-from vit_common.imagenet import imagenet_labels
+from vit_common.images.imagenet import imagenet_labels
 from vit_common.presets import PRESETS
+from vit_convert.formats import timm_models
+from vit_convert.rules import Format, Mapped, TensorLike
 
 IMAGENET_CLASSES = 1000
 

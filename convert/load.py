@@ -12,9 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from convert.rules import Format, MappedTensor, unprefixed
-from convert.source import Source, config_from_dict, find_config, open_source
-from vit_common.checkpoint import Checkpoint
 from vit_common.checks import check_keywords
 from vit_common.config import (
     CONFIG_CLASSES,
@@ -27,8 +24,11 @@ from vit_common.config import (
     is_timm,
 )
 from vit_common.errors import CheckpointError, ConfigError, some
-from vit_common.hub import HUB_OPTIONS, find_file
+from vit_common.files.checkpoint import Checkpoint
+from vit_common.files.hub import HUB_OPTIONS, find_file
 from vit_common.parameters import HEAD_PARAMETERS
+from vit_convert.rules import Format, MappedTensor, unprefixed
+from vit_convert.source import Source, config_from_dict, find_config, open_source
 
 _SHOWN = 40
 """Names said in a message; the rest are counted."""

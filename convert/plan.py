@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from convert.formats import table_for
-from convert.infer import Note, infer_config
-from convert.report import Report
-from convert.rules import Mapped, TensorLike, to_foreign, unprefixed
-from convert.source import Source
-from convert.target import OTHERS, PLACES, is_file
-from convert.timm_config import timm_config
 from vit_common.config import CONFIG_NAME, FLOATS, ViTConfig
-from vit_common.containers.tensor import DTYPES, Tensor
 from vit_common.errors import CheckpointError, ConfigError, InputError
-from vit_common.image_processor import PROCESSOR_NAME
+from vit_common.files.containers.tensor import DTYPES, Tensor
+from vit_common.images.processor import PROCESSOR_NAME
 from vit_common.parameters import class_name, parameter_shapes
 from vit_common.positions import relative_distances, resize_positions, resize_relative_positions
+from vit_convert.formats import table_for
+from vit_convert.formats.timm_config import timm_config
+from vit_convert.infer import Note, infer_config
+from vit_convert.report import Report
+from vit_convert.rules import Mapped, TensorLike, to_foreign, unprefixed
+from vit_convert.source import Source
+from vit_convert.target import OTHERS, PLACES, is_file
 
 
 class Plan:

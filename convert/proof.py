@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.forward import forward
-from convert.plan import Plan
-from convert.report import Verification
-from convert.source import Source, open_source, read_tensors
-from vit_common.checkpoint import open_checkpoint
-from vit_common.containers.tensor import DTYPES
 from vit_common.errors import CheckpointError
+from vit_common.files.checkpoint import open_checkpoint
+from vit_common.files.containers.tensor import DTYPES
+from vit_convert.forward import forward
+from vit_convert.plan import Plan
+from vit_convert.report import Verification
+from vit_convert.source import Source, open_source, read_tensors
 
 _MOST_PATCHES = 2_600
 """Of an image to verify with: a configuration without positions can claim any size."""

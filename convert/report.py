@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from convert.infer import Note
+from vit_convert.infer import Note
 
 _NAMED = 8
 

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from convert.layouts import KEEP, Arrays, Layout, result_shapes
 from vit_common.errors import CheckpointError
 from vit_common.parameters import TOP_PARAMETERS
 from vit_common.positions import RelativeRule
+from vit_convert.layouts import KEEP, Arrays, Layout, result_shapes
 
 PREFIXES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers")
 """What models with a head put before the names of the network under it, one for each family."""

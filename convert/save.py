@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from convert.formats import table_for
-from convert.rules import TensorLike, to_foreign
-from vit_common.checkpoint import make_directory, save_checkpoint
 from vit_common.checks import check_keywords
 from vit_common.config import CONFIG_NAME, ViTConfig
 from vit_common.errors import CheckpointError, InputError
-from vit_common.hub import PUSH_OPTIONS
+from vit_common.files.checkpoint import make_directory, save_checkpoint
+from vit_common.files.hub import PUSH_OPTIONS
+from vit_convert.formats import table_for
+from vit_convert.rules import TensorLike, to_foreign
 
 # Keywords of Transformers 4.57.6 that change nothing here: files are always written by this project
 # and through a temporary place.

@@ -11,18 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from convert.detect import Root, detect_format, find_root
-from convert.formats.google import unstacked
-from convert.infer import Note, infer_config
-from convert.rules import Format, Mapped, to_canonical
-from vit_common.checkpoint import Checkpoint, Tensor, open_checkpoint
 from vit_common.config import CONFIG_NAME, OURS, AutoConfig, ViTConfig, is_timm
 from vit_common.errors import CheckpointError, ConfigError
-from vit_common.files import parse_json, read_json
-from vit_common.hub import AbsentFileError, find_file, find_weights
-from vit_common.image_processor import PROCESSOR_NAME, BaseImageProcessor, ViTImageProcessor
-from vit_common.image_processors import AutoImageProcessor, BeitImageProcessor, BitImageProcessor
+from vit_common.files.checkpoint import Checkpoint, Tensor, open_checkpoint
+from vit_common.files.hub import AbsentFileError, find_file, find_weights
+from vit_common.files.texts import parse_json, read_json
+from vit_common.images.auto import AutoImageProcessor
+from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor, ViTImageProcessor
+from vit_common.images.processors import BeitImageProcessor, BitImageProcessor
 from vit_common.parameters import Head
+from vit_convert.detect import Root, detect_format, find_root
+from vit_convert.formats.google import unstacked
+from vit_convert.infer import Note, infer_config
+from vit_convert.rules import Format, Mapped, to_canonical
 
 METADATA_KEY = "vit_config"
 """Where a safetensors file that stands alone holds its configuration."""

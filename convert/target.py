@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from convert.formats import check_format
 from vit_common.errors import ExistingFileError, InputError
+from vit_convert.formats import check_format
 
 # suffix of a target that is one file -> what is written if no format is named
 SUFFIXES = {".safetensors": "hub", ".msgpack": "flax", ".npz": "google"}

@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.plan import Plan
-from convert.proof import verify_result
-from convert.report import Report
-from convert.source import METADATA_KEY
-from convert.target import OTHERS, PICKLES, PLACES, WRAPPERS, is_file
-from vit_common.checkpoint import save_checkpoint, write_checkpoint
 from vit_common.errors import MissingFileError, ViTError
-from vit_common.files import move_files, reason, write_text
+from vit_common.files.checkpoint import save_checkpoint, write_checkpoint
+from vit_common.files.replace import move_files, write_text
+from vit_common.files.texts import reason
+from vit_convert.plan import Plan
+from vit_convert.proof import verify_result
+from vit_convert.report import Report
+from vit_convert.source import METADATA_KEY
+from vit_convert.target import OTHERS, PICKLES, PLACES, WRAPPERS, is_file
 
 
 def write(

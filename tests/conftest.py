@@ -44,4 +44,4 @@ def no_exchange(monkeypatch):
     def cannot(a, b):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr("vit_common.folders.exchange", cannot)
+    monkeypatch.setattr("vit_common.files.folders.exchange", cannot)

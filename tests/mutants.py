@@ -22,8 +22,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("vit_common", "convert", "vit_flax", "vit_torch", "vit_cli", "tests", "pyproject.toml")
 FLAX, TORCH = "vit_flax/model.py", "vit_torch/model.py"
-FLAX_ATTENTION, TORCH_ATTENTION = "vit_flax/attention.py", "vit_torch/attention.py"
-TPU_ATTENTION, STACKING = "vit_flax/attention_tpu.py", "vit_flax/stacked.py"
+FLAX_ATTENTION, TORCH_ATTENTION = "vit_flax/attention/__init__.py", "vit_torch/attention.py"
+TPU_ATTENTION, STACKING = "vit_flax/attention/tpu.py", "vit_flax/stacked.py"
 
 # -- the tests, each of which takes seconds
 

@@ -11,10 +11,10 @@ import torch
 import transformers
 from flax.traverse_util import unflatten_dict
 
-from convert.formats import TREE
-from convert.rules import to_foreign
 from vit_common.config import ViTConfig
 from vit_common.parameters import parameter_shapes
+from vit_convert.formats import TREE
+from vit_convert.rules import to_foreign
 
 transformers.logging.set_verbosity_error()
 

@@ -16,8 +16,9 @@ import torch
 
 from vit_common.errors import InputError
 from vit_flax import attention as module
-from vit_flax import attention_cpu, attention_tpu
 from vit_flax.attention import Choice, attention, choose
+from vit_flax.attention import cpu as attention_cpu
+from vit_flax.attention import tpu as attention_tpu
 
 # Largest differences seen: context and gradients of inputs 9.6e-7, of a bias 2.2e-6 (a sum over
 # the images); bfloat16 against PyTorch's float32 of the same inputs 0.008 and 0.02.

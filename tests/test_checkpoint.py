@@ -34,8 +34,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vit_common import files
-from vit_common.checkpoint import (
+from vit_common.errors import CheckpointError, InputError, MissingFileError, ViTError
+from vit_common.files import replace as files
+from vit_common.files.checkpoint import (
     Checkpoint,
     make_directory,
     open_checkpoint,
@@ -45,9 +46,8 @@ from vit_common.checkpoint import (
     shard_names,
     write_text,
 )
-from vit_common.containers import flax_msgpack
-from vit_common.containers.safetensors_file import CODES
-from vit_common.errors import CheckpointError, InputError, MissingFileError, ViTError
+from vit_common.files.containers import flax_msgpack
+from vit_common.files.containers.safetensors_file import CODES
 
 DTYPES = [
     *("float64", "float32", "float16", "bfloat16", "complex64", "bool"),
@@ -826,7 +826,7 @@ def test_reading_needs_no_framework(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, {"a": np.ones(2)}, container="msgpack")
     np.savez(tmp_path / "model.npz", a=np.ones(2))
     code = (
-        "import sys; from vit_common.checkpoint import open_checkpoint, save_checkpoint\n"
+        "import sys; from vit_common.files.checkpoint import open_checkpoint, save_checkpoint\n"
         "for kind in ('safetensors', 'msgpack', 'npz'):\n"
         "    open_checkpoint(f'{sys.argv[1]}/model.{kind}')['a'].read()\n"
         "heavy = {'torch', 'jax', 'flax', 'huggingface_hub', 'transformers'} & set(sys.modules)\n"
@@ -1185,7 +1185,7 @@ def test_a_real_limit_on_file_size_leaves_the_old_files(tmp_path: Path) -> None:
     old = _save_old(tmp_path)
     code = (
         "import resource, sys, numpy as np\n"
-        "from vit_common.checkpoint import save_checkpoint\n"
+        "from vit_common.files.checkpoint import save_checkpoint\n"
         "from vit_common.errors import MissingFileError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
         "for container in ('safetensors', 'msgpack'):\n"

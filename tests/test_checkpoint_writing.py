@@ -28,9 +28,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vit_common.checkpoint import open_checkpoint, save_checkpoint, write_checkpoint
-from vit_common.containers import flax_msgpack, torch_pickle
 from vit_common.errors import CheckpointError, InputError, MissingFileError, ViTError
+from vit_common.files.checkpoint import open_checkpoint, save_checkpoint, write_checkpoint
+from vit_common.files.containers import flax_msgpack, torch_pickle
 
 SUFFIXES = [".safetensors", ".msgpack", ".npz", ".pth"]
 DTYPES = ["float64", "float32", "float16", "bfloat16", "int8", "int64", "uint16", "bool"]
@@ -388,7 +388,7 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path, source: str, target: 
 def test_only_torch_files_need_a_framework(tmp_path: Path) -> None:
     code = (
         "import sys, numpy as np\n"
-        "from vit_common.checkpoint import open_checkpoint, write_checkpoint\n"
+        "from vit_common.files.checkpoint import open_checkpoint, write_checkpoint\n"
         "for kind in ('safetensors', 'msgpack', 'npz'):\n"
         "    write_checkpoint(f'{sys.argv[1]}/x.{kind}', {'a': np.ones(2)})\n"
         "heavy = {'torch', 'jax', 'flax', 'huggingface_hub', 'transformers'} & set(sys.modules)\n"
@@ -577,7 +577,7 @@ def test_a_real_limit_on_file_size_leaves_the_old_file(tmp_path: Path, suffix: s
 KILLED = """
 import os, signal, sys
 import numpy as np
-from vit_common.checkpoint import write_checkpoint
+from vit_common.files.checkpoint import write_checkpoint
 
 path, when = sys.argv[1:]
 

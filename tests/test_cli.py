@@ -25,14 +25,14 @@ import transformers
 from hub_server import Repository, hub_server
 from networks import flax_twin, make_config, random_weights
 
-import vit_cli.predict
+import vit_cli.commands.predict
 from vit_cli.devices import float32_products
 from vit_cli.main import main
-from vit_cli.messages import one_line, printable, say
-from vit_cli.progress import Progress
-from vit_cli.results import PlainText, Table
-from vit_cli.sources import find_images
-from vit_common.image_processor import ViTImageProcessor
+from vit_cli.terminal.messages import one_line, printable, say
+from vit_cli.terminal.progress import Progress
+from vit_cli.terminal.results import PlainText, Table
+from vit_common.images.find import find_images
+from vit_common.images.processor import ViTImageProcessor
 from vit_flax import FlaxViTForImageClassification, FlaxViTModel
 from vit_flax.inference import ImageClassifier, Prediction
 
@@ -199,7 +199,9 @@ def test_options_that_are_wrong(arguments, said, capsys):
 )
 def test_names_and_options_in_any_order(arguments, names, monkeypatch):
     seen = []
-    monkeypatch.setattr(vit_cli.predict, "predict", lambda names, *_, **__: seen.extend(names))
+    monkeypatch.setattr(
+        vit_cli.commands.predict, "predict", lambda names, *_, **__: seen.extend(names)
+    )
     main(["predict", *arguments])
     assert seen == names
 
@@ -304,7 +306,7 @@ def test_the_limit_on_pixels_is_set_for_as_long_as_a_command_runs(command, names
         raise ValueError
 
     before = PIL.Image.MAX_IMAGE_PIXELS
-    monkeypatch.setattr(f"vit_cli.{command}.{command}", run)
+    monkeypatch.setattr(f"vit_cli.commands.{command}.{command}", run)
     assert main([command, *names]) == 2
     assert main([command, *names, "--max-pixels", "400000000"]) == 2
     assert seen == [before, 200_000_000]  # Pillow refuses twice as many
@@ -485,7 +487,7 @@ def test_unexpected_errors_are_one_line(monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("this should not\nhave happened")
 
-    monkeypatch.setattr(vit_cli.predict, "predict", fail)
+    monkeypatch.setattr(vit_cli.commands.predict, "predict", fail)
     monkeypatch.delenv("VIT_DEBUG", raising=False)
     assert main(["predict", "x"]) == 2
     err = capsys.readouterr().err
@@ -514,7 +516,7 @@ def test_errors_of_the_system(monkeypatch, capsys, error, code, said):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(vit_cli.predict, "predict", fail)
+    monkeypatch.setattr(vit_cli.commands.predict, "predict", fail)
     assert main(["predict", "x"]) == code
     out, err = capsys.readouterr()
     assert out == ""
@@ -635,9 +637,9 @@ def test_no_progress_without_a_terminal(monkeypatch, capsys):
 
 
 def test_without_rich(loaded, folder, images, monkeypatch):
-    find_spec = vit_cli.predict.importlib.util.find_spec
+    find_spec = vit_cli.commands.predict.importlib.util.find_spec
     monkeypatch.setattr(
-        vit_cli.predict.importlib.util,
+        vit_cli.commands.predict.importlib.util,
         "find_spec",
         lambda name, *more: None if name == "rich" else find_spec(name, *more),
     )
@@ -851,7 +853,7 @@ def test_info_of_the_attention_kernel(folder, capsys, monkeypatch):
 
     if jax.default_backend() == "cpu":
         assert asked() == "cpu: the kernel for cpu (1 image, float32)"
-    monkeypatch.setattr("vit_cli.info.compiled_for", lambda device: "tpu")
+    monkeypatch.setattr("vit_cli.commands.info.compiled_for", lambda device: "tpu")
     assert asked("--batch", "64", "--dtype", "bfloat16") == (
         "pallas: the kernel for tpu (64 images, bfloat16)"
     )

@@ -12,13 +12,13 @@ from networks import InMemory, make_config, random_weights
 from PIL import Image
 from tolerances import BOUNDS
 
-from convert.detect import detect_format
-from convert.formats import FORMATS, table_for
-from convert.layouts import FUSED_QKV, HWIO, KEEP, TRANSPOSE, result_shapes
-from convert.rules import Format, Rule, to_canonical, to_foreign
 from vit_common.errors import CheckpointError
 from vit_common.parameters import parameter_shapes
 from vit_common.presets import PRESETS, preset
+from vit_convert.detect import detect_format
+from vit_convert.formats import FORMATS, table_for
+from vit_convert.layouts import FUSED_QKV, HWIO, KEEP, TRANSPOSE, result_shapes
+from vit_convert.rules import Format, Rule, to_canonical, to_foreign
 
 DEIT_TINY = Path(__file__).parents[2] / "shared" / "data" / "deit_tiny"
 HEADS = [None, "classifier", "decoder"]

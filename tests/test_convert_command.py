@@ -20,15 +20,8 @@ from networks import InMemory, make_config, random_weights
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from convert import write
-from convert.convert import convert as run_convert
-from convert.formats import table_for
-from convert.rules import to_foreign
-from convert.save import save_parameters
 from vit_cli.main import main
-from vit_common.checkpoint import write_checkpoint
 from vit_common.config import BeitConfig, DeiTConfig, Dinov2Config, ViTConfig
-from vit_common.containers.tensor import Tensor
 from vit_common.errors import (
     CheckpointError,
     ConfigError,
@@ -36,7 +29,14 @@ from vit_common.errors import (
     InputError,
     MissingFileError,
 )
-from vit_common.image_processor import ViTImageProcessor
+from vit_common.files.checkpoint import write_checkpoint
+from vit_common.files.containers.tensor import Tensor
+from vit_common.images.processor import ViTImageProcessor
+from vit_convert import write
+from vit_convert.convert import convert as run_convert
+from vit_convert.formats import table_for
+from vit_convert.rules import to_foreign
+from vit_convert.save import save_parameters
 from vit_torch import AutoModelForImageClassification, ViTForImageClassification, ViTModel
 
 LABELS = ["cat", "dog", "a tree, and more", "Zürich", "写真"]

@@ -29,10 +29,6 @@ from timm_models import as_microsoft, timm
 
 import vit_flax
 import vit_torch
-from convert.convert import convert
-from convert.formats import timm_models
-from convert.forward import forward
-from convert.save import save_parameters
 from vit_common.config import (
     ACTIVATIONS,
     BeitConfig,
@@ -43,6 +39,10 @@ from vit_common.config import (
 )
 from vit_common.errors import CheckpointError, ConfigError, InputError
 from vit_common.parameters import parameter_shapes
+from vit_convert.convert import convert
+from vit_convert.formats import timm_models
+from vit_convert.forward import forward
+from vit_convert.save import save_parameters
 
 DEIT_TINY = Path(__file__).parents[2] / "shared" / "data" / "deit_tiny"
 

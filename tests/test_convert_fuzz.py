@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from networks import InMemory, make_config, random_weights
 from safetensors.numpy import load, save
 
-from convert.convert import convert
-from convert.formats import FORMATS, NAMES
-from convert.save import save_parameters
-from vit_cli.inspect import describe
+from vit_cli.commands.inspect import describe
 from vit_cli.main import main
 from vit_common.errors import ViTError
+from vit_convert.convert import convert
+from vit_convert.formats import FORMATS, NAMES
+from vit_convert.save import save_parameters
 
 # Address space on top of what is in use: room for these files many times over, not for what a
 # file may claim.

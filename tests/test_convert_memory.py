@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.convert import convert
-from vit_common.containers import safetensors_file
-from vit_common.containers.tensor import DataFile
+from vit_common.files.containers import safetensors_file
+from vit_common.files.containers.tensor import DataFile
 from vit_common.presets import PRESETS
+from vit_convert.convert import convert
 
 MEGABYTE = 1 << 20
 ALLOWED_TENSORS = 4
@@ -179,7 +179,7 @@ def peak():
         return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 """
 CONVERT = """
-from convert.convert import convert
+from vit_convert.convert import convert
 report = convert({source!r}, {target!r}, to={to!r}, verify={verify})
 frameworks = sorted({{"torch", "jax", "flax", "transformers"}} & {{*sys.modules}})
 verified = None if report.verification is None else report.verification.tensors

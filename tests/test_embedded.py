@@ -21,7 +21,7 @@ from tolerances import BOUNDS
 
 from vit_common.embedded import embedded_checkpoint, embedded_images
 from vit_common.errors import MissingFileError
-from vit_common.images import load_image
+from vit_common.images.pictures import load_image
 from vit_flax import FlaxViTForImageClassification, ViTImageProcessor
 from vit_torch import ViTForImageClassification
 from vit_torch.parity import compare

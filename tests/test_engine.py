@@ -14,8 +14,8 @@ import transformers
 from test_inference import dense, picture, reference, save_model, threads
 
 from vit_common.errors import DeviceError, ImageError, InputError
-from vit_common.image_processor import ViTImageProcessor
-from vit_common.images import load_image
+from vit_common.images.pictures import load_image
+from vit_common.images.processor import ViTImageProcessor
 from vit_flax.inference import ImageClassifier, engine
 from vit_flax.inference.reader import Reader
 

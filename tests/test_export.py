@@ -26,7 +26,7 @@ import vit_torch.export
 from vit_cli.main import main
 from vit_common.errors import CheckpointError, ConfigError, ImageError, InputError, MissingFileError
 from vit_common.exports import measure
-from vit_common.image_processor import ViTImageProcessor
+from vit_common.images.processor import ViTImageProcessor
 from vit_flax import (
     FlaxAutoModel,
     FlaxAutoModelForImageClassification,

@@ -29,12 +29,12 @@ from tolerances import BOUNDS
 
 import vit_flax
 import vit_torch
-from convert.formats import TREE
-from convert.rules import to_canonical
 from vit_common.config import CONFIG_CLASSES, AutoConfig, ViTConfig
-from vit_common.containers.tensor import as_tensor
 from vit_common.errors import CheckpointError, ConfigError, InputError
+from vit_common.files.containers.tensor import as_tensor
 from vit_common.positions import relative_position_index
+from vit_convert.formats import TREE
+from vit_convert.rules import to_canonical
 from vit_torch.parity import compare, difference
 from vit_torch.pretrained import to_numpy
 

@@ -12,8 +12,8 @@ from networks import randomize
 from vit_cli.main import main
 from vit_common.embedded import embedded_checkpoint
 from vit_common.errors import InputError
-from vit_flax.attention_maps import contact_sheet, heat, overlay, patch_map, rollout
 from vit_flax.inference import ImageClassifier
+from vit_flax.inference.maps import contact_sheet, heat, overlay, patch_map, rollout
 
 TOLERANCE = 2e-5
 DIGIT = str(embedded_checkpoint() / "images" / "digit-3-01.png")

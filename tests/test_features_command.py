@@ -18,10 +18,10 @@ from feature_files import read_features as read
 from networks import randomize
 from tolerances import BOUNDS
 
-import vit_cli.rows
-from vit_cli.feature_file import FeatureFile
+import vit_cli.runs.rows
 from vit_cli.main import main
-from vit_cli.partial import PartialFile
+from vit_cli.runs.feature_file import FeatureFile
+from vit_cli.runs.partial import PartialFile
 from vit_common.embedded import embedded_checkpoint
 from vit_common.errors import CheckpointError, ExistingFileError, InputError, MissingFileError
 from vit_flax.inference import ImageClassifier, ImageEncoder
@@ -233,7 +233,7 @@ def test_a_process_that_is_killed(tmp_path):
     target = tmp_path / "out.npz"
     script = (
         "import os, signal, sys, numpy as np\n"
-        "from vit_cli.feature_file import FeatureFile\n"
+        "from vit_cli.runs.feature_file import FeatureFile\n"
         "file = FeatureFile(sys.argv[1])\n"
         "for i in range(4321):\n"
         "    file.write(f'{i}.png', np.full(100, i, np.float32))\n"
@@ -344,7 +344,7 @@ def test_nobody_else_begins_while_the_file_is_made(tmp_path, monkeypatch, option
     target = tmp_path / "out.npz"
     file = FeatureFile(str(target))
     file.write(*vectors(1)[0])
-    replace, discard = vit_cli.rows.replace_files, PartialFile.discard
+    replace, discard = vit_cli.runs.rows.replace_files, PartialFile.discard
     looked = []
 
     def refused(where):
@@ -361,7 +361,7 @@ def test_nobody_else_begins_while_the_file_is_made(tmp_path, monkeypatch, option
         refused(self.path.name)
         discard(self)
 
-    monkeypatch.setattr("vit_cli.rows.replace_files", while_it_is_written)
+    monkeypatch.setattr("vit_cli.runs.rows.replace_files", while_it_is_written)
     monkeypatch.setattr(PartialFile, "discard", while_they_are_deleted)
     file.finish()
     assert looked == ["before", "after", "out.npz.partial.rows", "out.npz.partial"]
@@ -411,7 +411,7 @@ def test_a_full_disk_keeps_what_there_is(tmp_path):
     """The limit on a file's size stands for a disk without room."""
     script = (
         "import resource, signal, sys, numpy as np\n"
-        "from vit_cli.feature_file import FeatureFile\n"
+        "from vit_cli.runs.feature_file import FeatureFile\n"
         "from vit_common.errors import MissingFileError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))\n"
@@ -460,7 +460,7 @@ def test_memory_does_not_grow_with_the_images(tmp_path, suffix, count):
     script = (
         "import sys, numpy as np\n"
         "from vit_cli import feature_file\n"
-        "from vit_cli.feature_file import FeatureFile\n"
+        "from vit_cli.runs.feature_file import FeatureFile\n"
         "feature_file._GROUP_BYTES = 1 << 20\n"  # else pyarrow's buffers grow up to 60 MB first
         "row = np.random.default_rng(0).normal(size=1024).astype(np.float32)\n"
         "n, count = map(int, sys.argv[2:])\n"
@@ -673,7 +673,7 @@ def test_numbers_that_half_precision_cannot_hold(tmp_path):
 
 
 def test_more_names_than_safetensors_may_hold(tmp_path, monkeypatch):
-    monkeypatch.setattr("vit_cli.feature_file.MAX_JSON_BYTES", 300)
+    monkeypatch.setattr("vit_cli.runs.feature_file.MAX_JSON_BYTES", 300)
     file = FeatureFile(str(tmp_path / "out.safetensors"))
     for name, row in vectors(30):
         file.write(name, row)

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vit_common import folders
-from vit_common.checkpoint import save_checkpoint
-from vit_common.folders import change_folder, exchange
+from vit_common.files import folders
+from vit_common.files.checkpoint import save_checkpoint
+from vit_common.files.folders import change_folder, exchange
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith(("linux", "darwin")), reason="no step that exchanges two folders"
@@ -138,9 +138,9 @@ KILLED = """
 import hashlib, json, os, shutil, signal, sys
 from pathlib import Path
 import numpy as np
-from convert import convert
-from convert.save import save_parameters
-from vit_common import folders
+from vit_convert import convert
+from vit_convert.save import save_parameters
+from vit_common.files import folders
 from vit_common.config import ViTConfig
 from vit_common.parameters import parameter_shapes
 

@@ -18,7 +18,7 @@ from tolerances import BOUNDS
 import vit_flax
 from vit_common.errors import InputError
 from vit_common.flops import forward_flops
-from vit_common.image_processor import ViTImageProcessor
+from vit_common.images.processor import ViTImageProcessor
 from vit_common.parameters import head_tokens
 from vit_common.presets import preset
 from vit_flax.inference import ImageClassifier

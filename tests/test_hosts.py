@@ -17,10 +17,10 @@ import pytest
 from feature_files import read_features
 from tolerances import BOUNDS
 
-from vit_cli.hosts import Cluster, Hosts, _meaning
-from vit_cli.journal import Journal
 from vit_cli.main import main
-from vit_cli.rows import check_free
+from vit_cli.runs.prediction_file import Journal
+from vit_cli.runs.rows import check_free
+from vit_cli.runs.supervise import Cluster, Hosts, _meaning
 from vit_common.embedded import embedded_checkpoint
 from vit_common.errors import InputError, MissingFileError
 
@@ -344,12 +344,12 @@ def test_one_is_interrupted_while_it_loads(tmp_path, many):
     """The others hear of it long before they would miss it."""
     script = (
         "import os, signal, sys, time\n"
-        "import vit_cli.predict\n"
+        "import vit_cli.commands.predict\n"
         "from vit_cli.main import main\n"
         "def load(*_, **__):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(60)\n"
-        "vit_cli.predict.load_for_inference = load\n"
+        "vit_cli.commands.predict.load_for_inference = load\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     target = tmp_path / "out.jsonl"

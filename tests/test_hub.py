@@ -20,9 +20,9 @@ import safetensors.numpy
 from hub_server import HubServer, hub_server
 from huggingface_hub import constants, file_download
 
-from vit_common.checkpoint import open_checkpoint, save_checkpoint
 from vit_common.errors import CheckpointError, InputError, MissingFileError
-from vit_common.hub import (
+from vit_common.files.checkpoint import open_checkpoint, save_checkpoint
+from vit_common.files.hub import (
     HUB_OPTIONS,
     WEIGHTS,
     AbsentFileError,
@@ -297,7 +297,7 @@ def test_offline_mode(hub: HubServer) -> None:
     hub.add("owner/name", {"config.json": CONFIG})
     path = find_file("owner/name", "config.json")
     code = (
-        "import sys; from vit_common.hub import find_file\n"
+        "import sys; from vit_common.files.hub import find_file\n"
         "from vit_common.errors import MissingFileError\n"
         "print(find_file('owner/name', 'config.json'))\n"
         "try: find_file('owner/name', 'other.json')\n"
@@ -327,7 +327,7 @@ def test_the_environment_is_honoured_and_nothing_is_imported_early(
 ) -> None:
     hub.add("owner/name", {"config.json": CONFIG})
     code = (
-        "import sys; from vit_common.hub import find_file\n"
+        "import sys; from vit_common.files.hub import find_file\n"
         "assert 'huggingface_hub' not in sys.modules\n"
         "find_file('.', 'here')\n"
         "assert 'huggingface_hub' not in sys.modules\n"

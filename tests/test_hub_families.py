@@ -15,7 +15,7 @@ from timm_models import timm
 
 import vit_flax
 import vit_torch
-from vit_common import hub as hub_module
+from vit_common.files import hub as hub_module
 from vit_flax.inference import ImageClassifier
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}

@@ -27,7 +27,7 @@ from transformers.image_utils import ChannelDimension
 from transformers.utils import TensorType
 
 from vit_common.errors import ConfigError, ImageError, InputError, MissingFileError
-from vit_common.image_processor import (
+from vit_common.images.processor import (
     BatchFeature,
     MissingFrameworkError,
     ViTFeatureExtractor,
@@ -724,7 +724,7 @@ def test_a_framework_that_is_not_installed(kind, monkeypatch):
 
 def test_importing_the_processor_imports_no_framework():
     script = (
-        "import sys, vit_common.image_processor as m, numpy as np\n"
+        "import sys, vit_common.images.processor as m, numpy as np\n"
         "m.ViTImageProcessor(size=8)(np.zeros((9, 9, 3), np.uint8), return_tensors='np')\n"
         "print(sorted({'torch', 'jax', 'flax', 'tensorflow', 'transformers'} & set(sys.modules)))"
     )
@@ -839,7 +839,7 @@ def test_uploads_hold_the_one_file(tmp_path, monkeypatch):
         calls.append((repo_id, name, (directory / name).read_text(), options))
         return "address"
 
-    monkeypatch.setattr("vit_common.hub.push_folder", push)
+    monkeypatch.setattr("vit_common.files.hub.push_folder", push)
     ours = ViTImageProcessor(size=9)
     ours.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="a/b", token="t")
     assert ours.push_to_hub("a/b", token="t") == "address"

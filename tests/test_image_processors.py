@@ -13,19 +13,19 @@ import torch
 import transformers
 from PIL.Image import Resampling
 
-from vit_common import image_processors
 from vit_common.errors import ConfigError, InputError, MissingFileError
-from vit_common.image_processor import ViTImageProcessor
-from vit_common.image_processors import (
-    AutoImageProcessor,
+from vit_common.images import processors as image_processors
+from vit_common.images.auto import AutoImageProcessor
+from vit_common.images.imagenet import imagenet_labels
+from vit_common.images.processor import ViTImageProcessor
+from vit_common.images.processors import (
     BeitFeatureExtractor,
     BeitImageProcessor,
     BitImageProcessor,
     DeiTFeatureExtractor,
     DeiTImageProcessor,
 )
-from vit_common.imagenet import imagenet_labels
-from vit_common.timm_preprocessing import processor_from_timm
+from vit_common.images.timm import processor_from_timm
 
 CLASSES = [DeiTImageProcessor, BeitImageProcessor, BitImageProcessor]
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -411,8 +411,8 @@ def test_options_refused_and_ignored(tmp_path):
 
 def test_importing_the_processors_imports_no_framework():
     script = (
-        "import sys, vit_common.image_processors, vit_common.timm_preprocessing\n"
-        "import vit_common.imagenet\n"
+        "import sys, vit_common.images.processors, vit_common.images.timm\n"
+        "import vit_common.images.imagenet\n"
         "print(sorted({'torch', 'jax', 'flax', 'transformers', 'huggingface_hub'}"
         " & set(sys.modules)))"
     )

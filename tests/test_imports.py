@@ -16,16 +16,23 @@ HEAVY = {*FRAMEWORKS, "numpy", "PIL", "safetensors", "huggingface_hub"}
 
 # statement -> packages that it must not load
 FORBIDDEN = {
-    "import vit_common.checkpoint, vit_common.checks, vit_common.config, vit_common.embedded, "
-    "vit_common.hub, vit_common.image_processor, vit_common.outputs, vit_common.parameters, "
+    "import vit_common.files.checkpoint, vit_common.checks, vit_common.config, "
+    "vit_common.embedded, vit_common.files.hub, vit_common.images.processor, vit_common.outputs, "
+    "vit_common.parameters, "
     "vit_common.positions, vit_common.presets": {*FRAMEWORKS, "huggingface_hub"},
-    "import convert.detect, convert.formats, convert.layouts, convert.load, convert.rules, "
-    "convert.save": {*FRAMEWORKS, "huggingface_hub"},
+    "import vit_convert.detect, vit_convert.formats, vit_convert.layouts, vit_convert.load, "
+    "vit_convert.rules, vit_convert.save": {*FRAMEWORKS, "huggingface_hub"},
     "from vit_flax import *": {"torch", "transformers", "huggingface_hub"},
     "import vit_flax.export": {"flax", "torch", "transformers", "huggingface_hub"},
     "import vit_flax.inference": {"torch", "transformers", "huggingface_hub"},
-    "import vit_torch.auto, vit_torch.diagnose, vit_torch.families, vit_torch.parity, "
-    "vit_torch.stages, vit_torch.verify": {"jax", "jaxlib", "flax", "vit_flax", "transformers"},
+    "import vit_torch.auto, vit_torch.verify.diagnose, vit_torch.families, vit_torch.parity, "
+    "vit_torch.verify.stages, vit_torch.verify": {
+        "jax",
+        "jaxlib",
+        "flax",
+        "vit_flax",
+        "transformers",
+    },
     "import vit_torch": {"jax", "jaxlib", "flax", "transformers", "huggingface_hub"},
     "import vit_cli.main": HEAVY,
 }

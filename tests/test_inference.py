@@ -17,14 +17,8 @@ import torch
 import transformers
 from networks import flax_twin, make_config, random_weights
 
-from vit_common.errors import (
-    CheckpointError,
-    ConfigError,
-    ImageError,
-    InputError,
-    MissingFileError,
-)
-from vit_common.image_processor import ViTImageProcessor
+from vit_common.errors import CheckpointError, ConfigError, ImageError, InputError, MissingFileError
+from vit_common.images.processor import ViTImageProcessor
 from vit_flax import FlaxViTForImageClassification, FlaxViTModel
 from vit_flax.inference import ImageClassifier, reader
 
@@ -195,8 +189,8 @@ DEIT = Path(__file__).parents[2] / "shared" / "data" / "deit_tiny" / "model.safe
 @pytest.mark.skipif(not DEIT.exists(), reason="the real network is not beside the repository")
 def test_real_photos(tmp_path):
     skimage = pytest.importorskip("skimage")
-    from convert.formats.timm import TIMM
     from vit_common.presets import preset
+    from vit_convert.formats.timm import TIMM
 
     shutil.copy(DEIT, tmp_path)
     preset("tiny", num_labels=1000, **TIMM.settings).save_pretrained(tmp_path)
@@ -356,7 +350,7 @@ def test_decodes_in_another_thread(classify, paths, monkeypatch):
         seen.add(threading.current_thread().name)
         return PIL.Image.open(path)
 
-    monkeypatch.setattr("vit_common.predictions.load_image", load_image)
+    monkeypatch.setattr("vit_common.images.predictions.load_image", load_image)
     assert len(list(classify.stream(paths, batch_size=2))) == 7
     assert seen
     assert all(name.startswith("vit-decode") for name in seen)
@@ -370,7 +364,7 @@ def test_next_batch_is_decoded_while_results_are_used(classify, paths, monkeypat
             decoded.set()
         return PIL.Image.open(path)
 
-    monkeypatch.setattr("vit_common.predictions.load_image", load_image)
+    monkeypatch.setattr("vit_common.images.predictions.load_image", load_image)
     results = classify.stream(paths, batch_size=2)
     next(results)
     assert decoded.wait(timeout=30)  # the second image of the second batch

@@ -15,20 +15,20 @@ import numpy as np
 import PIL.Image
 import pytest
 
-import vit_cli.partial
-import vit_cli.rows
-from vit_cli.feature_file import FeatureFile
-from vit_cli.job import in_shard
-from vit_cli.journal import Journal
+import vit_cli.runs.partial
+import vit_cli.runs.rows
 from vit_cli.main import main
-from vit_cli.partial import PartialFile
+from vit_cli.runs.feature_file import FeatureFile
+from vit_cli.runs.job import in_shard
+from vit_cli.runs.partial import PartialFile
+from vit_cli.runs.prediction_file import Journal
 from vit_common.embedded import embedded_checkpoint
 from vit_common.errors import ExistingFileError, InputError, MissingFileError
 from vit_flax.inference import ImageClassifier, Prediction
 
 DIGITS = embedded_checkpoint() / "images"
 needs_locks = pytest.mark.skipif(
-    vit_cli.partial.fcntl is None, reason="this system has no locks of files"
+    vit_cli.runs.partial.fcntl is None, reason="this system has no locks of files"
 )
 
 
@@ -210,7 +210,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path):
     """The limit on a file's size stands for a disk without room."""
     script = (
         "import resource, signal, sys\n"
-        "from vit_cli.journal import Journal\n"
+        "from vit_cli.runs.prediction_file import Journal\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"
         "journal = Journal(sys.argv[1])\n"
@@ -369,7 +369,7 @@ def test_a_folder_that_changes_while_it_is_read(folder, tmp_path, capsys, monkey
         digits[2].unlink()
         (folder / "digit-late.png").write_bytes(digits[0].read_bytes())
 
-    monkeypatch.setattr("vit_cli.job.find_images", find)
+    monkeypatch.setattr("vit_cli.runs.job.find_images", find)
     target = tmp_path / "out.jsonl"
     assert main(["predict", str(folder), "--output", str(target)]) == 1
     rows = rows_of(target)
@@ -425,7 +425,7 @@ def test_nobody_else_begins_while_the_file_is_made(tmp_path, monkeypatch, option
     second = Journal(str(target), part=(1, 2))
     first.fail("a", "broken")
     second.end()  # without rows, it would delete its file
-    replace, discard = vit_cli.rows.replace_files, PartialFile.discard
+    replace, discard = vit_cli.runs.rows.replace_files, PartialFile.discard
     looked = []
 
     def while_it_is_written(*arguments):
@@ -438,7 +438,7 @@ def test_nobody_else_begins_while_the_file_is_made(tmp_path, monkeypatch, option
         refused(target, **{option: True}, part=(0, 2))
         discard(self)
 
-    monkeypatch.setattr("vit_cli.rows.replace_files", while_it_is_written)
+    monkeypatch.setattr("vit_cli.runs.rows.replace_files", while_it_is_written)
     monkeypatch.setattr(PartialFile, "discard", before_the_last_is_deleted)
     first.finish(["a"])
     assert looked == ["written", "out.jsonl.1-of-2.partial"]
@@ -480,7 +480,7 @@ def test_rows_of_living_processes_are_left_alone(tmp_path, living):
 def test_a_lock_on_a_file_that_was_deleted_is_none(tmp_path, monkeypatch):
     """Another run ends between the opening of its file here and the lock on it."""
     target = tmp_path / "out.jsonl"
-    lock = vit_cli.partial.lock
+    lock = vit_cli.runs.partial.lock
     opened = []
 
     def late(stream, path, hint=""):
@@ -489,7 +489,7 @@ def test_a_lock_on_a_file_that_was_deleted_is_none(tmp_path, monkeypatch):
         opened.append(path)
         lock(stream, path, hint)
 
-    monkeypatch.setattr("vit_cli.partial.lock", late)
+    monkeypatch.setattr("vit_cli.runs.partial.lock", late)
     journal = Journal(str(target))
     assert len(opened) == 2
     refused(target, force=True)
@@ -526,7 +526,7 @@ def test_a_run_without_rows_is_in_nobodys_way(tmp_path):
     target = tmp_path / "out.jsonl"
     script = (
         "import os, signal, sys\n"
-        "from vit_cli.journal import Journal\n"
+        "from vit_cli.runs.prediction_file import Journal\n"
         "journal = Journal(sys.argv[1], part=(1, 2))\n"
         "journal.flush()\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -547,12 +547,13 @@ def test_a_run_without_rows_is_in_nobodys_way(tmp_path):
 def test_ctrl_c_while_the_model_is_loaded(folder, tmp_path, number):
     script = (
         "import os, sys, time\n"
-        "import vit_cli.features, vit_cli.predict\n"
+        "import vit_cli.commands.features, vit_cli.commands.predict\n"
         "from vit_cli.main import main\n"
         "def load(*_, **__):\n"
         f"    os.kill(os.getpid(), {int(number)})\n"
         "    time.sleep(60)\n"
-        "vit_cli.features.load_for_inference = vit_cli.predict.load_for_inference = load\n"
+        "vit_cli.commands.features.load_for_inference = load\n"
+        "vit_cli.commands.predict.load_for_inference = load\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     for command, name in (("predict", "out.jsonl"), ("features", "out.npz")):

@@ -371,8 +371,8 @@ def check_gradients(got, want: dict[str, np.ndarray], bound: str = "gradients fl
     from flax.traverse_util import flatten_dict
     from networks import InMemory
 
-    from convert.formats import TREE
-    from convert.rules import to_canonical
+    from vit_convert.formats import TREE
+    from vit_convert.rules import to_canonical
 
     if not isinstance(next(iter(got.values())), np.ndarray):
         flat = flatten_dict(got, sep="/")

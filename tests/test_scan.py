@@ -25,7 +25,7 @@ from tolerances import BOUNDS
 import vit_flax
 from vit_common.config import ViTConfig
 from vit_common.errors import InputError
-from vit_common.image_processor import ViTImageProcessor
+from vit_common.images.processor import ViTImageProcessor
 from vit_flax import stack_layers, unstack_layers
 from vit_flax.inference import ImageClassifier
 from vit_flax.model import REMAT_POLICIES

@@ -20,13 +20,13 @@ from jax.sharding import PartitionSpec as P
 from networks import flax_twin, make_config, random_weights, randomize
 
 import vit_flax
-from convert.layouts import HWIO, KEEP, TRANSPOSE
-from vit_common.checkpoint import open_checkpoint, write_checkpoint
 from vit_common.errors import CheckpointError, InputError
-from vit_common.image_processor import ViTImageProcessor
+from vit_common.files.checkpoint import open_checkpoint, write_checkpoint
+from vit_common.images.processor import ViTImageProcessor
+from vit_convert.layouts import HWIO, KEEP, TRANSPOSE
 from vit_flax import FlaxViTForImageClassification
 from vit_flax.inference import ImageClassifier
-from vit_flax.inference.sharding import make_mesh, partition_spec
+from vit_flax.sharding import make_mesh, partition_spec
 
 SMALL = {
     "hidden_size": 64,
@@ -263,7 +263,8 @@ ALONE = """
 import sys
 from functools import partial
 import numpy as np
-from vit_cli import bench, models
+from vit_cli.commands import bench
+from vit_cli import models
 from vit_flax.inference import ImageClassifier, measure
 folder = sys.argv[1]
 classify = ImageClassifier.from_pretrained(folder)
@@ -366,7 +367,7 @@ MEMORY = """
 import os, sys
 import jax, numpy as np
 from vit_flax import FlaxViTForImageClassification
-from vit_flax.inference.sharding import make_mesh, param_shardings
+from vit_flax.sharding import make_mesh, param_shardings
 from functools import partial
 
 def peak():
@@ -378,7 +379,7 @@ from vit_common.config import ViTConfig
 folder = sys.argv[1]
 config = ViTConfig.from_pretrained(folder)
 mesh = make_mesh({"data": 1, "model": 8}, config)
-from convert.load import load_parameters  # whatever is imported is so before memory is looked at
+from vit_convert.load import load_parameters  # imported before memory is looked at
 FlaxViTForImageClassification.from_pretrained(sys.argv[2])
 open("/proc/self/clear_refs", "w").write("5")  # the peak is now what there is
 before = peak()

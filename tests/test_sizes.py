@@ -18,12 +18,12 @@ from timm_models import timm
 
 import vit_flax
 import vit_torch
-from convert.formats import TREE
-from convert.rules import to_foreign
 from vit_common.config import ViTConfig
 from vit_common.flops import multiply_adds
 from vit_common.parameters import parameter_shapes
 from vit_common.presets import PRESETS, preset
+from vit_convert.formats import TREE
+from vit_convert.rules import to_foreign
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data" / "published.json"
 

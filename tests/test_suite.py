@@ -25,9 +25,9 @@ import vit_torch
 import vit_torch.attention
 import vit_torch.model
 from vit_common.presets import PRESETS
-from vit_torch.bounds import HALF_PRECISION
 from vit_torch.parity import difference
-from vit_torch.stages import flax_stages, torch_stages
+from vit_torch.verify.bounds import HALF_PRECISION
+from vit_torch.verify.stages import flax_stages, torch_stages
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT": ("ViTForImageClassification", {}),

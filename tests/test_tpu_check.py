@@ -13,7 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from vit_cli import tpu as command
+from vit_cli.commands import tpu as command
 from vit_common.config import BeitConfig, ViTConfig
 from vit_common.errors import InputError, MissingFileError
 from vit_common.flops import forward_flops
@@ -22,7 +22,7 @@ from vit_flax import tpu_check
 from vit_flax.attention import attention
 from vit_flax.auto import FlaxAutoModelForImageClassification
 from vit_flax.inference.engine import Engine
-from vit_flax.inference.sharding import param_shardings
+from vit_flax.sharding import param_shardings
 from vit_flax.tpu_check import (
     CHIPS,
     Check,

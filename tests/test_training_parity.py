@@ -27,8 +27,8 @@ from tolerances import BOUNDS
 
 import vit_flax
 import vit_torch
-from convert.formats import TREE
-from convert.rules import to_canonical
+from vit_convert.formats import TREE
+from vit_convert.rules import to_canonical
 from vit_flax.model import FlaxViTDropPath
 from vit_torch.parity import difference
 from vit_torch.pretrained import to_numpy

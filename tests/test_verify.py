@@ -14,20 +14,17 @@ import pytest
 import torch
 from networks import images, make_config, random_weights, torch_twin
 
-import vit_cli.verify
+import vit_cli.commands.verify
 import vit_torch.verify
-from vit_cli import verify_report
+from vit_cli.commands import verify_report
 from vit_cli.main import main
 from vit_common.config import BeitConfig, ViTConfig
 from vit_common.embedded import embedded_checkpoint
 from vit_common.errors import ConfigError, InputError
-from vit_common.image_processor import ViTImageProcessor
+from vit_common.images.processor import ViTImageProcessor
 from vit_common.positions import resize_positions
 from vit_torch import BeitForImageClassification, ViTForImageClassification, ViTModel
-from vit_torch.bounds import BOUNDS
-from vit_torch.diagnose import Cause, _precisions, diagnose, diagnose_pixels
 from vit_torch.parity import Stage, difference
-from vit_torch.stages import stage_of, torch_stages
 from vit_torch.verify import (
     Checked,
     Row,
@@ -39,6 +36,9 @@ from vit_torch.verify import (
     _Subject,
     verify,
 )
+from vit_torch.verify.bounds import BOUNDS
+from vit_torch.verify.diagnose import Cause, _precisions, diagnose, diagnose_pixels
+from vit_torch.verify.stages import stage_of, torch_stages
 
 BOUND = BOUNDS["twins float32"]
 
@@ -481,7 +481,7 @@ def test_nothing_compared_is_nothing_passed():
 )
 def test_every_report_says_why(row, said, unsaid, capsys):
     found = report_of([row], ["gradients were left out"])
-    vit_cli.verify._print(found)
+    vit_cli.commands.verify._print(found)
     for text in (capsys.readouterr().out, verify_report.markdown(found), verify_report.html(found)):
         assert said in text
         assert unsaid not in text
@@ -654,7 +654,7 @@ def test_other_inputs_or_another_loss_make_another_network(fields, said, tmp_pat
     ],
 )
 def test_without_a_tpu_what_compiling_cannot_take_is_refused(options, said, capsys, monkeypatch):
-    monkeypatch.setattr(vit_cli.verify, "_has", lambda name: False)
+    monkeypatch.setattr(vit_cli.commands.verify, "_has", lambda name: False)
     assert main(["verify", str(embedded_checkpoint()), "--device", "tpu", *options]) == 2
     assert f"given {said}, which that cannot take" in capsys.readouterr().err
 

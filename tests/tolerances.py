@@ -1,5 +1,5 @@
 """The one table of bounds is the package's own, which `vit verify` uses too."""
 
-from vit_torch.bounds import BOUNDS
+from vit_torch.verify.bounds import BOUNDS
 
 __all__ = ["BOUNDS"]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from vit_common.errors import DeviceError
-from vit_common.files import reason
+from vit_common.files.texts import reason
 
 
 def find_devices() -> list[jax.Device]:

@@ -11,9 +11,9 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from vit_cli.exit_codes import COULD_NOT_RUN, PIPE_CLOSED
-from vit_cli.interrupt import exits_at_once
-from vit_cli.messages import one_line, say, show_warning
+from vit_cli.terminal.exit_codes import COULD_NOT_RUN, PIPE_CLOSED
+from vit_cli.terminal.interrupt import exits_at_once
+from vit_cli.terminal.messages import one_line, say, show_warning
 
 _OUTPUT_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -49,7 +49,7 @@ def guarded(run: Callable[[], int]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    from vit_cli.parser import parse
+    from vit_cli.options import parse
 
     return parse(arguments)()
 

@@ -477,7 +477,7 @@ class ViTConfig:
 
     def to_json_file(self, path: str | os.PathLike, use_diff: bool = True) -> None:
         """Write `to_json_string()` to `path`; the old file survives a failure."""
-        from vit_common.checkpoint import write_text
+        from vit_common.files.checkpoint import write_text
 
         write_text(path, self.to_json_string())
 
@@ -489,8 +489,8 @@ class ViTConfig:
         Raises:
             MissingFileError: the directory cannot be made or written.
         """
-        from vit_common.checkpoint import make_directory
-        from vit_common.hub import push_if_asked
+        from vit_common.files.checkpoint import make_directory
+        from vit_common.files.hub import push_if_asked
 
         directory = make_directory(save_directory)
         self.to_json_file(directory / CONFIG_NAME)
@@ -535,7 +535,7 @@ class ViTConfig:
             MissingFileError: it cannot be read.
             ConfigError: it is not a JSON object, or a value in it is refused.
         """
-        from vit_common.checkpoint import read_json
+        from vit_common.files.checkpoint import read_json
 
         return cls._named(json_file, cls.from_dict, read_json(json_file))
 
@@ -557,8 +557,8 @@ class ViTConfig:
     @classmethod
     def _read(cls, place: str | os.PathLike, build: Callable, kwargs: Mapping[str, Any]):
         """What `build` makes of the `config.json` of a model."""
-        from vit_common.checkpoint import read_json
-        from vit_common.hub import find_file, split_hub_options
+        from vit_common.files.checkpoint import read_json
+        from vit_common.files.hub import find_file, split_hub_options
 
         hub, overrides = split_hub_options(kwargs)
         path = find_file(place, CONFIG_NAME, **hub)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vit_common.errors import CheckpointError, InputError
-from vit_common.image_processor import BaseImageProcessor
+from vit_common.images.processor import BaseImageProcessor
 from vit_common.parameters import Head
 from vit_common.versions import versions as installed
 

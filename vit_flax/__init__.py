@@ -18,12 +18,9 @@ if TYPE_CHECKING:
         Dinov2WithRegistersConfig,
         ViTConfig,
     )
-    from vit_common.image_processor import (
-        ViTFeatureExtractor,
-        ViTImageProcessor,
-    )
-    from vit_common.image_processors import (
-        AutoImageProcessor,
+    from vit_common.images.auto import AutoImageProcessor
+    from vit_common.images.processor import ViTFeatureExtractor, ViTImageProcessor
+    from vit_common.images.processors import (
         BeitFeatureExtractor,
         BeitImageProcessor,
         BitImageProcessor,
@@ -129,8 +126,9 @@ __all__ = [
 
 _HOMES = (
     "vit_common.config",
-    "vit_common.image_processor",
-    "vit_common.image_processors",
+    "vit_common.images.processor",
+    "vit_common.images.processors",
+    "vit_common.images.auto",
     "vit_flax.outputs",
     "vit_flax.model",
     "vit_flax.pretrained",

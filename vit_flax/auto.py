@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from convert.auto import AutoClassifierBase, AutoModelBase
+from vit_convert.auto import AutoClassifierBase, AutoModelBase
 from vit_flax.families import (
     FlaxBeitForImageClassification,
     FlaxBeitModel,

@@ -31,11 +31,7 @@ from vit_common.checks import (
 )
 from vit_common.config import ViTConfig
 from vit_common.errors import InputError
-from vit_common.positions import (
-    relative_distances,
-    relative_position_index,
-    resize_matrices,
-)
+from vit_common.positions import relative_distances, relative_position_index, resize_matrices
 from vit_flax.attention import attention
 from vit_flax.int8 import Dense
 from vit_flax.layout import row_major

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_common.image_processor import BaseImageProcessor
+from vit_common.images.processor import BaseImageProcessor
 
 
 def normalize(pixel_values: jax.Array, processor: BaseImageProcessor) -> jax.Array:

@@ -24,16 +24,6 @@ import numpy as np
 from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from convert.formats import TREE
-from convert.load import (
-    check_leftovers,
-    is_finite,
-    load_parameters,
-    read_config,
-    warn_if_not_finite,
-)
-from convert.rules import Mapped, MappedTensor, to_canonical, to_foreign, unprefixed
-from convert.save import SaveFormat, check_save_keywords, save_parameters
 from vit_common.checks import (
     check_keywords,
     check_labels,
@@ -42,10 +32,20 @@ from vit_common.checks import (
     resolve_problem_type,
 )
 from vit_common.config import ViTConfig, as_config
-from vit_common.containers.tensor import as_tensor
 from vit_common.errors import InputError
-from vit_common.hub import PUSH_OPTIONS, push_folder, push_if_asked, split_hub_options
+from vit_common.files.containers.tensor import as_tensor
+from vit_common.files.hub import PUSH_OPTIONS, push_folder, push_if_asked, split_hub_options
 from vit_common.parameters import Head, head_tokens, initial_value, parameter_shapes
+from vit_convert.formats import TREE
+from vit_convert.load import (
+    check_leftovers,
+    is_finite,
+    load_parameters,
+    read_config,
+    warn_if_not_finite,
+)
+from vit_convert.rules import Mapped, MappedTensor, to_canonical, to_foreign, unprefixed
+from vit_convert.save import SaveFormat, check_save_keywords, save_parameters
 from vit_flax.attention import check_implementation
 from vit_flax.model import (
     REMAT_POLICIES,

@@ -27,13 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.source import config_from_dict, open_source, read_config_file
 from vit_common.config import ViTConfig, is_timm
 from vit_common.errors import InputError
 from vit_common.flops import forward_flops
 from vit_common.parameters import Head
 from vit_common.presets import PRESETS, preset
-from vit_flax.attention_tpu import NEEDED
+from vit_convert.source import config_from_dict, open_source, read_config_file
+from vit_flax.attention.tpu import NEEDED
 from vit_flax.auto import FlaxAutoModelForImageClassification
 
 FLOPS_BOUND = 0.03
@@ -698,7 +698,7 @@ def collectives(hlo: str) -> dict[str, int]:
 
 def own_kernels(hlo: str) -> list[float]:
     """Operations of the matrix products of each of the package's kernels that a module calls, by
-    the kernel's own statement, less what it computes anew (`vit_flax.attention_tpu.NEEDED`)."""
+    the kernel's own statement, less what it computes anew (`vit_flax.attention.tpu.NEEDED`)."""
     found = []
     for line in hlo.splitlines():
         name, stated = _OWN.search(line), _STATED.search(line)

@@ -8,12 +8,9 @@ from vit_common.config import (
     Dinov2WithRegistersConfig,
     ViTConfig,
 )
-from vit_common.image_processor import (
-    ViTFeatureExtractor,
-    ViTImageProcessor,
-)
-from vit_common.image_processors import (
-    AutoImageProcessor,
+from vit_common.images.auto import AutoImageProcessor
+from vit_common.images.processor import ViTFeatureExtractor, ViTImageProcessor
+from vit_common.images.processors import (
     BeitFeatureExtractor,
     BeitImageProcessor,
     BitImageProcessor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from convert.auto import AutoClassifierBase, AutoModelBase
+from vit_convert.auto import AutoClassifierBase, AutoModelBase
 from vit_torch.families import (
     BeitForImageClassification,
     BeitModel,
@@ -17,11 +17,7 @@ from vit_torch.families import (
     Dinov2WithRegistersForImageClassification,
     Dinov2WithRegistersModel,
 )
-from vit_torch.pretrained import (
-    ViTForImageClassification,
-    ViTForMaskedImageModeling,
-    ViTModel,
-)
+from vit_torch.pretrained import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
 
 
 class AutoModel(AutoModelBase):

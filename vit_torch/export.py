@@ -28,14 +28,14 @@ from vit_common.exports import (
     random_pixels,
     versions,
 )
-from vit_common.files import check_target, staged
-from vit_common.image_processor import BaseImageProcessor
-from vit_common.predictions import (
+from vit_common.files.replace import check_target, staged
+from vit_common.images.predictions import (
     check_processor,
     default_image_processor,
     has_several_labels,
     image_size,
 )
+from vit_common.images.processor import BaseImageProcessor
 
 __all__ = ["Export", "Network", "export", "require"]
 

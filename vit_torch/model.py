@@ -32,11 +32,7 @@ from vit_common.checks import (
 )
 from vit_common.config import ViTConfig
 from vit_common.errors import InputError
-from vit_common.positions import (
-    relative_distances,
-    relative_position_index,
-    resize_matrices,
-)
+from vit_common.positions import relative_distances, relative_position_index, resize_matrices
 from vit_torch.attention import attention
 from vit_torch.outputs import (
     BaseModelOutput,

@@ -17,19 +17,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from convert.load import (
+from vit_common.config import ViTConfig, as_config
+from vit_common.errors import InputError
+from vit_common.files.containers.tensor import DTYPES, Tensor
+from vit_common.files.hub import PUSH_OPTIONS, push_folder, push_if_asked, split_hub_options
+from vit_common.parameters import Head, initial_value, parameter_shapes
+from vit_convert.load import (
     check_leftovers,
     is_finite,
     load_parameters,
     read_config,
     warn_if_not_finite,
 )
-from convert.save import SaveFormat, check_save_keywords, save_parameters
-from vit_common.config import ViTConfig, as_config
-from vit_common.containers.tensor import DTYPES, Tensor
-from vit_common.errors import InputError
-from vit_common.hub import PUSH_OPTIONS, push_folder, push_if_asked, split_hub_options
-from vit_common.parameters import Head, initial_value, parameter_shapes
+from vit_convert.save import SaveFormat, check_save_keywords, save_parameters
 from vit_torch.attention import check_implementation
 from vit_torch.model import (
     ViTForImageClassificationModule,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from convert.formats import flax, google, huggingface, timm
-from convert.formats.flax import TREE
-from convert.rules import Format
 from vit_common.config import ViTConfig
 from vit_common.errors import InputError
+from vit_convert.formats import flax, google, huggingface, timm
+from vit_convert.formats.flax import TREE
+from vit_convert.rules import Format
 
 FORMATS: tuple[Format, ...] = (
     *huggingface.FORMATS,

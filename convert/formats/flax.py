@@ -6,9 +6,9 @@ In msgpack files and in memory its levels are joined by "/", in Flax safetensors
 Sources: `models/{vit,beit,dinov2}/modeling_flax_*.py` of Transformers 4.57.6.
 """
 
-from convert.formats.huggingface import BEIT_HEAD, BLOCK, DINOV2_BLOCK, DINOV2_SWIGLU_BLOCK
-from convert.layouts import HWIO, KEEP, TOKEN, TRANSPOSE, Layout
-from convert.rules import Format, Rule
+from vit_convert.formats.huggingface import BEIT_HEAD, BLOCK, DINOV2_BLOCK, DINOV2_SWIGLU_BLOCK
+from vit_convert.layouts import HWIO, KEEP, TOKEN, TRANSPOSE, Layout
+from vit_convert.rules import Format, Rule
 
 _TOKENS = (
     "embeddings.cls_token",

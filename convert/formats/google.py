@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 
-from convert.layouts import HWIO, KEEP, TRANSPOSE, heads_apart
-from convert.rules import Format, Rule
-from vit_common.containers.tensor import Tensor
 from vit_common.errors import CheckpointError
+from vit_common.files.containers.tensor import Tensor
+from vit_convert.layouts import HWIO, KEEP, TRANSPOSE, heads_apart
+from vit_convert.rules import Format, Rule
 
 _SETTINGS = {
     "layer_norm_eps": 1e-6,

@@ -6,8 +6,8 @@ Sources: `models/{vit,deit,beit,dinov2,dinov2_with_registers,vit_mae}/modeling_*
 Transformers 4.57.6 and 5.23.
 """
 
-from convert.layouts import GATE_AND_UP, KEEP, TOKEN, Layout
-from convert.rules import Format, Rule
+from vit_convert.layouts import GATE_AND_UP, KEEP, TOKEN, Layout
+from vit_convert.rules import Format, Rule
 
 _TOP = (
     "embeddings.cls_token",

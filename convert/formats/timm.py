@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from convert.layouts import FUSED_QKV, TOKEN
-from convert.rules import Format, Rule
+from vit_convert.layouts import FUSED_QKV, TOKEN
+from vit_convert.rules import Format, Rule
 
 _EMBEDDINGS = {
     "cls_token": "embeddings.cls_token",

@@ -25,20 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 
-from convert.source import Source, find_processor, open_source
 from vit_common.checks import as_integer, check_positive
 from vit_common.config import FIELDS, AutoConfig, ViTConfig
-from vit_common.errors import (
-    CheckpointError,
-    ConfigError,
-    ImageError,
-    InputError,
-    ViTError,
-)
+from vit_common.errors import CheckpointError, ConfigError, ImageError, InputError, ViTError
+from vit_common.files.hub import split_hub_options
 from vit_common.flops import forward_flops
-from vit_common.hub import split_hub_options
-from vit_common.image_processor import BaseImageProcessor
-from vit_common.predictions import (
+from vit_common.images.predictions import (
     AS_IN_A_PICTURE,
     Prediction,
     are_many,
@@ -50,15 +42,17 @@ from vit_common.predictions import (
     naming,
     prepare_image,
 )
-from vit_flax import attention_maps
+from vit_common.images.processor import BaseImageProcessor
+from vit_convert.source import Source, find_processor, open_source
 from vit_flax.auto import FlaxAutoModel, FlaxAutoModelForImageClassification
+from vit_flax.inference import maps as attention_maps
 from vit_flax.inference.engine import Engine, Running
 from vit_flax.inference.reader import Batch, Reader
-from vit_flax.inference.sharding import MeshLike, make_mesh, param_shardings, place
 from vit_flax.int8 import check_weights, quantize
 from vit_flax.model import FlaxViTModule, mean_of_patches
 from vit_flax.model import options as options_of
 from vit_flax.pixels import normalize
+from vit_flax.sharding import MeshLike, make_mesh, param_shardings, place
 
 
 @dataclass(frozen=True)
@@ -141,7 +135,7 @@ class ImageEncoder:
         normalize_on_device: send pixels to the device as 8-bit numbers, a quarter of the bytes, and
             rescale and normalise them there. The results may differ in their last digits.
         fast_decode: decode JPEGs that are much larger than the network's images at a fraction of
-            their size. The results differ somewhat; see `vit_common.images.load_image`.
+            their size. The results differ somewhat; see `vit_common.images.pictures.load_image`.
         mesh: devices to run on: None for the one that holds the parameters; "auto" for all of this
             process, each with its part of a batch; {"data": n, "model": m} to split the network
             too, over m devices each time; or a `jax.sharding.Mesh` with axes of these names.

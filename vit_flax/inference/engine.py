@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_common.config import ViTConfig
 from vit_common.errors import DeviceError
-from vit_flax.inference.sharding import DATA
+from vit_flax.sharding import DATA
 
 Program = Callable[[Any, jax.Array], tuple[jax.Array, ...]]
 """From parameters and pixels (B, C, H, W) to arrays with a row for each image."""
@@ -34,7 +34,7 @@ class Engine:
         config: sizes of the network.
         shape: of one image, (C, H, W).
         dtype: of the pixels.
-        mesh: devices to split batches over, see `vit_flax.inference.sharding`, with the parameters
+        mesh: devices to split batches over, see `vit_flax.sharding`, with the parameters
             on them; None for one device.
 
     Attributes:

@@ -1,0 +1,194 @@
+"""`vit bench`: how many images a second, how many the device could do, and where the time goes."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vit_cli.terminal.exit_codes import DONE
+from vit_cli.terminal.messages import say
+from vit_common.errors import MissingFileError
+
+if TYPE_CHECKING:
+    from vit_flax.inference import ImageClassifier
+    from vit_flax.inference.engine import Engine
+
+_PHOTOS = 32  # made where none are given
+_PHOTO_SIZE = (640, 480)
+
+
+def bench(
+    names: Sequence[str],
+    model: str | None,
+    *,
+    batch_sizes: Sequence[int] | None,
+    rounds: int,
+    dtype: str,
+    options: Mapping[str, Any],
+    as_json: bool,
+    hub: Mapping[str, Any] | None = None,
+) -> int:
+    """Measure, and print a table.
+
+    Args:
+        names: image files or folders of them for the stream; none: photos of noise are made.
+        model: folder, weights file or Hub name; None is the checkpoint in the package.
+        batch_sizes: of the network alone; the last is the stream's too; rounded up to what the
+            devices can share. None: what suits the device.
+        rounds: of each measurement.
+        dtype: of the computation.
+        options: of `ImageClassifier`.
+        as_json: print one JSON object.
+        hub: options of the Hub.
+
+    Raises:
+        MissingFileError: the names hold no image.
+        ViTError: the model cannot be loaded.
+    """
+    from vit_cli.models import load_for_inference
+    from vit_common.images.find import find_images
+
+    files = list(find_images(names, lambda text: say("error", text)))
+    if names and not files:
+        raise MissingFileError(f"{', '.join(names)}: no images to measure with.")
+    classify = load_for_inference("ImageClassifier", model, dtype, {**options, **(hub or {})})
+    if batch_sizes is None:
+        batch_sizes = (1, 8, 32) if classify.engine.platform == "cpu" else (1, 64, 512)
+    batch_sizes = _divisible(batch_sizes, classify.engine)
+    result = describe(classify, dtype)
+    if not as_json:
+        _print_head(result)
+    rates = []
+    for batch_size in batch_sizes:
+        rates.append(_network(classify, batch_size, rounds))
+        if not as_json:
+            _print_rate(rates[-1], first=len(rates) == 1)
+    with tempfile.TemporaryDirectory() as folder:
+        stream = _stream(classify, files or _photos(Path(folder)), batch_sizes[-1], rates[-1])
+    if as_json:
+        print(json.dumps({**result, "network": rates, "stream": stream}, indent=2))
+    else:
+        _print_stream(stream, made=not files)
+    return DONE
+
+
+def _divisible(batch_sizes: Sequence[int], engine: Engine) -> list[int]:
+    """Sizes that can be split over the devices, or groups of them; says which were not."""
+    sizes = [engine.divisible(size) for size in batch_sizes]
+    if sizes != list(batch_sizes):
+        given, taken = ", ".join(map(str, batch_sizes)), ", ".join(map(str, dict.fromkeys(sizes)))
+        say(
+            f"batches are split over {engine.parts_of_batch} devices: {given} images become {taken}"
+        )
+    return list(dict.fromkeys(sizes))
+
+
+def describe(classify: ImageClassifier, dtype: str) -> dict[str, Any]:
+    """What is measured, and on what."""
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "devices": jax.local_device_count(),
+        "dtype": dtype,
+        "image_size": list(classify.image_size),
+        "gflop_per_image": classify.flops / 1e9,
+        "workers": classify.workers,
+        "jax": jax.__version__,
+    }
+
+
+def _network(classify: ImageClassifier, batch_size: int, rounds: int) -> dict[str, Any]:
+    from vit_flax.inference.measure import network_rate
+
+    rate = network_rate(classify, batch_size, rounds)
+    return {
+        "batch_size": batch_size,
+        "images_per_second": rate.images_per_second,
+        "range": [min(rate.samples), max(rate.samples)],
+        "products_alone": sorted(rate.limit)[len(rate.limit) // 2],
+        "share": rate.share,
+    }
+
+
+def _stream(
+    classify: ImageClassifier, files: Sequence[Any], batch_size: int, rate: Mapping[str, Any]
+) -> dict[str, Any]:
+    from vit_flax.inference.measure import host_rate, stream_rate
+
+    alone = rate["images_per_second"]
+    one_thread = host_rate(classify, files)
+    # Some ten seconds, and batches enough for the pipeline to fill.
+    images = int(max(4 * batch_size, 10 * min(alone, one_thread * classify.workers)))
+    timings = stream_rate(classify, files, batch_size, images)
+    return {
+        "images": images,
+        "batch_size": batch_size,
+        "images_per_second": images / timings.total,
+        "of_network_alone": images / timings.total / alone,
+        "reading_per_second_one_thread": one_thread,
+        "seconds": timings.total,
+        "waiting_for_device": timings.waiting_for_device,
+        "waiting_for_images": timings.waiting_for_images,
+        "reading_in_threads": timings.decoding,
+    }
+
+
+def _photos(folder: Path) -> list[Path]:
+    """JPEGs that take as long to decode as photos do."""
+    import numpy as np
+    import PIL.Image
+
+    rng = np.random.default_rng(0)
+    width, height = _PHOTO_SIZE
+    paths = []
+    for i in range(_PHOTOS):
+        rough = rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+        image = PIL.Image.fromarray(rough).resize(_PHOTO_SIZE, PIL.Image.Resampling.BICUBIC)
+        paths.append(folder / f"{i}.jpg")
+        image.save(paths[-1], quality=90)
+    return paths
+
+
+# -- text
+
+
+def _print_head(result: Mapping[str, Any]) -> None:
+    H, W = result["image_size"]
+    several = f"{result['devices']} x " if result["devices"] > 1 else ""
+    print(
+        f"{several}{result['device']}, jax {result['jax']}, {result['dtype']}, {H} x {W}, "
+        f"{result['gflop_per_image']:.3g} GFLOP an image"
+    )
+
+
+def _print_rate(rate: Mapping[str, Any], *, first: bool) -> None:
+    if first:
+        print(f"batch  images/s   {'range':<23} products alone  share")
+    low, high = rate["range"]
+    spread = f"{low:.4g} to {high:.4g}"
+    print(
+        f"{rate['batch_size']:<6} {rate['images_per_second']:<10.4g} {spread:<23} "
+        f"{rate['products_alone']:<15.4g} {rate['share']:.0%}",
+        flush=True,
+    )
+
+
+def _print_stream(stream: Mapping[str, Any], *, made: bool) -> None:
+    total = stream["seconds"]
+    what = f"JPEGs of {_PHOTO_SIZE[0]} x {_PHOTO_SIZE[1]}" if made else "the files"
+    print(
+        f"stream of {what}, batch {stream['batch_size']}: "
+        f"{stream['images_per_second']:.4g} images/s, {stream['of_network_alone']:.0%} of the "
+        "network alone"
+    )
+    device, images = stream["waiting_for_device"], stream["waiting_for_images"]
+    print(
+        f"  {total:.1f} s: waiting for the device {device / total:.0%}, for images "
+        f"{images / total:.0%}, the rest {max(0.0, 1 - (device + images) / total):.0%}; "
+        f"one thread reads {stream['reading_per_second_one_thread']:.4g} images/s"
+    )

@@ -1,0 +1,291 @@
+"""`vit info`: what the commands run on, and what a model is."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from PIL.Image import Resampling
+
+from vit_cli import cache
+from vit_cli.devices import compiled_for, describe_devices, find_devices
+from vit_cli.terminal.exit_codes import DONE
+from vit_cli.terminal.messages import counted, one_line
+from vit_common.config import ViTConfig
+from vit_common.errors import MissingFileError
+from vit_common.files.hub import AbsentFileError
+from vit_common.flops import multiply_adds
+from vit_common.images.auto import AutoImageProcessor
+from vit_common.parameters import parameter_shapes
+from vit_common.presets import PRESETS
+from vit_common.versions import PACKAGE, versions
+from vit_convert.source import (
+    Source,
+    config_from_dict,
+    find_processor,
+    open_source,
+    read_config_file,
+)
+
+Report = dict[str, Any]
+
+_FAMILIES = {
+    "vit": "ViT",
+    "deit": "DeiT (distilled)",
+    "beit": "BEiT",
+    "dinov2": "DINOv2",
+    "dinov2_with_registers": "DINOv2 with registers",
+}
+_LETTERS = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H", "giant": "g"}
+_LABELS_SHOWN = 5
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow", "safetensors", "huggingface_hub", "torch")
+
+
+def info(
+    model: str | None,
+    *,
+    as_json: bool = False,
+    batch: int = 1,
+    dtype: str = "float32",
+    hub: Mapping[str, Any] | None = None,
+) -> int:
+    """Print versions, devices and precision, and with a model, what it is.
+
+    Args:
+        model: folder, weights file or Hub name.
+        as_json: print one JSON object.
+        batch, dtype: images at once, and what is computed in: for these it is said which attention
+            kernel runs.
+        hub: options of the Hub.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ViTError: the model is not there, or is none.
+    """
+    # The model first: a name that is wrong is told without the seconds that JAX takes.
+    described = None if model is None else describe_model(model, dict(hub or {}), batch, dtype)
+    place = cache.directory()
+    report: Report = {
+        "versions": versions(PACKAGE, "python", *_PACKAGES),
+        **describe_devices(),
+        "compilation_cache": None if place is None else str(place),
+    }
+    if described is not None:
+        report["model"] = described
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        for line in _lines(report):
+            print(line)
+    return DONE
+
+
+# -- a model
+
+
+def describe_model(
+    name: str, hub: dict[str, Any], batch: int = 1, dtype: str = "float32"
+) -> Report:
+    """What the files of a model say, and which attention kernel runs. No weight is read, and none
+    is downloaded.
+
+    Raises:
+        ViTError: there is no such model, or a file of it is refused.
+    """
+    table = read_config_file(name, **hub)
+    local = hub if Path(name).exists() else {**hub, "local_files_only": True}
+    weights: Report | None = None
+    try:
+        with open_source(name, **local) as source:
+            config, head = source.config, source.head
+            found = find_processor(source, name, **hub)
+            weights = _describe_weights(source)
+            pooled = any(key.startswith("pooler.") for key in source.mapped.tensors)
+    except MissingFileError:
+        # Not here: what the small files say.
+        if table is None or "model_type" not in table:
+            raise
+        config, head, pooled = config_from_dict(table), "classifier", False
+        try:
+            found = AutoImageProcessor.from_pretrained(name, **hub), ""
+        except AbsentFileError:
+            found = None
+    processor = None if found is None else found[0]
+    parameters = sum(
+        math.prod(shape)
+        for shape in parameter_shapes(config, head, add_pooling_layer=pooled).values()
+    )
+    macs = multiply_adds(config, head)
+    height, width = config.image_height_width
+    return {
+        "name": name,
+        "family": _FAMILIES.get(config.model_type, config.model_type),
+        "variant": _variant(config),
+        "head": head,
+        "layers": config.num_hidden_layers,
+        "width": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "mlp_width": config.intermediate_size,
+        "patch": list(config.patch_height_width),
+        "tokens": config.num_prefix_tokens + config.num_patches,
+        "parameters": parameters,
+        "attention": describe_attention(config, batch, dtype),
+        "gflops_per_image": round(2 * macs / 1e9, 6),
+        "input": {"channels": config.num_channels, "height": height, "width": width},
+        "preprocessing": None if processor is None else processor.to_dict(),
+        "labels": list(map(str, config.id2label.values()))
+        if head in ("classifier", "teacher")
+        else [],
+        "weights": weights,
+    }
+
+
+def describe_attention(config: ViTConfig, batch: int, dtype: str) -> Report:
+    """The attention kernel for so many images on the device that JAX would use, and why."""
+    from vit_flax.attention import choose, cudnn_missing
+
+    platform = compiled_for(find_devices()[0])
+    S, A = config.num_prefix_tokens + config.num_patches, config.num_attention_heads
+    biased = config.use_relative_position_bias or config.use_shared_relative_position_bias
+    choice = choose(
+        "auto",
+        platform,
+        (batch, S, A, config.hidden_size // A),
+        dtype,
+        bias=(1, A, S, S) if biased else None,
+        precision=jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
+        cudnn=cudnn_missing() if platform == "cuda" else None,
+    )
+    return {"batch": batch, "dtype": dtype, "kernel": choice.name, "why": choice.reason}
+
+
+def _variant(config: ViTConfig) -> str | None:
+    """Such as "B/16", if the sizes are those of a named model."""
+    sizes = (
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.intermediate_size,
+    )
+    patch = config.patch_height_width
+    for name, (*preset, _) in PRESETS.items():
+        if sizes == tuple(preset) and patch[0] == patch[1]:
+            return f"{_LETTERS[name]}/{patch[0]}"
+    return None
+
+
+def _describe_weights(source: Source) -> Report:
+    """The weights file."""
+    checkpoint = source.checkpoint
+    return {
+        "path": str(source.path),
+        "container": checkpoint.container,
+        "format": source.table.name,
+        "dtypes": sorted({str(tensor.dtype) for tensor in checkpoint.values()}),
+        "bytes": sum(file.stat().st_size for file in checkpoint.files),
+        "files": len(checkpoint.files),
+    }
+
+
+# -- as text
+
+
+def _lines(report: Report) -> Iterator[str]:
+    for name, version in report["versions"].items():
+        yield _line(name, version or "not installed")
+    yield ""
+    kinds = report["devices"]
+    yield _line("platform", report["platform"])
+    yield _line(
+        "devices", ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
+    )
+    precision = report["matmul_precision"]
+    yield _line(
+        "precision",
+        f"float32 matrix products in {precision['float32']} (setting: {precision['setting']})",
+    )
+    yield _line("compiled code", report["compilation_cache"] or "not kept between runs")
+    if "model" in report:
+        yield ""
+        yield from _model_lines(report["model"])
+
+
+def _model_lines(model: Report) -> Iterator[str]:
+    variant = f"-{model['variant']}" if model["variant"] else ""
+    yield _line("model", model["name"])
+    yield _line("family", model["family"] + variant)
+    yield _line(
+        "sizes",
+        f"{model['layers']} layers, width {model['width']}, {model['heads']} heads, MLP width "
+        f"{model['mlp_width']}, patches {model['patch'][0]} x {model['patch'][1]}, "
+        f"{model['tokens']} tokens",
+    )
+    yield _line("parameters", f"{model['parameters']:,}")
+    kernel = model["attention"]
+    what = f"{counted(kernel['batch'])}, {kernel['dtype']}"
+    yield _line("attention", f"{kernel['kernel']}: {kernel['why']} ({what})")
+    yield _line("GFLOP/image", f"{model['gflops_per_image']:.4g}")
+    size = model["input"]
+    yield _line(
+        "input",
+        f"{size['channels']} x {size['height']} x {size['width']} (channels x height x width)",
+    )
+    yield _line("prepared by", _preparation(model["preprocessing"]))
+    labels = model["labels"]
+    if labels:
+        between = "; " if any("," in label for label in labels) else ", "
+        shown = between.join(labels[:_LABELS_SHOWN])
+        shown += f"{between}... {labels[-1]}" if len(labels) > _LABELS_SHOWN else ""
+        yield _line("labels", f"{len(labels)}: {shown}")
+    else:
+        yield _line("labels", "none: the weights have no classifier")
+    weights = model["weights"]
+    if weights is None:
+        yield _line("weights", "none here, or not downloaded yet")
+        return
+    yield _line("weights", weights["path"])
+    parts = f" in {weights['files']} files" if weights["files"] > 1 else ""
+    yield _line(
+        "",
+        f"{weights['container']}, format {weights['format']}, {', '.join(weights['dtypes'])}, "
+        f"{weights['bytes'] / 1e6:,.1f} MB{parts}",
+    )
+
+
+def _preparation(options: Report | None) -> str:
+    if options is None:
+        return "no preprocessor_config.json; the Hub's defaults for a ViT are used"
+    steps = []
+    if options["do_resize"]:
+        size = options["size"]
+        edge = size.get("shortest_edge")
+        target = f"shortest edge {edge}" if edge else f"{size['height']} x {size['width']}"
+        steps.append(f"resize to {target} ({Resampling(options['resample']).name.lower()})")
+    if options.get("do_center_crop") and options.get("crop_size"):
+        size = options["crop_size"]
+        steps.append(f"centre crop {size['height']} x {size['width']}")
+    if options["do_rescale"]:
+        steps.append(f"times {_short(options['rescale_factor'])}")
+    if options["do_normalize"]:
+        mean, std = options["image_mean"], options["image_std"]
+        steps.append(f"mean {_numbers(mean)}, standard deviation {_numbers(std)}")
+    return ", ".join(steps) or "nothing"
+
+
+def _short(factor: float) -> str:
+    return "1/255" if math.isclose(factor, 1 / 255) else f"{factor:g}"
+
+
+def _numbers(values: Any) -> str:
+    values = list(values) if isinstance(values, (list, tuple)) else [values]
+    return f"{values[0]:g}" if len(set(values)) == 1 else " ".join(f"{each:g}" for each in values)
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:17}  {one_line(str(text))}".rstrip()

@@ -1,0 +1,184 @@
+"""`vit inspect`: what a weights file holds, whether or not it is whole."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vit_cli.terminal.exit_codes import DONE
+from vit_cli.terminal.messages import one_line
+from vit_common.config import FLOATS
+from vit_common.errors import CheckpointError, ConfigError, InputError, MissingFileError, some
+from vit_common.files.checkpoint import Checkpoint, open_checkpoint
+from vit_common.files.hub import find_weights
+
+_SHOWN = 8
+
+
+def inspect(
+    name: str,
+    *,
+    format: str | None = None,
+    lines: int = 10,
+    as_json: bool = False,
+    hub: Mapping[str, Any] | None = None,
+) -> int:
+    """Print what a weights file holds.
+
+    Args:
+        name: weights file, index, directory or Hub name.
+        format: of the weights, where their names do not tell it.
+        lines: rows of the table of tensors to print.
+        as_json: print one JSON object, with the whole table.
+        hub: options of the Hub.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ViTError: there is no such file, or it cannot be read at all.
+    """
+    report = describe(name, format, dict(hub or {}))
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return DONE
+    for title, text in _lines(report):
+        print(f"{title:12}  {one_line(text)}".rstrip())
+    rows = report["tensors"]
+    shown = rows if lines >= len(rows) else rows[:lines]
+    width = max((len(row["name"]) for row in shown), default=0)
+    print()
+    for row in shown:
+        shape = " x ".join(map(str, row["shape"])) or "scalar"
+        print(f"  {one_line(row['name']):{width}}  {row['dtype']:9} {shape}")
+    if len(shown) < len(rows):
+        print(f"  ... and {len(rows) - len(shown)} more (--lines N, --json)")
+    return DONE
+
+
+def describe(name: str, format: str | None, hub: dict[str, Any]) -> dict[str, Any]:
+    """Everything `vit inspect --json` prints. No weight is read.
+
+    Raises:
+        ViTError: there is no such file, or it cannot be read at all.
+    """
+    path = find_weights(name, **hub)
+    with open_checkpoint(path) as checkpoint:
+        report: dict[str, Any] = {
+            "path": str(path),
+            "container": checkpoint.container,
+            "files": len(checkpoint.files),
+            "bytes": sum(file.stat().st_size for file in checkpoint.files),
+            "metadata": {k: v for k, v in checkpoint.metadata.items() if len(v) < 200},
+            "dtypes": sorted({t.dtype.name for t in checkpoint.values()}),
+            "parameters": sum(math.prod(t.shape) for t in checkpoint.values()),
+            "network": None,
+            "odd": _odd(checkpoint),
+            "tensors": [
+                {"name": key, "dtype": t.dtype.name, "shape": list(t.shape)}
+                for key, t in checkpoint.items()
+            ],
+        }
+    _add_network(report, name, format, hub)
+    return report
+
+
+def _odd(checkpoint: Checkpoint) -> list[str]:
+    """What is unusual about the tensors themselves."""
+    odd = []
+    dtypes: dict[str, list[str]] = {}
+    for key, tensor in checkpoint.items():
+        dtypes.setdefault(tensor.dtype.name, []).append(key)
+    floats = [dtype for dtype in dtypes if dtype in FLOATS]
+    if len(floats) > 1:
+        counts = ", ".join(f"{len(dtypes[dtype])} of {dtype}" for dtype in floats)
+        odd.append(f"several dtypes: {counts}")
+    for dtype, keys in dtypes.items():
+        if dtype not in FLOATS:
+            odd.append(f"{dtype}, which is not floating: {some(keys, _SHOWN)}")
+    empty = [key for key, tensor in checkpoint.items() if math.prod(tensor.shape) == 0]
+    if empty:
+        odd.append(f"empty: {some(empty, _SHOWN)}")
+    return odd
+
+
+def _add_network(report: dict[str, Any], name: str, format: str | None, hub: Any) -> None:
+    """What the tensors are the network of; or why they are none."""
+    from vit_convert.source import find_processor, open_source, read_tensors
+
+    try:
+        with open_source(name, format=format, **hub) as source:
+            config = source.config
+            processor = find_processor(source, name, **hub)
+            report["network"] = {
+                "format": source.table.name,
+                "describes": source.table.describes,
+                "under": source.root.path,
+                "family": config.model_type,
+                "head": source.head,
+                "layers": config.num_hidden_layers,
+                "width": config.hidden_size,
+                "heads": config.num_attention_heads,
+                "mlp_width": config.intermediate_size,
+                "patch": list(config.patch_height_width),
+                "image": list(config.image_height_width),
+                "tokens": config.num_prefix_tokens + config.num_patches,
+                "classes": config.num_labels if source.head in ("classifier", "teacher") else 0,
+                "activation": str(config.hidden_act),
+                "layer_norm_eps": config.layer_norm_eps,
+                "position_resize": config.position_resize,
+                "preprocessing": None if processor is None else processor[1],
+            }
+            ignored, unexplained = source.ignored, source.unexplained
+    except (CheckpointError, ConfigError, MissingFileError, InputError) as error:
+        if isinstance(error, InputError) and not isinstance(error, CheckpointError):
+            raise
+        report["odd"].append(str(error))
+        try:
+            with open_checkpoint(report["path"]) as checkpoint:
+                read = read_tensors(checkpoint, format=format)
+                report["network"] = {
+                    "format": read.table.name,
+                    "describes": read.table.describes,
+                    "under": read.root.path,
+                }
+                ignored, unexplained = read.ignored, read.unexplained
+        except (CheckpointError, ConfigError):
+            return
+    reasons: dict[str, list[str]] = {}
+    for key, why in ignored.items():
+        reasons.setdefault(why, []).append(key)
+    report["odd"] += [f"{why}: {some(keys, _SHOWN)}" for why, keys in reasons.items()]
+    if unexplained:
+        report["odd"].append(f"names that nothing here knows: {some(unexplained, _SHOWN)}")
+
+
+def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    files = f" in {report['files']} files" if report["files"] > 1 else ""
+    yield "file", f"{report['path']}: {report['container']}, {report['bytes'] / 1e6:,.1f} MB{files}"
+    network = report["network"]
+    if network is not None:
+        under = f", under {network['under']!r}" if network["under"] else ""
+        yield "format", f"{network['format']}: {network['describes']}{under}"
+    if network is not None and "family" in network:
+        yield "family", f"{network['family']}, head: {network['head'] or 'none'}"
+        patch, image = network["patch"], network["image"]
+        yield (
+            "sizes",
+            f"{network['layers']} layers, width {network['width']}, {network['heads']} heads, MLP "
+            f"width {network['mlp_width']}, patches {patch[0]} x {patch[1]}, image {image[0]} x "
+            f"{image[1]}, {network['tokens']} tokens"
+            + (f", {network['classes']} classes" if network["classes"] else ""),
+        )
+        yield (
+            "numerics",
+            f"{network['activation']}, layer norm eps {network['layer_norm_eps']:g}, positions "
+            f"resized by {network['position_resize']}",
+        )
+        yield "images", network["preprocessing"] or "nothing says how they are prepared"
+    yield "tensors", f"{len(report['tensors'])} of {', '.join(report['dtypes'])}"
+    yield "parameters", f"{report['parameters']:,}"
+    for text in report["odd"]:
+        yield "odd", text

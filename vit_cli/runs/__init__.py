@@ -1,0 +1,1 @@
+"""Runs over many images: rows, partial files, resuming, several hosts."""

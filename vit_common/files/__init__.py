@@ -1,0 +1,1 @@
+"""Files: found on disk or on the Hub, read by container, written whole or not at all."""

@@ -1,0 +1,225 @@
+"""The one way files are written: whole, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from vit_common.errors import ExistingFileError, MissingFileError, ViTError
+from vit_common.files.folders import change_folder, flush_directory
+from vit_common.files.texts import reason
+
+
+def make_directory(path: str | os.PathLike) -> Path:
+    """Make a directory and its parents where they are not there yet.
+
+    Raises:
+        MissingFileError: something else has that name, or it cannot be made or written.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise MissingFileError(f"{path}: wanted a directory; a file has that name.") from error
+    except OSError as error:
+        raise MissingFileError(f"{path}: cannot be made a directory ({reason(error)}).") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise MissingFileError(f"{path}: this directory cannot be written (permission denied).")
+    return path
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write `text` as UTF-8; the file that was there survives a failure.
+
+    Raises:
+        MissingFileError: it cannot be written.
+    """
+    path = Path(path)
+    replace_files(path.parent, {path.name: lambda stream: stream.write(text.encode())})
+
+
+def replace_files(
+    directory: Path,
+    contents: Mapping[str, Callable[[BinaryIO], object]],
+    stale: Iterable[str] = (),
+) -> list[Path]:
+    """Write a set of files so that either all of them are new or all are as they were.
+
+    Every file is written beside its target under a temporary name and flushed to the disk; only
+    then do they all get their names, in one step where `change_folder` can do that, else one after
+    the other (who is killed there leaves some new and some old), and then the `stale` ones are
+    deleted. Permissions are those that the umask gives any new file.
+
+    Args:
+        directory: where the files go; must exist.
+        contents: file name -> a function that writes its bytes to the stream it is given.
+        stale: names of files that the new ones make obsolete; they need not exist.
+
+    Raises:
+        MissingFileError: a file cannot be written; nothing was replaced.
+    """
+    token = secrets.token_hex(4)
+    staged: list[tuple[Path, Path]] = []
+    final = directory
+    try:
+        for name, write in contents.items():
+            final = directory / name
+            if final.is_dir():
+                raise IsADirectoryError("a directory has that name")
+            temporary = directory / f".{name}.{token}.tmp"
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+            descriptor = os.open(temporary, flags, 0o666)
+            staged.append((temporary, final))
+            with open(descriptor, "wb") as stream:
+                write(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+        stale = _publish(directory, staged, [*stale], token)
+    except ViTError:  # from reading what was to be written; says its own piece
+        raise
+    except OSError as error:
+        kept = "the file that was there is kept" if final.exists() else "nothing was written"
+        raise MissingFileError(f"{final}: cannot be written ({reason(error)}); {kept}.") from error
+    finally:
+        for temporary, _ in staged:
+            temporary.unlink(missing_ok=True)
+    for name in stale:
+        try:
+            (directory / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise MissingFileError(
+                f"{directory / name}: this file of an earlier save cannot be deleted "
+                f"({reason(error)}); delete it, or it may be read instead of the new one."
+            ) from error
+    flush_directory(directory)
+    return [final for _, final in staged]
+
+
+def delete_strays(target: Path) -> None:
+    """Delete the temporary files that `replace_files` left beside a file when it was killed.
+
+    Only for who knows that no other process is writing the file.
+    """
+    pattern = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.tmp")
+    with contextlib.suppress(OSError):  # they are in nobody's way
+        for entry in list(os.scandir(target.parent)):
+            if pattern.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                os.unlink(entry.path)
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Refuse a file that cannot be written, before the work that it is for.
+
+    Raises:
+        ExistingFileError: it is there and `force` is not set.
+        MissingFileError: it is a directory, or has none to be in.
+    """
+    if target.is_dir():
+        raise MissingFileError(f"{target}: wanted the name of a file; this is a directory.")
+    if target.exists() and not force:
+        raise ExistingFileError(
+            f"{target}: already there; nothing was written. Pass --force (in Python `force=True`) "
+            "to overwrite."
+        )
+    if not target.parent.is_dir():
+        raise MissingFileError(f"{target.parent}: no such directory; make it first.")
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A place for a file to be written to, and looked at, before it takes its name.
+
+    It is in a directory of its own beside the target. Where the block raises, nothing is left and
+    what had the name keeps it. A process that is killed can leave a directory
+    `.{name}.{random}.tmp`, which is in nobody's way.
+
+    Raises:
+        MissingFileError: it cannot be written.
+    """
+    staging = None
+    try:
+        staging = Path(
+            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        )
+        yield staging / target.name
+        with (staging / target.name).open("rb+") as stream:
+            os.fsync(stream.fileno())
+        for other in staging.iterdir():
+            if other.name != target.name:
+                other.unlink()
+        move_files(staging, target.parent)
+    except OSError as error:
+        if isinstance(error, ViTError):
+            raise
+        raise MissingFileError(f"{target}: cannot be written ({reason(error)}).") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def move_files(source: Path, directory: Path, stale: Iterable[str] = ()) -> list[Path]:
+    """Move the files of a folder into the one it is in: all of them or none, as `replace_files`.
+
+    Args:
+        source: the folder, without folders in it; its files are already flushed to the disk.
+        directory: where they go: the folder it is in.
+        stale: names of files there that the new ones make obsolete; they need not exist.
+
+    Raises:
+        MissingFileError: a file cannot be moved; nothing was replaced.
+    """
+    staged = [(file, directory / file.name) for file in sorted(source.iterdir())]
+    try:
+        for name in _publish(directory, staged, [*stale], secrets.token_hex(4)):
+            (directory / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise MissingFileError(f"{directory}: cannot be written ({reason(error)}).") from error
+    flush_directory(directory)
+    return [final for _, final in staged]
+
+
+def _publish(
+    directory: Path, staged: list[tuple[Path, Path]], stale: list[str], token: str
+) -> list[str]:
+    """Give every temporary file its name, and the `stale` ones that are left to be deleted."""
+    if len(staged) == 1 and not stale:
+        os.replace(*staged[0])  # atomic by itself
+        return []
+    temporary = {path.relative_to(directory).parts[0] for path, _ in staged}
+    files = [(path, final.name) for path, final in staged]
+    if change_folder(directory, files, {*temporary, *stale}):
+        return []
+    _rename_all(staged, token)
+    return stale
+
+
+def _rename_all(staged: list[tuple[Path, Path]], token: str) -> None:
+    """Give every temporary file its name; should one fail, put back what was there."""
+    done: list[tuple[Path, Path, bool]] = []
+    try:
+        for temporary, final in staged:
+            old = final.with_name(f".{final.name}.{token}.old")
+            existed = os.path.lexists(final)
+            if existed and len(staged) > 1:  # one rename alone is atomic
+                # Not every file system has hard links; without them there is no way back.
+                with contextlib.suppress(OSError, NotImplementedError):
+                    os.link(final, old, follow_symlinks=False)
+            os.replace(temporary, final)
+            done.append((final, old, existed))
+    except BaseException:
+        for final, old, existed in done:
+            if not existed:
+                final.unlink()
+            elif os.path.lexists(old):
+                os.replace(old, final)
+        raise
+    finally:
+        for _, final in staged:
+            final.with_name(f".{final.name}.{token}.old").unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Images: finding, decoding and preparing them, and naming what a classifier saw."""

@@ -1,0 +1,220 @@
+"""PIL images: any mode to 8 bits a channel, and files of images to PIL images.
+
+Both the processor and the commands come through here, so a file read by a command and an image
+opened by a user are converted alike.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import PIL.Image
+
+from vit_common.errors import ImageError, InputError, MissingFileError, ViTError
+from vit_common.files.texts import reason
+
+PLAIN_MODES = ("L", "LA", "RGB", "RGBA")
+"""Modes whose bands are 8-bit intensities, with or without alpha; `load_image` gives these."""
+
+
+# -- modes
+
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+def convert_mode(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
+    """A PIL image of any mode as mode L (`channels` 1), RGB (3) or RGBA (4).
+
+    16-bit grey is scaled to 8 bits by 1/257 and rounded (Pillow alone cuts it off at 255), 32-bit
+    integers likewise if they go beyond 255, floats from 0 to 1 by 255. Transparency is dropped,
+    not blended, as in Pillow and Transformers. An image that has the mode already is returned as
+    it is.
+
+    Raises:
+        ImageError: the values or the mode have no 8-bit meaning, or the file behind the image
+            cannot be decoded.
+    """
+    if channels not in (1, 3, 4):
+        raise ImageError(
+            f"a PIL image of mode {image.mode} cannot be given {channels} channels; wanted 1, 3 "
+            "or 4. Pass a numpy array for other numbers of channels."
+        )
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    if image.mode == mode:
+        return image
+    try:
+        image = eight_bit(image)
+        if image.mode == "LAB":  # the one space that Pillow takes to RGB only
+            image = image.convert("RGB")
+        return image if image.mode == mode else image.convert(mode)
+    except ViTError:
+        raise
+    except (ValueError, OSError, SyntaxError) as error:
+        raise ImageError(
+            f"an image of mode {image.mode} cannot be converted to {mode}: {reason(error)}."
+        ) from error
+
+
+def eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Modes whose stored numbers are no 8-bit intensities (depth, palette, premultiplied alpha)."""
+    if image.mode == "1":
+        return image.convert("L")
+    if image.mode in _SIXTEEN_BIT:
+        return _from_sixteen_bit(np.asarray(image))
+    if image.mode == "I":
+        values = np.asarray(image)
+        low, high = value_range(values)
+        if low < 0 or high > 65535:
+            raise ImageError(
+                f"an image of mode I (32-bit integers) must hold values from 0 to 65535; given "
+                f"{low} to {high}. Scale it to 8 bits before."
+            )
+        # Pillow opens some 16-bit files as mode I: there the depth is known, however dark.
+        if high > 255 or image.format in ("PNG", "PPM"):
+            return _from_sixteen_bit(values)
+        return image.convert("L")
+    if image.mode == "F":
+        values = np.asarray(image)
+        low, high = value_range(values)
+        if not (low >= 0 and high <= 255):
+            raise ImageError(
+                f"an image of mode F (floats) must hold values from 0 to 1 or from 0 to 255; given "
+                f"{low} to {high}. Scale it to 8 bits before."
+            )
+        if high <= 1:
+            return PIL.Image.fromarray(np.rint(values * 255).astype(np.uint8))
+        return image.convert("L")
+    if image.mode in ("P", "PA"):
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        # Pillow warns if it must drop the transparency of a palette, so go by way of RGBA; and
+        # from a copy, because that conversion writes into the palette of its source.
+        image = image.copy()
+        if not isinstance(image.info.get("transparency", 0), (int, bytes)):
+            del image.info["transparency"]  # a colour that the palette need not have
+        return image.convert("RGBA")
+    if image.mode in ("La", "RGBa"):
+        return image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    return image
+
+
+def _from_sixteen_bit(values: np.ndarray) -> PIL.Image.Image:
+    return PIL.Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+
+
+def value_range(values: np.ndarray) -> tuple[Any, Any]:
+    return values.min().item(), values.max().item()
+
+
+# -- files of images
+
+_open_lock = threading.Lock()
+_BLOCK = 1 << 20  # bytes that are read at once: a header and, of most files, all the rest
+
+_TRANSPOSE = {  # EXIF orientation -> what puts the image upright
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+_ORIENTATION_TAG = 0x0112
+
+
+def load_image(
+    source: str | os.PathLike | BinaryIO, *, at_least: tuple[int, int] | None = None
+) -> PIL.Image.Image:
+    """Read one image file: decoded in full, upright, of mode L, LA, RGB or RGBA.
+
+    16-bit grey is scaled to 8 bits as in `convert_mode`; palettes, CMYK and other colour spaces
+    become RGB, or RGBA if they have transparency. The first frame of an animation is taken.
+    Pillow's limit on pixels holds: it refuses images beyond twice `PIL.Image.MAX_IMAGE_PIXELS`,
+    and nothing is said about those between once and twice.
+
+    Args:
+        source: path of the file, or a binary file that can seek; it is left open.
+        at_least: (height, width); a JPEG that is larger is decoded at a half, a quarter or an
+            eighth of its size if that holds as much. Several times as fast for a photo of many
+            megapixels, and not the same pixels after a resize as without it.
+
+    Raises:
+        MissingFileError: the file is not there or cannot be opened.
+        ImageError: it is empty, no image, truncated, corrupt or too large. One line.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        name = os.fsdecode(source)  # a name may be of bytes
+        try:
+            stream = Path(name).open("rb", buffering=_BLOCK)  # noqa: SIM115  # closed below
+        except (OSError, ValueError) as error:
+            raise MissingFileError(f"{name}: cannot be opened ({reason(error)}).") from error
+        with stream:
+            return _decode(stream, name, at_least)
+    if not hasattr(source, "read"):
+        raise InputError(
+            "`load_image` takes a path or a file open for reading in binary; given "
+            f"{type(source).__name__}."
+        )
+    given = getattr(source, "name", None)
+    return _decode(source, given if isinstance(given, str) else "the given file", at_least)
+
+
+def _decode(
+    stream: BinaryIO, name: str, at_least: tuple[int, int] | None = None
+) -> PIL.Image.Image:
+    try:
+        if isinstance(stream, io.BufferedReader):
+            stream.peek()  # so that what is done under the lock need not wait for a disk
+        # Pillow warns of large images at half the size it refuses; a filter is the only way to
+        # keep that quiet, and the lock keeps threads from leaving each other's filters behind.
+        with _open_lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            image: PIL.Image.Image = PIL.Image.open(stream)
+        if at_least is not None:
+            height, width = max(at_least), max(at_least)  # it may have to be turned
+            image.draft(None, (width, height))  # does nothing to other kinds of file
+        image.load()
+        image = _upright(image)
+        if image.mode in PLAIN_MODES:
+            return image
+        plain = eight_bit(image)
+        if plain.mode in PLAIN_MODES:
+            return plain
+        return plain.convert("RGB")
+    except MemoryError:
+        raise
+    except ViTError as error:
+        raise ImageError(f"{name}: {error}") from error
+    except PIL.Image.DecompressionBombError as error:
+        raise ImageError(
+            f"{name}: too large: {reason(error).rstrip('.')}. If you trust the file, raise "
+            "`PIL.Image.MAX_IMAGE_PIXELS`; in a command, --max-pixels."
+        ) from error
+    except PIL.UnidentifiedImageError as error:
+        raise ImageError(f"{name}: {_why_unidentified(stream)}.") from error
+    except Exception as error:  # Pillow's readers raise whatever broken data led them to
+        raise ImageError(f"{name}: the image cannot be decoded ({reason(error)}).") from error
+
+
+def _why_unidentified(stream: BinaryIO) -> str:
+    try:
+        stream.seek(0)
+        empty = not stream.read(1)
+    except (OSError, ValueError, AttributeError):
+        empty = False
+    return "the file is empty" if empty else "not an image, or of a kind that Pillow does not read"
+
+
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # broken metadata say nothing, and the pixels are there
+        return image
+    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image

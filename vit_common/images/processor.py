@@ -1,0 +1,537 @@
+"""`ViTImageProcessor`: from images to the `pixel_values` both twins take.
+
+The arithmetic, the option names and the files are those of Transformers 4.57.6's processor on PIL
+and numpy (`models/vit/image_processing_vit.py`), to the bit wherever that one works. Where it stops
+with an error about something else, or guesses, this one does what the caller meant or says what
+to pass. One pipeline (`image_pipeline.py`) serves every processor of the family; a processor is
+its defaults.
+
+Numpy and Pillow only; a framework is imported where `return_tensors` asks for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from collections import UserDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL.Image import Resampling
+
+from vit_common.errors import ConfigError, InputError
+from vit_common.files.texts import reason
+from vit_common.images.options import (
+    FIRST,
+    FRAMEWORKS,
+    OPTIONS,
+    PAIRS,
+    Recipe,
+    check_framework,
+    refuse_unsupported,
+    warn,
+)
+from vit_common.images.pictures import convert_mode, load_image
+from vit_common.images.pipeline import run
+
+__all__ = [
+    "BaseImageProcessor",
+    "BatchFeature",
+    "MissingFrameworkError",
+    "ViTFeatureExtractor",
+    "ViTImageProcessor",
+    "convert_mode",
+    "load_image",
+]
+
+PROCESSOR_NAME = "preprocessor_config.json"
+
+# Keys that files carry about the class that wrote them.
+_SERVICE_KEYS = ("image_processor_type", "feature_extractor_type", "_valid_processor_keys")
+_MODULES = {"np": "numpy", "pt": "torch", "jax": "jax", "tf": "tensorflow"}
+
+
+class MissingFrameworkError(InputError, ImportError):
+    """`return_tensors` names a framework that is not installed.
+
+    Transformers raises `ImportError` here, so this is one.
+    """
+
+
+# -- the result
+
+
+def _converter(framework: str) -> Callable[[Any], Any]:
+    """The function that makes a tensor of an array; imports the framework."""
+    try:
+        if framework == "pt":
+            import torch
+
+            return torch.from_numpy
+        if framework == "jax":
+            import jax.numpy as jnp
+
+            return jnp.asarray
+        if framework == "tf":
+            import tensorflow as tf
+
+            return tf.constant
+    except ImportError as error:
+        raise MissingFrameworkError(
+            f"`return_tensors={framework!r}` needs {FRAMEWORKS[framework]}, which cannot be "
+            f"imported here ({reason(error)}). Install it, or pass another of "
+            + ", ".join(map(repr, FRAMEWORKS))
+            + "."
+        ) from error
+    return np.asarray
+
+
+class BatchFeature(UserDict):
+    """What a processor returns: a mapping with `pixel_values` that also has them as attributes.
+
+    Args:
+        data: the mapping.
+        tensor_type: "np", "pt", "jax" or "tf" to convert every value at once; None leaves them.
+    """
+
+    def __init__(self, data: Mapping[str, Any] | None = None, tensor_type: Any = None) -> None:
+        super().__init__(data)
+        self.convert_to_tensors(tensor_type)
+
+    def __getattr__(self, name: str) -> Any:
+        # `data` itself is asked for before it is there when one of these is unpickled or copied.
+        if name == "data" or name not in self.data:
+            raise AttributeError(f"{type(self).__name__} has no attribute or key {name!r}")
+        return self.data[name]
+
+    def convert_to_tensors(self, tensor_type: Any = None) -> BatchFeature:
+        """Convert every value to the tensors of a framework, in place.
+
+        Raises:
+            InputError: images of several sizes cannot be one tensor, or the framework is missing.
+        """
+        tensor_type = check_framework("tensor_type", tensor_type)
+        if tensor_type is None:
+            return self
+        to_tensor = _converter(tensor_type)
+        for name, value in self.data.items():
+            if type(value).__module__.startswith(_MODULES[tensor_type]):  # jaxlib too
+                continue
+            try:
+                self.data[name] = to_tensor(np.asarray(value))
+            except (TypeError, ValueError) as error:
+                raise InputError(
+                    f"`{name}` cannot be made one {FRAMEWORKS[tensor_type]} tensor: "
+                    f"{reason(error)}."
+                ) from error
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> BatchFeature:
+        """Move torch tensors to a device or, those of floats, to a dtype; other values stay.
+
+        Takes what `torch.Tensor.to` takes, in place.
+        """
+        device = kwargs.get("device")
+        if device is None and args and not str(args[0]).startswith("torch."):
+            device = args[0]
+        for name, value in self.data.items():
+            if not hasattr(value, "is_floating_point"):
+                continue
+            if value.is_floating_point():
+                self.data[name] = value.to(*args, **kwargs)
+            elif device is not None:
+                waiting = kwargs.get("non_blocking", False)
+                self.data[name] = value.to(device=device, non_blocking=waiting)
+        return self
+
+
+# -- the processors
+
+
+class BaseImageProcessor:
+    """Options that are kept, checked where they are set, and written to a file; and the pipeline.
+
+    A subclass gives the options a default in `_defaults`; `do_center_crop` and `crop_size` are
+    there for those that crop.
+    """
+
+    model_input_names: ClassVar[list[str]] = ["pixel_values"]
+    _defaults: ClassVar[dict[str, Any]] = {
+        "do_resize": True,
+        "size": {"height": 224, "width": 224},
+        "resample": Resampling.BILINEAR,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_convert_rgb": None,
+    }
+    _pairs_are_width_height: ClassVar[bool] = False
+    _int_is_shortest_edge: ClassVar[bool] = False  # as `size`; else it is a square
+
+    # Options that are written only if they were given.
+    do_center_crop: bool | None = None
+    crop_size: dict[str, int] | None = None
+    do_convert_rgb: bool | None = None
+    data_format: str | None = None
+    input_data_format: str | None = None
+    return_tensors: str | None = None
+
+    _processor_class: str | None
+
+    def __init__(self, **options: Any) -> None:
+        refuse_unsupported({k: v for k, v in options.items() if k not in OPTIONS})
+        # Files that name a feature extractor and hold a pair are older than the order
+        # (height, width).
+        old = options.get("feature_extractor_type") is not None
+        if old and not self._pairs_are_width_height:
+            for name in PAIRS:
+                if isinstance(options.get(name), (list, tuple)):
+                    options[name] = options[name][::-1]
+        self._processor_class = options.pop("processor_class", None)
+        for name, value in {**self._defaults, **options}.items():
+            if name in _SERVICE_KEYS:
+                continue
+            if name not in OPTIONS and callable(getattr(type(self), name, None)):
+                raise InputError(f"`{name}` is a method of {type(self).__name__}, not an option.")
+            if isinstance(getattr(type(self), name, None), property):
+                self.__dict__[name] = value  # kept for the file; the property stays what it is
+            else:
+                setattr(self, name, value if name in OPTIONS else copy.deepcopy(value))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, self._checked(name, value))
+
+    def _checked(self, name: str, value: Any) -> Any:
+        check = OPTIONS.get(name)
+        if check is None:
+            return value
+        if value is None and not name.startswith("do_"):  # a flag that is None counts as off
+            value = copy.deepcopy(self._defaults.get(name))
+            if value is None:
+                return None
+        elif self._pairs_are_width_height and name in PAIRS and isinstance(value, (list, tuple)):
+            value = value[::-1]
+        elif (
+            self._int_is_shortest_edge
+            and name == "size"
+            and not isinstance(value, (Mapping, list, tuple))
+        ):
+            value = {"shortest_edge": value}
+        return check(name, value)
+
+    @property
+    def is_fast(self) -> bool:
+        """False: the arithmetic is that of Transformers' processor on PIL and numpy."""
+        return False
+
+    def __call__(self, images: Any, **options: Any) -> BatchFeature:
+        """The same as `preprocess`."""
+        return self.preprocess(images, **options)
+
+    def preprocess(self, images: Any, **options: Any) -> BatchFeature:
+        """Make `pixel_values` of images.
+
+        Args:
+            images: a PIL image; an array or tensor (H, W), (H, W, C) or (C, H, W), or a batch of
+                the last two; or a list, nested or not, of any of these. Values from 0 to 255.
+            **options: any option of the constructor, for this call; None means the processor's.
+
+        Returns:
+            A mapping with `pixel_values`: float32 (B, C, H, W), or a list of (C, H, W) if
+            `return_tensors` is None; channels last if `data_format` says so.
+
+        Raises:
+            ImageError: an image cannot be taken; says which one and what to pass.
+            InputError: an option is wrong, or the images cannot be stacked.
+        """
+        unknown = [name for name in options if name not in OPTIONS]
+        if unknown:
+            warn(
+                f"{type(self).__name__} does not know these options of a call and ignores them: "
+                f"{', '.join(unknown)}."
+            )
+        table: dict[str, Any] = {}
+        for name, check in OPTIONS.items():
+            if options.get(name) is not None:
+                table[name] = self._checked(name, options[name])
+            else:  # checked again, as a dict or a list can be changed from outside
+                kept = getattr(self, name, None)
+                table[name] = None if kept is None else check(name, kept)
+        table["data_format"] = table["data_format"] or FIRST
+        recipe = Recipe(**table)
+        if recipe.return_tensors is None:
+            return BatchFeature({"pixel_values": run(images, recipe, stack=False)})
+        to_tensor = _converter(recipe.return_tensors)  # before the work, as it may not be there
+        return BatchFeature({"pixel_values": to_tensor(run(images, recipe, stack=True))})
+
+    # -- files
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict of every option as JSON holds it, unknown keys included."""
+        out = {k: copy.deepcopy(v) for k, v in vars(self).items() if k != "_processor_class"}
+        out["resample"] = int(out["resample"])
+        out["image_processor_type"] = self._written_type()
+        if self._processor_class is not None:
+            out["processor_class"] = self._processor_class
+        return out
+
+    @classmethod
+    def _written_type(cls) -> str:
+        return cls.__name__
+
+    def to_json_string(self) -> str:
+        """The text of `preprocessor_config.json`: sorted keys, two spaces of indent.
+
+        Raises:
+            InputError: an unknown key holds what JSON cannot.
+        """
+        table = {
+            k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in self.to_dict().items()
+        }
+        try:
+            return json.dumps(table, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"an option of the image processor cannot be written as JSON ({reason(error)})."
+            ) from error
+
+    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+        """Write `to_json_string()`; the old file survives a failure."""
+        from vit_common.files.checkpoint import write_text
+
+        write_text(json_file_path, self.to_json_string())
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> list[str]:
+        """Write `preprocessor_config.json` into a directory, made if it is not there.
+
+        `push_to_hub=True` (with `repo_id`, `token`, ...) uploads the directory afterwards.
+
+        Returns:
+            The path of the file, in a list, as Transformers does.
+
+        Raises:
+            MissingFileError: the directory cannot be made or written.
+        """
+        from vit_common.files.checkpoint import make_directory
+        from vit_common.files.hub import push_if_asked
+
+        directory = make_directory(save_directory)
+        self.to_json_file(directory / PROCESSOR_NAME)
+        push_if_asked(directory, kwargs, files=[PROCESSOR_NAME])
+        return [str(directory / PROCESSOR_NAME)]
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str | None:
+        """Upload `preprocessor_config.json` to a Hub repository, made if it is not there.
+
+        Args:
+            repo_id: "owner/name".
+            **kwargs: `token`, `private`, `revision`, `commit_message` and `create_pr`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            MissingFileError: the Hub cannot be reached or refuses.
+        """
+        from vit_common.files.hub import push_if_asked
+
+        with tempfile.TemporaryDirectory() as directory:
+            self.to_json_file(Path(directory) / PROCESSOR_NAME)
+            options = {**kwargs, "push_to_hub": True, "repo_id": repo_id}
+            return push_if_asked(Path(directory), options, files=[PROCESSOR_NAME])
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: Mapping[str, Any], **overrides: Any) -> Any:
+        """Build from a dict such as `to_dict()` gives; `overrides` win over it.
+
+        Overrides that are no option and no key of the dict are ignored with a warning; with
+        `return_unused_kwargs=True` the result is `(processor, unused)` and holds them.
+        """
+        if not isinstance(image_processor_dict, Mapping):
+            raise InputError(
+                f"expected a mapping of image processor options; given {image_processor_dict!r}."
+            )
+        return cls(**image_processor_dict)._override(image_processor_dict, overrides)
+
+    def _override(self, table: Mapping[str, Any], overrides: dict[str, Any]) -> Any:
+        return_unused = overrides.pop("return_unused_kwargs", False)
+        known = {*OPTIONS, *self._defaults, *table}
+        unused = {k: v for k, v in overrides.items() if k not in known}
+        used = {k: v for k, v in overrides.items() if k not in unused}
+        refuse_unsupported({k: v for k, v in used.items() if k not in OPTIONS})
+        for name, value in used.items():
+            if value is not None or name not in self._defaults or name.startswith("do_"):
+                setattr(self, name, value)
+        if return_unused:
+            return self, unused
+        # Choices between Transformers' own classes, which there is no second of here.
+        named = [name for name in unused if name not in ("use_fast", "trust_remote_code")]
+        if named:
+            warn(
+                f"{type(self).__name__} does not know these options and ignores them: "
+                f"{', '.join(named)}."
+            )
+        return self
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> Any:
+        """Read one JSON file.
+
+        Raises:
+            MissingFileError: it cannot be read.
+            ConfigError: an option in it is refused.
+        """
+        from vit_common.files.checkpoint import read_json
+
+        return cls._from_file(Path(json_file), read_json(json_file), {})
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> Any:
+        """Read the `preprocessor_config.json` of a directory, a file or a Hub repository.
+
+        Args:
+            pretrained_model_name_or_path: directory, JSON file, or "owner/name".
+            **kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only` and
+                `force_download` go to the Hub; others override options, as in `from_dict`.
+
+        Raises:
+            MissingFileError: nothing is there.
+            ConfigError: an option in the file is refused.
+        """
+        from vit_common.files.checkpoint import read_json
+        from vit_common.files.hub import find_file, split_hub_options
+
+        hub, overrides = split_hub_options(kwargs)
+        path = find_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub)
+        return cls._from_file(path, read_json(path), overrides)
+
+    @classmethod
+    def _from_file(cls, path: Path, table: dict[str, Any], overrides: dict[str, Any]) -> Any:
+        # The file of a processor for several kinds of input holds this one's options as a part.
+        part = table.get("image_processor")
+        table = part if isinstance(part, dict) else table
+        try:
+            processor = cls(**table)
+        except InputError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        return processor._override(table, overrides)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BaseImageProcessor):
+            return NotImplemented
+        return type(self) is type(other) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # options can be set
+
+    def __repr__(self) -> str:
+        try:
+            return f"{type(self).__name__} {self.to_json_string()}"
+        except InputError:
+            return f"{type(self).__name__}({vars(self)!r})"
+
+
+class ViTImageProcessor(BaseImageProcessor):
+    """Images to the `pixel_values` of a ViT.
+
+    Args:
+        do_resize: resize to `size`.
+        size: {"height", "width"}, {"shortest_edge"}, an int (square) or a pair (height, width), in
+            pixels.
+        resample: one of Pillow's filters, as its number or `PIL.Image.Resampling`.
+        do_rescale: multiply by `rescale_factor`.
+        rescale_factor: 1/255 by default.
+        do_normalize: subtract `image_mean` and divide by `image_std`.
+        image_mean, image_std: one number a channel (their count says what the model takes: 1 is
+            grey, 3 RGB, 4 RGBA), or one for all; 0.5 by default.
+        do_convert_rgb: True makes every PIL image RGB; None makes them, and arrays that can only
+            be grey or RGBA, what the means say; False changes no number of channels.
+        **options: `do_center_crop` with `crop_size` crop after the resize, padding with zeros;
+            `data_format` and `input_data_format` ("channels_first" or "channels_last") are the
+            layouts of the result and of arrays given; `return_tensors` is None, "np", "pt", "jax"
+            or "tf". Unknown keys are kept as attributes and written back.
+
+    Raises:
+        InputError: a value is not what the option holds, or an unknown key would change pixels.
+    """
+
+    def __init__(
+        self,
+        do_resize: bool | None = True,
+        size: int | Sequence[int] | Mapping[str, int] | None = None,
+        resample: int | None = Resampling.BILINEAR,
+        do_rescale: bool | None = True,
+        rescale_factor: float | None = 1 / 255,
+        do_normalize: bool | None = True,
+        image_mean: float | Sequence[float] | None = None,
+        image_std: float | Sequence[float] | None = None,
+        do_convert_rgb: bool | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            do_resize=do_resize,
+            size=size,
+            resample=resample,
+            do_rescale=do_rescale,
+            rescale_factor=rescale_factor,
+            do_normalize=do_normalize,
+            image_mean=image_mean,
+            image_std=image_std,
+            do_convert_rgb=do_convert_rgb,
+            **options,
+        )
+
+    def preprocess(
+        self,
+        images: Any,
+        do_resize: bool | None = None,
+        size: int | Sequence[int] | Mapping[str, int] | None = None,
+        resample: int | None = None,
+        do_rescale: bool | None = None,
+        rescale_factor: float | None = None,
+        do_normalize: bool | None = None,
+        image_mean: float | Sequence[float] | None = None,
+        image_std: float | Sequence[float] | None = None,
+        return_tensors: str | None = None,
+        data_format: str | None = None,
+        input_data_format: str | None = None,
+        do_convert_rgb: bool | None = None,
+        **options: Any,
+    ) -> BatchFeature:
+        """Make `pixel_values` of images; see `BaseImageProcessor.preprocess`."""
+        return super().preprocess(
+            images,
+            do_resize=do_resize,
+            size=size,
+            resample=resample,
+            do_rescale=do_rescale,
+            rescale_factor=rescale_factor,
+            do_normalize=do_normalize,
+            image_mean=image_mean,
+            image_std=image_std,
+            return_tensors=return_tensors,
+            data_format=data_format,
+            input_data_format=input_data_format,
+            do_convert_rgb=do_convert_rgb,
+            **options,
+        )
+
+
+class ViTFeatureExtractor(ViTImageProcessor):
+    """The older face of `ViTImageProcessor`: the same, but a pair as `size` is (width, height).
+
+    What it saves names `ViTImageProcessor`, which every version of Transformers can read.
+    """
+
+    _pairs_are_width_height = True
+
+    @classmethod
+    def _written_type(cls) -> str:
+        return "ViTImageProcessor"
