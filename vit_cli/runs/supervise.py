@@ -101,7 +101,7 @@ class Hosts:
             ) from error
         from jax._src import distributed  # the runtime's own client has no public name
 
-        from vit_cli.devices import find_devices
+        from vit_cli.runtime import find_devices
 
         self._client: Any = distributed.global_state.client
         self._looked = time.monotonic()
@@ -222,7 +222,7 @@ def supervised(cluster: Cluster, run: Callable[[], int]) -> int:
             os.close(said_write)
             os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
             threading.Thread(target=_end_with_parent, args=(alive_read,), daemon=True).start()
-            from vit_cli.main import guarded
+            from vit_cli.terminal.guard import guarded
 
             code = guarded(run)
             sys.stderr.flush()
