@@ -20,7 +20,7 @@ from vit_common.checks import resolve_problem_type
 from vit_common.config import ViTConfig
 from vit_common.errors import ConfigError, ImageError, InputError
 from vit_common.parameters import class_name
-from vit_common.versions import versions
+from vit_common.versions import PACKAGE, versions
 from vit_convert.source import find_processor, open_source
 from vit_torch.verify.bounds import BOUNDS, HALF_PRECISION
 from vit_torch.verify.diagnose import Cause, diagnose, diagnose_pixels
@@ -32,7 +32,7 @@ PRECISIONS = ("highest", "default")
 _HALF = ("bfloat16", "float16")
 _PIXELS = 1e-6  # on what processors make of an image: they are the same numpy, or differ at once
 
-_PACKAGES = ("python", "vit-flax", "jax", "jaxlib", "flax", "torch", "numpy", "transformers")
+_PACKAGES = ("python", PACKAGE, "jax", "jaxlib", "flax", "torch", "numpy", "transformers")
 
 
 @dataclass(frozen=True)
