@@ -3,7 +3,7 @@
 A page is run from top to bottom, in a folder of its own that looks like a clone of this repository
 with a few photographs beside it. In a page
 
-- ```` ```console ````: each line that begins with `$ ` is run, and the lines below it are its output;
+- ```` ```console ````: each line that begins with `$ ` is run; the lines below are its output;
 - ```` ```python ````: is run, each page in one namespace; a `print(...)  # x` must print `x`;
 - ```` ```text ```` right after one of python is what that printed;
 - `<!-- online -->` before a block: it needs the Hub, and is not run here;
