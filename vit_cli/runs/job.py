@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vit_cli import cache
 from vit_cli.runs.rows import RowFile, check_free
-from vit_cli.runs.supervise import INTERRUPTION, Cluster, Hosts
+from vit_cli.runs.supervise import INTERRUPTION, Cluster, Hosts, join
 from vit_cli.terminal import interrupt
 from vit_cli.terminal.exit_codes import DONE, INTERRUPTED, SOME_FAILED
 from vit_cli.terminal.messages import counted, say
@@ -105,7 +105,7 @@ class Job:
         cache.enable()
         begin = {"output": self.output, "resume": self.resume, "force": self.force}
         return self._run(
-            files, faults, Hosts(self.cluster, {**self.settings, "images": self.names, **begin})
+            files, faults, join(self.cluster, {**self.settings, "images": self.names, **begin})
         )
 
     def _run(self, every: list[str], faults: int, hosts: Hosts | None) -> int:
@@ -117,7 +117,7 @@ class Job:
                     target.close()
             finally:
                 if hosts is not None:
-                    hosts.leave_interrupted()
+                    hosts.leave(INTERRUPTION)
 
         left: str | None = None  # why it stops before all is done
         try:
