@@ -142,7 +142,7 @@ def test_version(capsys):
     assert main(["--version"]) == 0
     out = capsys.readouterr().out
     try:
-        expected = importlib.metadata.version("vit-flax")
+        expected = importlib.metadata.version("vitflax")
     except importlib.metadata.PackageNotFoundError:
         expected = "unknown"
     assert out == f"vit {expected}\n"
@@ -775,7 +775,7 @@ def test_ctrl_c(folder, images, tmp_path):
 def test_info(capsys):
     assert main(["info", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    names = ["vit-flax", "python", "jax", "jaxlib", "flax", "numpy", "pillow", "safetensors"]
+    names = ["vitflax", "python", "jax", "jaxlib", "flax", "numpy", "pillow", "safetensors"]
     assert list(report["versions"]) == [*names, "huggingface_hub", "torch"]
     for name in names[2:]:
         assert report["versions"][name] == importlib.metadata.version(name)

@@ -35,6 +35,7 @@ from vit_common.presets import PRESETS, preset
 from vit_convert.source import config_from_dict, open_source, read_config_file
 from vit_flax.attention.tpu import NEEDED
 from vit_flax.auto import FlaxAutoModelForImageClassification
+from vit_flax.last_words import first_line, is_out_of_memory
 
 FLOPS_BOUND = 0.03
 """How far the matrix products of a program may be from the analytic count, as a share of it."""
@@ -312,7 +313,7 @@ def chip_mesh(chip: str, devices: int | None = None) -> jax.sharding.Mesh:
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         raise InputError(
             f"libtpu {metadata.version('libtpu')} does not take the topology "
-            f"{CHIPS[chip].topology}: {_first_line(error)}"
+            f"{CHIPS[chip].topology}: {first_line(error)}"
         ) from error
     return jax.sharding.Mesh(np.array(found[:devices]), ("data",))
 
@@ -451,8 +452,8 @@ def check_program(
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        exhausted = "RESOURCE_EXHAUSTED" in str(error)
-        failed = Check("fits" if exhausted else "compiles", False, _first_line(error))
+        exhausted = is_out_of_memory(error)
+        failed = Check("fits" if exhausted else "compiles", False, first_line(error))
         seconds = time.perf_counter() - start
         empty: tuple[Any, ...] = (None, 0.0, 0.0, 0, 0, 0, 0, 0, {}, (failed,))
         return Program(chip, name, batch, devices, seconds, analytic_flops, *empty)
@@ -507,10 +508,6 @@ def check_program(
         kinds = ", ".join(f"{count} {kind}" for kind, count in found.items())
         checks.append(Check("no collective", not found, kinds or "none"))
     return Program(**{**vars(program), "checks": tuple(checks)})
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason")
 
 
 def _listed(names: list[str], most: int = 5) -> str:

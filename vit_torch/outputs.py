@@ -13,6 +13,7 @@ from vit_common.outputs import (
     ImageClassifierOutput,
     MaskedImageModelingOutput,
     MaskedLMOutput,
+    ModelOutput,
 )
 
 __all__ = [
@@ -25,12 +26,12 @@ __all__ = [
 ]
 
 
-def _register(output: type) -> None:
+def _register(output: type[ModelOutput]) -> None:
     names = [field.name for field in fields(output)]
     _pytree.register_pytree_node(
         output,
         lambda value: ([getattr(value, name) for name in names], None),
-        lambda values, _: output(*values),
+        lambda values, _: output.from_fields(values),
         serialized_type_name=f"vit_torch.{output.__name__}",
     )
 

@@ -206,7 +206,7 @@ def _open(name: str, options: Options) -> tuple[Path, ViTConfig, BaseImageProces
                 "export; wanted a checkpoint that was trained or fine-tuned to classify. Pass "
                 "--output features to export the backbone's output."
             )
-        found = find_processor(source, name, **reading.hub)
+        found = find_processor(source)
         if found is None:
             height, width = source.config.image_height_width
             warnings.warn(

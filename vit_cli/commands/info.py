@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_cli.options import DTYPES, Options, Parser, Reading, add_reading, positive
@@ -96,21 +95,25 @@ def describe_model(name: str, reading: Reading, batch: int = 1, dtype: str = "fl
     Raises:
         ViTError: there is no such model, or a file of it is refused.
     """
+    from vit_common.config import CONFIG_NAME
     from vit_common.errors import MissingFileError
-    from vit_common.files.hub import AbsentFileError
+    from vit_common.files.hub import AbsentFileError, ModelFiles
+    from vit_common.files.texts import read_json
     from vit_common.flops import multiply_adds
     from vit_common.images.auto import AutoImageProcessor
     from vit_common.parameters import parameter_shapes
-    from vit_convert.source import config_from_dict, find_processor, open_source, read_config_file
+    from vit_convert.source import config_from_dict, find_processor, open_source
 
-    hub = reading.hub
-    table = read_config_file(name, **hub)
-    local = {} if Path(name).exists() else {"local_files_only": True}
+    files = ModelFiles(name, **reading.hub)
+    path = files.find(CONFIG_NAME)
+    table = None if path is None else read_json(path)
     weights: Report | None = None
     try:
-        with open_source(name, **{**reading.for_source, **local}) as source:
+        with open_source(
+            files, format=reading.format, overrides=reading.overrides, fetch=False
+        ) as source:
             config, head = source.config, source.head
-            found = find_processor(source, name, **hub)
+            found = find_processor(source)
             weights = _describe_weights(source)
             pooled = any(key.startswith("pooler.") for key in source.mapped.tensors)
     except MissingFileError:
@@ -119,7 +122,7 @@ def describe_model(name: str, reading: Reading, batch: int = 1, dtype: str = "fl
             raise
         config, head, pooled = config_from_dict(table, **reading.overrides), "classifier", False
         try:
-            found = AutoImageProcessor.from_pretrained(name, **hub), ""
+            found = AutoImageProcessor.from_pretrained(name, **reading.hub), ""
         except AbsentFileError:
             found = None
     processor = None if found is None else found[0]

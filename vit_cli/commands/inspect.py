@@ -123,7 +123,7 @@ def _add_network(report: dict[str, Any], name: str, reading: Reading) -> None:
     try:
         with open_source(name, **reading.for_source) as source:
             config = source.config
-            processor = find_processor(source, name, **reading.hub)
+            processor = find_processor(source)
             report["network"] = {
                 "format": source.table.name,
                 "describes": source.table.describes,

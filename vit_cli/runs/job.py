@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vit_cli.runs.rows import RowFile, check_free
-from vit_cli.runs.supervise import INTERRUPTION, Cluster, Hosts, supervised
+from vit_cli.runs.supervise import INTERRUPTION, Cluster, Hosts, join, supervised
 from vit_cli.runtime import enable_cache
 from vit_cli.terminal import interrupt
 from vit_cli.terminal.exit_codes import DONE, INTERRUPTED, SOME_FAILED
@@ -105,7 +105,7 @@ class Job:
             check_free(stream.output, cluster.process)  # before it disturbs those at work
         enable_cache()
         begin = {"output": stream.output, "resume": stream.resume, "force": stream.force}
-        hosts = Hosts(cluster, {**self._settings, "images": stream.names, **begin})
+        hosts = join(cluster, {**self._settings, "images": stream.names, **begin})
         return self._run(files, faults, hosts)
 
     def _run(self, every: list[str], faults: int, hosts: Hosts | None) -> int:
@@ -117,7 +117,7 @@ class Job:
                     target.close()
             finally:
                 if hosts is not None:
-                    hosts.leave_interrupted()
+                    hosts.leave(INTERRUPTION)
 
         left: str | None = None  # why it stops before all is done
         try:

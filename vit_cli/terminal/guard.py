@@ -40,6 +40,8 @@ def prepare_streams() -> None:
 
 def _explain(error: Exception) -> None:
     """A message for any error; its traceback too with VIT_DEBUG set."""
+    from vit_flax.last_words import is_out_of_memory
+
     if os.environ.get("VIT_DEBUG"):
         import traceback
 
@@ -49,7 +51,7 @@ def _explain(error: Exception) -> None:
     elif isinstance(error, OSError) and error.errno in _OUTPUT_FAILED:
         say("error", f"the output cannot be written ({error.strerror}).")
         _discard_output()
-    elif "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
+    elif is_out_of_memory(error):
         say("error", "out of memory; try a smaller --batch-size.")
     else:
         text = one_line(f"{type(error).__name__}: {error}")

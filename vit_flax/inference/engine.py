@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_common.config import ViTConfig
 from vit_common.errors import DeviceError
+from vit_flax.last_words import is_out_of_memory
 from vit_flax.sharding import DATA
 
 Program = Callable[[Any, jax.Array], tuple[jax.Array, ...]]
@@ -182,7 +183,7 @@ class Engine:
 
     def shrink(self, size: int, error: Exception) -> None:
         """Remember that so many images do not fit; raise `error` if that is not why it failed."""
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise error
         size = self.divisible(size)
         if size <= self.parts_of_batch:
