@@ -30,9 +30,10 @@ from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor, ViTI
 from vit_common.images.processors import BeitImageProcessor, BitImageProcessor
 from vit_common.images.timm import processor_from_timm
 from vit_common.parameters import Head
-from vit_convert.detect import Root, detect_format, find_root
+from vit_convert.detect import BESIDE, Root, detect_format, find_root
 from vit_convert.formats.google import unstacked
 from vit_convert.infer import Note, infer_config
+from vit_convert.leftovers import kind_of
 from vit_convert.rules import Format, Mapped, to_canonical
 
 METADATA_KEY = "vit_config"
@@ -65,6 +66,7 @@ class Source:
         described: whether a file beside the weights says all of the configuration.
         files: the other files of the model.
         given: fields of the configuration that the caller set.
+        config_given: whether the caller gave the configuration as an object.
         left_over: keywords of the caller that are no fields of the configuration.
     """
 
@@ -81,6 +83,7 @@ class Source:
     timm: Mapping[str, Any] | None = None
     described: bool = False
     given: Mapping[str, Any] = field(default_factory=dict)
+    config_given: bool = False
     left_over: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -255,6 +258,7 @@ def open_source(
         timm=timm,
         described=described,
         given={name: value for name, value in given.items() if name not in left_over},
+        config_given=config is not None,
         left_over=left_over,
     )
 
@@ -342,7 +346,13 @@ def read_tensors(
     }
     bare = table.strip(tensors)
     original = {full: key for key, full in bare.items()}
-    ignored, unexplained = dict(root.ignored), []
+    # What was trained and lies beside the network may be its head, whatever it is called.
+    unexplained = [
+        name
+        for name, why in root.ignored.items()
+        if why.startswith(BESIDE) and kind_of(name, checkpoint[name], outside=True) == "head"
+    ]
+    ignored = {name: why for name, why in root.ignored.items() if name not in unexplained}
     for name in mapped.unused:
         why = table.why_ignored(original.get(name, name))
         full = root.keys[parts[name][0]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -133,6 +133,7 @@ class ViTPreTrainedModel(Loadable, nn.Module):
         torch_dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
         allow_missing: bool = False,
+        ignore: Iterable[str] = (),
         format: str | None = None,
         from_flax: bool = False,
         **kwargs: Any,
@@ -148,6 +149,9 @@ class ViTPreTrainedModel(Loadable, nn.Module):
             ignore_mismatched_sizes: draw parameters anew whose shape does not match.
             allow_missing: draw parameters of the network anew that the file does not have; without
                 it only those of a head may be missing.
+            ignore: regular expressions of names in the file that may be left over. Without it,
+                tensors of the network that the model has no place for are an error, and so is a
+                trained head while one is drawn anew: see `vit_convert.leftovers`.
             format: of the weights ("timm", "google", ...; see docs/convert.md), where their names
                 do not tell it.
             from_flax: prefer weights in Flax's layout where there are both. (Both are read
@@ -176,6 +180,7 @@ class ViTPreTrainedModel(Loadable, nn.Module):
                 torch_dtype=torch_dtype,
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 allow_missing=allow_missing,
+                ignore=ignore,
                 **loading,
             )
 
@@ -188,13 +193,14 @@ class ViTPreTrainedModel(Loadable, nn.Module):
         torch_dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
         allow_missing: bool = False,
+        ignore: Iterable[str] = (),
         **kwargs: Any,
     ) -> Any:
         """Load a model of an opened checkpoint, which stays open.
 
         Args:
             source: what `vit_convert.source.open_source` gives.
-            *model_args, dtype, torch_dtype, ignore_mismatched_sizes, allow_missing: as
+            *model_args, dtype, torch_dtype, ignore_mismatched_sizes, allow_missing, ignore: as
                 `from_pretrained`.
             **kwargs: arguments of the constructor, beside those that `source` holds.
 
@@ -215,6 +221,7 @@ class ViTPreTrainedModel(Loadable, nn.Module):
             config=model.config,
             allow_missing=allow_missing,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
+            ignore=ignore,
         )
         if wanted is None:
             first = next(iter(loaded.tensors.values()), None)
