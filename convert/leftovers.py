@@ -69,8 +69,8 @@ def kind_of(name: str, tensor: Any, *, canonical: bool = False, outside: bool = 
         return "task" if bare.startswith(HEAD_PARAMETERS) else "network"
     if tensor.dtype.name not in FLOATS or math.prod(tensor.shape) == 0:
         return "buffer"
-    if outside:
-        return "head"
+    if outside:  # one number is a temperature or a counter, not a layer
+        return "head" if math.prod(tensor.shape) > 1 else "buffer"
     *parts, _ = re.split(r"[./]", unprefixed(name))
     for part in parts:
         if _NETWORK.fullmatch(part):

@@ -247,7 +247,11 @@ class _Fit:
         for name in source.unexplained:
             outside = name not in inside
             self.left[name] = kind_of(name, source.checkpoint[name], outside=outside)
+        self.names = {name: (name, *source.names_in_file(name)) for name in found}
         self.left_tensors = {**found, **{n: source.checkpoint[n] for n in source.unexplained}}
+
+    def _is_ignored(self, name: str) -> bool:
+        return is_ignored(self.ignore, *self.names.get(name, (name,)))
 
     def check(self) -> Loaded:
         """What fits; CheckpointError if the rest is not what the caller can want."""
@@ -273,7 +277,7 @@ class _Fit:
         return Loaded(
             self.tensors,
             self.missing,
-            sorted(self.left),
+            sorted(file for name in self.left for file in self.names.get(name, (name, name))[1:]),
             [(name, shape, tuple(self.shapes[name])) for name, shape in self.mismatched.items()],
         )
 
@@ -301,7 +305,7 @@ class _Fit:
         for name, kind in self.left.items():
             block = re.match(r"encoder\.layer\.(\d+)\.", name)
             cut = fewer and block is not None and int(block[1]) >= depth
-            if kind == "network" and not cut and not is_ignored(self.ignore, name):
+            if kind == "network" and not cut and not self._is_ignored(name):
                 over.append(name)
         if over:
             raise CheckpointError(
@@ -320,7 +324,7 @@ class _Fit:
             for name, kind in self.left.items()
             # Next to a classifier that was found, another one of a known name does no harm.
             if kind == "head" and (drawn or name in self.source.unexplained)
-            if not is_ignored(self.ignore, name)
+            if not self._is_ignored(name)
         }
         if not wanted or not heads or self.ignore_mismatched_sizes or self.allow_missing:
             return
@@ -366,7 +370,7 @@ class _Fit:
             parts.append(
                 f"not in the checkpoint and newly initialized, so train them: {some(fresh, _SHOWN)}"
             )
-        left = [name for name in sorted(self.left) if not is_ignored(self.ignore, name)]
+        left = [name for name in sorted(self.left) if not self._is_ignored(name)]
         if left:
             parts.append(f"in the checkpoint and not used: {some(left, _SHOWN)}")
         if parts:

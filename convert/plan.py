@@ -99,7 +99,9 @@ class Plan:
         """Move what the caller gave up to what is ignored; the names left that nothing explains."""
         left = []
         patterns = check_patterns(patterns)
-        self.given_up = lambda name: is_ignored(patterns, name)
+        self.given_up = lambda name: is_ignored(
+            patterns, name, *self.source.names_in_file(name)
+        )
         for name in self.source.unexplained:
             if self.given_up(name):
                 self.ignored[name] = "given up by the caller"

@@ -99,6 +99,15 @@ class Source:
         }
         return next((heads[name] for name in heads if name in found), None)
 
+    def names_in_file(self, canonical: str) -> list[str]:
+        """What the file calls a parameter, by its canonical name; several if it is fused."""
+        rule = self.table.rule_for_canonical(canonical)
+        if rule is None:
+            return []
+        wanted = {name.replace("{i}", rule[1] or "") for name in rule[0].foreign_names}
+        bare = self.table.strip(self.root.keys)  # as the table has them -> without the root
+        return [self.root.keys[bare[name]] for name in wanted if name in bare]
+
     def close(self) -> None:
         """Close the file; tensors not read by now cannot be read any more."""
         self.checkpoint.close()
