@@ -170,7 +170,7 @@ def _open(
                 "export; wanted a checkpoint that was trained or fine-tuned to classify. Pass "
                 "--output features for what the network makes of an image."
             )
-        found = find_processor(source, name, **hub)
+        found = find_processor(source)
         if found is None:
             height, width = source.config.image_height_width
             warnings.warn(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,9 +14,10 @@ from vit_cli import cache
 from vit_cli.devices import compiled_for, describe_devices, find_devices
 from vit_cli.terminal.exit_codes import DONE
 from vit_cli.terminal.messages import counted, one_line
-from vit_common.config import ViTConfig
+from vit_common.config import CONFIG_NAME, ViTConfig
 from vit_common.errors import MissingFileError
-from vit_common.files.hub import AbsentFileError
+from vit_common.files.hub import AbsentFileError, ModelFiles
+from vit_common.files.texts import read_json
 from vit_common.flops import multiply_adds
 from vit_common.images.auto import AutoImageProcessor
 from vit_common.parameters import parameter_shapes
@@ -28,7 +28,6 @@ from vit_convert.source import (
     config_from_dict,
     find_processor,
     open_source,
-    read_config_file,
 )
 
 Report = dict[str, Any]
@@ -98,13 +97,14 @@ def describe_model(
     Raises:
         ViTError: there is no such model, or a file of it is refused.
     """
-    table = read_config_file(name, **hub)
-    local = hub if Path(name).exists() else {**hub, "local_files_only": True}
+    files = ModelFiles(name, **hub)
+    path = files.find(CONFIG_NAME)
+    table = None if path is None else read_json(path)
     weights: Report | None = None
     try:
-        with open_source(name, **local) as source:
+        with open_source(files, fetch=False) as source:
             config, head = source.config, source.head
-            found = find_processor(source, name, **hub)
+            found = find_processor(source)
             weights = _describe_weights(source)
             pooled = any(key.startswith("pooler.") for key in source.mapped.tensors)
     except MissingFileError:

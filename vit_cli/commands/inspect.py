@@ -111,7 +111,7 @@ def _add_network(report: dict[str, Any], name: str, format: str | None, hub: Any
     try:
         with open_source(name, format=format, **hub) as source:
             config = source.config
-            processor = find_processor(source, name, **hub)
+            processor = find_processor(source)
             report["network"] = {
                 "format": source.table.name,
                 "describes": source.table.describes,
