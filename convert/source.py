@@ -11,17 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vit_common.config import (
-    CONFIG_CLASSES,
-    CONFIG_NAME,
-    OURS,
-    AutoConfig,
-    ViTConfig,
-    as_config,
-    config_class,
-    is_timm,
-)
+from vit_common.config import CONFIG_NAME, OURS, ViTConfig, as_config, is_timm
 from vit_common.errors import CheckpointError, ConfigError, some
+from vit_common.families import CONFIG_CLASSES, AutoConfig, config_class
 from vit_common.files.checkpoint import Checkpoint, open_checkpoint
 from vit_common.files.hub import ModelFiles, find_file
 from vit_common.files.texts import parse_json, read_json
@@ -271,6 +263,8 @@ def _settle(
     """The configuration in a table, and the keywords that are no fields of it."""
     table = {**table, "_name_or_path": place}
     config, left_over = _named(path, config_from_dict, table, return_unused_kwargs=True, **given)
+    if "attn_implementation" in given:  # an argument of the models too
+        left_over["attn_implementation"] = given["attn_implementation"]
     if wanted is not None:
         config = _named(place, as_config, config, wanted)
     accept(config, left_over)

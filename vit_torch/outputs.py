@@ -27,7 +27,7 @@ __all__ = [
 
 
 def _register(output: type[ModelOutput]) -> None:
-    names = [field.name for field in fields(output)]
+    names = [field.name for field in fields(output)]  # type: ignore[arg-type]
     _pytree.register_pytree_node(
         output,
         lambda value: ([getattr(value, name) for name in names], None),

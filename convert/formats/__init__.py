@@ -49,7 +49,8 @@ def check_format(name: str) -> str:
     """
     if name in NAMES and name not in WRITTEN:
         raise InputError(
-            f"the format {name!r} is read here, but not written; wanted one of {', '.join(WRITTEN)}."
+            f"the format {name!r} is read here, but not written; wanted one of "
+            f"{', '.join(WRITTEN)}."
         )
     if name not in WRITTEN:
         raise InputError(f"the format must be one of {', '.join(WRITTEN)}; given {name!r}.")
