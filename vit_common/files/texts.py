@@ -64,6 +64,14 @@ def parse_json(data: bytes, path: Path, what: str = "JSON", *, unique: bool = Fa
         raise CheckpointError(
             f"{path}: {what} must be an object {{...}}; given a {type(table).__name__}."
         )
+    # Half of a surrogate pair is no character: no file can be named so, nor text be written.
+    if b"\\ud" in data or b"\\uD" in data:
+        try:
+            json.dumps(table, ensure_ascii=False).encode()
+        except (UnicodeEncodeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path}: not valid {what}: a text in it holds half of a surrogate pair."
+            ) from error
     return table
 
 
