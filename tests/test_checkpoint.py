@@ -36,7 +36,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vit_common.errors import CheckpointError, InputError, MissingFileError, ViTError
-from vit_common.files import replace as files
 from vit_common.files import texts
 from vit_common.files.checkpoint import (
     Checkpoint,
@@ -270,7 +269,7 @@ def test_no_safetensors_header_is_read_that_the_library_refuses(tmp_path) -> Non
     rng = random.Random(0)
     path = tmp_path / "model.safetensors"
     read = 0
-    for _ in range(1500):
+    for _ in range(400):
         header = {"a": _entry()} | ({"b": _entry("U8", [2], [4, 6])} if rng.random() < 0.3 else {})
         text = json.dumps(header)
         for _ in range(rng.randrange(3)):
@@ -283,7 +282,7 @@ def test_no_safetensors_header_is_read_that_the_library_refuses(tmp_path) -> Non
             continue
         safetensors.deserialize(path.read_bytes())
         read += 1
-    assert read > 300
+    assert read > 80
 
 
 @pytest.mark.parametrize("size", [4 * 10**9, 10 * 10**9, 100 * 10**9])

@@ -23,6 +23,12 @@ def reason(error: BaseException) -> str:
     return " ".join(str(text).split())
 
 
+def shown(value: object, most: int = 100) -> str:
+    """A value for a message: as Python writes it, and cut where it is long."""
+    text = repr(value[: 2 * most]) if isinstance(value, (str, bytes, list)) else repr(value)
+    return text if len(text) <= most else f"{text[: most - 15]}... ({len(text)} long)"
+
+
 def lfs_pointer(path: Path) -> CheckpointError:
     """The refusal of a git-lfs pointer that stands where a file should be."""
     return CheckpointError(

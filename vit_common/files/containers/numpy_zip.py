@@ -40,7 +40,8 @@ _PIECE = 1 << 20
 def read(file: DataFile) -> dict[str, Tensor]:
     """The tensors of the archive, named as its members are, without ".npy".
 
-    Nothing is decompressed but the headers. The dtype "|V2" is read as bfloat16, which numpy
+    Nothing is decompressed but the headers. Arrays of texts and dates are left out, and
+    named in `file.left_out`. The dtype "|V2" is read as bfloat16, which numpy
     stores so; numpy has no other dtype of that kind.
 
     Raises:
@@ -67,6 +68,14 @@ def _members(file: DataFile, archive: zipfile.ZipFile) -> dict[str, Tensor]:
         _check_sizes(file, info)
         with archive.open(info) as stream:
             dtype, fortran, shape, start = _header(file, name, stream)
+        if dtype.hasobject:
+            raise file.fail(
+                f"array {name!r} holds Python objects, which are never unpickled here; wanted "
+                "numbers."
+            )
+        if dtype.name not in DTYPES and dtype != np.dtype("V2"):
+            file.left_out[name] = f"is an array of {str(dtype)[:40]}; its dtype must be of numbers"
+            continue
         itemsize = dtype.itemsize
         problem = bad_shape(shape, itemsize)
         if problem:
@@ -120,12 +129,6 @@ def _header(
         raise
     except Exception as error:  # what zlib, ast and numpy raise for a broken header
         raise file.fail(f"member {name!r} is not a .npy array ({reason(error)}).") from error
-    if dtype.hasobject:
-        raise file.fail(
-            f"array {name!r} holds Python objects, which are never unpickled here; wanted numbers."
-        )
-    if dtype.name not in DTYPES and dtype != np.dtype("V2"):
-        raise file.fail(f"array {name!r}: dtype must be of numbers; given {dtype}.")
     return dtype, fortran, shape, stream.tell()
 
 

@@ -11,11 +11,9 @@ from vit_common.errors import CheckpointError
 from vit_common.files.containers.tensor import DataFile
 from vit_common.files.texts import reason
 
-MAX_DIRECTORY = 8 << 20
-"""Bytes of an archive's directory, some 80,000 members. zipfile reads it at once, and makes ten
+MAX_DIRECTORY = 4 << 20
+"""Bytes of an archive's directory, some 40,000 members. zipfile reads it at once, and makes ten
 times as much of it; a checkpoint with the states of an optimizer has a few thousand members."""
-
-_MAX_READ = 2 * MAX_DIRECTORY
 
 
 class _Stream(io.RawIOBase):
@@ -44,7 +42,7 @@ class _Stream(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         left = max(0, self._file.size - self._position)
         size = left if size is None or size < 0 else min(size, left)
-        if size > _MAX_READ:
+        if size > MAX_DIRECTORY:
             raise self._file.fail(
                 f"its zip directory takes {size} bytes, and at most {MAX_DIRECTORY} are read."
             )
