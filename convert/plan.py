@@ -272,6 +272,7 @@ class Plan:
                 for name, why in self.ignored.items()
                 if name in source.checkpoint or name in found
             },
+            left_out=dict(source.checkpoint.left_out),
             warnings=warnings,
         )
 
