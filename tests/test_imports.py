@@ -226,6 +226,7 @@ def test_public_names_of_vit_flax():
         "FlaxBeitForMaskedImageModeling",
         "FlaxBeitForMaskedImageModelingModule",
         "FlaxBeitModel",
+        "FlaxBeitModelOutputWithPooling",
         "FlaxBeitPreTrainedModel",
         "FlaxDeiTForImageClassification",
         "FlaxDeiTForImageClassificationWithTeacher",

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from vit_flax.outputs import (
         FlaxBaseModelOutput,
         FlaxBaseModelOutputWithPooling,
+        FlaxBeitModelOutputWithPooling,
         FlaxDeiTForImageClassificationWithTeacherOutput,
         FlaxMaskedImageModelingOutput,
         FlaxMaskedLMOutput,
@@ -93,6 +94,7 @@ __all__ = [
     "FlaxBeitForMaskedImageModeling",
     "FlaxBeitForMaskedImageModelingModule",
     "FlaxBeitModel",
+    "FlaxBeitModelOutputWithPooling",
     "FlaxBeitPreTrainedModel",
     "FlaxDeiTForImageClassification",
     "FlaxDeiTForImageClassificationWithTeacher",
