@@ -176,6 +176,7 @@ class ViTConfig:
     architectures: list[str] | None
     dtype: str | None
     _name_or_path: str
+    _attn_implementation: str | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if len(args) > len(self.fields):
@@ -451,7 +452,7 @@ class ViTConfig:
             "model_type": self.extended_type if self.is_extended else self.model_type
         }
         for name, value in vars(self).items():
-            if name == "_name_or_path":
+            if name in ("_name_or_path", "_attn_implementation"):
                 continue
             if name in ("hidden_act", "pooler_act") and not isinstance(value, str):
                 raise refusal(name, "the name of an activation, to be written to a file", value)
