@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vit_common.config import Dinov2Config, ViTConfig, config_class
+from vit_common.config import ViTConfig
 from vit_common.errors import CheckpointError, ConfigError
+from vit_common.families import Dinov2Config, config_class
 from vit_common.images.imagenet import imagenet_labels
 from vit_common.presets import PRESETS
 from vit_convert.formats import timm_models

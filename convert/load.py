@@ -13,17 +13,9 @@ from typing import Any
 import numpy as np
 
 from vit_common.checks import check_keywords
-from vit_common.config import (
-    CONFIG_CLASSES,
-    CONFIG_NAME,
-    FIELDS,
-    FLOATS,
-    DeiTConfig,
-    ViTConfig,
-    as_config,
-    is_timm,
-)
+from vit_common.config import CONFIG_NAME, FIELDS, FLOATS, ViTConfig, as_config, is_timm
 from vit_common.errors import CheckpointError, ConfigError, some
+from vit_common.families import CONFIG_CLASSES, DeiTConfig
 from vit_common.files.checkpoint import Checkpoint
 from vit_common.files.hub import HUB_OPTIONS, find_file
 from vit_common.parameters import HEAD_PARAMETERS
@@ -100,6 +92,8 @@ def read_config(
         table = {**table, "_name_or_path": str(place)}
         try:
             settled, unused = config_from_dict(table, return_unused_kwargs=True, **options)
+            if "attn_implementation" in options:  # the model's own argument too
+                unused["attn_implementation"] = options["attn_implementation"]
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
     if wanted is not None:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vit_common.config import CONFIG_NAME, OURS, AutoConfig, ViTConfig, is_timm
+from vit_common.config import CONFIG_NAME, OURS, ViTConfig, is_timm
 from vit_common.errors import CheckpointError, ConfigError
+from vit_common.families import AutoConfig
 from vit_common.files.checkpoint import Checkpoint, Tensor, open_checkpoint
 from vit_common.files.hub import AbsentFileError, find_file, find_weights
 from vit_common.files.texts import parse_json, read_json

@@ -7,6 +7,7 @@ built-in (or Transformers) error that code written for Transformers 4.57.6 alrea
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 
 class ViTError(Exception):
@@ -53,3 +54,22 @@ def some(names: Iterable[str], most: int) -> str:
     listed = list(names)
     rest = len(listed) - most
     return (", ".join(listed[:most]) or "nothing") + (f" and {rest} more" if rest > 0 else "")
+
+
+_LONGEST = 200
+
+
+def shown(value: Any, most: int = _LONGEST) -> str:
+    """A value for a message: its `repr`, cut to `most` characters.
+
+    What a file or a caller gave may be any length; a message that repeats it says its beginning,
+    and how long it is.
+    """
+    if isinstance(value, (str, bytes, bytearray)) and len(value) > most:
+        kind = "characters" if isinstance(value, str) else "bytes"
+        return f"{value[: most // 2]!r}... ({len(value)} {kind})"
+    try:
+        text = repr(value)
+    except Exception:  # nested without end, an integer of too many digits, somebody's own class
+        return f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[: most // 2]}... ({len(text)} characters)"

@@ -5,7 +5,7 @@ Names, calls and outputs are those of Transformers 4.57.6.
 
 from __future__ import annotations
 
-from vit_common.config import BeitConfig, DeiTConfig, Dinov2Config, Dinov2WithRegistersConfig
+from vit_common.families import BeitConfig, DeiTConfig, Dinov2Config, Dinov2WithRegistersConfig
 from vit_torch.model import (
     BeitForMaskedImageModelingModule,
     DeiTForImageClassificationWithTeacherModule,

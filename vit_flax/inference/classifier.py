@@ -26,8 +26,9 @@ import numpy as np
 import PIL.Image
 
 from vit_common.checks import as_integer, check_positive
-from vit_common.config import FIELDS, AutoConfig, ViTConfig
+from vit_common.config import FIELDS, ViTConfig
 from vit_common.errors import CheckpointError, ConfigError, ImageError, InputError, ViTError
+from vit_common.families import AutoConfig
 from vit_common.files.hub import split_hub_options
 from vit_common.flops import forward_flops
 from vit_common.images.predictions import (
