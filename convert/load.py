@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vit_common.checks import check_keywords
-from vit_common.config import FIELDS, FLOATS, DeiTConfig, ViTConfig
+from vit_common.config import FIELDS, FLOATS, ViTConfig
 from vit_common.errors import CheckpointError, some, warn
+from vit_common.families import DeiTConfig
 from vit_common.files.hub import HUB_OPTIONS, split_hub_options
 from vit_common.parameters import HEAD_PARAMETERS
 from vit_convert.leftovers import (

@@ -18,6 +18,7 @@ from urllib.parse import quote
 from vit_common.errors import InputError, MissingFileError, some, warn
 from vit_common.files.checkpoint import INDEX_SUFFIX, shard_names
 from vit_common.files.texts import reason
+from vit_common.versions import PACKAGE
 
 HUB_OPTIONS = (
     "revision",
@@ -67,7 +68,7 @@ WEIGHTS = (
 _SUFFIXES = (".safetensors", ".msgpack", ".bin", ".npz", ".pt", ".pth", ".json")
 _PUSHED = (".safetensors", ".msgpack", ".json", ".md")
 _SHOWN = 12
-_LIBRARY = "vit-flax"
+_LIBRARY = PACKAGE
 """How requests name this project to the Hub."""
 
 
