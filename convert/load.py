@@ -244,9 +244,8 @@ class _Fit:
         self.left: dict[str, Kind] = {
             name: kind_of(name, tensor, canonical=True) for name, tensor in found.items()
         }
-        inside = set(source.root.keys.values())
         for name in source.unexplained:
-            outside = name not in inside
+            outside = not name.startswith(source.prefix)
             self.left[name] = kind_of(name, source.checkpoint[name], outside=outside)
         self.names = {name: (name, *source.names_in_file(name)) for name in found}
         self.left_tensors = {**found, **{n: source.checkpoint[n] for n in source.unexplained}}

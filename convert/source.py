@@ -22,6 +22,7 @@ from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor
 from vit_common.images.timm import processor_from_timm
 from vit_common.parameters import Head
 from vit_convert.detect import Root
+from vit_convert.formats.format import family_prefix
 from vit_convert.formats.timm_config import TRANSFORM
 from vit_convert.infer import Note, infer_config
 from vit_convert.read import Read, read_tensors
@@ -81,6 +82,14 @@ class Source:
             "lm_head.weight": "tokens",
         }
         return next((heads[name] for name in heads if name in found), None)
+
+    @property
+    def prefix(self) -> str:
+        """What stands before every name of the network in the file ("", "model.vit.", ...)."""
+        path, table = self.root.path, self.table
+        first = self.names_in_file("embeddings.patch_embeddings.projection.weight")[:1]
+        bare = [name.removeprefix(path) for name in first]
+        return path + (family_prefix(bare, table.separator) if table.prefixed else "")
 
     def names_in_file(self, canonical: str) -> list[str]:
         """What the file calls a parameter, by its canonical name; several if it is fused."""
