@@ -404,6 +404,8 @@ class Reader:
             return self._made(called.name, inner)
         if name.startswith("torch._utils._rebuild_") or name == "torch.Tensor":
             return OddTensor(kind)
+        if name == "_codecs.encode" and arguments and isinstance(arguments[0], str):
+            return arguments[0].encode("latin1", "backslashreplace")  # how protocol 2 has bytes
         return Inert(name.removeprefix("builtins."))
 
     def _mapping(self, arguments: tuple[Any, ...]) -> dict[Any, Any]:
