@@ -90,7 +90,7 @@ def convert(
             raise type(error)(f"{opened.path}: {error}") from error
         report = plan.report(target, dry_run)
         if preprocessing is None:
-            processor = find_processor(opened, source, **hub)
+            processor = find_processor(opened)
         else:
             found = AutoImageProcessor.from_pretrained(preprocessing)
             processor = found, f"{preprocessing} (given)"

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from vit_common.errors import CheckpointError, InputError
 from vit_convert.formats import FORMATS, NAMES
-from vit_convert.rules import PREFIXES, Format, TensorLike
+from vit_convert.formats.format import PREFIXES, Format, Found
+from vit_convert.rules import TensorLike
 
 # What the patch projection's kernel is called, in any of the formats. What stands before it is what
 # the file puts before every name of the network.
@@ -167,7 +168,7 @@ def detect_format(
         except CheckpointError as error:  # two keys that are one in this format
             twice = error
             continue
-        if any(key not in bare for key in table.requires):
+        if any(key not in bare for key in table.requires) or any(k in bare for k in table.lacks):
             continue
         found = {key: table.rule_for_foreign(key) for key in bare}
         if not any(hit and _CANONICAL in hit[0].canonical_names for hit in found.values()):
@@ -222,8 +223,7 @@ def _prefer(tables: list[Format], keys: list[str], hints: Mapping[str, str]) -> 
     """Decide between tables that know the same keys, by what only one of them would have."""
     if len({id(table.rules) for table in tables}) == 1 and len({t.name for t in tables}) == 1:
         return tables[:1]
-    names = {table.name for table in tables}
-    if len(names) == 1 or names <= {"hub", "flax", "flax-safetensors"}:
+    if len({t.name for t in tables}) == 1 or all(t.files.described for t in tables):
         # DeiT's and ViT's heads, or DINOv2 with either MLP: the first, if they know the same keys.
         # If they do not, the file is a mixture.
         known = [
@@ -231,31 +231,18 @@ def _prefer(tables: list[Format], keys: list[str], hints: Mapping[str, str]) -> 
             for t in tables
         ]
         return tables[:1] if len(set(known)) == 1 else tables
-
-    def only(name: str) -> list[Format]:
-        named = [table for table in tables if table.name == name]
-        return _prefer(named, keys, hints) if named else tables
-
-    root = hints.get("root", "")
-    if "architecture" in hints:
-        return only("timm")
-    if root.startswith(("teacher", "student")):
-        return only("dino")
-    if any(re.fullmatch(r"head\.(mlp|last_layer)\..*", key) for key in keys):
-        return only("dino")
-    if "mask_token" in keys and "dinov2" in names:  # of the shape it has there, unlike MAE's
-        return only("dinov2")
-    if any(re.fullmatch(r"decoder_.*|mask_token", key) for key in keys):
-        return only("mae") if "mae" in names else only("beit")
-    if hints.get("suffix") == ".safetensors":
-        return only("timm")  # the projects themselves publish pickles
-    if root.startswith("model"):
-        if any(key.startswith("fc_norm.") for key in keys) and "mae" in names:
-            return only("mae")
-        # What only BEiT has would have told by now: without it both know a ViT without biases.
-        return only("deit") if "deit" in names else only("beit")
-    if any(key.startswith("head.") for key in keys):
-        return only("timm")
+    found = Found(
+        tuple(keys),
+        hints.get("root", ""),
+        hints.get("suffix", ""),
+        hints.get("architecture", ""),
+    )
+    ranks = [
+        (clue.rank, table.name) for table in tables for clue in table.clues if clue.holds(found)
+    ]
+    if ranks:
+        _, name = min(ranks)
+        return _prefer([table for table in tables if table.name == name], keys, hints)
     if "model_type" in hints and len({id(table.rules) for table in tables}) == 1:
         return tables[:1]  # the configuration says what the weights do not
-    return [table for table in tables if table.name in ("timm", "dino", "beit")]
+    return [table for table in tables if table.candidate]

@@ -13,8 +13,16 @@ from vit_common.errors import CheckpointError, ConfigError
 from vit_common.families import Dinov2Config, config_class
 from vit_common.images.imagenet import imagenet_labels
 from vit_common.presets import PRESETS
-from vit_convert.formats import timm_models
-from vit_convert.rules import Format, Mapped, TensorLike
+from vit_convert.formats.format import Format
+from vit_convert.formats.timm_config import (
+    LABELS,
+    POOLING,
+    heads_of,
+    label_names,
+    pooling_of,
+    read_timm_config,
+)
+from vit_convert.rules import Mapped, TensorLike
 
 IMAGENET_CLASSES = 1000
 
@@ -27,53 +35,6 @@ _HEADS = {(width, depth, inner): heads for width, depth, heads, inner, _ in PRES
     (1536, 40, 4096): 24,
     (1664, 48, 8192): 16,
 }
-
-# Keyword of timm's model -> field here.
-_TIMM_SAME = {
-    "num_heads": "num_attention_heads",
-    "img_size": "image_size",
-    "drop_path_rate": "drop_path_rate",
-}
-# Keywords that the weights show by themselves, or that change nothing in inference.
-_TIMM_SHOWN = {
-    "embed_dim", "depth", "patch_size", "in_chans", "num_classes", "mlp_ratio", "qkv_bias",
-    "init_values", "class_token", "reg_tokens", "no_embed_class", "distilled", "drop_rate",
-    "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "dynamic_img_size",
-    "dynamic_img_pad", "weight_init", "fix_init", "strict_img_size", "fc_norm", "global_pool",
-    "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias", "final_norm",
-}  # fmt: skip
-_TIMM_PLAIN: dict[str, tuple[Any, ...]] = {
-    "pre_norm": (False,),
-    "qk_norm": (False,),
-    "scale_attn_norm": (False,),
-    "scale_mlp_norm": (False,),
-    "use_rot_pos_emb": (False,),
-    "pos_embed": ("learn",),
-    "proj_bias": (True,),
-}
-_TIMM_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_pytorch_tanh",
-    "quick_gelu": "quick_gelu",
-    "quickgelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
-}
-
-
-# Formats whose classifiers of 1000 classes are those of ImageNet-1k.
-_IMAGENET_FORMATS = ("google", "deit", "beit", "mae", "dino")
-
-
-def _label_names(timm: Mapping[str, Any] | None) -> list[str] | None:
-    """The names of classes in timm's `config.json`, in order."""
-    for place in (timm or {}), ((timm or {}).get("pretrained_cfg") or {}):
-        names = place.get("label_names") if isinstance(place, Mapping) else None
-        if isinstance(names, Mapping):
-            names = [names[key] for key in sorted(names, key=str)] if names else None
-        if isinstance(names, list) and names:
-            return [str(name) for name in names]
-    return None
 
 
 @dataclass(frozen=True)
@@ -112,10 +73,6 @@ def infer_config(
         raise CheckpointError(f"tensors of an impossible number of axes: {', '.join(odd[:60])}.")
     fields: dict[str, tuple[Any, str]] = {}
     given = _checked(table, overrides)
-    for key in ("pretrained_cfg", "model_args"):
-        part = (timm or {}).get(key)
-        if part is not None and not isinstance(part, Mapping):
-            raise ConfigError(f"timm's config.json: `{key}` must be a mapping; given {part!r}.")
 
     def note(origin: str, **values: Any) -> None:
         fields.update({name: (value, origin) for name, value in values.items()})
@@ -125,7 +82,7 @@ def infer_config(
         note(f"the format {table.name}", **{name: value})
     _sizes(shapes, family, note)
     if timm is not None:
-        _read_timm(timm, given, note)
+        read_timm_config(timm, note)
     if "num_attention_heads" not in {*given, *fields}:
         _heads(shapes, source, timm, note)
     _pooling(shapes, family, timm, note)
@@ -133,11 +90,11 @@ def infer_config(
     _image_size(shapes, known, given, family, note)
     labels = known.get("num_labels")
     if not {"id2label", "num_labels"} & set(given):
-        names = _label_names(timm)
+        names = label_names(timm)
         if names is not None and len(names) == labels:
-            note("timm's label_names", id2label=dict(enumerate(names)))
+            note(LABELS, id2label=dict(enumerate(names)))
             fields.pop("num_labels")
-        elif labels == IMAGENET_CLASSES and (table.name in _IMAGENET_FORMATS or timm is not None):
+        elif labels == IMAGENET_CLASSES and (table.imagenet or timm is not None):
             note(
                 "the order of ImageNet-1k, which a head of 1000 has",
                 id2label=dict(enumerate(imagenet_labels())),
@@ -265,9 +222,8 @@ def _heads(shapes, source, timm, note) -> None:
     if table:
         note("shapes", num_attention_heads=table[1])
         return
-    architecture = (timm or {}).get("architecture")
-    if architecture in timm_models.HEADS:
-        note(f"timm's {architecture}", num_attention_heads=timm_models.HEADS[architecture])
+    if named := heads_of(timm):
+        note(named[1], num_attention_heads=named[0])
         return
     width = shapes["embeddings.patch_embeddings.projection.weight"][0]
     second = shapes.get("encoder.layer.0.output.dense.weight", (0, 0))
@@ -284,51 +240,6 @@ def _heads(shapes, source, timm, note) -> None:
     note(origin, num_attention_heads=_HEADS[sizes])
 
 
-def _read_timm(timm: Mapping[str, Any], given: Mapping[str, Any], note: Any) -> None:
-    architecture = str(timm.get("architecture", ""))
-    if architecture not in timm_models.HEADS:
-        # Other networks can have the same names: vit_base_patch16_rpn_224 has its norms elsewhere.
-        raise ConfigError(
-            f"timm's config.json: `architecture` is {architecture!r}, whose network is not known "
-            "to be one of those here. If it is, convert the weights file apart from its "
-            "config.json, and say with options what the weights do not."
-        )
-    activation = timm_models.ACTIVATIONS.get(architecture, "gelu")
-    note(
-        f"timm's {architecture}",
-        hidden_act=activation,
-        layer_norm_eps=timm_models.EPS.get(architecture, 1e-6),
-    )
-    cfg, args = (timm.get(name) or {} for name in ("pretrained_cfg", "model_args"))
-    size, given_size = cfg.get("input_size"), args.get("img_size", 1)
-    if (size and not _whole(size, 3)) or not (_whole([given_size], 1) or _whole(given_size, 2)):
-        raise ConfigError(
-            "timm's config.json: `input_size` must be three integers (channels, height, width), "
-            f"and `img_size` one or two; given {size!r} and {given_size!r}."
-        )
-    if size:
-        note("timm's pretrained_cfg", image_size=size[1] if size[1] == size[2] else tuple(size[1:]))
-    odd = []
-    for key, value in args.items():
-        if key in _TIMM_SAME:
-            note("timm's model_args", **{_TIMM_SAME[key]: value})
-        elif key == "act_layer" and str(value) in _TIMM_ACTIVATIONS:
-            note("timm's model_args", hidden_act=_TIMM_ACTIVATIONS[str(value)])
-        elif key not in _TIMM_SHOWN and value not in _TIMM_PLAIN.get(key, ()):
-            odd.append(f"{key}={value!r}")
-    if odd:
-        raise ConfigError(
-            f"timm's config.json: `model_args` has {', '.join(odd)}, which changes the network and "
-            "is not understood here; this model cannot be converted."
-        )
-
-
-def _whole(values: Any, count: int) -> bool:
-    """Whether that many positive integers are given."""
-    listed = isinstance(values, (list, tuple)) and len(values) == count
-    return listed and all(type(value) is int and value > 0 for value in values)
-
-
 def _pooling(shapes, family: str, timm: Any, note: Any) -> None:
     if family == "beit":
         pretrained = "lm_head.weight" in shapes
@@ -339,16 +250,8 @@ def _pooling(shapes, family: str, timm: Any, note: Any) -> None:
     if "pooler.layernorm.weight" in shapes:
         note("names (fc_norm)", pooling="mean", norm_after_pooling=True)
         return
-    pool = (timm or {}).get("global_pool") or ((timm or {}).get("model_args") or {}).get(
-        "global_pool"
-    )
-    if pool in ("avg", "token", ""):
-        if pool == "avg":
-            note("timm's global_pool", pooling="mean")
-    elif pool is not None:
-        raise ConfigError(
-            f"timm's config.json: `global_pool` must be 'token' or 'avg'; given {pool!r}."
-        )
+    if pooling_of(timm) == "avg":
+        note(POOLING, pooling="mean")
     if "embeddings.cls_token" not in shapes:
         note("names (no class token)", pooling="mean")
 

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import inspect
 import os
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from vit_common.checks import check_keywords
-from vit_common.config import CONFIG_NAME, FIELDS, FLOATS, ViTConfig, as_config, is_timm
-from vit_common.errors import CheckpointError, ConfigError, some
-from vit_common.families import CONFIG_CLASSES, DeiTConfig
-from vit_common.files.checkpoint import Checkpoint
-from vit_common.files.hub import HUB_OPTIONS, find_file
+from vit_common.config import FIELDS, FLOATS, ViTConfig
+from vit_common.errors import CheckpointError, some, warn
+from vit_common.families import DeiTConfig
+from vit_common.files.hub import HUB_OPTIONS, split_hub_options
 from vit_common.parameters import HEAD_PARAMETERS
-from vit_convert.rules import Format, MappedTensor, unprefixed
-from vit_convert.source import Source, config_from_dict, find_config, open_source
+from vit_convert.rules import MappedTensor, unprefixed
+from vit_convert.source import Source, open_source
 
 _SHOWN = 40
 """Names said in a message; the rest are counted."""
@@ -33,98 +31,104 @@ class Loaded:
     Attributes:
         tensors: canonical name -> tensor, with the model's own `vit.` prefix, in the model's order.
         missing: names the file does not have; the caller draws them anew.
-        path: the file they come from.
-        format: its format.
     """
 
     tensors: dict[str, MappedTensor]
     missing: list[str]
-    path: Path
-    format: Format
-    checkpoint: Checkpoint
-
-    def close(self) -> None:
-        """Close the file; tensors not read by now cannot be read any more."""
-        self.checkpoint.close()
 
 
-def read_config(
-    name_or_path: Any,
-    config: Any,
-    hub: Mapping[str, Any],
-    options: Mapping[str, Any],
-    *,
-    wanted: type[ViTConfig] | None = ViTConfig,
-    format: str | None = None,
-) -> tuple[Any, dict[str, Any], dict[str, Any] | None]:
-    """The configuration of a model to load; the options that are not fields of it; and the
-    `config.json` beside the weights, empty where there is none, None where it was not looked for.
+class Loadable:
+    """What the models and the `Auto` classes of both twins have in common: a checkpoint is opened
+    once, by `from_pretrained`, and `from_source` makes a model of it.
 
-    Args:
-        name_or_path: where the weights are; `config.json` is looked for there, or beside a file.
-            Where there is none, or timm's own, the weights say what the network is.
-        config: a configuration (all options are then left over), or where to read it, or None.
-        hub: options of the Hub.
-        options: overrides of fields, mixed with others.
-        wanted: the configuration's class; None takes any.
-        format: of the weights, where it cannot be told.
-
-    Raises:
-        MissingFileError, ConfigError: as `ViTConfig.from_pretrained`.
-        CheckpointError: the weights had to be looked at, and are refused.
+    Attributes:
+        _preferred_files: keyword of `from_pretrained` that prefers weights in another layout where
+            there are several, and the names of their files.
+        _without_effect: keywords of Transformers 4.57.6 -> values that ask for what happens anyway.
     """
-    if config is not None and not isinstance(config, (str, os.PathLike)):
-        return (config if wanted is None else as_config(config, wanted)), dict(options), None
-    place = name_or_path if config is None else config
-    path, table = find_config(place, **hub)
-    beside = (table or {}) if config is None else None
-    if table is None and (config is not None or not _is_weights(place)):
-        find_file(place, CONFIG_NAME, **hub)  # raises, saying where it looked
-    if table is None or is_timm(table):
-        fields = {name for cls in CONFIG_CLASSES.values() for name in cls.fields} | {"num_labels"}
-        ours = {name: value for name, value in options.items() if name in fields}
-        unused = {name: value for name, value in options.items() if name not in fields}
-        with open_source(
-            name_or_path, format=format, overrides=ours, beside=beside, **hub
-        ) as source:
-            settled = source.config
-    else:
-        table = {**table, "_name_or_path": str(place)}
-        try:
-            settled, unused = config_from_dict(table, return_unused_kwargs=True, **options)
-            if "attn_implementation" in options:  # the model's own argument too
-                unused["attn_implementation"] = options["attn_implementation"]
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
-    if wanted is not None:
-        try:
-            settled = as_config(settled, wanted)
-        except ConfigError as error:
-            raise ConfigError(f"{place}: {error}") from error
-    return settled, unused, beside
+
+    _preferred_files: ClassVar[tuple[str, tuple[str, ...]]] = ("", ())
+    _without_effect: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @classmethod
+    def _loading_keywords(cls) -> list[str]:
+        """Keywords of `from_source`, less those of the constructor."""
+        kinds = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = inspect.signature(cls.from_source).parameters.values()
+        return [p.name for p in parameters if p.kind in kinds and p.name != "source"]
+
+    @classmethod
+    def _constructor_keywords(cls) -> list[str]:
+        """Keywords of the constructor."""
+        return list(inspect.signature(cls).parameters)[1:]
+
+    @classmethod
+    def open_pretrained(
+        cls,
+        name_or_path: Any,
+        options: Mapping[str, Any],
+        *,
+        wanted: type[ViTConfig] | None = None,
+        choose: Callable[[ViTConfig], Any] | None = None,
+    ) -> tuple[Source, dict[str, Any]]:
+        """Open the checkpoint of a `from_pretrained` call.
+
+        Args:
+            name_or_path: directory, weights file, or "owner/name".
+            options: all keywords of the call.
+            wanted: class of the configuration; None takes any family's.
+            choose: the model's class for a configuration; None means this class.
+
+        Returns:
+            The source, to be closed by the caller, and the keywords of `from_source`.
+
+        Raises:
+            InputError: a keyword is not known.
+            MissingFileError, ConfigError, CheckpointError: as `open_source`.
+        """
+        hub, rest = split_hub_options(options)
+        for name, same in cls._without_effect.items():
+            if name in rest and rest[name] in same:
+                del rest[name]
+        flag, files = cls._preferred_files
+        prefer = files if rest.pop(flag, False) else None
+        config, format = rest.pop("config", None), rest.pop("format", None)
+        loading = {name: rest.pop(name) for name in cls._loading_keywords() if name in rest}
+
+        def accept(settled: ViTConfig, left_over: Mapping[str, Any]) -> None:
+            check_left_over(cls if choose is None else choose(settled), left_over, config)
+
+        source = open_source(
+            name_or_path,
+            format=format,
+            config=config,
+            overrides=rest,
+            wanted=wanted,
+            prefer=prefer,
+            accept=accept,
+            **hub,
+        )
+        return source, loading
+
+    @classmethod
+    def from_source(cls, source: Source, **kwargs: Any) -> Any:
+        """A model of an opened checkpoint, which stays open."""
+        raise NotImplementedError
 
 
-def _is_weights(place: str | os.PathLike) -> bool:
-    """Whether a place is a file that may hold weights, which say what they are."""
-    return Path(place).is_file() and not str(place).endswith(".json")
-
-
-def check_leftovers(
-    cls: Any, leftovers: Mapping[str, Any], constructor: Iterable[str], config: Any
-) -> None:
-    """Raise InputError if keywords of `cls.from_pretrained` are for nothing it knows.
+def check_left_over(model: Any, left_over: Mapping[str, Any], config: Any) -> None:
+    """Raise InputError if keywords of `model.from_pretrained` are nothing that it knows.
 
     Args:
-        cls: the model's class.
-        leftovers: what `read_config` left over.
-        constructor: keywords of the constructor.
+        model: the model's class.
+        left_over: keywords that are no fields of the configuration.
         config: the argument of that name; the fields of an object given there are not overridden.
     """
-    parameters = inspect.signature(cls.from_pretrained).parameters.values()
+    constructor = model._constructor_keywords()
+    unknown = [name for name in left_over if name not in constructor]
+    parameters = inspect.signature(model.from_pretrained).parameters.values()
     own = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    constructor = list(constructor)
-    unknown = [name for name in leftovers if name not in constructor]
-    what, known = f"{cls.__name__}.from_pretrained", [*own, *constructor, *HUB_OPTIONS]
+    what, known = f"{model.__name__}.from_pretrained", [*own, *constructor, *HUB_OPTIONS]
     if config is None or isinstance(config, (str, os.PathLike)):
         known += ["num_labels", *FIELDS]
     else:
@@ -133,65 +137,47 @@ def check_leftovers(
 
 
 def load_parameters(
-    name_or_path: Any,
+    source: Source,
     shapes: Mapping[str, tuple[int, ...]],
     *,
     model: str,
-    prefer: tuple[str, ...] | None = None,
     config: ViTConfig,
-    beside: Mapping[str, Any] | None = None,
     allow_missing: bool = False,
     ignore_mismatched_sizes: bool = False,
-    format: str | None = None,
-    **hub: Any,
 ) -> Loaded:
-    """Open the weights of a directory, file or Hub repository and fit them to a model.
+    """Fit the weights of a source to a model.
 
     Args:
-        name_or_path: directory, weights file, index of shards, or "owner/name".
+        source: the opened checkpoint.
         shapes: what the model needs, canonical name -> shape (`parameter_shapes`).
         model: name of the model's class, for messages.
-        prefer: file names to look for before the others.
         config: the model's, held against what the format implies.
-        beside: what `read_config` gave.
         allow_missing: take a file that lacks parameters of the network itself.
         ignore_mismatched_sizes: leave out parameters whose shape differs, as if missing.
-        format: of the weights, where it cannot be told.
-        **hub: options of the Hub.
 
     Warns:
         UserWarning: once, naming what is newly drawn, left aside or not matching, and fields of
             the config that networks in this format do not have.
 
     Raises:
-        MissingFileError: there is no such file.
-        CheckpointError: it is corrupt or of another architecture; parameters of the network are
+        CheckpointError: the weights are of another architecture; parameters of the network are
             missing; shapes do not match; weights are not floating point.
     """
-    source = open_source(
-        name_or_path, format=format, config=config, prefer=prefer, beside=beside, **hub
-    )
     path = source.path
     try:
         loaded = _fit(source, shapes, model, allow_missing, ignore_mismatched_sizes)
     except CheckpointError as error:
-        source.close()
         raise CheckpointError(f"{path}: {error}") from error
-    odd = {
-        field: value
-        for field, value in loaded.format.settings.items()
-        if getattr(config, field) != value
-    }
+    settings = source.table.settings
+    odd = {field: value for field, value in settings.items() if getattr(config, field) != value}
     # A configuration beside the weights knows better than their format.
     if odd and not source.described:
-        warnings.warn(
-            f"{model} from {path}: networks in {loaded.format.name} layout have "
+        warn(
+            f"{model} from {path}: networks in {source.table.name} layout have "
             + ", ".join(f"{field}={value!r}" for field, value in odd.items())
             + "; the config says "
             + ", ".join(f"{field}={getattr(config, field)!r}" for field in odd)
-            + ". If this one is no exception, its outputs are slightly wrong.",
-            UserWarning,
-            stacklevel=4,
+            + ". Unless this network is an exception, its outputs are slightly wrong."
         )
     return loaded
 
@@ -249,7 +235,7 @@ def _fit(
             f"{some(network, 12)}. Pass `allow_missing=True` to draw them at random."
         )
     _say(source.path, model, missing, sorted([*found, *source.unexplained]), mismatched)
-    return Loaded(tensors, missing, source.path, source.table, source.checkpoint)
+    return Loaded(tensors, missing)
 
 
 def _say(path, model, missing, unexpected, mismatched) -> None:
@@ -266,17 +252,13 @@ def _say(path, model, missing, unexpected, mismatched) -> None:
     if unexpected:
         parts.append(f"in the checkpoint and not used: {some(unexpected, _SHOWN)}")
     if parts:
-        warnings.warn(f"{model} from {path}: " + ". ".join(parts) + ".", UserWarning, stacklevel=5)
+        warn(f"{model} from {path}: " + ". ".join(parts) + ".")
 
 
 def warn_if_not_finite(path: Path, bad: list[str]) -> None:
     """Name the parameters that hold NaN or infinity, in one warning."""
     if bad:
-        warnings.warn(
-            f"{path}: weights hold NaN or infinity, so outputs will too: {some(bad, _SHOWN)}.",
-            UserWarning,
-            stacklevel=4,
-        )
+        warn(f"{path}: weights hold NaN or infinity, so outputs will too: {some(bad, _SHOWN)}.")
 
 
 def is_finite(array: np.ndarray) -> bool:

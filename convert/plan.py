@@ -18,12 +18,11 @@ from vit_common.images.processor import PROCESSOR_NAME
 from vit_common.parameters import class_name, parameter_shapes
 from vit_common.positions import relative_distances, resize_positions, resize_relative_positions
 from vit_convert.formats import table_for
-from vit_convert.formats.timm_config import timm_config
 from vit_convert.infer import Note, infer_config
 from vit_convert.report import Report
 from vit_convert.rules import Mapped, TensorLike, to_foreign, unprefixed
 from vit_convert.source import Source
-from vit_convert.target import OTHERS, PLACES, is_file
+from vit_convert.target import is_file
 
 
 class Plan:
@@ -63,11 +62,9 @@ class Plan:
 
     def _refuse_what_readers_drop(self) -> None:
         """Raise InputError where the format has names for what its own library leaves out."""
-        if self.to == "timm" and self.config.use_representation_layer:
-            raise InputError(
-                "the format 'timm' cannot hold this network: timm drops the layer before the "
-                "classifier (pre-logits) when it loads."
-            )
+        why = self.table.cannot_hold and self.table.cannot_hold(self.config)
+        if why:
+            raise InputError(f"the format {self.to!r} cannot hold this network: {why}.")
 
     # -- the source's side
 
@@ -217,9 +214,9 @@ class Plan:
         """The files that would be written, shards aside."""
         if is_file(target):
             return [target]
-        place = PLACES.get(self.to, OTHERS)
-        suffix = {"torch": "pth"}.get(place.container, place.container)
-        weights = f"{place.stem}.{suffix}"
+        files = self.table.files
+        suffix = {"torch": "pth"}.get(files.container, files.container)
+        weights = f"{files.stem}.{suffix}"
         return [target / name for name in (weights, f"{weights}.index.json", *beside)]
 
     def report(self, target: Path, dry_run: bool) -> Report:
@@ -236,45 +233,21 @@ class Plan:
                 + ", ".join(f"{name}={value!r}" for name, value in implied.items())
                 + "; this one has "
                 + ", ".join(f"{name}={getattr(self.config, name)!r}" for name in implied)
-                + ". Who reads the weights without the configuration written here gets slightly "
-                "other outputs."
+                + ". Loading these weights without this configuration gives slightly different "
+                "outputs."
             )
-        if self.config.is_extended and self.to in ("hub", "flax", "flax-safetensors"):
-            warnings.append(
-                "Transformers has no class for this network; the configuration says model_type "
-                f"{self.config.extended_type!r}, so that it refuses it instead of computing "
-                "something else. vit_flax and vit_torch load it."
-            )
-        if self.to == "timm" and self.config.use_swiglu_ffn and source.timm is None:
-            warnings.append(
-                "timm's config.json cannot say that the MLP is a SwiGLU: give timm a model that "
-                "has one, such as vit_giant_patch14_dinov2, the sizes."
-            )
-        if self.to == "google" and not self.config.qkv_bias:
-            warnings.append(
-                "Google's own code wants biases of query, key and value, which this network does "
-                "not have; vit_flax and vit_torch read the file."
-            )
+        if self.table.loses is not None:
+            warnings += self.table.loses(self.config, source.timm is not None)
         if is_file(target) and target.suffix != ".safetensors":
-            needs = self.to in ("hub", "flax", "flax-safetensors")
+            needs = self.table.files.described
             warnings.append(
                 f"a {target.suffix} file cannot hold the configuration: "
                 + (
                     "it needs a config.json beside it to be read"
                     if needs
-                    else "who reads it infers one"
+                    else "whoever reads it has to infer one"
                 )
                 + ". Give a folder as the target to have one written."
-            )
-        if (
-            self.to == "hub"
-            and not self.config.is_extended
-            and self.config.position_resize != type(self.config).fields["position_resize"][0]
-        ):
-            warnings.append(
-                "Transformers does not know `position_resize` and resamples positions to other "
-                f"image sizes by its own rule, not by {self.config.position_resize!r}; at the "
-                "native size nothing differs."
             )
         warnings += self._differences(target)
         found = source.mapped.tensors
@@ -299,6 +272,7 @@ class Plan:
                 for name, why in self.ignored.items()
                 if name in source.checkpoint or name in found
             },
+            left_out=dict(source.checkpoint.left_out),
             warnings=warnings,
         )
 
@@ -319,16 +293,12 @@ class Plan:
                 + ", ".join(f"{name}={getattr(self.config, name)!r}" for name in odd)
                 + ", and was believed."
             )
-        if (
-            is_file(target)
-            and target.suffix != ".safetensors"
-            and not self.to.startswith(("hub", "flax"))
-        ):
+        if is_file(target) and target.suffix != ".safetensors" and not self.table.files.described:
             try:
                 mapped = Mapped(dict(self.tensors), [])  # type: ignore[arg-type]
                 guess, _ = infer_config(self.table, mapped, self.written)
             except (CheckpointError, ConfigError) as error:
-                return [*said, f"who reads the file alone has to be told: {error}"]
+                return [*said, f"loading the file alone needs options: {error}"]
             fields = [
                 name
                 for name in self.config.fields
@@ -338,7 +308,7 @@ class Plan:
             ]
             if fields:
                 said.append(
-                    "who reads the file alone takes "
+                    "loading the file alone infers "
                     + ", ".join(f"{name}={getattr(guess, name, None)!r}" for name in fields)
                     + "; it is "
                     + ", ".join(f"{name}={getattr(self.config, name)!r}" for name in fields)
@@ -351,9 +321,9 @@ class Plan:
         if is_file(target):
             return {}
         beside = {CONFIG_NAME: self.config.to_json_string()}
-        if self.to == "timm":
+        if self.table.files.config is not None:
             found = None if processor is None else processor[0]
-            beside[CONFIG_NAME] = timm_config(self.config, self.source.timm, found)
+            beside[CONFIG_NAME] = self.table.files.config(self.config, self.source.timm, found)
         if processor is not None:
             found, origin = processor
             if self.config.grid_size != self.source.config.grid_size:

@@ -5,35 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from vit_common.errors import ExistingFileError, InputError
-from vit_convert.formats import check_format
+from vit_convert.formats import DEFAULT, FILES, check_format
 
-# suffix of a target that is one file -> what is written if no format is named
-SUFFIXES = {".safetensors": "hub", ".msgpack": "flax", ".npz": "google"}
+SUFFIXES = {files.suffix: name for name, files in FILES.items() if files.suffix}
+"""Suffix of a target that is one file -> what is written if no format is named."""
+
 PICKLES = (".pth", ".pt", ".bin")
-
-
-class Place(NamedTuple):
-    """How a format is written into a directory."""
-
-    container: Any
-    stem: str
-    metadata: str | None
-
-
-# A format that is not here is one of the projects' own pickles, as `OTHERS`.
-PLACES = {
-    "hub": Place("safetensors", "model", "pt"),
-    "flax": Place("msgpack", "flax_model", None),
-    "flax-safetensors": Place("safetensors", "model", "flax"),
-    "timm": Place("safetensors", "model", "pt"),
-    "google": Place("npz", "model", None),
-}
-OTHERS = Place("torch", "model", None)
-# What the projects' own pickles have around the weights.
-WRAPPERS = {"deit": "model", "beit": "model"}
 
 
 def is_file(target: Path) -> bool:
@@ -48,11 +27,10 @@ def target_format(target: Path, to: str | None) -> str:
         InputError: there is no such format to write, or the suffix does not tell.
     """
     if to is not None:
-        if to == "flax" and target.suffix == ".safetensors":
-            return "flax-safetensors"
-        return check_format(to)
+        check_format(to)
+        return FILES[to].for_suffix.get(target.suffix, to)
     if not is_file(target):
-        return "hub"
+        return DEFAULT
     if target.suffix in PICKLES:
         raise InputError(
             f"{target}: say which format to write with `to` (`--to` of the command); a "

@@ -19,7 +19,7 @@ from vit_convert.plan import Plan
 from vit_convert.proof import verify_result
 from vit_convert.report import Report
 from vit_convert.source import METADATA_KEY
-from vit_convert.target import OTHERS, PICKLES, PLACES, WRAPPERS, is_file
+from vit_convert.target import PICKLES, is_file
 
 
 def write(
@@ -96,14 +96,13 @@ def _make_directories(directory: Path) -> list[Path]:
 
 
 def _write_into(staging, plan, target, beside, max_shard_size, one_file, advance) -> None:
-    place = PLACES.get(plan.to, OTHERS)
+    files = plan.table.files
     if not one_file:
-        metadata = {"format": place.metadata} if place.metadata else None
-        if place.container == "torch":
+        if files.container == "torch":
             write_checkpoint(
-                staging / "model.pth",
+                staging / f"{files.stem}.pth",
                 plan.written,
-                wrapper=WRAPPERS.get(plan.to),
+                wrapper=files.wrapper,
                 progress=advance,
             )
             for name, text in beside.items():
@@ -112,26 +111,23 @@ def _write_into(staging, plan, target, beside, max_shard_size, one_file, advance
         save_checkpoint(
             staging,
             plan.written,
-            container=place.container,
-            stem=place.stem,
+            container=files.container,
+            stem=files.stem,
             max_shard_size=max_shard_size,
-            metadata=metadata,
+            metadata=files.metadata,
             separator="/",
             beside=beside,
             progress=advance,
         )
         return
-    metadata, wrapper = None, None
+    metadata = None
     if target.suffix == ".safetensors":
-        tag = "flax" if plan.to.startswith("flax") else "pt"
         # A file alone says by itself what it is.
-        metadata = {"format": tag, METADATA_KEY: plan.config.to_json_string()}
-    if target.suffix in PICKLES:
-        wrapper = WRAPPERS.get(plan.to)
+        metadata = {"format": files.tag or "pt", METADATA_KEY: plan.config.to_json_string()}
     write_checkpoint(
         staging / target.name,
         plan.written,
         metadata=metadata,
-        wrapper=wrapper,
+        wrapper=files.wrapper if target.suffix in PICKLES else None,
         progress=advance,
     )

@@ -552,8 +552,8 @@ def test_ctrl_c_while_the_model_is_loaded(folder, tmp_path, number):
         "def load(*_, **__):\n"
         f"    os.kill(os.getpid(), {int(number)})\n"
         "    time.sleep(60)\n"
-        "vit_cli.commands.features.load_for_inference = load\n"
-        "vit_cli.commands.predict.load_for_inference = load\n"
+        "vit_cli.commands.features.load_for_stream = load\n"
+        "vit_cli.commands.predict.load_for_stream = load\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     for command, name in (("predict", "out.jsonl"), ("features", "out.npz")):

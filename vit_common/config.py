@@ -147,7 +147,7 @@ class ViTConfig:
             _FAMILIES[cls.model_type] = cls
             _describe(cls)
         elif "__init__" in vars(cls):
-            cls.__signature__ = None  # its own
+            cls.__signature__ = None  # type: ignore[attr-defined]  # its own
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if len(args) > len(self.fields):

@@ -35,6 +35,8 @@ from vit_common.presets import PRESETS, preset
 from vit_convert.source import config_from_dict, open_source, read_config_file
 from vit_flax.attention.tpu import NEEDED
 from vit_flax.auto import FlaxAutoModelForImageClassification
+from vit_flax.last_words import first_line, is_out_of_memory
+from vit_flax.sharding import DATA, batch_sharding, replicated
 
 FLOPS_BOUND = 0.03
 """How far the matrix products of a program may be from the analytic count, as a share of it."""
@@ -312,9 +314,9 @@ def chip_mesh(chip: str, devices: int | None = None) -> jax.sharding.Mesh:
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         raise InputError(
             f"libtpu {metadata.version('libtpu')} does not take the topology "
-            f"{CHIPS[chip].topology}: {_first_line(error)}"
+            f"{CHIPS[chip].topology}: {first_line(error)}"
         ) from error
-    return jax.sharding.Mesh(np.array(found[:devices]), ("data",))
+    return jax.sharding.Mesh(np.array(found[:devices]), (DATA,))
 
 
 # -- programs
@@ -328,14 +330,6 @@ class Built(NamedTuple):
     analytic_flops: float
     devices: int
     may_communicate: bool
-
-
-def _shardings(mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
-    spec = jax.sharding.PartitionSpec
-    return (
-        jax.sharding.NamedSharding(mesh, spec()),
-        jax.sharding.NamedSharding(mesh, spec("data")),
-    )
 
 
 def _model(config: ViTConfig, dtype: str, teacher: bool, kernel: str) -> Any:
@@ -360,7 +354,7 @@ def forward(
     front_tokens: int | None = None,
 ) -> Built:
     """Logits of `batch` images on each device; `front_tokens` as `with_front_tokens` takes them."""
-    everywhere, split = _shardings(mesh)
+    everywhere, split = replicated(mesh), batch_sharding(mesh)
     model = _model(config, dtype, teacher, attn_implementation).with_front_tokens(front_tokens)
     jitted = jax.jit(
         lambda params, pixel_values: model(pixel_values, params=params, return_dict=True).logits,
@@ -385,7 +379,7 @@ def training_step(
     """One step of AdamW on `batch` images on each device; gradients are summed over them."""
     import optax
 
-    everywhere, split = _shardings(mesh)
+    everywhere, split = replicated(mesh), batch_sharding(mesh)
     model = _model(config, dtype, teacher, attn_implementation)
     optimizer = optax.adamw(1e-3)
 
@@ -451,8 +445,8 @@ def check_program(
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        exhausted = "RESOURCE_EXHAUSTED" in str(error)
-        failed = Check("fits" if exhausted else "compiles", False, _first_line(error))
+        exhausted = is_out_of_memory(error)
+        failed = Check("fits" if exhausted else "compiles", False, first_line(error))
         seconds = time.perf_counter() - start
         empty: tuple[Any, ...] = (None, 0.0, 0.0, 0, 0, 0, 0, 0, {}, (failed,))
         return Program(chip, name, batch, devices, seconds, analytic_flops, *empty)
@@ -507,10 +501,6 @@ def check_program(
         kinds = ", ".join(f"{count} {kind}" for kind, count in found.items())
         checks.append(Check("no collective", not found, kinds or "none"))
     return Program(**{**vars(program), "checks": tuple(checks)})
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason")
 
 
 def _listed(names: list[str], most: int = 5) -> str:

@@ -11,25 +11,20 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from vit_common.config import ViTConfig
+from vit_common.config import ViTConfig, as_config
 from vit_common.errors import InputError
 from vit_common.files.containers.tensor import DTYPES, Tensor
-from vit_common.files.hub import PUSH_OPTIONS, push_folder, push_if_asked, split_hub_options
+from vit_common.files.hub import PUSH_OPTIONS, push_folder, push_if_asked
 from vit_common.parameters import initial_value, parameter_shapes
 from vit_convert.formats import table_for
-from vit_convert.load import (
-    check_leftovers,
-    is_finite,
-    load_parameters,
-    read_config,
-    warn_if_not_finite,
-)
+from vit_convert.load import Loadable, is_finite, load_parameters, warn_if_not_finite
 from vit_convert.save import SaveFormat, check_save_keywords, save_parameters
+from vit_convert.source import Source
 from vit_torch.base import ModelBase
 from vit_torch.model import (
     ViTForImageClassificationModule,
@@ -49,8 +44,14 @@ _ALWAYS_SO: dict[str, tuple[Any, ...]] = {
 }
 
 
-class ViTPreTrainedModel(ModelBase):
+class ViTPreTrainedModel(Loadable, ModelBase):
     """Base of the models: `ModelBase`, with files in and out."""
+
+    _preferred_files: ClassVar = (
+        "from_flax",
+        ("flax_model.msgpack", "flax_model.msgpack.index.json"),
+    )
+    _without_effect: ClassVar = _ALWAYS_SO
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """Take the names of Transformers' state dicts too, where a family has others there."""
@@ -126,48 +127,69 @@ class ViTPreTrainedModel(ModelBase):
             ConfigError: the configuration is not of this architecture.
             CheckpointError: the weights are corrupt, incomplete or do not fit.
         """
-        wanted = parse_dtype(torch_dtype if dtype is None else dtype)
-        hub, kwargs = split_hub_options(kwargs)
-        for name, same in _ALWAYS_SO.items():
-            if name in kwargs and kwargs[name] in same:
-                del kwargs[name]
-        settings, kwargs, beside = read_config(
-            pretrained_model_name_or_path,
-            config,
-            hub,
-            kwargs,
-            wanted=cls.config_class,
-            format=format,
+        options = {**kwargs, "config": config, "format": format, "from_flax": from_flax}
+        source, loading = cls.open_pretrained(
+            pretrained_model_name_or_path, options, wanted=cls.config_class
         )
-        check_leftovers(cls, kwargs, list(inspect.signature(cls).parameters)[1:], config)
+        with source:
+            return cls.from_source(
+                source,
+                *model_args,
+                dtype=dtype,
+                torch_dtype=torch_dtype,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                allow_missing=allow_missing,
+                **loading,
+            )
+
+    @classmethod
+    def from_source(
+        cls,
+        source: Source,
+        *model_args: Any,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        ignore_mismatched_sizes: bool = False,
+        allow_missing: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a model of an opened checkpoint, which stays open.
+
+        Args:
+            source: what `vit_convert.source.open_source` gives.
+            *model_args, dtype, torch_dtype, ignore_mismatched_sizes, allow_missing: as
+                `from_pretrained`.
+            **kwargs: arguments of the constructor, beside those that `source` holds.
+
+        Returns, Warns, Raises: as `from_pretrained`.
+        """
+        wanted = parse_dtype(torch_dtype if dtype is None else dtype)
+        make: Any = cls
         with torch.device("meta"):
-            model = cls(settings, *model_args, **kwargs)
+            model = make(
+                as_config(source.config, cls.config_class),
+                *model_args,
+                **{**source.left_over, **kwargs},
+            )
         loaded = load_parameters(
-            pretrained_model_name_or_path,
+            source,
             model._canonical_shapes(),
             model=cls.__name__,
             config=model.config,
-            beside=beside,
-            prefer=("flax_model.msgpack", "flax_model.msgpack.index.json") if from_flax else None,
             allow_missing=allow_missing,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
-            format=format,
-            **hub,
         )
         if wanted is None:
             first = next(iter(loaded.tensors.values()), None)
             wanted = torch.float32 if first is None else getattr(torch, first.dtype.name)
         device = torch.get_default_device()
-        try:
-            state, not_finite = {}, []
-            for name, tensor in loaded.tensors.items():
-                array = tensor.read()
-                if not is_finite(array):
-                    not_finite.append(name)
-                state[name] = to_torch(array).to(device, wanted)
-        finally:
-            loaded.close()
-        warn_if_not_finite(loaded.path, not_finite)
+        state, not_finite = {}, []
+        for name, tensor in loaded.tensors.items():
+            array = tensor.read()
+            if not is_finite(array):
+                not_finite.append(name)
+            state[name] = to_torch(array).to(device, wanted)
+        warn_if_not_finite(source.path, not_finite)
         shapes = model._canonical_shapes()
         for name in loaded.missing:
             state[name] = draw_parameter(name, shapes[name], model.config).to(device, wanted)

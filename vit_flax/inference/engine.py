@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from vit_common.config import ViTConfig
 from vit_common.errors import DeviceError
-from vit_flax.sharding import DATA
+from vit_flax.last_words import is_out_of_memory
+from vit_flax.sharding import DATA, batch_sharding, batch_spec
 
 Program = Callable[[Any, jax.Array], tuple[jax.Array, ...]]
 """From parameters and pixels (B, C, H, W) to arrays with a row for each image."""
@@ -110,8 +111,7 @@ class Engine:
             program = self._micro_batched(program, size // self.parts_of_batch)
             if self.mesh is not None:
                 # Each part of a batch by itself: the compiler cannot decide to mix them.
-                split = PartitionSpec(DATA)
-                sharding = NamedSharding(self.mesh, split)
+                split, sharding = batch_spec(self.mesh.axis_names), batch_sharding(self.mesh)
                 program = jax.shard_map(
                     program,
                     mesh=self.mesh,
@@ -182,7 +182,7 @@ class Engine:
 
     def shrink(self, size: int, error: Exception) -> None:
         """Remember that so many images do not fit; raise `error` if that is not why it failed."""
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise error
         size = self.divisible(size)
         if size <= self.parts_of_batch:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vit_common.errors import InputError
-from vit_common.versions import versions
+from vit_common.versions import PACKAGE, versions
 from vit_torch.verify.bounds import BOUNDS
 from vit_torch.verify.compare import HALF, compare_models
 from vit_torch.verify.pixels import compare_pixels, model_inputs
@@ -18,7 +18,7 @@ from vit_torch.verify.subject import Subject
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 PRECISIONS = ("highest", "default")
 
-PACKAGES = ("python", "vit-flax", "jax", "jaxlib", "flax", "torch", "numpy", "transformers")
+PACKAGES = ("python", PACKAGE, "jax", "jaxlib", "flax", "torch", "numpy", "transformers")
 
 
 def verify(

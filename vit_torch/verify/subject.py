@@ -24,7 +24,7 @@ class Subject:
             self.head = source.head
             self.pooled = any(key.startswith("pooler.") for key in source.mapped.tensors)
             self.masked = "embeddings.mask_token" in source.mapped.tensors
-            found = find_processor(source, name, **hub)
+            found = find_processor(source)
             self.format = source.table.name
         self.processor = None if found is None else found[0]
 

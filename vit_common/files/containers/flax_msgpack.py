@@ -9,6 +9,7 @@ maps joined with "/".
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Sequence
 from functools import partial
@@ -39,6 +40,9 @@ MAX_CHUNK_SIZE = 2**30
 MAX_DEPTH = 64
 MAX_NAME = 1024
 MAX_ENTRIES = 1_000_000
+
+# numpy's names of dtypes that Flax writes as it writes all others: of texts, bytes and dates.
+_NO_NUMBERS = re.compile(r"(str|bytes|datetime64|timedelta64)(\d+|\[\w+\])?")
 
 _CHUNKED = "__msgpack_chunked_array__"
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
@@ -76,6 +80,12 @@ class _Leaf(NamedTuple):
     shape: tuple[int, ...]
 
 
+class _NotNumbers(NamedTuple):
+    """A leaf that is read past."""
+
+    what: str
+
+
 class _Cursor:
     """A position in a stretch of the file, and the msgpack tokens from there on."""
 
@@ -101,6 +111,11 @@ class _Cursor:
             begin = 0
         self.position += count
         return self._bytes[begin : begin + count]
+
+    def skip(self, count: int) -> None:
+        if self.position + count > self.end:
+            raise self.file.fail(f"truncated or corrupt: ends within {count} bytes wanted there.")
+        self.position += count
 
     def token(self) -> tuple[str, Any]:
         """(kind, value): a number, or the length of a map, array, str, bin or ext."""
@@ -186,8 +201,26 @@ def _tree(cursor: _Cursor, count: int, depth: int) -> dict[str, Any]:
         elif kind in ("number", "nil"):
             table[key] = value
         else:
-            raise fail(f"{key!r} at byte {at} must be an array or a map; it is a {kind}.")
+            _pass(cursor, kind, value, depth)
+            table[key] = _NotNumbers(f"at byte {at} must be an array or a map; it is a {kind}")
     return table
+
+
+def _pass(cursor: _Cursor, kind: str, value: Any, depth: int) -> None:
+    """Go past what a text, bytes or a list holds, whose token has been read."""
+    if depth > MAX_DEPTH:
+        raise cursor.file.fail(f"its lists are nested more than {MAX_DEPTH} deep.")
+    if kind in ("str", "bin"):
+        cursor.skip(value)
+    elif kind == "ext":
+        cursor.skip(value + 1)
+    elif kind in ("array", "map"):
+        count = value if kind == "array" else 2 * value
+        cursor.entries += count
+        if cursor.entries > MAX_ENTRIES:
+            raise cursor.file.fail(f"holds more than {MAX_ENTRIES} entries.")
+        for _ in range(count):
+            _pass(cursor, *cursor.token(), depth + 1)
 
 
 def _extension(cursor: _Cursor, length: int, key: str) -> Any:
@@ -210,7 +243,7 @@ def _extension(cursor: _Cursor, length: int, key: str) -> Any:
     return value
 
 
-def _array(cursor: _Cursor, key: str) -> _Leaf:
+def _array(cursor: _Cursor, key: str) -> _Leaf | _NotNumbers:
     fail = cursor.file.fail
     if cursor.token() != ("array", 3):
         raise fail(f"{key!r}: an array must be packed as (shape, dtype, bytes).")
@@ -219,6 +252,9 @@ def _array(cursor: _Cursor, key: str) -> _Leaf:
         raise fail(f"{key!r}: its shape must be a list of at most {MAX_AXES} integers.")
     shape = [cursor.token() for _ in range(axes)]
     name = cursor.text(32, ("str", "bin"))
+    if name is not None and _NO_NUMBERS.fullmatch(name):
+        cursor.position = cursor.end
+        return _NotNumbers(f"is an array of {name}; its dtype must be of numbers")
     if name not in DTYPES:
         raise fail(f"{key!r}: dtype {name!r} is not one of {', '.join(sorted(DTYPES))}.")
     dtype = DTYPES[name]
@@ -246,8 +282,11 @@ def _collect(file: DataFile, tree: dict[str, Any], prefix: str, out: dict[str, T
             continue
         if value is None:
             continue
-        if name in out:
+        if name in out or name in file.left_out:
             raise file.fail(f"two of its entries are both named {name!r}.")
+        if isinstance(value, _NotNumbers):
+            file.left_out[name] = value.what
+            continue
         if isinstance(value, _Leaf):
             out[name] = _tensor(file, name, value)
         elif isinstance(value, dict):

@@ -133,6 +133,8 @@ class DataFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.left_out: dict[str, str] = {}
+        """What a reader found that is no array of numbers: its name -> what it is."""
         self.resources = contextlib.ExitStack()
         """What else is to be closed with the file."""
         self._lock = threading.Lock()
