@@ -40,10 +40,16 @@ _ELSEWHERE = (
     ),
     (r"student[/.].*", "the student of DINO's training; the teacher is taken"),
     (r"(.*[/.])?(t|txt|text|contrastive)[/.].*", "of a text tower"),
-    (r"(.*[/.])?(dino_loss|dino_head|ibot_head|head)[/.].*", "a head or loss of pretraining"),
+    (
+        r"(.*[/.])?(dino_loss|dino_head|ibot_head|head[/.](mlp|last_)\w*)[/.].*",
+        "a head or loss of pretraining",
+    ),
     (r"(.*[/.])?(epoch|step|steps|iteration|global_step|count)", "a counter of training"),
 )
 
+
+BESIDE = "outside"
+"""How the reason of a name begins that lies beside the network, and that nothing explains."""
 
 _HEAD_BESIDE = re.compile(r"(.*?)((?:head|head_dist|fc_norm)\.(?:weight|bias))")
 
@@ -97,7 +103,7 @@ def find_root(keys: Iterable[str]) -> Root:
         if head and path.startswith(head[1]):
             inside[head[2]] = key  # a classifier beside the backbone it stands on
         else:
-            ignored[key] = _reason(key) or f"outside {path!r}, where the network is"
+            ignored[key] = _reason(key) or f"{BESIDE} {path!r}, where the network is"
     if path == "":
         # Without anything before the network's names, what lies deeper may still be another's.
         for bare in list(inside):

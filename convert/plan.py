@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from vit_common.parameters import class_name, parameter_shapes
 from vit_common.positions import relative_distances, resize_positions, resize_relative_positions
 from vit_convert.formats import table_for
 from vit_convert.infer import Note, infer_config
+from vit_convert.leftovers import check_patterns, is_ignored
 from vit_convert.report import Report
 from vit_convert.rules import Mapped, TensorLike, to_foreign, unprefixed
 from vit_convert.source import Source
@@ -95,9 +95,8 @@ class Plan:
     def _ignore(self, patterns: tuple[str, ...]) -> list[str]:
         """Move what the caller gave up to what is ignored; the names left that nothing explains."""
         left = []
-        for pattern in patterns:
-            _match(pattern, "")  # refused also where there is nothing to match
-        self.given_up = lambda name: any(_match(pattern, name) for pattern in patterns)
+        patterns = check_patterns(patterns)
+        self.given_up = lambda name: is_ignored(patterns, name, *self.source.names_in_file(name))
         for name in self.source.unexplained:
             if self.given_up(name):
                 self.ignored[name] = "given up by the caller"
@@ -331,15 +330,6 @@ class Plan:
             beside[PROCESSOR_NAME] = found.to_json_string()
             report.preprocessing = origin
         return beside
-
-
-def _match(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise InputError(
-            f"`ignore` must hold regular expressions; given {pattern!r} ({error})."
-        ) from error
 
 
 def _cast(name: str, tensor: TensorLike, dtype: np.dtype) -> TensorLike:

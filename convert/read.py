@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vit_common.files.checkpoint import Tensor
-from vit_convert.detect import Root, detect_format, find_root
+from vit_convert.detect import BESIDE, Root, detect_format, find_root
 from vit_convert.formats.format import Format
 from vit_convert.formats.google import unstacked
+from vit_convert.leftovers import kind_of
 from vit_convert.rules import Mapped, to_canonical
 
 
@@ -49,7 +50,13 @@ def read_tensors(
     }
     bare = table.strip(tensors)
     original = {full: key for key, full in bare.items()}
-    ignored, unexplained = dict(root.ignored), []
+    # What was trained and lies beside the network may be its head, whatever it is called.
+    unexplained = [
+        name
+        for name, why in root.ignored.items()
+        if why.startswith(BESIDE) and kind_of(name, checkpoint[name], outside=True) == "head"
+    ]
+    ignored = {name: why for name, why in root.ignored.items() if name not in unexplained}
     for name in mapped.unused:
         why = table.why_ignored(original.get(name, name))
         full = root.keys[parts[name][0]]

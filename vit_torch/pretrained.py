@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -96,6 +96,7 @@ class ViTPreTrainedModel(Loadable, ModelBase):
         torch_dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
         allow_missing: bool = False,
+        ignore: Iterable[str] = (),
         format: str | None = None,
         from_flax: bool = False,
         **kwargs: Any,
@@ -111,6 +112,9 @@ class ViTPreTrainedModel(Loadable, ModelBase):
             ignore_mismatched_sizes: draw parameters anew whose shape does not match.
             allow_missing: draw parameters of the network anew that the file does not have; without
                 it only those of a head may be missing.
+            ignore: regular expressions of names in the file that may be left over. Without it,
+                tensors of the network that the model has no place for are an error, and so is a
+                trained head while one is drawn anew: see `vit_convert.leftovers`.
             format: of the weights ("timm", "google", ...; see docs/convert.md), where their names
                 do not tell it.
             from_flax: prefer weights in Flax's layout where there are both. (Both are read
@@ -139,6 +143,7 @@ class ViTPreTrainedModel(Loadable, ModelBase):
                 torch_dtype=torch_dtype,
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 allow_missing=allow_missing,
+                ignore=ignore,
                 **loading,
             )
 
@@ -151,13 +156,14 @@ class ViTPreTrainedModel(Loadable, ModelBase):
         torch_dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
         allow_missing: bool = False,
+        ignore: Iterable[str] = (),
         **kwargs: Any,
     ) -> Any:
         """Load a model of an opened checkpoint, which stays open.
 
         Args:
             source: what `vit_convert.source.open_source` gives.
-            *model_args, dtype, torch_dtype, ignore_mismatched_sizes, allow_missing: as
+            *model_args, dtype, torch_dtype, ignore_mismatched_sizes, allow_missing, ignore: as
                 `from_pretrained`.
             **kwargs: arguments of the constructor, beside those that `source` holds.
 
@@ -178,6 +184,7 @@ class ViTPreTrainedModel(Loadable, ModelBase):
             config=model.config,
             allow_missing=allow_missing,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
+            ignore=ignore,
         )
         if wanted is None:
             first = next(iter(loaded.tensors.values()), None)
