@@ -57,12 +57,10 @@ def pixels_of(config: Any, batch: int, dtype: str) -> Any:
 
 def on_chip() -> Any:
     """Arguments of `jax.jit` that put a program on one chip."""
-    import jax
-
+    from vit_flax.sharding import replicated
     from vit_flax.tpu_check import chip_mesh
 
-    mesh = chip_mesh(CHIP, devices=1)
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    place = replicated(chip_mesh(CHIP, devices=1))
     return {"in_shardings": place, "out_shardings": place}
 
 

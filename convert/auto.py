@@ -9,8 +9,9 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from vit_common.config import ViTConfig, config_class
+from vit_common.config import ViTConfig
 from vit_common.errors import ConfigError, InputError
+from vit_common.families import config_class
 from vit_convert.source import Source
 
 

@@ -9,42 +9,27 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from vit_common.config import (
-    CONFIG_CLASSES,
-    CONFIG_NAME,
-    OURS,
-    AutoConfig,
-    ViTConfig,
-    as_config,
-    config_class,
-    is_timm,
-)
+from vit_common.config import CONFIG_NAME, OURS, ViTConfig, as_config, is_timm
 from vit_common.errors import CheckpointError, ConfigError, some
-from vit_common.files.checkpoint import Checkpoint, Tensor, open_checkpoint
+from vit_common.families import CONFIG_CLASSES, AutoConfig, config_class
+from vit_common.files.checkpoint import Checkpoint, open_checkpoint
 from vit_common.files.hub import ModelFiles, find_file
 from vit_common.files.texts import parse_json, read_json
 from vit_common.images.auto import AutoImageProcessor
-from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor, ViTImageProcessor
-from vit_common.images.processors import BeitImageProcessor, BitImageProcessor
+from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor
 from vit_common.images.timm import processor_from_timm
 from vit_common.parameters import Head
-from vit_convert.detect import Root, detect_format, find_root
-from vit_convert.formats.google import unstacked
+from vit_convert.detect import Root
+from vit_convert.formats.format import family_prefix
+from vit_convert.formats.timm_config import TRANSFORM
 from vit_convert.infer import Note, infer_config
-from vit_convert.rules import Format, Mapped, to_canonical
+from vit_convert.read import Read, read_tensors
+from vit_convert.rules import Format, Mapped
 
 METADATA_KEY = "vit_config"
 """Where a safetensors file that stands alone holds its configuration."""
-
-# Formats whose files are never without a config.json.
-_DESCRIBED = ("hub", "flax", "flax-safetensors")
-
-_IMAGENET: dict[str, Any] = {
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
-}
 
 
 @dataclass
@@ -59,12 +44,14 @@ class Source:
         mapped: the tensors under canonical names, without the prefix of a model with a head.
         ignored: name in the file -> why it is left aside.
         unexplained: names in the file that nothing here knows.
+        parts: some of those -> what in the network they belong to, which no model here has.
         config: what the network is.
         notes: what was set that no configuration said, and what says it.
         timm: timm's own `config.json`, if there was one.
         described: whether a file beside the weights says all of the configuration.
         files: the other files of the model.
         given: fields of the configuration that the caller set.
+        config_given: whether the caller gave the configuration as an object.
         left_over: keywords of the caller that are no fields of the configuration.
     """
 
@@ -77,10 +64,12 @@ class Source:
     unexplained: list[str]
     config: ViTConfig
     files: ModelFiles
+    parts: Mapping[str, str] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
     timm: Mapping[str, Any] | None = None
     described: bool = False
     given: Mapping[str, Any] = field(default_factory=dict)
+    config_given: bool = False
     left_over: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -95,6 +84,23 @@ class Source:
             "lm_head.weight": "tokens",
         }
         return next((heads[name] for name in heads if name in found), None)
+
+    @property
+    def prefix(self) -> str:
+        """What stands before every name of the network in the file ("", "model.vit.", ...)."""
+        path, table = self.root.path, self.table
+        first = self.names_in_file("embeddings.patch_embeddings.projection.weight")[:1]
+        bare = [name.removeprefix(path) for name in first]
+        return path + (family_prefix(bare, table.separator) if table.prefixed else "")
+
+    def names_in_file(self, canonical: str) -> list[str]:
+        """What the file calls a parameter, by its canonical name; several if it is fused."""
+        rule = self.table.rule_for_canonical(canonical)
+        if rule is None:
+            return []
+        wanted = {name.replace("{i}", rule[1] or "") for name in rule[0].foreign_names}
+        bare = self.table.strip(self.root.keys)  # as the table has them -> without the root
+        return [self.root.keys[bare[name]] for name in wanted if name in bare]
 
     def close(self) -> None:
         """Close the file; tensors not read by now cannot be read any more."""
@@ -223,7 +229,7 @@ def open_source(
         read = read_tensors(checkpoint, format=format, hints=hints)
         notes = [Note(name, given[name], "given") for name in given if name not in left_over]
         if settled is None:
-            if read.table.name in _DESCRIBED:
+            if read.table.files.described:
                 files.need(CONFIG_NAME)  # raises, saying where it looked
                 raise CheckpointError("there is no config.json, which this format needs.")
             known = {name for cls in CONFIG_CLASSES.values() for name in cls.fields}
@@ -233,6 +239,10 @@ def open_source(
             object.__setattr__(settled, "_name_or_path", place)
             settled = settled if wanted is None else _named(place, as_config, settled, wanted)
             accept(settled, left_over)
+        elif read.labels and not {"id2label", "num_labels"} & {*(table or {}), *given}:
+            settled.num_labels = read.labels
+        read.complete(settled)
+        notes += read.notes
     except (CheckpointError, ConfigError) as error:
         checkpoint.close()
         if str(path) in str(error) or str(files.name) in str(error):
@@ -249,12 +259,14 @@ def open_source(
         mapped=read.mapped,
         ignored=read.ignored,
         unexplained=read.unexplained,
+        parts=read.parts,
         config=settled,
         files=files,
         notes=notes,
         timm=timm,
         described=described,
         given={name: value for name, value in given.items() if name not in left_over},
+        config_given=config is not None,
         left_over=left_over,
     )
 
@@ -279,6 +291,8 @@ def _settle(
     """The configuration in a table, and the keywords that are no fields of it."""
     table = {**table, "_name_or_path": place}
     config, left_over = _named(path, config_from_dict, table, return_unused_kwargs=True, **given)
+    if "attn_implementation" in given:  # an argument of the models too
+        left_over["attn_implementation"] = given["attn_implementation"]
     if wanted is not None:
         config = _named(place, as_config, config, wanted)
     accept(config, left_over)
@@ -305,54 +319,6 @@ def _named(where: str | Path, build: Any, *args: Any, **kwargs: Any) -> Any:
         raise ConfigError(f"{where}: {error}") from error
 
 
-class Read(NamedTuple):
-    """What `read_tensors` finds: where the network lies in a file, its tensors under the names of
-    its format, the format, the canonical tensors, what is left aside and why, and names that
-    nothing here knows."""
-
-    root: Root
-    tensors: dict[str, Tensor]
-    table: Format
-    mapped: Mapped
-    ignored: dict[str, str]
-    unexplained: list[str]
-
-
-def read_tensors(
-    checkpoint: Mapping[str, Any],
-    *,
-    format: str | None = None,
-    hints: Mapping[str, str] | None = None,
-) -> Read:
-    """Find the network in a file.
-
-    Raises:
-        CheckpointError: no network is in it, or it fits no format, or several.
-        InputError: there is no format of that name.
-    """
-    root = find_root(checkpoint)
-    parts = unstacked({bare: checkpoint[full] for bare, full in root.keys.items()})
-    tensors = {name: tensor for name, (_, tensor) in parts.items()}
-    hints = {**dict(hints or {}), "root": root.path}
-    table = detect_format(tensors, name=format, hints=hints, shapes=tensors)
-    mapped = to_canonical(tensors, table)
-    # Transformers saves a parameter of no entries where there are no registers.
-    mapped.tensors = {
-        name: tensor for name, tensor in mapped.tensors.items() if 0 not in tensor.shape
-    }
-    bare = table.strip(tensors)
-    original = {full: key for key, full in bare.items()}
-    ignored, unexplained = dict(root.ignored), []
-    for name in mapped.unused:
-        why = table.why_ignored(original.get(name, name))
-        full = root.keys[parts[name][0]]
-        if why:
-            ignored[full] = why
-        elif full not in unexplained:
-            unexplained.append(full)
-    return Read(root, tensors, table, mapped, ignored, unexplained)
-
-
 def find_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
     """What prepares images for a source, and what says so; None where nothing does.
 
@@ -369,7 +335,7 @@ def find_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
     # Without a mean it says nothing about images: a conversion that knew nothing wrote it.
     if isinstance(own, Mapping) and "mean" in own:
         try:
-            return processor_from_timm(own), "timm's pretrained_cfg"
+            return processor_from_timm(own), TRANSFORM
         except ConfigError:
             # What timm does and no processor here can do leaves the images to the caller.
             return implied_processor(source)
@@ -378,32 +344,5 @@ def find_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
 
 def implied_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
     """What networks of a source's format were trained on, and what says so."""
-    config, name = source.config, source.table.name
-    if config.num_channels != 3:
-        return None
-    height, width = config.image_height_width
-    size = {"height": height, "width": width}
-    if name == "google":
-        return (
-            ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3),
-            "Google's (x - 127.5) / 127.5",
-        )
-    if name == "beit":
-        return (
-            BeitImageProcessor(
-                size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
-            ),
-            "the Hub's files of microsoft's BEiT",
-        )
-    if height != width:
-        return None
-    if name in ("deit", "dino", "mae", "dinov2"):
-        # The shorter side to 256 for 224, then a centre crop; MAE's images above 224 are not cut.
-        enlarged = height if name == "mae" and height > 224 else int(height * 256 / 224)
-        if name == "dinov2":
-            size, enlarged = {"height": 224, "width": 224}, 256
-        return (
-            BitImageProcessor(size={"shortest_edge": enlarged}, crop_size=size, **_IMAGENET),
-            f"the published evaluation of {name}",
-        )
-    return None
+    implied = source.table.preprocessing
+    return implied(source.config) if implied and source.config.num_channels == 3 else None

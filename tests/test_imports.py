@@ -184,7 +184,8 @@ def test_no_import_circles():
 
 
 def test_no_folder_has_more_than_16_files():
-    counts = Counter(path.parent for path in FILES.values())
+    """Files that a reader must choose from, so a package's face does not count."""
+    counts = Counter(path.parent for path in FILES.values() if path.name != "__init__.py")
     crowded = {str(folder.relative_to(ROOT)): n for folder, n in counts.items() if n > 16}
     assert crowded == {}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 
 class ViTError(Exception):
@@ -75,3 +76,22 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_OVER:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
+
+
+_LONGEST = 200
+
+
+def shown(value: Any, most: int = _LONGEST) -> str:
+    """A value for a message: its `repr`, cut to `most` characters.
+
+    What a file or a caller gave may be any length; a message that repeats it says its beginning,
+    and how long it is.
+    """
+    if isinstance(value, (str, bytes, bytearray)) and len(value) > most:
+        kind = "characters" if isinstance(value, str) else "bytes"
+        return f"{value[: most // 2]!r}... ({len(value)} {kind})"
+    try:
+        text = repr(value)
+    except Exception:  # nested without end, an integer of too many digits, somebody's own class
+        return f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[: most // 2]}... ({len(text)} characters)"

@@ -36,6 +36,7 @@ from vit_convert.source import config_from_dict, open_source, read_config_file
 from vit_flax.attention.tpu import NEEDED
 from vit_flax.auto import FlaxAutoModelForImageClassification
 from vit_flax.last_words import first_line, is_out_of_memory
+from vit_flax.sharding import DATA, batch_sharding, replicated
 
 FLOPS_BOUND = 0.03
 """How far the matrix products of a program may be from the analytic count, as a share of it."""
@@ -315,7 +316,7 @@ def chip_mesh(chip: str, devices: int | None = None) -> jax.sharding.Mesh:
             f"libtpu {metadata.version('libtpu')} does not take the topology "
             f"{CHIPS[chip].topology}: {first_line(error)}"
         ) from error
-    return jax.sharding.Mesh(np.array(found[:devices]), ("data",))
+    return jax.sharding.Mesh(np.array(found[:devices]), (DATA,))
 
 
 # -- programs
@@ -329,14 +330,6 @@ class Built(NamedTuple):
     analytic_flops: float
     devices: int
     may_communicate: bool
-
-
-def _shardings(mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
-    spec = jax.sharding.PartitionSpec
-    return (
-        jax.sharding.NamedSharding(mesh, spec()),
-        jax.sharding.NamedSharding(mesh, spec("data")),
-    )
 
 
 def _model(config: ViTConfig, dtype: str, teacher: bool, kernel: str) -> Any:
@@ -361,7 +354,7 @@ def forward(
     front_tokens: int | None = None,
 ) -> Built:
     """Logits of `batch` images on each device; `front_tokens` as `with_front_tokens` takes them."""
-    everywhere, split = _shardings(mesh)
+    everywhere, split = replicated(mesh), batch_sharding(mesh)
     model = _model(config, dtype, teacher, attn_implementation).with_front_tokens(front_tokens)
     jitted = jax.jit(
         lambda params, pixel_values: model(pixel_values, params=params, return_dict=True).logits,
@@ -386,7 +379,7 @@ def training_step(
     """One step of AdamW on `batch` images on each device; gradients are summed over them."""
     import optax
 
-    everywhere, split = _shardings(mesh)
+    everywhere, split = replicated(mesh), batch_sharding(mesh)
     model = _model(config, dtype, teacher, attn_implementation)
     optimizer = optax.adamw(1e-3)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from torch.utils import _pytree
 
 from vit_common.outputs import (
@@ -14,6 +12,7 @@ from vit_common.outputs import (
     MaskedImageModelingOutput,
     MaskedLMOutput,
     ModelOutput,
+    field_names,
 )
 
 __all__ = [
@@ -27,7 +26,7 @@ __all__ = [
 
 
 def _register(output: type[ModelOutput]) -> None:
-    names = [field.name for field in fields(output)]
+    names = field_names(output)
     _pytree.register_pytree_node(
         output,
         lambda value: ([getattr(value, name) for name in names], None),
