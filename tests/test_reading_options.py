@@ -103,6 +103,7 @@ def test_what_is_advised_can_be_given(place, command, capsys):
     assert "--set must be FIELD=VALUE" in said("--set", "hidden_act")
 
 
+@pytest.mark.filterwarnings("default")
 def test_features(place, tmp_path, capsys):
     target = tmp_path / "f.npz"
     arguments = [place / "a.png", "--model", place / "backbone.pth", "--output", target]
@@ -119,15 +120,15 @@ def test_features(place, tmp_path, capsys):
     assert made_with["format"] == "dino"
     assert made_with["num_attention_heads"] == 4
     # A run is resumed with what it was begun with, these options among it.
-    (tmp_path / "g.npz.partial").write_text(
-        json.dumps({"run": made_with}) + '\n{"file": "x", "error": ""}\n'
-    )
+    rows = [{"run": made_with}, {"file": "x", "error": "broken"}]
+    (tmp_path / "g.npz.partial").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments[-1] = tmp_path / "g.npz"
     code, _, err = run(capsys, "features", *arguments, "--from", "dino", "--heads", 8, "--resume")
     assert code == 2
     assert "num_attention_heads 4, now 8" in err
 
 
+@pytest.mark.filterwarnings("default")
 def test_predict(place, capsys):
     arguments = [place / "a.png", "--model", place / "classifier.pth", "--from", "timm"]
     code, out, _ = run(capsys, "predict", *arguments, "--heads", 4, "--json")

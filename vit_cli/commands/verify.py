@@ -133,7 +133,7 @@ def run(options: Options) -> int:
         image_size=(side, side) if isinstance(side, int) else side,
         batch=options.batch,
         gradients=options.gradients,
-        **reading.keywords,
+        **reading.for_source,
     )
     from vit_cli.commands import verify_report
 

@@ -32,6 +32,7 @@ def verify(
     batch: int = 2,
     gradients: bool = False,
     format: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
     bounds: Mapping[str, float] | None = None,
     **hub: Any,
 ) -> Verification:
@@ -46,7 +47,8 @@ def verify(
         image_size: (height, width) other than the model's; positions are resampled.
         batch: number of random images; given `images`, left at 2.
         gradients: compare the gradient of every parameter as well, in float64 and float32.
-        format: of both checkpoints, where it cannot be told.
+        format: of both checkpoints, if not detected.
+        overrides: fields of both configurations that win over what the files say.
         bounds: instead of `vit_torch.verify.bounds.BOUNDS`.
         **hub: options of the Hub.
 
@@ -68,8 +70,8 @@ def verify(
         raise InputError(f"`batch` is of random images; given {batch!r} beside `images`.")
     table = {**BOUNDS, **(bounds or {})}
     runs, notes = plan(places(devices), dtypes, gradients)
-    subject = Subject(first, format, hub)
-    other = None if second is None else Subject(second, format, hub)
+    subject = Subject(first, format, hub, overrides)
+    other = None if second is None else Subject(second, format, hub, overrides)
     if other is not None:
         subject.check_like(other, but=("image_size",) if image_size is not None else ())
     pixels, size = model_inputs(subject, images, image_size, batch)

@@ -17,9 +17,15 @@ from vit_convert.source import find_processor, open_source
 class Subject:
     """A checkpoint, and its models when asked for."""
 
-    def __init__(self, name: Any, format: str | None, hub: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        name: Any,
+        format: str | None,
+        hub: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
         self.name, self.format, self.hub = name, format, dict(hub)
-        with open_source(name, format=format, **hub) as source:
+        with open_source(name, format=format, overrides=overrides, **hub) as source:
             self.config: ViTConfig = source.config
             self.head = source.head
             self.pooled = any(key.startswith("pooler.") for key in source.mapped.tensors)
