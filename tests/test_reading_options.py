@@ -170,9 +170,30 @@ def test_bench(place, capsys, monkeypatch):
     assert options["image_size"] == (32, 48)
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("command", ["predict", "features", "export", "verify"])
+def test_what_may_be_left_out(place, tmp_path, command, capsys):
+    """Tensors that change the network are an error that names the option."""
+    weights = torch.load(place / "classifier.pth")
+    torch.save({**weights, "attn_pool.q.weight": torch.ones(48, 48)}, tmp_path / "more.pth")
+    model, given = tmp_path / "more.pth", ["--from", "timm", "--heads", 4]
+    arguments = {
+        "predict": [place / "a.png", "--model", model, "--json"],
+        "features": [place / "a.png", "--model", model, "--output", tmp_path / "f.npz"],
+        "export": [model, tmp_path / "m.jaxexport", "--platforms", "cpu", "--no-check"],
+        "verify": [model],
+    }[command]
+    code, _, err = run(capsys, command, *arguments, *given)
+    assert code == 2
+    assert "attn_pool" in err
+    assert "--ignore" in err
+    assert run(capsys, command, *arguments, *given, "--ignore", "attn_pool.*")[0] == 0
+
+
 def test_errors_advise_no_option_that_the_command_lacks(capsys):
     """Every option that an error of reading a model names is one of every such command."""
     for command in ("predict", "features", "attention", "bench", "export", "verify", "info"):
         assert main([command, "--help"]) == 0
         options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
         assert {"--from", "--heads", "--image-size", "--set", "--revision"} <= options
+        assert ("--ignore" in options) is (command != "info")

@@ -53,13 +53,6 @@ def add_options(parser: Parser) -> None:
         help="preprocessor_config.json, or a model with one, instead of what the source implies",
     )
     parser.add_argument(
-        "--ignore",
-        metavar="PATTERN",
-        action="append",
-        default=[],
-        help="regular expression of tensor names in the source to leave out; may be repeated",
-    )
-    parser.add_argument(
         "--max-shard-size",
         metavar="SIZE",
         default="10GB",
@@ -99,7 +92,7 @@ def run(options: Options) -> int:
                 num_labels=options.num_labels,
                 labels=labels,
                 image_size=options.image_size,
-                ignore=options.ignore,
+                ignore=reading.ignore,
                 overrides=reading.overrides,
                 preprocessing=options.preprocessing,
                 dry_run=options.dry_run,
