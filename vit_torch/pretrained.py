@@ -17,6 +17,7 @@ from vit_common.config import ViTConfig, as_config
 from vit_common.errors import InputError
 from vit_common.files.containers.tensor import DTYPES, Tensor
 from vit_common.parameters import initial_value, parameter_shapes
+from vit_convert.formats import table_for
 from vit_convert.load import Loadable, is_finite, load_parameters, warn_if_not_finite
 from vit_convert.save import Savable, SaveFormat
 from vit_convert.source import Source
@@ -54,6 +55,29 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
         ("flax_model.msgpack", "flax_model.msgpack.index.json"),
     )
     _without_effect: ClassVar = _ALWAYS_SO
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Take the names of Transformers' state dicts too, where a family has others there."""
+        own = {name: value.ndim for name, value in self.state_dict().items()}
+        given = {
+            key.removeprefix(prefix): getattr(value, "ndim", None)
+            for key, value in state_dict.items()
+            if key.startswith(prefix)
+        }
+        if any(own.get(key) != ndim for key, ndim in given.items()):
+            table = table_for("hub", self.config, self.head)
+            for bare, key in table.strip(given).items():
+                found = None if own.get(key) == given[key] else table.rule_for_foreign(bare)
+                if found is None or len(found[0].canonical_names) > 1:
+                    continue
+                rule, index = found
+                name = rule.canonical_names[0].replace("{i}", index or "")
+                for ours in (name, f"{self.base_model_prefix}.{name}"):
+                    if ours in own and ours not in given.keys() - {key}:
+                        (tensor,) = rule.layout.to_canonical([state_dict.pop(f"{prefix}{key}")])
+                        state_dict[f"{prefix}{ours}"] = tensor
+                        break
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _canonical_shapes(self) -> dict[str, tuple[int, ...]]:
         return parameter_shapes(
