@@ -177,6 +177,26 @@ def test_a_repository_without_weights_says_what_there_is(hub, hub_folder, cls): 
     assert json.loads(files["config.json"])["model_type"] == "vit"
 
 
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_description_fetches_small_files_only(hub, hub_folder, tmp_path, shards):  # noqa: F811
+    from vit_cli.commands.info import describe_model
+    from vit_cli.options import Reading
+
+    model = transformers.ViTForImageClassification.from_pretrained(hub_folder)
+    model.save_pretrained(tmp_path, max_shard_size="60KB" if shards else "1GB")
+    serve(hub, "someone/vit", tmp_path)
+    said = describe_model("someone/vit", Reading())
+    assert said["parameters"] == model.num_parameters()
+    assert hub.asked("GET", ".safetensors") == hub.asked("HEAD", ".safetensors") == []
+    # What is here already is looked at, and nothing else is fetched.
+    vit_torch.AutoModelForImageClassification.from_pretrained("someone/vit")
+    count = len(hub.asked("GET", ".safetensors"))
+    assert count == (1 if not shards else 1 + len(list(tmp_path.glob("*-of-*"))))
+    again = describe_model("someone/vit", Reading())
+    assert again["weights"]
+    assert len(hub.asked("GET", ".safetensors")) == count
+
+
 # -- options of Transformers
 
 
