@@ -52,11 +52,11 @@ class Loaded:
     @property
     def info(self) -> dict[str, list]:
         """What `output_loading_info=True` gives, as Transformers 4.57.6 names it."""
-        other = {name for name, *_ in self.mismatched}
+        other = [name for name, *_ in self.mismatched]
         return {
             "missing_keys": [name for name in self.missing if name not in other],
             "unexpected_keys": self.unexpected,
-            "mismatched_keys": self.mismatched,
+            "mismatched_keys": other,
             "error_msgs": [],
         }
 
@@ -248,7 +248,7 @@ class _Fit:
             outside = not name.startswith(source.prefix)
             self.left[name] = kind_of(name, source.checkpoint[name], outside=outside)
         self.names = {name: (name, *source.names_in_file(name)) for name in found}
-        self.left_tensors = {**found, **{n: source.checkpoint[n] for n in source.unexplained}}
+        self.left_tensors: dict[str, Any] = {**found, **{n: source.checkpoint[n] for n in source.unexplained}}
 
     def _is_ignored(self, name: str) -> bool:
         return is_ignored(self.ignore, *self.names.get(name, (name,)))

@@ -133,10 +133,6 @@ _NOT_YET = {
     "vit_convert.formats.timm -> vit_convert.rules",
     "vit_cli.main -> vit_cli.options -> vit_cli.commands.features -> vit_cli.runs.job -> "
     "vit_cli.runs.supervise -> vit_cli.main",
-    "vit_common.files.hub: stacklevel=4",
-    "vit_common.files.hub: stacklevel=5",
-    "vit_convert.load: stacklevel=4",
-    "vit_convert.load: stacklevel=5",
 }
 
 
