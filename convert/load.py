@@ -248,7 +248,10 @@ class _Fit:
             outside = not name.startswith(source.prefix)
             self.left[name] = kind_of(name, source.checkpoint[name], outside=outside)
         self.names = {name: (name, *source.names_in_file(name)) for name in found}
-        self.left_tensors: dict[str, Any] = {**found, **{n: source.checkpoint[n] for n in source.unexplained}}
+        self.left_tensors: dict[str, Any] = {
+            **found,
+            **{n: source.checkpoint[n] for n in source.unexplained},
+        }
 
     def _is_ignored(self, name: str) -> bool:
         return is_ignored(self.ignore, *self.names.get(name, (name,)))
