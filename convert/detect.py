@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -152,8 +153,8 @@ def _reason(key: str, more: tuple[tuple[str, str], ...] = ()) -> str | None:
 
 
 def _is_number(tensor: TensorLike) -> bool:
-    """Whether it is a scalar or holds integers: no weight, whatever it is."""
-    return not tensor.shape or tensor.dtype.kind in "iub"
+    """Whether it is one number, or holds integers: no weight, whatever it is."""
+    return math.prod(tensor.shape) <= 1 or tensor.dtype.kind in "iub"
 
 
 def _not_a_network(keys: list[str]) -> str:
@@ -288,4 +289,4 @@ def _prefer(
         return _prefer([table for table in tables if table.name == name], keys, hints, also)
     if "model_type" in hints and len({id(table.rules) for table in tables}) == 1:
         return tables[:1]  # the configuration says what the weights do not
-    return [table for table in tables if table.candidate]
+    return [table for table in tables if table.candidate] or tables
