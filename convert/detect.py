@@ -16,7 +16,7 @@ _CANONICAL = "embeddings.patch_embeddings.projection.weight"
 # What the patch projection's kernel is called, in any of the formats. What stands before it is what
 # the file puts before every name of the network.
 _PROJECTIONS = {
-    name
+    name: any(t.prefixed for t in FORMATS if t.rule_for_foreign(name))
     for table in FORMATS
     if (hit := table.rule_for_canonical(_CANONICAL)) is not None
     for name in hit[0].foreign_names
@@ -35,7 +35,10 @@ _COPIES = (
 )
 _MOMENTUM = r"(.*[/.])?(momentum_encoder|momentum_backbone|encoder_k)[/.].*"
 # Names between those places and the network's own.
-_INNER = r"((module|backbone|_orig_mod|encoder|img|visual|vit|model|base_encoder|timm_model)[/.])*"
+_INNER = (
+    r"((module|backbone|_orig_mod|encoder|img|visual|model|base_encoder|timm_model|net|network|"
+    rf"{'|'.join(PREFIXES)})[/.])*"
+)
 _ELSEWHERE = (
     (
         r"(.*[/.])?(opt|optimi[sz]er|opt_state|state|lr_scheduler|scaler|grad_scaler)[/.].*",
@@ -95,7 +98,9 @@ def find_root(tensors: Mapping[str, TensorLike] | Iterable[str]) -> Root:
     roots: dict[str, str] = {}  # path -> path with the prefix of a family
     for key in keys:
         if match := _PROJECTION.search(key):
-            roots[_without_family(key[: match.start()])] = key[: match.start()]
+            before = key[: match.start()]
+            # Only some formats put the family there by themselves.
+            roots[_without_family(before) if _PROJECTIONS[match[0]] else before] = before
     if not roots:
         raise CheckpointError(_not_a_network(keys))
     ranked = sorted(roots, key=lambda path: (_rank(path), len(path)))
