@@ -270,7 +270,7 @@ def _heads(shapes, source, mapped, timm, note) -> None:
     )
 
 
-_NEAR, _FAR = 0.3, 0.7
+_NEAR, _FAR = 0.3, 0.8
 _TRAINED = (14, 14)
 
 
@@ -287,7 +287,7 @@ def _told_by_positions(rows: list[Published], mapped: Mapped) -> list[Published]
     side = 0 if tensor is None else math.isqrt(tensor.shape[1])
     if tensor is None or side * side not in (tensor.shape[1], tensor.shape[1] - 1):
         return rows
-    given = np.asarray(tensor.read(), np.float64)[0, -side * side :]
+    given = _centred(np.asarray(tensor.read(), np.float64)[0, -side * side :])
     left, near = [], []
     for row in rows:
         if row.positions is None:
@@ -295,13 +295,18 @@ def _told_by_positions(rows: list[Published], mapped: Mapped) -> list[Published]
             continue
         distance = min(
             float(np.linalg.norm(given - fixed) / np.linalg.norm(fixed))
-            for fixed in _at_size(row, (side, side))
+            for fixed in map(_centred, _at_size(row, (side, side)))
         )
         if distance < _NEAR:
             near.append(row)
         elif not distance > _FAR:
             left.append(row)
     return near or left
+
+
+def _centred(positions: np.ndarray) -> np.ndarray:
+    """Without the mean of each channel, which fixed positions of different kinds share."""
+    return positions - positions.mean(axis=0)
 
 
 def _at_size(row: Published, grid: tuple[int, int]) -> list[np.ndarray]:

@@ -15,7 +15,8 @@ import numpy as np
 from vit_common.config import CONFIG_NAME, FLOATS, ViTConfig
 from vit_common.errors import CheckpointError, ConfigError, ExistingFileError, InputError
 from vit_common.files.containers.tensor import DTYPES, Tensor
-from vit_common.images.processor import PROCESSOR_NAME
+from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor
+from vit_common.images.usual import USUAL
 from vit_common.parameters import class_name, parameter_shapes
 from vit_common.positions import relative_distances, resize_positions, resize_relative_positions
 from vit_convert.formats import DEFAULT, FILES, check_format, table_for
@@ -378,21 +379,55 @@ class Plan:
                 )
         return said
 
-    def beside(self, target: Path, processor: Any, report: Report) -> dict[str, str]:
-        """The small files of a directory: name -> text."""
+    def beside(
+        self, target: Path, processor: tuple[BaseImageProcessor, str] | None, report: Report
+    ) -> dict[str, str]:
+        """The small files of a directory: name -> text. What images need, and no file says, is
+        said in the report."""
+        found, origin = processor or (None, "")
+        if found is not None and self.config.grid_size != self.source.config.grid_size:
+            found = _at_size(found, self.source.config, self.config)
         if is_file(target):
+            report.warnings += self._preprocessing_lost(target, found, origin)
             return {}
         beside = {CONFIG_NAME: self.config.to_json_string()}
         if self.table.files.config is not None:
-            found = None if processor is None else processor[0]
             beside[CONFIG_NAME] = self.table.files.config(self.config, self.source.timm, found)
-        if processor is not None:
-            found, origin = processor
-            if self.config.grid_size != self.source.config.grid_size:
-                found = _at_size(found, self.source.config, self.config)
+        if found is not None:
             beside[PROCESSOR_NAME] = found.to_json_string()
             report.preprocessing = origin
+        elif self.config.num_channels == 3:
+            report.warnings.append(
+                "nothing says how images are prepared for this network, so none is written, and "
+                f"commands would use mean and deviation 0.5. {_ASK_FOR_PREPROCESSING}"
+            )
         return beside
+
+    def _preprocessing_lost(
+        self, target: Path, found: BaseImageProcessor | None, origin: str
+    ) -> list[str]:
+        """What the readers of one file do not know of images, if they would do anything else."""
+        if found is None:
+            return []
+        implied = self.table.preprocessing and self.table.preprocessing(self.config)
+        if implied and _pixels(implied[0]) == _pixels(found):
+            return []
+        return [
+            f"a {target.suffix} file cannot hold how images are prepared ({origin}): put its "
+            f"{PROCESSOR_NAME} beside the file, or give a folder as the target."
+        ]
+
+
+_ASK_FOR_PREPROCESSING = (
+    "Give it with `--preprocessing` (in Python `preprocessing=`): a preprocessor_config.json, a "
+    f"model that has one, or one of {', '.join(USUAL)}."
+)
+
+
+def _pixels(processor: BaseImageProcessor) -> dict[str, Any]:
+    """What of a processor decides pixels."""
+    names = ("image_processor_type", "processor_class", "feature_extractor_type")
+    return {name: value for name, value in processor.to_dict().items() if name not in names}
 
 
 def _cast(name: str, tensor: TensorLike, dtype: np.dtype) -> TensorLike:
