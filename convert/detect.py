@@ -41,7 +41,8 @@ _INNER = (
 )
 _ELSEWHERE = (
     (
-        r"(.*[/.])?(opt|optimi[sz]er|opt_state|state|lr_scheduler|scaler|grad_scaler)[/.].*",
+        r"(.*[/.])?(optim?|optimi[sz]ers?|opt_state|optimizer_states|state|lr_schedulers?|"
+        r"(grad_|amp_)?scaler)[/.].*",
         "state of the optimizer",
     ),
     (
@@ -50,6 +51,8 @@ _ELSEWHERE = (
     ),
     (r"student[/.].*", "the student of DINO's training; the teacher is taken"),
     (_MOMENTUM, "the momentum copy of a pretraining; the base encoder is taken"),
+    (r"(.*[/.])?(criterion|loss|loss_fn|loss_func)[/.].*", "of the loss of a training"),
+    (r"(callbacks|loops|hyper_parameters|rng_state|args|config)[/.].*", "of a training's progress"),
     (r"(.*[/.])?(predictor|queue|queue_ptr)([/.].*)?", "a predictor or queue of pretraining"),
     (r"(.*[/.])?(t|txt|text|contrastive)[/.].*", "of a text tower"),
     (

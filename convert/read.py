@@ -39,7 +39,8 @@ class Read:
         unexplained: names in the file that nothing here knows.
         parts: some of those -> what in the network they belong to, which no model here has.
         notes: what was done to tensors, and what says so.
-        labels: classes of a classifier that was found under a name of the caller's own; else None.
+        classifier: the tensors that were taken for it, and why, where their names do not say it.
+        labels: its number of classes then; else None.
     """
 
     root: Root
@@ -50,6 +51,7 @@ class Read:
     unexplained: list[str]
     parts: dict[str, str]
     notes: list[Note]
+    classifier: str = ""
     labels: int | None = None
 
     def complete(self, config: ViTConfig) -> None:
@@ -153,10 +155,11 @@ def _find_classifier(read: Read, checkpoint: Mapping[str, Tensor]) -> None:
     found["classifier.weight"], found["classifier.bias"] = as_mapped(weight), as_mapped(bias)
     read.unexplained.clear()
     read.labels = labels
-    said = f"{stem}*"
+    said = f"{stem}{leaf} and {stem}{leaf[:-6]}bias"
     why = "the one matrix of the network's width that nothing else explains"
     if "pooler.dense.weight" in found:
         why += (
             ", on the class token; if it stands on the pooler, say `use_representation_layer=True`"
         )
+    read.classifier = f"{said} ({why})"
     read.notes.append(Note("classifier", said, why))
