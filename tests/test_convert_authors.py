@@ -4,6 +4,7 @@ torchvision, timm and Transformers, and Google's written out. Every parameter is
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -387,9 +388,15 @@ def test_vit_mae_by_the_names_of_transformers(names, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "timm_model."])
-def test_timm_wrapper_folders_are_timms(prefix, tmp_path):
-    """As Transformers saves what it loads through timm."""
-    config = transformers.TimmWrapperConfig.from_dict(
+def test_timm_wrapper_folders_are_timms(prefix, tmp_path, monkeypatch):
+    """As Transformers saves what it loads through timm, which lies where it does not see it."""
+    monkeypatch.setattr(transformers.utils.import_utils, "_timm_available", True)
+    wrapper = "transformers.models.timm_wrapper"
+    modules = [f"{wrapper}.{kind}_timm_wrapper" for kind in ("configuration", "modeling")]
+    for module in modules:
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    configuration, modeling = map(importlib.import_module, modules)
+    config = configuration.TimmWrapperConfig.from_dict(
         {
             "architecture": "test_vit",
             "num_classes": 7,
@@ -405,7 +412,7 @@ def test_timm_wrapper_folders_are_timms(prefix, tmp_path):
             },
         }
     )
-    model = randomise(transformers.TimmWrapperForImageClassification(config))
+    model = randomise(modeling.TimmWrapperForImageClassification(config))
     place = tmp_path / "wrapped"
     model.save_pretrained(place)
     if prefix:
