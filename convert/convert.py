@@ -45,11 +45,11 @@ def convert(
 
     Args:
         source: directory, weights file, index of shards, or "owner/name" on the Hub.
-        target: a file, whose suffix tells the container, or a directory, which also gets
+        target: a file, whose suffix decides the container, or a directory, which also gets
             `config.json` and `preprocessor_config.json`.
         to: the format to write, one of `vit_convert.formats.WRITTEN`; None takes what the suffix
             says, and "hub" for a directory.
-        from_: the source's format, where its names do not tell.
+        from_: the source's format, if it is not detected.
         dtype: of the target: "float32", "bfloat16", "float16" or "float64"; None keeps it.
         num_labels: number of classes; must be that of the head.
         labels: names of the classes, in order.

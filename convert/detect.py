@@ -1,4 +1,4 @@
-"""Which format is this? Told from the names and shapes of the whole file, never from one key."""
+"""Which format is this? Decided by the names and shapes of the whole file, never by one key."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def find_root(tensors: Mapping[str, TensorLike] | Iterable[str]) -> Root:
         tensors: the tensors by name, or their names alone.
 
     Raises:
-        CheckpointError: there is no network, or several and no telling which is meant.
+        CheckpointError: there is no network, or there are several and nothing says which is meant.
     """
     keys = list(tensors)
     roots: dict[str, str] = {}  # path -> path with the prefix of a family
@@ -192,8 +192,8 @@ def detect_format(
         name: the format, where the caller knows it.
         hints: what else is known: "root", the path in the file; "suffix" of the file's name;
             "model_type" or "architecture" of a config beside it.
-        shapes: the tensors by name, to tell tables apart that have the same names.
-        also: names in the file that are not the network's, and tell what wrote it.
+        shapes: the tensors by name, to distinguish tables with the same names.
+        also: names in the file that are not the network's, and show what wrote it.
 
     Raises:
         CheckpointError: the network is none of those here; or no table fits, or several do: the

@@ -22,6 +22,7 @@ from vit_common.positions import relative_distances, resize_positions, resize_re
 from vit_convert.formats import DEFAULT, FILES, check_format, table_for
 from vit_convert.infer import Note, infer_config
 from vit_convert.leftovers import check_patterns, is_ignored
+from vit_convert.read import fixed_positions
 from vit_convert.report import Report
 from vit_convert.rules import Mapped, TensorLike, to_foreign, unprefixed
 from vit_convert.source import Source
@@ -41,7 +42,7 @@ def target_format(target: Path, to: str | None) -> str:
     """The format to write: the one asked for, or else what the target says.
 
     Raises:
-        InputError: there is no such format to write, or the suffix does not tell.
+        InputError: there is no such format to write, or the suffix does not decide it.
     """
     if to is not None:
         check_format(to)
@@ -242,15 +243,19 @@ class Plan:
         new, rule, k = self.config.grid_size, family.position_resize, family.num_prefix_positions
         self.notes = [note for note in self.notes if note.field != "image_size"]
         tables = any(name.endswith("relative_position_bias_table") for name in tensors)
-        by = [f"positions by {rule}"] * ("embeddings.position_embeddings" in tensors)
+        how = f"by {rule}" if self.source.table.positions is None else "computed anew"
+        by = [f"positions {how}"] * ("embeddings.position_embeddings" in tensors)
         relative = self.source.table.relative_resize
         by += [f"relative positions by {relative}"] * tables
         self.notes.append(Note("image_size", self.config.image_size, "; ".join(["given", *by])))
         out = dict(tensors)
         for name, tensor in tensors.items():
             if name == "embeddings.position_embeddings":
-                load = partial(_resized, tensor, resize_positions, old, new, rule, k)
                 shape: tuple[int, ...] = (1, k + new[0] * new[1], tensor.shape[2])
+                if (fixed := self.source.table.positions) is None:
+                    load = partial(_resized, tensor, resize_positions, old, new, rule, k)
+                else:  # the authors' own code computes them for any size
+                    load = partial(fixed_positions, fixed, new, tensor)
             elif name.endswith("relative_position_bias_table"):
                 load = partial(_resized, tensor, resize_relative_positions, old, new, relative)
                 shape = (relative_distances(new), tensor.shape[1])
@@ -308,7 +313,7 @@ class Plan:
                 + (
                     "it needs a config.json beside it to be read"
                     if needs
-                    else "whoever reads it has to infer one"
+                    else "it is inferred from the weights when the file is read"
                 )
                 + ". Give a folder as the target to have one written."
             )

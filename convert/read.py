@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from vit_convert.formats import PREPARED
 from vit_convert.formats.format import Format
 from vit_convert.infer import Note
 from vit_convert.leftovers import kind_of
-from vit_convert.rules import Mapped, as_mapped, to_canonical
+from vit_convert.rules import Mapped, TensorLike, as_mapped, to_canonical
 
 POSITIONS = "embeddings.position_embeddings"
 _PROJECTION = "embeddings.patch_embeddings.projection.weight"
@@ -62,14 +62,20 @@ class Read:
         grid, width = config.grid_size, config.hidden_size
         if config.num_prefix_positions:
             return
-        dtype = self.mapped.tensors[_PROJECTION].dtype
-
-        def load() -> np.ndarray:
-            return made(grid, width)[None].astype(dtype)
-
-        tensor = Tensor(POSITIONS, (1, grid[0] * grid[1], width), dtype, load)
+        shape, dtype = (1, grid[0] * grid[1], width), self.mapped.tensors[_PROJECTION].dtype
+        tensor = Tensor(POSITIONS, shape, dtype, lambda: fixed_positions(made, grid, tensor))
         self.mapped.tensors[POSITIONS] = as_mapped(tensor)
         self.notes.append(Note("positions", "sines and cosines", "none in the file"))
+
+
+def fixed_positions(
+    positions: Callable[[tuple[int, int], int], np.ndarray],
+    grid: tuple[int, int],
+    like: TensorLike,
+) -> np.ndarray:
+    """The positions (1, N, D) that a format's networks have for a grid of patches, of the width and
+    dtype of a tensor."""
+    return positions(grid, like.shape[2])[None].astype(like.dtype)
 
 
 def read_tensors(

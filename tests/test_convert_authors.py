@@ -295,6 +295,19 @@ def test_fixed_positions_of_big_vision(cls, tmp_path):
     assert_close(run_flax(load_flax(path, image_size=32), x), want, FLOAT32)
 
 
+@pytest.mark.parametrize("size", [48, 16])
+def test_fixed_positions_are_computed_for_another_size(size, tmp_path):
+    """As big_vision does, whose code makes them for whatever grid an image has."""
+    weights = google_weights(big_vision=True, cls=False)
+    del weights["pos_embedding"]
+    np.savez(tmp_path / "s16.npz", **weights)
+    convert(tmp_path / "s16.npz", tmp_path / "hub", overrides={"image_size": 32}, image_size=size)
+    weights["pos_embedding"] = sincos2d(size // 8, size // 8, 48)
+    x = pixels((size, size))
+    want = google_forward(weights, x.transpose(0, 2, 3, 1), big_vision=True, pool="gap")
+    assert_close(run_torch(tmp_path / "hub", x), want, 1e-6)
+
+
 def test_fixed_positions_are_of_the_published_size_where_nothing_says_it(tmp_path):
     weights = google_weights(big_vision=True, cls=False)
     del weights["pos_embedding"]

@@ -42,18 +42,18 @@ def test_a_file_that_says_nothing_of_images_is_noted(tmp_path):
         ("imagenet", "IMAGENET_DEFAULT", 0.875),
         ("inception", "IMAGENET_INCEPTION", 0.9),
         ("clip", "OPENAI_CLIP", 1.0),
-        ("imagenet:0.95", "IMAGENET_DEFAULT", 0.95),
+        ("imagenet:0.75", "IMAGENET_DEFAULT", 0.75),
     ],
 )
 def test_the_usual_preparations_are_timms(name, constants, crop, tmp_path):
-    source = pickled(tmp_path / "file.pth", 64)
+    source = pickled(tmp_path / "file.pth", 72)
     out = tmp_path / "out"
     report = convert(source, out, from_="timm", overrides=HEADS, preprocessing=name)
     assert report.preprocessing == f"{name} (given)"
     assert not any("--preprocessing" in text for text in report.warnings)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8))
     transform = timm.data.create_transform(
-        input_size=(3, 64, 64),
+        input_size=(3, 72, 72),
         interpolation="bicubic",
         mean=getattr(timm.data, f"{constants}_MEAN"),
         std=getattr(timm.data, f"{constants}_STD"),

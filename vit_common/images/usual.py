@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vit_common.errors import ConfigError, InputError
+from vit_common.errors import InputError
 from vit_common.images.processors import BitImageProcessor
 from vit_common.images.timm import processor_from_timm
 
@@ -61,10 +61,9 @@ def usual_processor(text: str, image_size: tuple[int, int]) -> BitImageProcessor
         try:
             table["crop_pct"] = float(crop)
         except ValueError:
-            table["crop_pct"] = crop
-    try:
-        return processor_from_timm(table)
-    except ConfigError as error:
+            table["crop_pct"] = 0.0
+    if not 0 < table["crop_pct"] <= 1:
         raise InputError(
             f"preprocessing {text!r}: the crop must be a number over 0, and 1 at most."
-        ) from error
+        )
+    return processor_from_timm(table)
