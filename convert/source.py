@@ -18,6 +18,7 @@ from vit_common.files.checkpoint import Checkpoint, Tensor, open_checkpoint
 from vit_common.files.hub import AbsentFileError, find_file, find_weights
 from vit_common.files.texts import parse_json, read_json
 from vit_common.images.auto import AutoImageProcessor
+from vit_common.images.options import HALF_TO_EVEN
 from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor, ViTImageProcessor
 from vit_common.images.processors import BeitImageProcessor, BitImageProcessor
 from vit_common.parameters import Head
@@ -328,7 +329,12 @@ def implied_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
         if name == "dinov2":
             size, enlarged = {"height": 224, "width": 224}, 256
         return (
-            BitImageProcessor(size={"shortest_edge": enlarged}, crop_size=size, **_IMAGENET),
+            BitImageProcessor(
+                size={"shortest_edge": enlarged},
+                crop_size=size,
+                crop_rounding=HALF_TO_EVEN,  # their authors crop with torchvision
+                **_IMAGENET,
+            ),
             f"the published evaluation of {name}",
         )
     return None
