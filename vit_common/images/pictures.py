@@ -184,8 +184,8 @@ def load_image(
             return _decode(stream, name, at_least)
     if not is_image_file(source):
         raise InputError(
-            "`load_image` takes a path or a file open for reading in binary, the bytes of a file, or "
-            f"a PIL image; given {type(source).__name__}."
+            "`load_image` takes a path or a file open for reading in binary, the bytes of a file, "
+            f"or a PIL image; given {type(source).__name__}."
         )
     given = getattr(source, "name", None)
     return _decode(source, given if isinstance(given, str) else "the given file", at_least)
@@ -220,7 +220,7 @@ def _plain(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
     """An opened image: decoded, upright, of one of `PLAIN_MODES`."""
     try:
         image.load()
-        image = _upright(image)
+        image = upright(image)
         if image.mode in PLAIN_MODES:
             return image
         plain = eight_bit(image)
@@ -253,14 +253,22 @@ def _why_unidentified(stream: BinaryIO) -> str:
     return "the file is empty" if empty else "not an image, or of a kind that Pillow does not read"
 
 
-def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An image as it was seen, where its EXIF says that the camera was turned; else itself.
+
+    Raises:
+        ImageError: the file behind the image cannot be decoded.
+    """
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except Exception:  # broken metadata say nothing, and the pixels are there
         return image
     if orientation not in _TRANSPOSE:
         return image
-    turned = image.transpose(_TRANSPOSE[orientation])
+    try:
+        turned = image.transpose(_TRANSPOSE[orientation])
+    except (ValueError, OSError, SyntaxError) as error:
+        raise ImageError(f"the image cannot be decoded ({reason(error)}).") from error
     for key in _WITH_ORIENTATION:  # or whoever asks next turns it again
         turned.info.pop(key, None)
     return turned
