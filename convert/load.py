@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +18,14 @@ from vit_common.errors import CheckpointError, some, warn
 from vit_common.families import DeiTConfig
 from vit_common.files.hub import HUB_OPTIONS, split_hub_options
 from vit_common.parameters import HEAD_PARAMETERS
+from vit_convert.leftovers import (
+    CLASSIFIERS,
+    Kind,
+    check_patterns,
+    classes_of,
+    is_ignored,
+    kind_of,
+)
 from vit_convert.rules import MappedTensor, unprefixed
 from vit_convert.source import Source, open_source
 
@@ -30,11 +39,26 @@ class Loaded:
 
     Attributes:
         tensors: canonical name -> tensor, with the model's own `vit.` prefix, in the model's order.
-        missing: names the file does not have; the caller draws them anew.
+        missing: names the file does not have, or in another shape; the caller draws them anew.
+        unexpected: names in the file that the model has no place for.
+        mismatched: names of other shapes, with that in the file and that in the model.
     """
 
     tensors: dict[str, MappedTensor]
     missing: list[str]
+    unexpected: list[str]
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+    @property
+    def info(self) -> dict[str, list]:
+        """What `output_loading_info=True` gives, as Transformers 4.57.6 names it."""
+        other = {name for name, *_ in self.mismatched}
+        return {
+            "missing_keys": [name for name in self.missing if name not in other],
+            "unexpected_keys": self.unexpected,
+            "mismatched_keys": self.mismatched,
+            "error_msgs": [],
+        }
 
 
 class Loadable:
@@ -144,8 +168,10 @@ def load_parameters(
     config: ViTConfig,
     allow_missing: bool = False,
     ignore_mismatched_sizes: bool = False,
+    ignore: Iterable[str] = (),
 ) -> Loaded:
-    """Fit the weights of a source to a model.
+    """Fit the weights of a source to a model; see `vit_convert.leftovers` for what may be left
+    over and what may be missing.
 
     Args:
         source: the opened checkpoint.
@@ -154,6 +180,7 @@ def load_parameters(
         config: the model's, held against what the format implies.
         allow_missing: take a file that lacks parameters of the network itself.
         ignore_mismatched_sizes: leave out parameters whose shape differs, as if missing.
+        ignore: regular expressions of names in the file that may be left over.
 
     Warns:
         UserWarning: once, naming what is newly drawn, left aside or not matching, and fields of
@@ -161,13 +188,17 @@ def load_parameters(
 
     Raises:
         CheckpointError: the weights are of another architecture; parameters of the network are
-            missing; shapes do not match; weights are not floating point.
+            missing, or some of the file's would be left over; shapes do not match; weights are
+            not floating point.
+        InputError: `ignore` holds what is no regular expression.
     """
     path = source.path
+    fit = _Fit(source, shapes, model, allow_missing, ignore_mismatched_sizes, ignore)
     try:
-        loaded = _fit(source, shapes, model, allow_missing, ignore_mismatched_sizes)
+        loaded = fit.check()
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    fit.warn()
     settings = source.table.settings
     odd = {field: value for field, value in settings.items() if getattr(config, field) != value}
     # A configuration beside the weights knows better than their format.
@@ -182,77 +213,168 @@ def load_parameters(
     return loaded
 
 
-def _fit(
-    source: Source,
-    shapes: Mapping[str, tuple[int, ...]],
-    model: str,
-    allow_missing: bool,
-    ignore_mismatched_sizes: bool,
-) -> Loaded:
-    found = dict(source.mapped.tensors)
-    if "embeddings.distillation_token" in found and not source.config.use_distillation_token:
-        raise CheckpointError(
-            f"these weights have a distillation token, which {model} does not. "
-            + DeiTConfig.use_instead()
-        )
-    tensors: dict[str, MappedTensor] = {}
-    missing, mismatched = [], []
-    for name, shape in shapes.items():
-        tensor = found.pop(unprefixed(name), None)
-        if tensor is None:
-            missing.append(name)
-        elif tensor.shape != tuple(shape):
-            mismatched.append(
-                f"- {name}: found shape {tensor.shape} in the checkpoint and "
-                f"{tuple(shape)} in the model"
+class _Fit:
+    """The tensors of a source beside the parameters of a model."""
+
+    def __init__(
+        self,
+        source: Source,
+        shapes: Mapping[str, tuple[int, ...]],
+        model: str,
+        allow_missing: bool,
+        ignore_mismatched_sizes: bool,
+        ignore: Iterable[str],
+    ) -> None:
+        self.source, self.shapes, self.model = source, shapes, model
+        self.allow_missing = allow_missing
+        self.ignore_mismatched_sizes = ignore_mismatched_sizes
+        self.ignore = check_patterns(ignore)
+        found = dict(source.mapped.tensors)
+        self.tensors: dict[str, MappedTensor] = {}
+        self.missing: list[str] = []
+        self.mismatched: dict[str, tuple[int, ...]] = {}
+        for name, shape in shapes.items():
+            tensor = found.pop(unprefixed(name), None)
+            if tensor is not None and tensor.shape == tuple(shape):
+                self.tensors[name] = tensor
+                continue
+            self.missing.append(name)
+            if tensor is not None:
+                self.mismatched[name] = tensor.shape
+        self.left: dict[str, Kind] = {
+            name: kind_of(name, tensor, canonical=True) for name, tensor in found.items()
+        }
+        for name in source.unexplained:
+            outside = not name.startswith(source.prefix)
+            self.left[name] = kind_of(name, source.checkpoint[name], outside=outside)
+        self.names = {name: (name, *source.names_in_file(name)) for name in found}
+        self.left_tensors = {**found, **{n: source.checkpoint[n] for n in source.unexplained}}
+
+    def _is_ignored(self, name: str) -> bool:
+        return is_ignored(self.ignore, *self.names.get(name, (name,)))
+
+    def check(self) -> Loaded:
+        """What fits; CheckpointError if the rest is not what the caller can want."""
+        self._check_kinds()
+        if self.mismatched and not self.ignore_mismatched_sizes:
+            raise CheckpointError(
+                f"the shapes did not match {self.model}:\n" + "\n".join(self._mismatches()) + "\n"
+                "Give the configuration these weights were made with, or pass "
+                "`ignore_mismatched_sizes=True` to draw these parameters anew."
             )
-            missing.append(name)
+        network = [
+            name
+            for name in self.missing
+            if not unprefixed(name).startswith(HEAD_PARAMETERS) and name not in self.mismatched
+        ]
+        if network and not self.allow_missing:
+            raise CheckpointError(
+                f"{len(network)} of the {len(self.shapes)} parameters that {self.model} needs are "
+                f"missing: {some(network, 12)}. Pass `allow_missing=True` to draw them at random."
+            )
+        self._check_network()
+        self._check_heads()
+        return Loaded(
+            self.tensors,
+            self.missing,
+            sorted(file for name in self.left for file in self.names.get(name, (name, name))[1:]),
+            [(name, shape, tuple(self.shapes[name])) for name, shape in self.mismatched.items()],
+        )
+
+    def _check_kinds(self) -> None:
+        config = self.source.config
+        token = "embeddings.distillation_token" in self.source.mapped.tensors
+        if token and not config.use_distillation_token:
+            raise CheckpointError(
+                f"these weights have a distillation token, which {self.model} does not. "
+                + DeiTConfig.use_instead()
+            )
+        wrong = [n for n, tensor in self.tensors.items() if tensor.dtype.name not in FLOATS]
+        if wrong:
+            dtypes = sorted({str(self.tensors[name].dtype) for name in wrong})
+            raise CheckpointError(
+                f"weights must be of dtype {', '.join(FLOATS)}; {some(wrong, _SHOWN)} are "
+                f"{', '.join(dtypes)}."
+            )
+
+    def _check_network(self) -> None:
+        """Raise CheckpointError if something is left over that changes what the network gives."""
+        source, depth = self.source, self.source.config.num_hidden_layers
+        fewer = "num_hidden_layers" in source.given or source.config_given
+        over = []
+        for name, kind in self.left.items():
+            block = re.match(r"encoder\.layer\.(\d+)\.", name)
+            cut = fewer and block is not None and int(block[1]) >= depth
+            if kind == "network" and not cut and not self._is_ignored(name):
+                over.append(name)
+        if over:
+            raise CheckpointError(
+                f"{len(over)} tensors of the network in this file have no place in {self.model}, "
+                f"so its outputs would be wrong: {some(sorted(over), 12)}. If they may be left "
+                "out, pass `ignore=` with regular expressions of their names; if the "
+                "configuration is not that of these weights, give the right one."
+            )
+
+    def _check_heads(self) -> None:
+        """Raise CheckpointError if a trained head is left over where a classifier is wanted."""
+        wanted = [name for name in self.shapes if name.startswith(CLASSIFIERS)]
+        drawn = [name for name in wanted if name in self.missing and name not in self.mismatched]
+        heads = {
+            name: self.left_tensors[name]
+            for name, kind in self.left.items()
+            # Next to a classifier that was found, another one of a known name does no harm.
+            if kind == "head" and (drawn or name in self.source.unexplained)
+            if not self._is_ignored(name)
+        }
+        if not wanted or not heads or self.ignore_mismatched_sizes or self.allow_missing:
+            return
+        labels = self.source.given.get("num_labels") or len(self.source.given.get("id2label") or ())
+        if labels and labels not in classes_of(heads):
+            return  # another task
+        names = ", ".join(
+            f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(heads.items())[:12]
+        )
+        if {"cls_classifier.weight", "distillation_classifier.weight"} <= heads.keys():
+            hint = "These are the two heads of a distilled DeiT: load it with an Auto class, or "
+            hint += "`...ForImageClassificationWithTeacher`."
+        elif drawn:
+            hint = "Rename the head's tensors to `head.weight` and `head.bias` if it is one linear "
+            hint += "layer."
         else:
-            tensors[name] = tensor
-
-    wrong = sorted({str(t.dtype) for t in tensors.values() if t.dtype.name not in FLOATS})
-    if wrong:
-        names = [name for name, t in tensors.items() if t.dtype.name not in FLOATS]
+            hint = "A head of several layers cannot be loaded."
+        what = f"would draw {some(drawn, 4)} at random, though" if drawn else "has no place for all"
+        joined = "this file holds what looks like a trained head" if drawn else "of the head here"
         raise CheckpointError(
-            f"weights must be of dtype {', '.join(FLOATS)}; {some(names, _SHOWN)} are "
-            f"{', '.join(wrong)}."
+            f"{self.model} {what} {joined}: {names}. {hint} To leave it aside, pass "
+            "`num_labels=` of a new task, `ignore_mismatched_sizes=True`, or `ignore=` with "
+            "regular expressions of these names."
         )
-    if mismatched and not ignore_mismatched_sizes:
-        raise CheckpointError(
-            f"the shapes did not match {model}:\n" + "\n".join(mismatched) + "\nGive the "
-            "configuration these weights were made with, or pass `ignore_mismatched_sizes=True` "
-            "to draw these parameters anew."
-        )
-    network = [
-        name
-        for name in missing
-        if not unprefixed(name).startswith(HEAD_PARAMETERS)
-        and not any(line.startswith(f"- {name}:") for line in mismatched)
-    ]
-    if network and not allow_missing:
-        raise CheckpointError(
-            f"{len(network)} of the {len(shapes)} parameters that {model} needs are missing: "
-            f"{some(network, 12)}. Pass `allow_missing=True` to draw them at random."
-        )
-    _say(source.path, model, missing, sorted([*found, *source.unexplained]), mismatched)
-    return Loaded(tensors, missing)
 
+    def _mismatches(self) -> list[str]:
+        return [
+            f"- {name}: found shape {shape} in the checkpoint and {tuple(self.shapes[name])} in "
+            "the model"
+            for name, shape in self.mismatched.items()
+        ]
 
-def _say(path, model, missing, unexpected, mismatched) -> None:
-    parts = []
-    if mismatched:
-        parts.append(
-            "newly initialized because the shapes did not match:\n" + "\n".join(mismatched)
-        )
-    fresh = [name for name in missing if not any(m.startswith(f"- {name}:") for m in mismatched)]
-    if fresh:
-        parts.append(
-            f"not in the checkpoint and newly initialized, so train them: {some(fresh, _SHOWN)}"
-        )
-    if unexpected:
-        parts.append(f"in the checkpoint and not used: {some(unexpected, _SHOWN)}")
-    if parts:
-        warn(f"{model} from {path}: " + ". ".join(parts) + ".")
+    def warn(self) -> None:
+        """One warning of what is drawn anew and what is left aside."""
+        parts = []
+        if self.mismatched:
+            parts.append(
+                "newly initialized because the shapes did not match:\n"
+                + "\n".join(self._mismatches())
+            )
+        fresh = [name for name in self.missing if name not in self.mismatched]
+        if fresh:
+            parts.append(
+                f"not in the checkpoint and newly initialized, so train them: {some(fresh, _SHOWN)}"
+            )
+        left = [name for name in sorted(self.left) if not self._is_ignored(name)]
+        if left:
+            parts.append(f"in the checkpoint and not used: {some(left, _SHOWN)}")
+        if parts:
+            warn(f"{self.model} from {self.source.path}: " + ". ".join(parts) + ".")
 
 
 def warn_if_not_finite(path: Path, bad: list[str]) -> None:

@@ -22,6 +22,7 @@ from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor
 from vit_common.images.timm import processor_from_timm
 from vit_common.parameters import Head
 from vit_convert.detect import Root
+from vit_convert.formats.format import family_prefix
 from vit_convert.formats.timm_config import TRANSFORM
 from vit_convert.infer import Note, infer_config
 from vit_convert.read import Read, read_tensors
@@ -43,12 +44,14 @@ class Source:
         mapped: the tensors under canonical names, without the prefix of a model with a head.
         ignored: name in the file -> why it is left aside.
         unexplained: names in the file that nothing here knows.
+        parts: some of those -> what in the network they belong to, which no model here has.
         config: what the network is.
         notes: what was set that no configuration said, and what says it.
         timm: timm's own `config.json`, if there was one.
         described: whether a file beside the weights says all of the configuration.
         files: the other files of the model.
         given: fields of the configuration that the caller set.
+        config_given: whether the caller gave the configuration as an object.
         left_over: keywords of the caller that are no fields of the configuration.
     """
 
@@ -61,10 +64,12 @@ class Source:
     unexplained: list[str]
     config: ViTConfig
     files: ModelFiles
+    parts: Mapping[str, str] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
     timm: Mapping[str, Any] | None = None
     described: bool = False
     given: Mapping[str, Any] = field(default_factory=dict)
+    config_given: bool = False
     left_over: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -79,6 +84,23 @@ class Source:
             "lm_head.weight": "tokens",
         }
         return next((heads[name] for name in heads if name in found), None)
+
+    @property
+    def prefix(self) -> str:
+        """What stands before every name of the network in the file ("", "model.vit.", ...)."""
+        path, table = self.root.path, self.table
+        first = self.names_in_file("embeddings.patch_embeddings.projection.weight")[:1]
+        bare = [name.removeprefix(path) for name in first]
+        return path + (family_prefix(bare, table.separator) if table.prefixed else "")
+
+    def names_in_file(self, canonical: str) -> list[str]:
+        """What the file calls a parameter, by its canonical name; several if it is fused."""
+        rule = self.table.rule_for_canonical(canonical)
+        if rule is None:
+            return []
+        wanted = {name.replace("{i}", rule[1] or "") for name in rule[0].foreign_names}
+        bare = self.table.strip(self.root.keys)  # as the table has them -> without the root
+        return [self.root.keys[bare[name]] for name in wanted if name in bare]
 
     def close(self) -> None:
         """Close the file; tensors not read by now cannot be read any more."""
@@ -217,6 +239,10 @@ def open_source(
             object.__setattr__(settled, "_name_or_path", place)
             settled = settled if wanted is None else _named(place, as_config, settled, wanted)
             accept(settled, left_over)
+        elif read.labels and not {"id2label", "num_labels"} & {*(table or {}), *given}:
+            settled.num_labels = read.labels
+        read.complete(settled)
+        notes += read.notes
     except (CheckpointError, ConfigError) as error:
         checkpoint.close()
         if str(path) in str(error) or str(files.name) in str(error):
@@ -233,12 +259,14 @@ def open_source(
         mapped=read.mapped,
         ignored=read.ignored,
         unexplained=read.unexplained,
+        parts=read.parts,
         config=settled,
         files=files,
         notes=notes,
         timm=timm,
         described=described,
         given={name: value for name, value in given.items() if name not in left_over},
+        config_given=config is not None,
         left_over=left_over,
     )
 

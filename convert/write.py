@@ -14,11 +14,10 @@ from vit_common.files.checkpoint import save_checkpoint, write_checkpoint
 from vit_common.files.replace import move_files, write_text
 from vit_common.files.staging import stage, staged_files
 from vit_common.files.texts import reason
-from vit_convert.plan import Plan
+from vit_convert.plan import PICKLES, Plan, is_file
 from vit_convert.proof import verify_result
 from vit_convert.report import Report
 from vit_convert.source import METADATA_KEY
-from vit_convert.target import PICKLES, is_file
 
 
 def write(

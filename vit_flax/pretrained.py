@@ -11,7 +11,7 @@ import inspect
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -376,6 +376,7 @@ class FlaxViTPreTrainedModel(Loadable):
         config: ViTConfig | str | os.PathLike | None = None,
         ignore_mismatched_sizes: bool = False,
         allow_missing: bool = False,
+        ignore: Iterable[str] = (),
         format: str | None = None,
         from_pt: bool = False,
         _do_init: bool = True,
@@ -394,6 +395,9 @@ class FlaxViTPreTrainedModel(Loadable):
             ignore_mismatched_sizes: draw parameters anew whose shape does not match.
             allow_missing: draw parameters of the network anew that the file does not have; without
                 it only those of a head may be missing.
+            ignore: regular expressions of names in the file that may be left over. Without it,
+                tensors of the network that the model has no place for are an error, and so is a
+                trained head while one is drawn anew: see `vit_convert.leftovers`.
             format: of the weights ("timm", "google", ...; see docs/convert.md), where their names
                 do not tell it.
             from_pt: prefer weights in PyTorch's layout where there are both. (Both are read
@@ -429,6 +433,7 @@ class FlaxViTPreTrainedModel(Loadable):
                 *model_args,
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 allow_missing=allow_missing,
+                ignore=ignore,
                 _do_init=_do_init,
                 param_dtype=param_dtype,
                 shardings=shardings,
@@ -442,6 +447,7 @@ class FlaxViTPreTrainedModel(Loadable):
         *model_args: Any,
         ignore_mismatched_sizes: bool = False,
         allow_missing: bool = False,
+        ignore: Iterable[str] = (),
         _do_init: bool = True,
         param_dtype: Any = None,
         shardings: Callable[[tuple[str, ...]], jax.sharding.Sharding] | None = None,
@@ -451,8 +457,8 @@ class FlaxViTPreTrainedModel(Loadable):
 
         Args:
             source: what `vit_convert.source.open_source` gives.
-            dtype, *model_args, ignore_mismatched_sizes, allow_missing, _do_init, param_dtype,
-                shardings: as `from_pretrained`.
+            dtype, *model_args, ignore_mismatched_sizes, allow_missing, ignore, _do_init,
+                param_dtype, shardings: as `from_pretrained`.
             **kwargs: arguments of the constructor, beside those that `source` holds.
 
         Returns, Warns, Raises: as `from_pretrained`.
@@ -473,6 +479,7 @@ class FlaxViTPreTrainedModel(Loadable):
             config=model.config,
             allow_missing=allow_missing,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
+            ignore=ignore,
         )
         flat, not_finite = {}, []
         for name, tensor in to_foreign(loaded.tensors, TREE).tensors.items():

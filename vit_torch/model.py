@@ -696,12 +696,22 @@ def classifier_input(outputs, config: ViTConfig):
     return torch.cat((hidden_states[:, 0], mean), dim=1)
 
 
+def has_values(tensor) -> bool:
+    """Whether numbers can be looked at: not while a program is compiled, exported or captured, nor
+    under the transformations of `torch.func`."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if type(tensor) is not torch.Tensor or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return not (tensor.is_meta or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()))
+
+
 def classification_loss(logits, labels, config: ViTConfig):
     """Mean loss of `logits` (B, K): squared error, cross entropy (label -100 is left out) or
     binary cross entropy, as `problem_type` says or the labels' dtype tells."""
     integer = not labels.dtype.is_floating_point and labels.dtype != torch.bool
     problem_type = resolve_problem_type(config, integer)
-    values = labels.cpu().numpy() if integer else labels
+    values = labels.cpu().numpy() if integer and has_values(labels) else labels
     check_labels(values, problem_type, logits.shape[0], config.num_labels)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if problem_type == "regression":
@@ -822,9 +832,10 @@ def visual_token_loss(logits, labels, bool_masked_pos):
     check_token_labels(labels, bool_masked_pos, logits.shape)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     counted = bool_masked_pos != 0
-    if labels.ndim == 2:
-        labels = labels[counted]
-    return F.cross_entropy(logits[counted], labels.long(), ignore_index=-100)
+    if labels.ndim == 1:
+        return F.cross_entropy(logits[counted], labels.long(), ignore_index=-100)
+    labels = torch.where(counted, labels.long(), -100)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
 class ViTDecoder(nn.Sequential):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from vit_common.errors import InputError
 from vit_common.files.containers.tensor import DTYPES, Tensor
 from vit_common.files.hub import PUSH_OPTIONS, push_folder, push_if_asked
 from vit_common.parameters import initial_value, parameter_shapes
+from vit_convert.formats import table_for
 from vit_convert.load import Loadable, is_finite, load_parameters, warn_if_not_finite
 from vit_convert.save import SaveFormat, check_save_keywords, save_parameters
 from vit_convert.source import Source
@@ -52,6 +53,29 @@ class ViTPreTrainedModel(Loadable, ModelBase):
     )
     _without_effect: ClassVar = _ALWAYS_SO
 
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Take the names of Transformers' state dicts too, where a family has others there."""
+        own = {name: value.ndim for name, value in self.state_dict().items()}
+        given = {
+            key.removeprefix(prefix): getattr(value, "ndim", None)
+            for key, value in state_dict.items()
+            if key.startswith(prefix)
+        }
+        if any(own.get(key) != ndim for key, ndim in given.items()):
+            table = table_for("hub", self.config, self.head)
+            for bare, key in table.strip(given).items():
+                found = None if own.get(key) == given[key] else table.rule_for_foreign(bare)
+                if found is None or len(found[0].canonical_names) > 1:
+                    continue
+                rule, index = found
+                name = rule.canonical_names[0].replace("{i}", index or "")
+                for ours in (name, f"{self.base_model_prefix}.{name}"):
+                    if ours in own and ours not in given.keys() - {key}:
+                        (tensor,) = rule.layout.to_canonical([state_dict.pop(f"{prefix}{key}")])
+                        state_dict[f"{prefix}{ours}"] = tensor
+                        break
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _canonical_shapes(self) -> dict[str, tuple[int, ...]]:
         return parameter_shapes(
             self.config,
@@ -72,6 +96,7 @@ class ViTPreTrainedModel(Loadable, ModelBase):
         torch_dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
         allow_missing: bool = False,
+        ignore: Iterable[str] = (),
         format: str | None = None,
         from_flax: bool = False,
         **kwargs: Any,
@@ -87,6 +112,9 @@ class ViTPreTrainedModel(Loadable, ModelBase):
             ignore_mismatched_sizes: draw parameters anew whose shape does not match.
             allow_missing: draw parameters of the network anew that the file does not have; without
                 it only those of a head may be missing.
+            ignore: regular expressions of names in the file that may be left over. Without it,
+                tensors of the network that the model has no place for are an error, and so is a
+                trained head while one is drawn anew: see `vit_convert.leftovers`.
             format: of the weights ("timm", "google", ...; see docs/convert.md), where their names
                 do not tell it.
             from_flax: prefer weights in Flax's layout where there are both. (Both are read
@@ -115,6 +143,7 @@ class ViTPreTrainedModel(Loadable, ModelBase):
                 torch_dtype=torch_dtype,
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 allow_missing=allow_missing,
+                ignore=ignore,
                 **loading,
             )
 
@@ -127,13 +156,14 @@ class ViTPreTrainedModel(Loadable, ModelBase):
         torch_dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
         allow_missing: bool = False,
+        ignore: Iterable[str] = (),
         **kwargs: Any,
     ) -> Any:
         """Load a model of an opened checkpoint, which stays open.
 
         Args:
             source: what `vit_convert.source.open_source` gives.
-            *model_args, dtype, torch_dtype, ignore_mismatched_sizes, allow_missing: as
+            *model_args, dtype, torch_dtype, ignore_mismatched_sizes, allow_missing, ignore: as
                 `from_pretrained`.
             **kwargs: arguments of the constructor, beside those that `source` holds.
 
@@ -154,6 +184,7 @@ class ViTPreTrainedModel(Loadable, ModelBase):
             config=model.config,
             allow_missing=allow_missing,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
+            ignore=ignore,
         )
         if wanted is None:
             first = next(iter(loaded.tensors.values()), None)
