@@ -53,7 +53,7 @@ def test_other_lines_are_not_fatal(line):
     assert not last_words.is_fatal(line)
 
 
-# Of the CPU (0.10.2 and 0.12.0.1) and of the TPU compiler, recorded; the others after XLA's sources.
+# Of the CPU (0.10.2, 0.12.0.1) and of the TPU compiler, recorded; the others after XLA's sources.
 @pytest.mark.parametrize(
     "text",
     [
