@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from vit_common.checks import check_keywords
 from vit_common.config import CONFIG_NAME, ViTConfig
 from vit_common.errors import CheckpointError, InputError
 from vit_common.files.checkpoint import make_directory, save_checkpoint
 from vit_common.files.hub import PUSH_OPTIONS
-from vit_convert.formats import table_for
+from vit_convert.formats import DESCRIBED, FILES, table_for
 from vit_convert.rules import TensorLike, to_foreign
 
 # Keywords of Transformers 4.57.6 that change nothing here: files are always written by this project
@@ -20,13 +20,6 @@ from vit_convert.rules import TensorLike, to_foreign
 _WITHOUT_EFFECT = ("save_function", "use_temp_dir", "variant", "save_peft_format")
 
 SaveFormat = Literal["hub", "flax", "flax-safetensors"]
-
-# format -> (container, stem of the file names, value of "format" in the metadata)
-_FILES: dict[str, tuple[Any, str, str]] = {
-    "hub": ("safetensors", "model", "pt"),
-    "flax": ("msgpack", "flax_model", "flax"),
-    "flax-safetensors": ("safetensors", "model", "flax"),
-}
 
 
 def save_parameters(
@@ -58,9 +51,9 @@ def save_parameters(
         InputError: no such format, or a bad size.
         MissingFileError: the directory or a file cannot be written.
     """
-    if to not in _FILES:
-        raise InputError(f"`to` must be one of {', '.join(map(repr, _FILES))}; given {to!r}.")
-    container, stem, tag = _FILES[to]
+    if to not in DESCRIBED:
+        raise InputError(f"`to` must be one of {', '.join(map(repr, DESCRIBED))}; given {to!r}.")
+    files = FILES[to]
     mapped = to_foreign(tensors, table_for(to, config))
     if mapped.unused:
         raise CheckpointError(
@@ -73,10 +66,10 @@ def save_parameters(
     return save_checkpoint(
         make_directory(directory),
         mapped.tensors,
-        container=container,
-        stem=stem,
+        container=files.container,
+        stem=files.stem,
         max_shard_size=max_shard_size,
-        metadata={"format": tag} if container == "safetensors" else None,
+        metadata=files.metadata,
         separator="/",
         beside={CONFIG_NAME: text},
         # Weights of an earlier save in another format would be read instead of these, or beside

@@ -349,7 +349,7 @@ def test_one_is_interrupted_while_it_loads(tmp_path, many):
         "def load(*_, **__):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(60)\n"
-        "vit_cli.commands.predict.load_for_inference = load\n"
+        "vit_cli.commands.predict.load_for_stream = load\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     target = tmp_path / "out.jsonl"

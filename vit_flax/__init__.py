@@ -10,13 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vit_common.config import (
+    from vit_common.config import ViTConfig
+    from vit_common.families import (
         AutoConfig,
         BeitConfig,
         DeiTConfig,
         Dinov2Config,
         Dinov2WithRegistersConfig,
-        ViTConfig,
     )
     from vit_common.images.auto import AutoImageProcessor
     from vit_common.images.processor import ViTFeatureExtractor, ViTImageProcessor
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from vit_flax.outputs import (
         FlaxBaseModelOutput,
         FlaxBaseModelOutputWithPooling,
+        FlaxBeitModelOutputWithPooling,
         FlaxDeiTForImageClassificationWithTeacherOutput,
         FlaxMaskedImageModelingOutput,
         FlaxMaskedLMOutput,
@@ -93,6 +94,7 @@ __all__ = [
     "FlaxBeitForMaskedImageModeling",
     "FlaxBeitForMaskedImageModelingModule",
     "FlaxBeitModel",
+    "FlaxBeitModelOutputWithPooling",
     "FlaxBeitPreTrainedModel",
     "FlaxDeiTForImageClassification",
     "FlaxDeiTForImageClassificationWithTeacher",
@@ -126,6 +128,7 @@ __all__ = [
 
 _HOMES = (
     "vit_common.config",
+    "vit_common.families",
     "vit_common.images.processor",
     "vit_common.images.processors",
     "vit_common.images.auto",

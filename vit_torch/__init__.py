@@ -1,12 +1,12 @@
 """The PyTorch twins: the same networks, the same parameters, the same numbers."""
 
-from vit_common.config import (
+from vit_common.config import ViTConfig
+from vit_common.families import (
     AutoConfig,
     BeitConfig,
     DeiTConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
-    ViTConfig,
 )
 from vit_common.images.auto import AutoImageProcessor
 from vit_common.images.processor import ViTFeatureExtractor, ViTImageProcessor

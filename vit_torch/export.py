@@ -36,6 +36,7 @@ from vit_common.images.predictions import (
     image_size,
 )
 from vit_common.images.processor import BaseImageProcessor
+from vit_common.versions import PACKAGE, package_version
 
 __all__ = ["Export", "Network", "export", "require"]
 
@@ -126,7 +127,7 @@ def export(
                 else []
             ),
             "several": has_several_labels(config),
-            "versions": versions("vit-flax", "torch", "onnx", "onnxscript"),
+            "versions": versions(PACKAGE, "torch", "onnx", "onnxscript"),
         }
         texts = {
             **{name: _text(value) for name, value in metadata.items()},
@@ -233,7 +234,7 @@ def _strip(graph: Any) -> None:
             entry.ClearField("metadata_props")
             entry.ClearField("doc_string")
     graph.ClearField("metadata_props")
-    graph.producer_name, graph.producer_version = "vit-flax", versions("vit-flax")["vit-flax"]
+    graph.producer_name, graph.producer_version = PACKAGE, package_version()
 
 
 @contextmanager

@@ -9,33 +9,27 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
 
 from vit_common.config import ViTConfig, as_config
 from vit_common.errors import InputError
 from vit_common.files.containers.tensor import DTYPES, Tensor
-from vit_common.files.hub import PUSH_OPTIONS, push_folder, push_if_asked, split_hub_options
-from vit_common.parameters import Head, initial_value, parameter_shapes
-from vit_convert.load import (
-    check_leftovers,
-    is_finite,
-    load_parameters,
-    read_config,
-    warn_if_not_finite,
-)
+from vit_common.files.hub import PUSH_OPTIONS, push_folder, push_if_asked
+from vit_common.parameters import initial_value, parameter_shapes
+from vit_convert.formats import table_for
+from vit_convert.load import Loadable, is_finite, load_parameters, warn_if_not_finite
 from vit_convert.save import SaveFormat, check_save_keywords, save_parameters
-from vit_torch.attention import check_implementation
+from vit_convert.source import Source
+from vit_torch.base import ModelBase
 from vit_torch.model import (
     ViTForImageClassificationModule,
     ViTForMaskedImageModelingModule,
     ViTModule,
-    ViTPart,
     initialize,
 )
 
@@ -50,68 +44,37 @@ _ALWAYS_SO: dict[str, tuple[Any, ...]] = {
 }
 
 
-class ViTPreTrainedModel(nn.Module):
-    """Base of the models: files in and out, dtypes, kernels, gradient checkpointing."""
+class ViTPreTrainedModel(Loadable, ModelBase):
+    """Base of the models: `ModelBase`, with files in and out."""
 
-    config_class: ClassVar[type] = ViTConfig
-    base_model_prefix: ClassVar[str] = "vit"
-    main_input_name: ClassVar[str] = "pixel_values"
-    head: ClassVar[Head | None] = None
+    _preferred_files: ClassVar = (
+        "from_flax",
+        ("flax_model.msgpack", "flax_model.msgpack.index.json"),
+    )
+    _without_effect: ClassVar = _ALWAYS_SO
 
-    config: ViTConfig
-
-    # -- what the model is
-
-    @property
-    def framework(self) -> str:
-        """ "pt"."""
-        return "pt"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """dtype of the parameters."""
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the parameters."""
-        return next(self.parameters()).device
-
-    @property
-    def base_model(self) -> Any:
-        """The network without its head."""
-        return getattr(self, self.base_model_prefix, self)
-
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """Number of parameters."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The patch projection."""
-        return self.base_model.embeddings.patch_embeddings
-
-    def set_attn_implementation(self, attn_implementation: str) -> None:
-        """Choose the attention kernel of every layer; see `vit_torch.attention`."""
-        check_implementation(attn_implementation)
-        for module in self.modules():
-            if isinstance(module, ViTPart):
-                module.attn_implementation = attn_implementation
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
-        """Recompute each block in the backward pass instead of storing what is inside it."""
-        self._set_gradient_checkpointing(True)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Undo `gradient_checkpointing_enable`."""
-        self._set_gradient_checkpointing(False)
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether blocks are recomputed in the backward pass."""
-        return self.base_model.encoder.gradient_checkpointing
-
-    def _set_gradient_checkpointing(self, value: bool) -> None:
-        self.base_model.encoder.gradient_checkpointing = value
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Take the names of Transformers' state dicts too, where a family has others there."""
+        own = {name: value.ndim for name, value in self.state_dict().items()}
+        given = {
+            key.removeprefix(prefix): getattr(value, "ndim", None)
+            for key, value in state_dict.items()
+            if key.startswith(prefix)
+        }
+        if any(own.get(key) != ndim for key, ndim in given.items()):
+            table = table_for("hub", self.config, self.head)
+            for bare, key in table.strip(given).items():
+                found = None if own.get(key) == given[key] else table.rule_for_foreign(bare)
+                if found is None or len(found[0].canonical_names) > 1:
+                    continue
+                rule, index = found
+                name = rule.canonical_names[0].replace("{i}", index or "")
+                for ours in (name, f"{self.base_model_prefix}.{name}"):
+                    if ours in own and ours not in given.keys() - {key}:
+                        (tensor,) = rule.layout.to_canonical([state_dict.pop(f"{prefix}{key}")])
+                        state_dict[f"{prefix}{ours}"] = tensor
+                        break
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _canonical_shapes(self) -> dict[str, tuple[int, ...]]:
         return parameter_shapes(
@@ -133,6 +96,7 @@ class ViTPreTrainedModel(nn.Module):
         torch_dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
         allow_missing: bool = False,
+        ignore: Iterable[str] = (),
         format: str | None = None,
         from_flax: bool = False,
         **kwargs: Any,
@@ -148,6 +112,9 @@ class ViTPreTrainedModel(nn.Module):
             ignore_mismatched_sizes: draw parameters anew whose shape does not match.
             allow_missing: draw parameters of the network anew that the file does not have; without
                 it only those of a head may be missing.
+            ignore: regular expressions of names in the file that may be left over. Without it,
+                tensors of the network that the model has no place for are an error, and so is a
+                trained head while one is drawn anew: see `vit_convert.leftovers`.
             format: of the weights ("timm", "google", ...; see docs/convert.md), where their names
                 do not tell it.
             from_flax: prefer weights in Flax's layout where there are both. (Both are read
@@ -164,48 +131,72 @@ class ViTPreTrainedModel(nn.Module):
             ConfigError: the configuration is not of this architecture.
             CheckpointError: the weights are corrupt, incomplete or do not fit.
         """
-        wanted = parse_dtype(torch_dtype if dtype is None else dtype)
-        hub, kwargs = split_hub_options(kwargs)
-        for name, same in _ALWAYS_SO.items():
-            if name in kwargs and kwargs[name] in same:
-                del kwargs[name]
-        settings, kwargs, beside = read_config(
-            pretrained_model_name_or_path,
-            config,
-            hub,
-            kwargs,
-            wanted=cls.config_class,
-            format=format,
+        options = {**kwargs, "config": config, "format": format, "from_flax": from_flax}
+        source, loading = cls.open_pretrained(
+            pretrained_model_name_or_path, options, wanted=cls.config_class
         )
-        check_leftovers(cls, kwargs, list(inspect.signature(cls).parameters)[1:], config)
+        with source:
+            return cls.from_source(
+                source,
+                *model_args,
+                dtype=dtype,
+                torch_dtype=torch_dtype,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                allow_missing=allow_missing,
+                ignore=ignore,
+                **loading,
+            )
+
+    @classmethod
+    def from_source(
+        cls,
+        source: Source,
+        *model_args: Any,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        ignore_mismatched_sizes: bool = False,
+        allow_missing: bool = False,
+        ignore: Iterable[str] = (),
+        **kwargs: Any,
+    ) -> Any:
+        """Load a model of an opened checkpoint, which stays open.
+
+        Args:
+            source: what `vit_convert.source.open_source` gives.
+            *model_args, dtype, torch_dtype, ignore_mismatched_sizes, allow_missing, ignore: as
+                `from_pretrained`.
+            **kwargs: arguments of the constructor, beside those that `source` holds.
+
+        Returns, Warns, Raises: as `from_pretrained`.
+        """
+        wanted = parse_dtype(torch_dtype if dtype is None else dtype)
+        make: Any = cls
         with torch.device("meta"):
-            model = cls(settings, *model_args, **kwargs)
+            model = make(
+                as_config(source.config, cls.config_class),
+                *model_args,
+                **{**source.left_over, **kwargs},
+            )
         loaded = load_parameters(
-            pretrained_model_name_or_path,
+            source,
             model._canonical_shapes(),
             model=cls.__name__,
             config=model.config,
-            beside=beside,
-            prefer=("flax_model.msgpack", "flax_model.msgpack.index.json") if from_flax else None,
             allow_missing=allow_missing,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
-            format=format,
-            **hub,
+            ignore=ignore,
         )
         if wanted is None:
             first = next(iter(loaded.tensors.values()), None)
             wanted = torch.float32 if first is None else getattr(torch, first.dtype.name)
         device = torch.get_default_device()
-        try:
-            state, not_finite = {}, []
-            for name, tensor in loaded.tensors.items():
-                array = tensor.read()
-                if not is_finite(array):
-                    not_finite.append(name)
-                state[name] = to_torch(array).to(device, wanted)
-        finally:
-            loaded.close()
-        warn_if_not_finite(loaded.path, not_finite)
+        state, not_finite = {}, []
+        for name, tensor in loaded.tensors.items():
+            array = tensor.read()
+            if not is_finite(array):
+                not_finite.append(name)
+            state[name] = to_torch(array).to(device, wanted)
+        warn_if_not_finite(source.path, not_finite)
         shapes = model._canonical_shapes()
         for name in loaded.missing:
             state[name] = draw_parameter(name, shapes[name], model.config).to(device, wanted)
@@ -300,13 +291,6 @@ class ViTPreTrainedModel(nn.Module):
             return push_folder(directory, repo_id, **options)
 
 
-def settle(model: ViTPreTrainedModel, config: Any, attn_implementation: str) -> dict[str, Any]:
-    """The options of the network, checked."""
-    config = as_config(config, model.config_class)
-    config.validate()
-    return {"config": config, "attn_implementation": check_implementation(attn_implementation)}
-
-
 class ViTModel(ViTPreTrainedModel, ViTModule):
     """The base network: hidden states, and a pooled output unless `add_pooling_layer=False`.
 
@@ -326,10 +310,14 @@ class ViTModel(ViTPreTrainedModel, ViTModule):
         attn_implementation: str = "auto",
     ):
         super().__init__(
+            config,
             add_pooling_layer=add_pooling_layer,
             use_mask_token=use_mask_token,
-            **settle(self, config, attn_implementation),
+            attn_implementation=attn_implementation,
         )
+
+
+ViTPreTrainedModel.network_class = ViTModel
 
 
 class ViTForImageClassification(ViTPreTrainedModel, ViTForImageClassificationModule):
@@ -343,7 +331,7 @@ class ViTForImageClassification(ViTPreTrainedModel, ViTForImageClassificationMod
     head = "classifier"
 
     def __init__(self, config: ViTConfig, *, attn_implementation: str = "auto"):
-        super().__init__(**settle(self, config, attn_implementation))
+        super().__init__(config, attn_implementation=attn_implementation)
 
     @property
     def num_labels(self) -> int:
@@ -362,7 +350,7 @@ class ViTForMaskedImageModeling(ViTPreTrainedModel, ViTForMaskedImageModelingMod
     head = "decoder"
 
     def __init__(self, config: ViTConfig, *, attn_implementation: str = "auto"):
-        super().__init__(**settle(self, config, attn_implementation))
+        super().__init__(config, attn_implementation=attn_implementation)
 
 
 def draw_parameter(name: str, shape: tuple[int, ...], config: ViTConfig) -> torch.Tensor:

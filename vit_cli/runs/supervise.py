@@ -37,7 +37,7 @@ def join(cluster: Cluster, settings: Mapping[str, Any]) -> Hosts:
         DeviceError: there is no device to run on.
     """
     hosts = Hosts(cluster, KEPT)
-    from vit_cli.devices import find_devices
+    from vit_cli.runtime import find_devices
 
     try:
         with interrupt.exits_after(lambda: hosts.leave(INTERRUPTION)):
@@ -60,7 +60,7 @@ def supervised(cluster: Cluster, run: Callable[[], int]) -> int:
         return run()
 
     def work() -> int:
-        from vit_cli.main import guarded
+        from vit_cli.terminal.guard import guarded
 
         return guarded(run)
 

@@ -23,6 +23,12 @@ def reason(error: BaseException) -> str:
     return " ".join(str(text).split())
 
 
+def shown(value: object, most: int = 100) -> str:
+    """A value for a message: as Python writes it, and cut where it is long."""
+    text = repr(value[: 2 * most]) if isinstance(value, (str, bytes, list)) else repr(value)
+    return text if len(text) <= most else f"{text[: most - 15]}... ({len(text)} long)"
+
+
 def lfs_pointer(path: Path) -> CheckpointError:
     """The refusal of a git-lfs pointer that stands where a file should be."""
     return CheckpointError(
@@ -64,6 +70,14 @@ def parse_json(data: bytes, path: Path, what: str = "JSON", *, unique: bool = Fa
         raise CheckpointError(
             f"{path}: {what} must be an object {{...}}; given a {type(table).__name__}."
         )
+    # Half of a surrogate pair is no character: no file can be named so, nor text be written.
+    if b"\\ud" in data or b"\\uD" in data:
+        try:
+            json.dumps(table, ensure_ascii=False).encode()
+        except (UnicodeEncodeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path}: not valid {what}: a text in it holds half of a surrogate pair."
+            ) from error
     return table
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from vit_common.errors import ImageError, InputError
+from vit_common.errors import ImageError, InputError, warn
 from vit_common.files.texts import reason
-from vit_common.images.options import FIRST, LAST, Recipe, rescale, warn
+from vit_common.images.options import FIRST, LAST, Recipe, rescale
 from vit_common.images.pictures import PLAIN_MODES, convert_mode, eight_bit, value_range
 
 

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL.Image import Resampling
 
-from vit_common.errors import ConfigError, InputError
+from vit_common.errors import ConfigError, InputError, warn
 from vit_common.files.texts import reason
 from vit_common.images.options import (
     FIRST,
@@ -33,7 +33,6 @@ from vit_common.images.options import (
     Recipe,
     check_framework,
     refuse_unsupported,
-    warn,
 )
 from vit_common.images.pictures import convert_mode, load_image
 from vit_common.images.pipeline import run

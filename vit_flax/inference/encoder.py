@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import jax
@@ -15,12 +14,11 @@ import numpy as np
 import PIL.Image
 
 from vit_common.checks import as_integer, check_positive
-from vit_common.config import FIELDS, AutoConfig, ViTConfig
+from vit_common.config import FIELDS, ViTConfig
 from vit_common.errors import ConfigError, InputError, ViTError
-from vit_common.files.hub import split_hub_options
 from vit_common.images.predictions import are_many, default_image_processor
 from vit_common.images.processor import BaseImageProcessor
-from vit_convert.source import Source, find_processor, open_source
+from vit_convert.source import Source, find_processor
 from vit_flax.auto import FlaxAutoModel, FlaxAutoModelForImageClassification
 from vit_flax.inference import maps as attention_maps
 from vit_flax.inference.engine import Engine
@@ -147,28 +145,22 @@ class ImageEncoder:
         """
         check_weights(weights)
         own = {name: options.pop(name) for name in _OWN if name in options}
-        hub, options = split_hub_options(options)
-        config, format = options.pop("config", None), options.pop("format", None)
-        if isinstance(config, (str, os.PathLike)):
-            config = AutoConfig.from_pretrained(config, **hub)
-        fields = {name: options.pop(name) for name in list(options) if name in FIELDS}
-        if config is not None and fields:
+        fields = [name for name in options if name in FIELDS]
+        given = options.get("config")
+        if given is not None and not isinstance(given, (str, os.PathLike)) and fields:
             raise InputError(
                 f"{', '.join(map(repr, fields))} and `config` were both given; set them in the "
                 "configuration."
             )
-        with open_source(
-            name_or_path, format=format, config=config, overrides=fields, **hub
-        ) as source:
-            config, path = source.config, source.path
+        source, loading = FlaxAutoModel.open_pretrained(name_or_path, options)
+        with source:
+            config = source.config
             cls._check_source(source)
-            processor = find_processor(source, name_or_path, **hub)
-        devices = make_mesh(mesh, config)
-        if devices is not None:
-            options["shardings"] = partial(param_shardings, devices)
-        model = cls._load_model(
-            path, source.head, dtype=dtype, config=config, format=source.table.name, **options
-        )
+            processor = find_processor(source)
+            devices = make_mesh(mesh, config)
+            if devices is not None:
+                loading["shardings"] = partial(param_shardings, devices)
+            model = cls._load_model(source, dtype=dtype, **loading)
         if weights is not None:
             model.params = quantize(model.params)
         if processor is None:
@@ -194,14 +186,14 @@ class ImageEncoder:
         """Raise CheckpointError if a checkpoint lacks what this class needs."""
 
     @classmethod
-    def _load_model(cls, path: Path, head: str | None, **options: Any) -> Any:
-        """The model to run, of a checkpoint with that head."""
-        if head in ("classifier", "teacher"):
-            return FlaxAutoModelForImageClassification.from_pretrained(path, **options)
+    def _load_model(cls, source: Source, **options: Any) -> Any:
+        """The model to run, with the head that the checkpoint has if it classifies."""
+        if source.head in ("classifier", "teacher"):
+            return FlaxAutoModelForImageClassification.from_source(source, **options)
         with warnings.catch_warnings():
             # A head that nothing here runs, such as a decoder's, is left aside as asked for.
             warnings.filterwarnings("ignore", message=r".*: in the checkpoint and not used")
-            return FlaxAutoModel.from_pretrained(path, add_pooling_layer=False, **options)
+            return FlaxAutoModel.from_source(source, add_pooling_layer=False, **options)
 
     @property
     def config(self) -> ViTConfig:
