@@ -120,7 +120,7 @@ def _channel_values(name: str, value: Any) -> int | float | list[int | float]:
 
 def _std(name: str, value: Any) -> int | float | list[int | float]:
     values = _channel_values(name, value)
-    if 0 in np.atleast_1d(np.float32(values)):
+    if 0 in np.atleast_1d(np.asarray(values, np.float32)):
         _fail(name, "free of zeros, as pixels are divided by it", value)
     return values
 
