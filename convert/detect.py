@@ -53,18 +53,24 @@ _ELSEWHERE = (
     (_MOMENTUM, "the momentum copy of a pretraining; the base encoder is taken"),
     (r"(.*[/.])?(criterion|loss|loss_fn|loss_func)[/.].*", "of the loss of a training"),
     (r"(callbacks|loops|hyper_parameters|rng_state|args|config)[/.].*", "of a training's progress"),
-    (r"(.*[/.])?(predictor|queue|queue_ptr)([/.].*)?", "a predictor or queue of pretraining"),
     (r"(.*[/.])?(t|txt|text|contrastive)[/.].*", "of a text tower"),
-    (
-        r"(.*[/.])?(dino_loss|dino_head|ibot_head|(proj_)?head[/.](mlp|last_layer|last_norm)\d?)"
-        r"[/.].*",
-        "a head or loss of pretraining",
-    ),
     (r"(.*[/.])?(epoch|step|steps|iteration|global_step|count)", "a counter of training"),
 )
-_REST_OF_TUPLE = (
-    (r"1/.*", "state of the optimizer"),
-    (r"2", "a counter of training"),
+# (what else is in the file, names that then are not the network's, why): a classifier of one's own
+# can have such a name too.
+_THEN_ELSEWHERE = (
+    (r"0/.*", r"1/.*", "state of the optimizer"),
+    (r"0/.*", r"2", "a counter of training"),
+    (
+        r"(.*[/.])?(base_encoder|momentum_encoder|momentum_backbone|encoder_k)[/.].*",
+        r"(.*[/.])?(predictor|queue|queue_ptr)([/.].*)?",
+        "a predictor or queue of pretraining",
+    ),
+    (
+        r"(.*[/.])?(dino_head|ibot_head|last_layer\d?)[/.].*",
+        r"(.*[/.])?(dino_loss|dino_head|ibot_head|head[/.](mlp|last_layer|last_norm)\d?)[/.].*",
+        "a head or loss of pretraining",
+    ),
 )
 
 _HEAD_BESIDE = re.compile(r"(.*?)((?:head|head_dist|fc_norm)\.(?:weight|bias))")
@@ -117,6 +123,11 @@ def find_root(tensors: Mapping[str, TensorLike] | Iterable[str]) -> Root:
             "the one you mean in a file of its own."
         )
     inside = {key[len(path) :]: key for key in keys if key.startswith(path)}
+    more = tuple(
+        (pattern, why)
+        for sign, pattern, why in _THEN_ELSEWHERE
+        if any(re.fullmatch(sign, key) for key in keys)
+    )
     ignored, beside = {}, []
     for key in keys:
         if key.startswith(path):
@@ -124,7 +135,7 @@ def find_root(tensors: Mapping[str, TensorLike] | Iterable[str]) -> Root:
         head = _HEAD_BESIDE.fullmatch(key)
         if head and path.startswith(head[1]):
             inside[head[2]] = key  # a classifier beside the backbone it stands on
-        elif why := _reason(key, _REST_OF_TUPLE if path == "0/" else ()):
+        elif why := _reason(key, more):
             ignored[key] = why
         elif isinstance(tensors, Mapping) and _is_number(tensors[key]):
             ignored[key] = "a number outside the network, no weight"

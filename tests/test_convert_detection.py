@@ -76,6 +76,7 @@ CASES = [
     ("model", ("linear",)),
     ("vit", ("head", "1")),  # nn.Sequential(nn.Dropout(), nn.Linear())
     ("net", ("mlp_head",)),
+    ("backbone", ("predictor",)),
 ]
 
 
@@ -126,6 +127,17 @@ def test_what_could_be_a_classifier_and_is_not_alone_is_named(tmp_path):
     torch.save(state, tmp_path / "two.pth")
     with pytest.raises(CheckpointError, match=r"fc\.0\.weight: nothing here knows"):
         convert(tmp_path / "two.pth", tmp_path / "out", from_="timm", overrides=HEADS)
+
+
+@pytest.mark.parametrize("name", ["head.mlp.0.weight", "head.mlp.weight"])
+def test_a_head_of_ones_own_is_no_head_of_a_pretraining(name, tmp_path):
+    """DINO's has a last layer too."""
+    for prefix in ("", "backbone."):
+        state = {f"{prefix}{n}": v for n, v in timm_backbone().state_dict().items()}
+        state |= {name: torch.ones(48, 48), "head.out.weight": torch.ones(5, 48)}
+        torch.save(state, tmp_path / "file.pth")
+        with pytest.raises(CheckpointError, match=f"{name}: nothing here knows"):
+            convert(tmp_path / "file.pth", tmp_path / "out", from_="timm", overrides=HEADS)
 
 
 @pytest.mark.parametrize("name", ["projector.weight", "fc.weight"])
