@@ -183,8 +183,8 @@ def _not_a_network(keys: list[str]) -> str:
     first = ", ".join(map(repr, sorted(keys)[:4])) or "no keys"
     known = "; ".join(dict.fromkeys(f"{t.name}: {t.describes}" for t in FORMATS))
     return (
-        "these are not the weights of a Vision Transformer in a format known here: it begins with "
-        f"{first} ({len(keys)} keys). Known formats: {known}."
+        "these are not the weights of a Vision Transformer in a known format: the first of "
+        f"{len(keys)} names are {first}. Known formats: {known}."
     )
 
 
@@ -255,7 +255,7 @@ def detect_format(
     if len(best) > 1:
         described = " and ".join(dict.fromkeys(f"{t.name} ({t.describes})" for t in best))
         what = (
-            "the names of these weights fit {} equally well, and each leaves {} of them unknown"
+            "the names of these weights fit {} equally well; each leaves {} names unexplained"
             if fewest
             else "the names of these weights fit {} equally well, and the networks differ in what "
             "no weight shows (here: how positions are resampled to another image size)"
@@ -274,7 +274,7 @@ def _rank_differs(rule, tensor) -> bool:
 
 
 def _same_family(tables: list[Format], hints: Mapping[str, str]) -> list[Format]:
-    """Leave out tables of another family than the config beside the file names."""
+    """Only tables of the family that the config beside the file names, if there are any."""
     family = hints.get("model_type", "").replace("vit_extended", "vit").replace("vit_mae", "vit")
     named = [table for table in tables if family in table.families]
     return named or tables
@@ -283,7 +283,7 @@ def _same_family(tables: list[Format], hints: Mapping[str, str]) -> list[Format]
 def _prefer(
     tables: list[Format], keys: list[str], hints: Mapping[str, str], also: tuple[str, ...]
 ) -> list[Format]:
-    """Decide between tables that know the same keys, by what only one of them would have."""
+    """Decide between tables that know the same keys, by their clues."""
     if len({id(table.rules) for table in tables}) == 1 and len({t.name for t in tables}) == 1:
         return tables[:1]
     if len({t.name for t in tables}) == 1 or all(t.files.described for t in tables):

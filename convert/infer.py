@@ -108,7 +108,7 @@ def infer_config(
             fields.pop("num_labels")
         elif labels == IMAGENET_CLASSES and (table.imagenet or timm is not None):
             note(
-                "the order of ImageNet-1k, which a head of 1000 has",
+                "ImageNet-1k, for a head of 1000 classes",
                 id2label=dict(enumerate(imagenet_labels())),
             )
             fields.pop("num_labels")
@@ -137,7 +137,7 @@ def infer_config(
 
 
 def _rank(name: str) -> int:
-    """How many axes a parameter has."""
+    """Number of axes of a parameter."""
     if name.endswith(("projection.weight", "decoder.0.weight")):
         return 4
     if name.startswith("embeddings.") and "projection" not in name:
@@ -260,13 +260,13 @@ def _heads(shapes, source, mapped, timm, note) -> None:
     if chosen:
         twins = " and ".join(f"{row.name} ({row.heads} heads)" for row in chosen)
         raise CheckpointError(
-            "the number of attention heads is not in these weights, and published models that "
-            f"differ in it have these sizes: {twins}. Say which: {ask}."
+            "the number of attention heads is not in these weights, and published models of these "
+            f"sizes differ in it: {twins}. Say which it is: {ask}."
         )
     raise CheckpointError(
-        "the number of attention heads is not in these weights, and no published model that is "
-        f"known here has their width of {width}, {depth} blocks and MLPs of {second[1]} (and a "
-        f"class token); give it: {ask}."
+        "the number of attention heads is not in these weights, and no published model known here "
+        f"has a width of {width}, {depth} blocks, MLPs of {second[1]} "
+        f"and {'a' if class_token else 'no'} class token; give it: {ask}."
     )
 
 
@@ -382,7 +382,7 @@ def _image_size(table: Format, shapes, known, given, family: str, note: Any) -> 
             "resample with `vit convert --image-size`."
         )
     raise CheckpointError(
-        _ask_for_size(f"{rows} positions are those of no square image with patches of {patch}")
+        _ask_for_size(f"{rows} positions do not make a square image with patches of {patch}")
     )
 
 

@@ -52,7 +52,7 @@ def target_format(target: Path, to: str | None) -> str:
     if target.suffix in PICKLES:
         raise InputError(
             f"{target}: say which format to write with `to` (`--to` of the command); a "
-            f"{target.suffix} file can have several."
+            f"{target.suffix} file can hold several."
         )
     return SUFFIXES[target.suffix]
 
@@ -121,7 +121,7 @@ class Plan:
         self.written = self._foreign(tensors)
 
     def _refuse_what_readers_drop(self) -> None:
-        """Raise InputError where the format has names for what its own library leaves out."""
+        """Raise InputError if the format's own library would drop part of this network."""
         why = self.table.cannot_hold and self.table.cannot_hold(self.config)
         if why:
             raise InputError(f"the format {self.to!r} cannot hold this network: {why}.")
@@ -153,7 +153,7 @@ class Plan:
         self.notes.append(Note("id2label", self.config.id2label, "given"))
 
     def _ignore(self, patterns: tuple[str, ...]) -> list[str]:
-        """Move what the caller gave up to what is ignored; the names left that nothing explains."""
+        """The unexplained names that are left when those the caller gave up are ignored."""
         left = []
         patterns = check_patterns(patterns)
         self.given_up = lambda name: is_ignored(patterns, name, *self.source.names_in_file(name))
@@ -165,7 +165,7 @@ class Plan:
         return left
 
     def _account(self, unexplained: list[str]) -> dict[str, TensorLike]:
-        """Every tensor of the source used once or given up, every one of the network filled."""
+        """The tensors of the network, each once; all others are ignored or refused."""
         found: dict[str, TensorLike] = dict(self.source.mapped.tensors)
         if self.config.num_hidden_layers > len(found):  # a file can claim any number
             raise CheckpointError(
@@ -345,7 +345,7 @@ class Plan:
         )
 
     def _differences(self, target: Path) -> list[str]:
-        """What the files do not say, and their readers would have otherwise."""
+        """Fields of the configuration that readers of the files alone would get wrong."""
         said = []
         given = {note.field for note in self.notes}
         odd = {
@@ -403,8 +403,9 @@ class Plan:
             report.preprocessing = origin
         elif self.config.num_channels == 3:
             report.warnings.append(
-                "nothing says how images are prepared for this network, so none is written, and "
-                f"commands would use mean and deviation 0.5. {_ASK_FOR_PREPROCESSING}"
+                "nothing in the source says how images are prepared, so no "
+                f"{PROCESSOR_NAME} is written, and commands will use mean and deviation 0.5. "
+                + _ASK_FOR_PREPROCESSING
             )
         return beside
 
@@ -418,8 +419,8 @@ class Plan:
         if implied and _pixels(implied[0]) == _pixels(found):
             return []
         return [
-            f"a {target.suffix} file cannot hold how images are prepared ({origin}): put its "
-            f"{PROCESSOR_NAME} beside the file, or give a folder as the target."
+            f"a {target.suffix} file cannot hold the image preprocessing ({origin}): put a "
+            f"{PROCESSOR_NAME} beside it, or give a folder as the target."
         ]
 
 

@@ -96,14 +96,14 @@ def test_a_file_loses_the_preparation_of_images_and_says_so(target, to, tmp_path
     source = pickled(tmp_path / "file.pth")
     convert(source, tmp_path / "hub", from_="timm", overrides=HEADS, preprocessing="imagenet")
     report = convert(tmp_path / "hub", tmp_path / target, to=to)
-    (note,) = [text for text in report.warnings if "how images are prepared" in text]
+    (note,) = [text for text in report.warnings if "image preprocessing" in text]
     assert "preprocessor_config.json" in note
     # What the file's own format implies is not lost.
     convert(source, tmp_path / "own", from_="timm", overrides=HEADS, preprocessing="imagenet")
     report = convert(tmp_path / "own", tmp_path / "deit.pth", to="deit")
     kept = json.loads((tmp_path / "own" / "preprocessor_config.json").read_text())
     assert kept["size"] == {"shortest_edge": 36}
-    assert not any("how images are prepared" in text for text in report.warnings)
+    assert not any("image preprocessing" in text for text in report.warnings)
 
 
 def test_the_command_names_every_format_that_can_be_written():

@@ -186,9 +186,9 @@ def read_timm_config(timm: Mapping[str, Any], note: Callable[..., None]) -> None
     if architecture not in HEADS:
         # Other networks can have the same names: vit_base_patch16_rpn_224 has its norms elsewhere.
         raise ConfigError(
-            f"timm's config.json: `architecture` is {architecture!r}, whose network is not known "
-            "to be one of those here. If it is, convert the weights file apart from its "
-            "config.json, and say with options what the weights do not."
+            f"timm's config.json: `architecture` is {architecture!r}, which is not one of the "
+            "networks known here. If its network is the same as one of them, move the weights "
+            "away from this config.json and give what they do not say as options."
         )
     activation = ACTIVATIONS.get(architecture, "gelu")
     note(
@@ -216,7 +216,7 @@ def read_timm_config(timm: Mapping[str, Any], note: Callable[..., None]) -> None
     if odd:
         raise ConfigError(
             f"timm's config.json: `model_args` has {', '.join(odd)}, which changes the network and "
-            "is not understood here; this model cannot be converted."
+            "is not supported; this model cannot be converted."
         )
 
 
