@@ -41,7 +41,7 @@ _INNER = (
 )
 _ELSEWHERE = (
     (
-        r"(.*[/.])?(optim?|optimi[sz]ers?|opt_state|optimizer_states|state|lr_schedulers?|"
+        r"(.*[/.])?(opt|optim|optimi[sz]ers?|opt_state|optimizer_states|state|lr_schedulers?|"
         r"(grad_|amp_)?scaler)[/.].*",
         "state of the optimizer",
     ),
@@ -138,7 +138,7 @@ def find_root(tensors: Mapping[str, TensorLike] | Iterable[str]) -> Root:
         elif why := _reason(key, more):
             ignored[key] = why
         elif isinstance(tensors, Mapping) and _is_number(tensors[key]):
-            ignored[key] = "a number outside the network, no weight"
+            ignored[key] = f"outside {path!r}, where the network is"
         else:
             beside.append(key)
     if path == "":

@@ -175,7 +175,7 @@ def test_a_checkpoint_of_lightning_is_its_network(tmp_path):
         "of the loss of a training",
         "state of the optimizer",
         "of a training's progress",
-        "a number outside the network, no weight",
+        "outside 'state_dict/model.backbone.', where the network is",
     }
     x = pixels()
     assert_close(run_torch(tmp_path / "hub", x), run_peer(model.double(), x), FLOAT64)
