@@ -32,6 +32,7 @@ def save_parameters(
     to: SaveFormat = "hub",
     architecture: str,
     max_shard_size: int | str = "10GB",
+    own: Iterable[str] = (),
 ) -> list[Path]:
     """Write weights and `config.json` into a directory; an earlier save survives a failure.
 
@@ -45,6 +46,7 @@ def save_parameters(
             "flax-safetensors" (model.safetensors in Flax's layout, as Transformers 4.57.6 wrote).
         architecture: class name for `architectures`.
         max_shard_size: largest file, in bytes or as "5GB".
+        own: names of `tensors` that are of a subclass's own parts, written under the same names.
 
     Returns:
         The files written.
@@ -56,7 +58,15 @@ def save_parameters(
     if to not in DESCRIBED:
         raise InputError(f"`to` must be one of {', '.join(map(repr, DESCRIBED))}; given {to!r}.")
     files = FILES[to]
-    mapped = to_foreign(tensors, table_for(to, config))
+    own = frozenset(own)
+    if own and to != "hub":
+        raise InputError(
+            f"{architecture} has parts of its own ({', '.join(sorted(own)[:4])}), which only "
+            '`to="hub"` can hold.'
+        )
+    known = {name: tensor for name, tensor in tensors.items() if name not in own}
+    mapped = to_foreign(known, table_for(to, config))
+    mapped.tensors.update({name: tensors[name] for name in own})  # type: ignore[misc]
     if mapped.unused:
         raise CheckpointError(
             f"these parameters are not part of {architecture}: {', '.join(sorted(mapped.unused))}."
@@ -105,9 +115,10 @@ class Savable:
         to: SaveFormat,
         max_shard_size: int | str,
         upload: Mapping[str, Any],
+        own: Iterable[str] = (),
     ) -> None:
         """Write the weights and `config.json`; upload them where `push_to_hub` of `upload`, which
-        holds the other keywords of `save_pretrained`, asks for it."""
+        holds the other keywords of `save_pretrained`, asks for it. `own` as `save_parameters`."""
         written = save_parameters(
             directory,
             self.config,
@@ -115,6 +126,7 @@ class Savable:
             to=to,
             architecture=type(self).__name__.removeprefix("Flax"),
             max_shard_size=max_shard_size,
+            own=own,
         )
         push_if_asked(Path(directory), dict(upload), files=[path.name for path in written])
 

@@ -6,6 +6,8 @@ Constructors, calls and methods are those of Transformers 4.57.6 (`models/vit/mo
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -21,6 +23,7 @@ from vit_convert.formats import table_for
 from vit_convert.load import Loadable, is_finite, load_parameters, warn_if_not_finite
 from vit_convert.save import Savable, SaveFormat
 from vit_convert.source import Source
+from vit_torch.attention import check_implementation
 from vit_torch.base import ModelBase
 from vit_torch.model import (
     ViTForImageClassificationModule,
@@ -86,6 +89,33 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
             add_pooling_layer=getattr(self, "add_pooling_layer", False),
             use_mask_token=getattr(self, "use_mask_token", False),
         )
+
+    def _shapes(self) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
+        """Name -> shape of all that files hold of this model; and which of these names are of parts
+        that a subclass, or whoever has assigned to an attribute, brought along."""
+        shapes = self._canonical_shapes()
+        state = self.state_dict()
+        if state.keys() == shapes.keys() and not self._is_customized():
+            return shapes, frozenset()
+        network, prefix = self.base_model, ""
+        if network is not self:
+            prefix = f"{self.base_model_prefix}."
+        known = {f"{prefix}{name}" for name in parameter_shapes(self.config, None)}
+        if isinstance(network, ViTPreTrainedModel):
+            known |= {f"{prefix}{name}" for name in network._canonical_shapes()}
+        known |= {n for n, tensor in state.items() if tuple(tensor.shape) == shapes.get(n)}
+        own = frozenset(name for name in state if name not in known)
+        return {name: tuple(tensor.shape) for name, tensor in state.items()}, own
+
+    @classmethod
+    def _is_customized(cls) -> bool:
+        """Whether this is a subclass that somebody else has written."""
+        return not cls.__module__.startswith("vit_torch.")
+
+    @classmethod
+    def _constructor_keywords(cls) -> list[str]:
+        names = super()._constructor_keywords()
+        return [*names, *(["attn_implementation"] if "attn_implementation" not in names else [])]
 
     # -- files
 
@@ -186,15 +216,20 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
         wanted = parse_dtype(torch_dtype if dtype is None else dtype)
         device = parse_device(device_map)
         make: Any = cls
-        with torch.device("meta"):
-            model = make(
-                as_config(source.config, cls.config_class),
-                *model_args,
-                **{**source.left_over, **kwargs},
-            )
+        arguments = {**source.left_over, **kwargs}
+        config = as_config(source.config, cls.config_class)
+        if "attn_implementation" in arguments:  # the constructor of a subclass need not take it
+            config = copy.copy(config)
+            config._attn_implementation = check_implementation(arguments.pop("attn_implementation"))
+        # A subclass may compute with what it builds, so that is built on a real device.
+        place = contextlib.nullcontext() if cls._is_customized() else torch.device("meta")
+        with place:
+            model = make(config, *model_args, **arguments)
+        shapes, own = model._shapes()
         loaded = load_parameters(
             source,
-            model._canonical_shapes(),
+            shapes,
+            own=own,
             model=cls.__name__,
             config=model.config,
             allow_missing=allow_missing,
@@ -209,15 +244,17 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
             array = tensor.read()
             if not is_finite(array):
                 not_finite.append(name)
-            state[name] = to_torch(array).to(device, wanted)
+            value = to_torch(array).to(device)
+            state[name] = value.to(wanted) if value.is_floating_point() else value
         warn_if_not_finite(source.path, not_finite)
-        shapes = model._canonical_shapes()
         for name in loaded.missing:
-            state[name] = draw_parameter(name, shapes[name], model.config).to(device, wanted)
-        model.load_state_dict(state, strict=True, assign=True)
+            if name not in own:  # the constructor has drawn those
+                state[name] = draw_parameter(name, shapes[name], model.config).to(device, wanted)
+        model.load_state_dict(state, strict=not own, assign=True)
+        model = (model.to(device, wanted) if own else model).eval()
         if device_map is not None:
             model.hf_device_map = {"": device}
-        return (model.eval(), loaded.info) if output_loading_info else model.eval()
+        return (model, loaded.info) if output_loading_info else model
 
     def save_pretrained(
         self,
@@ -260,7 +297,7 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
                 'leave it out to write model.safetensors, or pass `to="flax"`.'
             )
         state = dict(self.state_dict() if state_dict is None else state_dict)
-        shapes = self._canonical_shapes()
+        shapes, own = self._shapes()
         wrong = [name for name in shapes if name not in state]
         wrong += [name for name in state if name not in shapes]
         if wrong:
@@ -278,6 +315,7 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
             to=to or "hub",
             max_shard_size=max_shard_size,
             upload={**kwargs, "push_to_hub": push_to_hub, "token": token},
+            own=own,
         )
 
 
