@@ -384,9 +384,6 @@ class _Fit:
     def warn(self) -> None:
         """One warning of what is drawn anew and what is left aside."""
         parts = []
-        if self.source.has_found_head and "classifier.weight" in self.tensors:
-            said = next(note for note in self.source.notes if note.field == "classifier")
-            parts.append(f"the classifier is taken from {said.value}, {said.origin}")
         if self.mismatched:
             parts.append(
                 "newly initialized because the shapes did not match:\n"

@@ -48,7 +48,6 @@ class Source:
         config: what the network is.
         notes: what was set that no configuration said, and what says it.
         timm: timm's own `config.json`, if there was one.
-        has_found_head: whether the classifier was found under a name that no format has.
         described: whether a file beside the weights says all of the configuration.
         files: the other files of the model.
         given: fields of the configuration that the caller set.
@@ -68,7 +67,6 @@ class Source:
     parts: Mapping[str, str] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
     timm: Mapping[str, Any] | None = None
-    has_found_head: bool = False
     described: bool = False
     given: Mapping[str, Any] = field(default_factory=dict)
     config_given: bool = False
@@ -266,7 +264,6 @@ def open_source(
         ignored=read.ignored,
         unexplained=read.unexplained,
         parts=read.parts,
-        has_found_head=read.labels is not None,
         config=settled,
         files=files,
         notes=notes,

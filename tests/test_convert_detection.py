@@ -77,7 +77,6 @@ CASES = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:.*the classifier is taken from")
 @pytest.mark.parametrize(("inner", "names"), CASES)
 def test_a_classifier_beside_a_backbone_of_timm(inner, names, tmp_path):
     model = randomise(Wrapped(timm_backbone(), inner, names))
@@ -96,7 +95,6 @@ def test_a_classifier_beside_a_backbone_of_timm(inner, names, tmp_path):
     assert_close(run_flax(load_flax(path, **options), x), want, FLOAT32)
 
 
-@pytest.mark.filterwarnings("ignore:.*the classifier is taken from")
 @pytest.mark.parametrize(("inner", "names"), CASES[:3])
 def test_a_classifier_beside_a_backbone_of_transformers(inner, names, tmp_path):
     """The config.json is the backbone's, and says two classes."""
