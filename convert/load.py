@@ -332,9 +332,13 @@ class _Fit:
             if kind == "network" and not cut and not self._is_ignored(name):
                 over.append(name)
         if over:
+            over = [
+                f"{name} ({source.parts[name]})" if name in source.parts else name
+                for name in sorted(over)
+            ]
             raise CheckpointError(
                 f"{len(over)} tensors of the network in this file have no place in {self.model}, "
-                f"so its outputs would be wrong: {some(sorted(over), 12)}. If they may be left "
+                f"so its outputs would be wrong: {some(over, 12)}. If they may be left "
                 "out, pass `ignore=` with regular expressions of their names; if the "
                 "configuration is not that of these weights, give the right one."
             )
@@ -394,6 +398,8 @@ class _Fit:
             parts.append(
                 f"not in the checkpoint and newly initialized, so train them: {some(fresh, _SHOWN)}"
             )
+        if self.source.classifier and "classifier.weight" in self.tensors:
+            parts.append(f"taken as the classifier: {self.source.classifier}")
         left = [name for name in sorted(self.left) if not self._is_ignored(name)]
         if left:
             parts.append(f"in the checkpoint and not used: {some(left, _SHOWN)}")

@@ -45,6 +45,7 @@ class Source:
         ignored: name in the file -> why it is left aside.
         unexplained: names in the file that nothing here knows.
         parts: some of those -> what in the network they belong to, which no model here has.
+        classifier: the tensors that were taken for it, and why, where their names do not say it.
         config: what the network is.
         notes: what was set that no configuration said, and what says it.
         timm: timm's own `config.json`, if there was one.
@@ -65,6 +66,7 @@ class Source:
     config: ViTConfig
     files: ModelFiles
     parts: Mapping[str, str] = field(default_factory=dict)
+    classifier: str = ""
     notes: list[Note] = field(default_factory=list)
     timm: Mapping[str, Any] | None = None
     described: bool = False
@@ -264,6 +266,7 @@ def open_source(
         ignored=read.ignored,
         unexplained=read.unexplained,
         parts=read.parts,
+        classifier=read.classifier,
         config=settled,
         files=files,
         notes=notes,

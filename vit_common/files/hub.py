@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from vit_common.errors import InputError, MissingFileError, some, warn
 from vit_common.files.checkpoint import INDEX_SUFFIX, shard_names
+from vit_common.files.containers import orbax_folder
 from vit_common.files.texts import reason
 from vit_common.versions import PACKAGE
 
@@ -198,6 +199,8 @@ class ModelFiles:
         if place.is_file():
             return place
         found = [place / name for name in names if (place / name).is_file()]
+        if not found and orbax_folder.find(place) is not None:
+            return place
         if not found:
             raise MissingFileError(
                 f"{place}: no weights there; looked for {', '.join(names)}; {_contents(place)}"
