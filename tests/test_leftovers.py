@@ -195,7 +195,7 @@ def test_a_trained_head_is_found_or_refused(tmp_path, reference, network, head):
             np.testing.assert_allclose(np.asarray(run(model).logits), wanted, rtol=0, atol=2e-5)
             (message,) = messages
             said = str(message.message)
-            assert f"taken as the classifier: " in said
+            assert "taken as the classifier: " in said
             assert head in said
             assert model.config.num_labels == 5
         else:
