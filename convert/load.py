@@ -180,7 +180,7 @@ def load_parameters(
         model: name of the model's class, for messages.
         config: the model's, held against what the format implies.
         allow_missing: take a file that lacks parameters of the network itself.
-        ignore_mismatched_sizes: leave out parameters whose shape differs, as if missing.
+        ignore_mismatched_sizes: draw parameters anew that have another shape in the file.
         ignore: regular expressions of names in the file that may be left over.
         own: names of `shapes` that are of a subclass's own parts: they are read under the same
             names, and may be missing.

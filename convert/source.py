@@ -29,7 +29,7 @@ from vit_convert.read import Read, read_tensors
 from vit_convert.rules import Format, Mapped
 
 METADATA_KEY = "vit_config"
-"""Where a safetensors file that stands alone holds its configuration."""
+"""Key of the metadata of a safetensors file under which it carries its configuration."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Source:
         root: where in the file the network lies.
         mapped: the tensors under canonical names, without the prefix of a model with a head.
         ignored: name in the file -> why it is left aside.
-        unexplained: names in the file that nothing here knows.
+        unexplained: names in the file that are not known here.
         parts: some of those -> what in the network they belong to, which no model here has.
         classifier: the tensors that were taken for it, and why, where their names do not say it.
         config: what the network is.
@@ -76,7 +76,7 @@ class Source:
 
     @property
     def head(self) -> Head | None:
-        """What stands on the base network in this file."""
+        """The head in this file; None for a base network."""
         found = self.mapped.tensors
         if "cls_classifier.weight" in found and "distillation_classifier.weight" in found:
             return "teacher"
