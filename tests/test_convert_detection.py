@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from peers import (
 from timm_models import timm
 from torch import nn
 
+import vit_convert
 import vit_torch
 from vit_common.errors import CheckpointError
 from vit_convert.convert import convert
-from vit_convert.formats import FORMATS, mae, moco, timm_models
+from vit_convert.formats import FORMATS, NAMES, mae, moco, timm_models
 from vit_convert.infer import PUBLISHED
 from vit_convert.source import open_source
 
@@ -331,3 +333,26 @@ def test_the_published_moco_small_runs_with_twelve_heads(tmp_path):
     x = torch.tensor(pixels((224, 224), 1), dtype=torch.float32)
     with torch.no_grad():
         assert_close(ours(x).last_hidden_state[:, 0].numpy(), model(x).numpy(), FLOAT32)
+
+
+# -- one place for what is known of formats
+
+
+def test_no_code_outside_the_formats_compares_their_names():
+    """But for the arguments of saving, and the help of a command, which loads nothing."""
+    root = Path(vit_convert.__file__).parent
+    # Names of families and of libraries too.
+    own = set(NAMES) - {"flax", "deit", "beit", "dinov2", "timm"}
+    for file in root.glob("*.py"):
+        if file.name == "save.py":
+            continue
+        tree = ast.parse(file.read_text())
+        found = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        assert not own & {text for text in found if isinstance(text, str)}, file
+
+
+def test_formats_import_only_layouts_and_each_other():
+    for file in (Path(vit_convert.__file__).parent / "formats").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("vit_convert"):
+                assert str(node.module).startswith(("vit_convert.layouts", "vit_convert.formats"))
