@@ -339,7 +339,8 @@ class _Fit:
             raise CheckpointError(
                 f"{len(over)} tensors of the network in this file have no place in {self.model}, "
                 f"so its outputs would be wrong: {some(over, 12)}. If they may be left "
-                "out, pass `ignore=` with regular expressions of their names; if the "
+                "out, pass `ignore=` (in a command, --ignore) with regular expressions of their "
+                "names; if the "
                 "configuration is not that of these weights, give the right one."
             )
 
@@ -374,8 +375,8 @@ class _Fit:
         joined = "this file holds what looks like a trained head" if drawn else "of the head here"
         raise CheckpointError(
             f"{self.model} {what} {joined}: {names}. {hint} To leave it aside, pass "
-            "`num_labels=` of a new task, `ignore_mismatched_sizes=True`, or `ignore=` with "
-            "regular expressions of these names."
+            "`num_labels=` of a new task, `ignore_mismatched_sizes=True`, or `ignore=` (in a "
+            "command, --ignore) with regular expressions of these names."
         )
 
     def _mismatches(self) -> list[str]:
