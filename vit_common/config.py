@@ -161,6 +161,8 @@ class ViTConfig:
                 raise ConfigError(f"config: `{name}` was given twice.")
             kwargs[name] = value
 
+        for name, value in kwargs.items():
+            check_depth(name, value)
         model_type = kwargs.pop("model_type", None)
         if model_type not in (None, "", self.model_type, self.extended_type):
             known = config_classes().get(model_type) if isinstance(model_type, str) else None
@@ -194,7 +196,6 @@ class ViTConfig:
 
     def _set_unknown(self, name: str, value: Any) -> None:
         """Keep a key that is no field of this family."""
-        check_depth(name, value)
         taken = getattr(type(self), name, None)
         if isinstance(taken, property) or name in _RUNTIME or name.startswith("_attn_impl"):
             # The network has it from other fields, or it was about one process; a file may say it.

@@ -71,5 +71,5 @@ def shown(value: Any, most: int = _LONGEST) -> str:
     try:
         text = repr(value)
     except Exception:  # nested without end, an integer of too many digits, somebody's own class
-        return f"a {type(value).__name__}"
+        return f"a value of type {type(value).__name__}"
     return text if len(text) <= most else f"{text[: most // 2]}... ({len(text)} characters)"

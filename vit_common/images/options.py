@@ -94,9 +94,9 @@ def _crop_size(name: str, value: Any) -> dict[str, int]:
 
 
 def _resample(name: str, value: Any) -> Resampling:
-    with contextlib.suppress(ValueError):
-        if not isinstance(value, (bool, np.bool_)):
-            return Resampling(value)
+    with contextlib.suppress(ValueError, OverflowError):
+        if isinstance(value, (int, float, np.integer)) and not isinstance(value, bool):
+            return Resampling(int(value) if value == int(value) else -1)
     filters = ", ".join(f"{each.value} ({each.name})" for each in sorted(Resampling))
     _fail(name, f"one of Pillow's filters {filters}", value)
 
@@ -122,7 +122,7 @@ def _channel_values(name: str, value: Any) -> int | float | list[int | float]:
 
 def _std(name: str, value: Any) -> int | float | list[int | float]:
     values = _channel_values(name, value)
-    if 0 in np.atleast_1d(np.float32(values)):
+    if 0 in np.atleast_1d(np.asarray(values, np.float32)):
         _fail(name, "free of zeros, as pixels are divided by it", value)
     return values
 

@@ -257,6 +257,7 @@ class BaseImageProcessor:
 
     def _set(self, name: str, value: Any) -> None:
         """Set an option, or keep a key that is none."""
+        check_depth(name, value, InputError)
         if name in OPTIONS:
             setattr(self, name, value)
             return
@@ -266,10 +267,10 @@ class BaseImageProcessor:
                 self.__dict__[name] = value  # kept for the file; the property stays what it is
                 return
             if name != "model_input_names":
+                kind = "a method" if callable(taken) else "an attribute"
                 raise InputError(
-                    f"`{shown(name)[1:-1]}` is a method of {type(self).__name__}, not an option."
+                    f"`{shown(name)[1:-1]}` is {kind} of {type(self).__name__}, not an option."
                 )
-        check_depth(name, value, InputError)
         setattr(self, name, copy.deepcopy(value))
 
     def __setattr__(self, name: str, value: Any) -> None:
