@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from vit_flax.outputs import (
         FlaxBaseModelOutput,
         FlaxBaseModelOutputWithPooling,
+        FlaxBeitModelOutputWithPooling,
         FlaxDeiTForImageClassificationWithTeacherOutput,
         FlaxMaskedImageModelingOutput,
         FlaxMaskedLMOutput,
@@ -109,6 +110,7 @@ __all__ = [
     "FlaxBeitForMaskedImageModeling",
     "FlaxBeitForMaskedImageModelingModule",
     "FlaxBeitModel",
+    "FlaxBeitModelOutputWithPooling",
     "FlaxBeitPreTrainedModel",
     "FlaxDeiTForImageClassification",
     "FlaxDeiTForImageClassificationWithTeacher",

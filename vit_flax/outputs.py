@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from typing import Any
 
 import jax
+from flax import serialization
 
 from vit_common import outputs as common
 
@@ -14,6 +15,10 @@ class FlaxBaseModelOutput(common.BaseModelOutput):
 
 
 class FlaxBaseModelOutputWithPooling(common.BaseModelOutputWithPooling):
+    __doc__ = common.BaseModelOutputWithPooling.__doc__
+
+
+class FlaxBeitModelOutputWithPooling(FlaxBaseModelOutputWithPooling):
     __doc__ = common.BaseModelOutputWithPooling.__doc__
 
 
@@ -35,14 +40,41 @@ class FlaxMaskedLMOutput(common.MaskedLMOutput):
     __doc__ = common.MaskedLMOutput.__doc__
 
 
+def _flatten(output: common.ModelOutput) -> tuple[tuple[Any, ...], None]:
+    return tuple(getattr(output, name) for name in common.field_names(type(output))), None
+
+
+def _flatten_with_keys(output: common.ModelOutput) -> tuple[tuple[Any, ...], None]:
+    names = common.field_names(type(output))
+    return tuple((jax.tree_util.GetAttrKey(name), getattr(output, name)) for name in names), None
+
+
+def _to_state(output: common.ModelOutput) -> dict[str, Any]:
+    names = common.field_names(type(output))
+    return {name: serialization.to_state_dict(getattr(output, name)) for name in names}
+
+
+def _from_state(output: common.ModelOutput, state: dict[str, Any]) -> common.ModelOutput:
+    names = common.field_names(type(output))
+    return type(output).from_fields(
+        serialization.from_state_dict(getattr(output, name), state[name], name=name)
+        for name in names
+    )
+
+
 for _class in (
     FlaxBaseModelOutput,
     FlaxBaseModelOutputWithPooling,
+    FlaxBeitModelOutputWithPooling,
     FlaxSequenceClassifierOutput,
     FlaxMaskedImageModelingOutput,
     FlaxDeiTForImageClassificationWithTeacherOutput,
     FlaxMaskedLMOutput,
 ):
-    jax.tree_util.register_dataclass(
-        _class, data_fields=[f.name for f in fields(_class)], meta_fields=[]
+    jax.tree_util.register_pytree_with_keys(
+        _class,
+        _flatten_with_keys,
+        lambda _, values, cls=_class: cls.from_fields(values),  # type: ignore[misc]
+        _flatten,
     )
+    serialization.register_serialization_state(_class, _to_state, _from_state)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from torch.utils import _pytree
 
 from vit_common.outputs import (
@@ -13,6 +11,8 @@ from vit_common.outputs import (
     ImageClassifierOutput,
     MaskedImageModelingOutput,
     MaskedLMOutput,
+    ModelOutput,
+    field_names,
 )
 
 __all__ = [
@@ -25,12 +25,12 @@ __all__ = [
 ]
 
 
-def _register(output: type) -> None:
-    names = [field.name for field in fields(output)]
+def _register(output: type[ModelOutput]) -> None:
+    names = field_names(output)
     _pytree.register_pytree_node(
         output,
         lambda value: ([getattr(value, name) for name in names], None),
-        lambda values, _: output(*values),
+        lambda values, _: output.from_fields(values),
         serialized_type_name=f"vit_torch.{output.__name__}",
     )
 

@@ -7,8 +7,6 @@ Names, defaults and arithmetic are those of Transformers 4.57.6
 from __future__ import annotations
 
 import contextlib
-import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -278,13 +276,3 @@ class Recipe:
 def rescale(values: np.ndarray, factor: float) -> np.ndarray:
     """`values * factor`, multiplied in float64 and kept as float32."""
     return np.multiply(values, factor, dtype=np.float64).astype(np.float32)
-
-
-def warn(message: str) -> None:
-    """Warn at the line outside this package that led here."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(
-        "vit_common."
-    ):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, UserWarning, stacklevel=level)

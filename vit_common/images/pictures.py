@@ -6,6 +6,7 @@ opened by a user are converted alike.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import threading
@@ -18,6 +19,7 @@ import PIL.Image
 
 from vit_common.errors import ImageError, InputError, MissingFileError, ViTError, shown
 from vit_common.files.texts import reason
+from vit_common.images import kinds
 
 PLAIN_MODES = ("L", "LA", "RGB", "RGBA")
 """Modes whose bands are 8-bit intensities, with or without alpha; `load_image` gives these."""
@@ -197,6 +199,7 @@ def _decode(
     try:
         if isinstance(stream, io.BufferedReader):
             stream.peek()  # so that what is done under the lock need not wait for a disk
+        _register_heif(_head(stream))
         # Pillow warns of large images at half the size it refuses; a filter is the only way to
         # keep that quiet, and the lock keeps threads from leaving each other's filters behind.
         with _open_lock, warnings.catch_warnings():
@@ -244,13 +247,35 @@ def _too_large(name: str, error: Exception) -> str:
     )
 
 
-def _why_unidentified(stream: BinaryIO) -> str:
+def _head(stream: BinaryIO) -> bytes:
+    """The first bytes of a file, which is left where it was."""
     try:
-        stream.seek(0)
-        empty = not stream.read(1)
+        position = stream.tell()
+        head = stream.read(kinds.HEAD)
+        stream.seek(position)
     except (OSError, ValueError, AttributeError):
-        empty = False
-    return "the file is empty" if empty else "not an image, or of a kind that Pillow does not read"
+        return b"?"
+    return head
+
+
+def _register_heif(head: bytes) -> None:
+    """Let Pillow read HEIF photos, if this is one and pillow-heif is installed."""
+    if kinds.is_heif(head) and kinds.can_read_heif():
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+
+
+def _why_unidentified(stream: BinaryIO) -> str:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        stream.seek(0)
+    head = _head(stream)
+    if kinds.is_heif(head):
+        return (
+            "a HEIF photo, which Pillow reads with pillow-heif; run: pip install pillow-heif, or "
+            "convert it to JPEG"
+        )
+    return "not an image, or of a kind that Pillow does not read" if head else "the file is empty"
 
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from vit_common.errors import ImageError, InputError, shown
+from vit_common.errors import ImageError, InputError, shown, warn
 from vit_common.files.texts import reason
 from vit_common.images.options import (
     FIRST,
@@ -26,7 +26,6 @@ from vit_common.images.options import (
     Recipe,
     check_pixels,
     rescale,
-    warn,
 )
 from vit_common.images.pictures import (
     PLAIN_MODES,

@@ -26,7 +26,7 @@ import PIL.Image
 from PIL.Image import Resampling
 
 from vit_common.config_fields import check_depth
-from vit_common.errors import ConfigError, ImageError, InputError, shown
+from vit_common.errors import ConfigError, ImageError, InputError, shown, warn
 from vit_common.files.texts import read_json, reason
 from vit_common.images.options import (
     FIRST,
@@ -37,7 +37,6 @@ from vit_common.images.options import (
     check_framework,
     refuse_unsupported,
     rescale,
-    warn,
 )
 from vit_common.images.pictures import convert_mode, load_image
 from vit_common.images.pipeline import (
