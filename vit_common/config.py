@@ -33,6 +33,9 @@ from vit_common.config_fields import (
     refusal,
 )
 from vit_common.errors import ConfigError, shown
+from vit_common.files.hub import find_file, push_if_asked, split_hub_options
+from vit_common.files.replace import make_directory, write_text
+from vit_common.files.texts import read_json
 from vit_common.positions import ResizeRule
 
 __all__ = [
@@ -493,8 +496,6 @@ class ViTConfig:
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
         """Write `to_json_string()` to a file; the old file survives a failure."""
-        from vit_common.files.checkpoint import write_text
-
         write_text(json_file_path, self.to_json_string())
 
     def save_pretrained(
@@ -511,9 +512,6 @@ class ViTConfig:
         Raises:
             MissingFileError: the directory cannot be made or written.
         """
-        from vit_common.files.checkpoint import make_directory
-        from vit_common.files.hub import push_if_asked
-
         directory = make_directory(save_directory)
         self.to_json_file(directory / CONFIG_NAME)
         push_if_asked(directory, {**kwargs, "push_to_hub": push_to_hub}, files=[CONFIG_NAME])
@@ -531,8 +529,6 @@ class ViTConfig:
         Raises:
             MissingFileError: the Hub cannot be reached or refuses.
         """
-        from vit_common.files.hub import push_if_asked
-
         with tempfile.TemporaryDirectory() as directory:
             self.to_json_file(Path(directory) / CONFIG_NAME)
             options = {**kwargs, "push_to_hub": True, "repo_id": repo_id}
@@ -594,8 +590,6 @@ class ViTConfig:
 
     @classmethod
     def _from_file(cls, json_file: str | os.PathLike, build: Callable) -> Any:
-        from vit_common.files.checkpoint import read_json
-
         return cls._named(json_file, build, read_json(json_file))
 
     @classmethod
@@ -627,18 +621,12 @@ class ViTConfig:
             MissingFileError: nothing is there.
             CheckpointError: the file is not a JSON object.
         """
-        from vit_common.files.checkpoint import read_json
-        from vit_common.files.hub import find_file, split_hub_options
-
         hub, rest = split_hub_options(kwargs)
         return read_json(find_file(pretrained_model_name_or_path, CONFIG_NAME, **hub)), rest
 
     @classmethod
     def _read(cls, place: str | os.PathLike, build: Callable, kwargs: Mapping[str, Any]):
         """The result of `build` for the `config.json` of a model."""
-        from vit_common.files.checkpoint import read_json
-        from vit_common.files.hub import find_file, split_hub_options
-
         hub, overrides = split_hub_options(kwargs)
         path = find_file(place, CONFIG_NAME, **hub)
         table = {**read_json(path), "_name_or_path": str(place)}

@@ -27,6 +27,8 @@ from PIL.Image import Resampling
 
 from vit_common.config_fields import check_depth
 from vit_common.errors import ConfigError, ImageError, InputError, shown, warn
+from vit_common.files.hub import find_file, push_if_asked, split_hub_options
+from vit_common.files.replace import make_directory, write_text
 from vit_common.files.texts import read_json, reason
 from vit_common.images.options import (
     FIRST,
@@ -528,8 +530,6 @@ class BaseImageProcessor:
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write `to_json_string()`; the old file survives a failure."""
-        from vit_common.files.checkpoint import write_text
-
         write_text(json_file_path, self.to_json_string())
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> list[str]:
@@ -543,9 +543,6 @@ class BaseImageProcessor:
         Raises:
             MissingFileError: the directory cannot be made or written.
         """
-        from vit_common.files.checkpoint import make_directory
-        from vit_common.files.hub import push_if_asked
-
         directory = make_directory(save_directory)
         self.to_json_file(directory / PROCESSOR_NAME)
         push_if_asked(directory, kwargs, files=[PROCESSOR_NAME])
@@ -564,8 +561,6 @@ class BaseImageProcessor:
         Raises:
             MissingFileError: the Hub cannot be reached or refuses.
         """
-        from vit_common.files.hub import push_if_asked
-
         with tempfile.TemporaryDirectory() as directory:
             self.to_json_file(Path(directory) / PROCESSOR_NAME)
             options = {**kwargs, "push_to_hub": True, "repo_id": repo_id}
@@ -630,8 +625,6 @@ class BaseImageProcessor:
             MissingFileError: nothing is there.
             ConfigError: an option in the file is refused.
         """
-        from vit_common.files.hub import find_file, split_hub_options
-
         hub, overrides = split_hub_options(kwargs)
         path = find_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub)
         return cls._from_file(path, read_json(path), overrides)
@@ -650,8 +643,6 @@ class BaseImageProcessor:
             MissingFileError: nothing is there.
             CheckpointError: the file is not a JSON object.
         """
-        from vit_common.files.hub import find_file, split_hub_options
-
         hub, rest = split_hub_options(kwargs)
         return read_json(find_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub)), rest
 
