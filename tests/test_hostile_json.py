@@ -222,7 +222,7 @@ def test_files(tmp_path):
             AutoConfig.from_pretrained(tmp_path)
         assert len(str(caught.value)) < LONGEST
     for key, text, match in (
-        ("size", str(2**31), "`size` must be at most 65535 pixels a side; given 2147483648"),
+        ("size", str(2**31), "`size` must be at most 65535 pixels per side; given 2147483648"),
         ("size", '{"height": 4294967296, "width": 8}', "`size` must be at most 65535"),
         ("crop_size", str(2**62), "`crop_size` must be at most 65535"),
         ("notes", "[" * 950 + "]" * 950, "`notes` must be nested at most 100 levels deep"),

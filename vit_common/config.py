@@ -1,4 +1,4 @@
-"""`ViTConfig`: the one schema both twins, the converter and the commands are built from.
+"""`ViTConfig`: the one schema for both twins, the converter and the commands.
 
 Field names and defaults are those of Transformers 4.57.6 (`models/vit/configuration_vit.py`), so a
 Hub `config.json` reads as it is. Every value is checked where it is set. Keys this project does
@@ -56,7 +56,7 @@ CONFIG_NAME = "config.json"
 
 
 class Flags(NamedTuple):
-    """What a call returns."""
+    """Flags of a call: what it returns."""
 
     output_attentions: bool
     output_hidden_states: bool
@@ -292,7 +292,7 @@ class ViTConfig:
 
     @classmethod
     def class_stem(cls) -> str:
-        """What the names of the family's classes begin with: "ViT", "DeiT", ...."""
+        """Prefix of the names of the family's classes: "ViT", "DeiT", ...."""
         return cls.__name__.removesuffix("Config")
 
     @classmethod
@@ -315,7 +315,7 @@ class ViTConfig:
 
     @property
     def base_model_prefix(self) -> str:
-        """What a model with a head calls the network under it; the start of its weights' names."""
+        """Name of the network inside a model with a head; the prefix of its weights' names."""
         return self.model_type
 
     @property
@@ -342,7 +342,7 @@ class ViTConfig:
 
     @property
     def has_layer_scale(self) -> bool:
-        """Whether both residual branches are multiplied by learned factors, one a channel."""
+        """Whether both residual branches are multiplied by learned factors, one per channel."""
         return self.layer_scale_init_value > 0
 
     @property
@@ -353,18 +353,18 @@ class ViTConfig:
 
     @property
     def pooler_type(self) -> Literal["dense", "norm", "token"]:
-        """What the pooler does with the class token or the mean of the patches: a dense layer with
-        `pooler_act`, a norm, or nothing."""
+        """Kind of the pooler on the class token or the mean of the patches: a dense layer with
+        `pooler_act`, a norm, or neither."""
         return "norm" if self.norm_after_pooling else "dense"
 
     @property
     def classifier_has_pooler(self) -> bool:
-        """Whether the classifier looks at the pooler's output."""
+        """Whether the input of the classifier is the pooler's output."""
         return self.norm_after_pooling or self.use_representation_layer
 
     @property
     def classifier_width(self) -> int:
-        """Inputs of the classifier."""
+        """Number of inputs of the classifier."""
         if self.pooling == "cls_mean":
             return 2 * self.hidden_size
         return self.pooler_output_size if self.use_representation_layer else self.hidden_size

@@ -25,7 +25,7 @@ class InputError(ViTError, ValueError):
 
 
 class ImageError(ViTError, ValueError):
-    """An image that cannot be read or whose layout cannot be told."""
+    """An image that cannot be read, or whose layout is ambiguous."""
 
 
 class CheckpointError(ViTError, ValueError):
@@ -44,11 +44,11 @@ class DeviceError(ViTError):
 
 
 class HostError(ViTError):
-    """Another process of a run on several hosts did not come, is gone, or stopped."""
+    """Another process of a run on several hosts did not start, stopped, or is gone."""
 
 
 class ExistingFileError(ViTError, FileExistsError):
-    """A file that would have to be overwritten, which nobody asked for."""
+    """A file that exists already and must not be overwritten without being asked to."""
 
 
 def some(names: Iterable[str], most: int) -> str:

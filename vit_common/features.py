@@ -1,4 +1,4 @@
-"""The embedding of an image: which tokens of a network's output it is made of."""
+"""Image features: which tokens of a network's output they come from."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ __all__ = ["features_pool", "pooled_tokens"]
 
 
 def features_pool(config: ViTConfig) -> Literal["cls", "mean"]:
-    """Where an image's features come from: the class token or, without one, the mean of the
-    patches."""
+    """Source of an image's features: the class token, or without one the mean of the patches."""
     return "cls" if config.use_cls_token else "mean"
 
 

@@ -1,10 +1,9 @@
 """`ViTImageProcessor`: from images to the `pixel_values` both twins take.
 
 The arithmetic, the option names and the files are those of Transformers 4.57.6's processor on PIL
-and numpy (`models/vit/image_processing_vit.py`), to the bit wherever that one works. Where it stops
-with an error about something else, or guesses, this one does what the caller meant or says what
-to pass. One pipeline (`image_pipeline.py`) serves every processor of the family; a processor is
-its defaults.
+and numpy (`models/vit/image_processing_vit.py`), to the bit wherever that one works. Where it fails
+with an unrelated error, or guesses, this one does what the caller meant or says what to pass.
+One pipeline (`pipeline.py`) serves every processor of the family; a processor is its defaults.
 
 Numpy and Pillow only; a framework is imported where `return_tensors` asks for it.
 """
@@ -106,7 +105,7 @@ def _converter(framework: str) -> Callable[[Any], Any]:
 
 
 class BatchFeature(UserDict):
-    """What a processor returns: a mapping with `pixel_values` that also has them as attributes.
+    """Result of a processor: a mapping with `pixel_values`, which are attributes too.
 
     Args:
         data: the mapping.
@@ -432,7 +431,7 @@ class BaseImageProcessor:
 
         Args:
             image: (H, W, C) or (C, H, W), or a batch of these.
-            mean, std: one number a channel, or one for all.
+            mean, std: one number per channel, or one for all.
             data_format: layout of the result; by default that of the image.
             input_data_format: layout of the image; by default found in its shape.
 
@@ -441,7 +440,7 @@ class BaseImageProcessor:
 
         Raises:
             ImageError: the image or its layout cannot be taken.
-            InputError: an option is wrong, or not one number a channel.
+            InputError: an option is wrong, or not one number per channel.
         """
         values, layout, wanted = self._one(_as_image_array(image), data_format, input_data_format)
         values = channels_last(values, layout)
@@ -453,7 +452,7 @@ class BaseImageProcessor:
             each = self._checked(name, value)
             if isinstance(each, list) and len(each) != count:
                 raise InputError(
-                    f"`{name.removeprefix('image_')}` must have {count} values, one a channel; "
+                    f"`{name.removeprefix('image_')}` must have {count} values, one per channel; "
                     f"given {len(each)}."
                 )
             numbers.append(np.array(each, dtype=values.dtype))
@@ -705,7 +704,7 @@ class ViTImageProcessor(BaseImageProcessor):
         do_rescale: multiply by `rescale_factor`.
         rescale_factor: 1/255 by default.
         do_normalize: subtract `image_mean` and divide by `image_std`.
-        image_mean, image_std: one number a channel (their count says what the model takes: 1 is
+        image_mean, image_std: one number per channel (their count says what the model takes: 1 is
             grey, 3 RGB, 4 RGBA), or one for all; 0.5 by default.
         do_convert_rgb: True makes every PIL image RGB; None makes them, and arrays that can only
             be grey or RGBA, what the means say; False changes no number of channels.
@@ -726,7 +725,7 @@ class ViTImageProcessor(BaseImageProcessor):
 
 
 class ViTFeatureExtractor(ViTImageProcessor):
-    """The older face of `ViTImageProcessor`: the same, but a pair as `size` is (width, height).
+    """The older name of `ViTImageProcessor`: the same, but a pair as `size` is (width, height).
 
     What it saves names `ViTImageProcessor`, which every version of Transformers can read.
     """
