@@ -87,6 +87,7 @@ def compile_one(platform: str, size: str, scanned: bool) -> dict[str, Any]:
     import jax
 
     from vit_common.presets import preset
+    from vit_flax.attention import compiled_for
     from vit_flax.tpu_check import libtpu_environment
 
     config = preset(size, num_labels=1000)
@@ -96,7 +97,7 @@ def compile_one(platform: str, size: str, scanned: bool) -> dict[str, Any]:
     def forward(params, pixel_values):
         return model(pixel_values, params=params).logits
 
-    with libtpu_environment():
+    with libtpu_environment(), compiled_for(platform):
         jitted = jax.jit(forward, **(on_chip() if platform == "tpu" else {}))
         arguments = model.params_shape_tree, pixels_of(config, batch, dtype)
         compiled, seconds = stages(jitted, *arguments)
@@ -115,6 +116,7 @@ def memory_one(policy: str, scanned: bool) -> dict[str, Any]:
     import jax
 
     from vit_common.presets import preset
+    from vit_flax.attention import compiled_for
     from vit_flax.tpu_check import libtpu_environment
 
     config = preset("large", num_labels=1000, num_hidden_layers=MEMORY_LAYERS)
@@ -126,7 +128,7 @@ def memory_one(policy: str, scanned: bool) -> dict[str, Any]:
         labels = jax.numpy.zeros(MEMORY_BATCH, int)
         return model(pixel_values, params=params, labels=labels).loss
 
-    with libtpu_environment():
+    with libtpu_environment(), compiled_for("tpu"):
         jitted = jax.jit(jax.grad(loss), **on_chip())
         arguments = model.params_shape_tree, pixels_of(config, MEMORY_BATCH, "bfloat16")
         compiled, seconds = stages(jitted, *arguments)

@@ -46,7 +46,7 @@ from vit_convert.load import (
 )
 from vit_convert.rules import Mapped, MappedTensor, to_canonical, to_foreign, unprefixed
 from vit_convert.save import SaveFormat, check_save_keywords, save_parameters
-from vit_flax.attention import check_implementation
+from vit_flax.attention import check_implementation, targets
 from vit_flax.model import (
     REMAT_POLICIES,
     FlaxViTForImageClassificationModule,
@@ -331,7 +331,9 @@ class FlaxViTPreTrainedModel:
         if "_jitted" not in vars(self):
             module, shapes = self._module, self._shapes
 
-            def run(params, pixel_values, dropout_rng, arrays, deterministic, flags, interpolate):
+            def run(
+                params, pixel_values, dropout_rng, arrays, deterministic, flags, interpolate, _
+            ):
                 return module.apply(
                     # Names and shapes are known while tracing: later calls do not pay for this.
                     {"params": check_params(params, shapes)},
@@ -343,7 +345,7 @@ class FlaxViTPreTrainedModel:
                     **arrays,
                 )
 
-            self._jitted = jax.jit(run, static_argnums=(4, 5, 6))
+            self._jitted = jax.jit(run, static_argnums=(4, 5, 6, 7))
         return self._jitted
 
     def _call(self, pixel_values, params, dropout_rng, train, flags, interpolate, arrays) -> Any:
@@ -367,6 +369,7 @@ class FlaxViTPreTrainedModel:
             not train,
             self.config.resolve_flags(*flags),
             bool(interpolate),
+            targets(),  # a program for another platform is traced anew
         )
 
     # -- files
