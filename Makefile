@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
-SOURCES := vit_common convert vit_flax vit_torch vit_cli tests benchmarks examples
+SOURCES := vit_common convert vit_flax vit_torch vit_cli tests benchmarks examples setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow mutants test-online test-current-hub test-tpu lint format types wheel check bench clean
+.PHONY: help demo test test-slow fuzz test-docs mutants test-online test-current-hub test-tpu lint format types \
+    wheel wheel-3.12 wheel-3.13 wheel-lowest docs check bench clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
+	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9.-]+):.*## /\1\t/' | expand -t 20
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +36,13 @@ test: $(VENV)/.test  ## the whole suite
 
 test-slow: $(VENV)/.test  ## the tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -n 2 -m slow
+
+test-docs: $(VENV)/.test  ## everything that README, docs/ and the notebook show is run and compared
+	$(BIN)/python -m pytest -n 2 -m docs
+
+SECONDS ?= 60
+fuzz: $(VENV)/.test  ## bent files for every reader; SECONDS=60
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)
 
 test-online: $(VENV)/.test  ## the tests that need the real Hub
 	$(BIN)/python -m pytest -m online
@@ -64,10 +72,24 @@ format: $(VENV)/.test  ## let ruff rewrite the files
 types: $(VENV)/.test  ## mypy
 	$(BIN)/mypy
 
-wheel: $(VENV)/.test  ## build the wheel and run the command from it
+wheel: $(VENV)/.test  ## build sdist and wheel and try them in a clean environment
 	bash .ci/wheel
 
-check: test lint types wheel  ## what CI checks
+wheel-3.12 wheel-3.13: wheel-%:  ## the same with that Python and the newest versions of everything
+	bash .ci/wheel --python python$* --newest
+
+wheel-lowest:  ## the same with the lowest versions that pyproject.toml names
+	bash .ci/wheel --python $(PYTHON) --lowest
+
+$(VENV)-docs/.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet 'mkdocs-material>=9.7,<10' 'mkdocstrings[python]>=1,<2'
+	@touch $@
+
+docs: $(VENV)-docs/.done  ## the site, into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --quiet --strict
+
+check: test lint types docs test-docs wheel  ## what CI checks
 
 bench: $(VENV)/.test  ## every benchmark, beside its peers; writes benchmarks/results
 	$(BIN)/python benchmarks/startup.py
@@ -75,4 +97,4 @@ bench: $(VENV)/.test  ## every benchmark, beside its peers; writes benchmarks/re
 	$(BIN)/python benchmarks/conversion.py
 
 clean:  ## remove the environments
-	rm -rf $(VENV) $(VENV)-hub $(VENV)-tpu
+	rm -rf $(VENV) $(VENV)-hub $(VENV)-tpu $(VENV)-docs site

@@ -32,7 +32,7 @@ def vit_flax(folder: Path, device: str, dtype: str) -> Run:
 
     from vit_flax import FlaxViTForImageClassification
     from vit_flax.inference import ImageClassifier
-    from vit_flax.inference.classifier import _PROBABILITIES
+    from vit_flax.inference.classifier import PROBABILITIES
 
     half = {"param_dtype": dtype} if dtype != "float32" else {}
     model = FlaxViTForImageClassification.from_pretrained(folder, dtype=dtype, **half)
@@ -40,7 +40,7 @@ def vit_flax(folder: Path, device: str, dtype: str) -> Run:
 
     def prepare(x: np.ndarray) -> Callable[[], np.ndarray]:
         classify.runner(len(x))
-        program = classify.engine.compile(_PROBABILITIES, len(x))
+        program = classify.engine.compile(PROBABILITIES, len(x))
         x = jax.device_put(x)
         return lambda: np.asarray(program(classify.engine.params, x)[0])
 

@@ -19,7 +19,6 @@ import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from typing import Any
 
 from common import RESULTS, ROOT, run_process, write_result
@@ -86,14 +85,13 @@ def transformers_forward(model: str, mesh: Any, batch: int) -> Any:
     from vit_common.flops import forward_flops
     from vit_common.presets import preset
     from vit_flax import tpu_check
+    from vit_flax.sharding import batch_sharding, replicated
 
     config = preset(model, num_labels=1000)
     theirs = FlaxViTForImageClassification(
         ViTConfig(**config.to_dict()), dtype=jnp.bfloat16, _do_init=False
     )
-    spec = jax.sharding.PartitionSpec
-    everywhere = jax.sharding.NamedSharding(mesh, spec())
-    split = jax.sharding.NamedSharding(mesh, spec("data"))
+    everywhere, split = replicated(mesh), batch_sharding(mesh)
     jitted = jax.jit(
         lambda params, pixel_values: theirs(pixel_values, params=params).logits,
         in_shardings=(everywhere, split),
@@ -113,11 +111,6 @@ def with_half_parameters(built: Any) -> Any:
     params, *others = built.arguments
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), params)
     return built._replace(arguments=(params, *others))
-
-
-def versions() -> dict[str, str]:
-    """Versions that decide the result."""
-    return {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "libtpu")}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -169,6 +162,8 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(compile_one(*arguments.one)))
         return
+    from vit_flax.tpu_check import versions
+
     known: dict[tuple[str, ...], dict[str, Any]] = {}
     path = RESULTS / "tpu.json"
     if path.exists():

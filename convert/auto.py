@@ -9,11 +9,10 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from vit_common.config import ViTConfig, config_class
+from vit_common.config import ViTConfig
 from vit_common.errors import ConfigError, InputError
-from vit_common.files.hub import split_hub_options
-from vit_convert.load import read_config
-from vit_convert.source import open_source
+from vit_common.families import config_class
+from vit_convert.source import Source
 
 
 class AutoModelBase:
@@ -57,7 +56,9 @@ class AutoModelBase:
                 )
             table = config.to_dict()
             config = config_class(table.get("model_type")).from_dict(table)
-        return cls.class_for(config)(config, **kwargs)
+        kwargs.pop("trust_remote_code", None)  # no code of a repository is ever run
+        model = cls.class_for(config)
+        return getattr(model, "_from_config", model)(config, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -72,29 +73,28 @@ class AutoModelBase:
             ConfigError: the configuration is of no family known here.
             CheckpointError: the weights are corrupt, incomplete or do not fit.
         """
-        hub, options = split_hub_options(kwargs)
-        config, _, beside = read_config(
-            pretrained_model_name_or_path,
-            options.get("config"),
-            hub,
-            {name: value for name, value in options.items() if name not in _NOT_FIELDS},
-            wanted=None,
-            format=options.get("format"),
-        )
-        found = {"format": options.get("format"), "beside": beside, **hub}
-        chosen = cls.choose(config, pretrained_model_name_or_path, found)
-        return chosen.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        source, loading = cls.open_pretrained(pretrained_model_name_or_path, kwargs)
+        with source:
+            return cls.from_source(source, *args, **loading)
 
     @classmethod
-    def choose(cls, config: ViTConfig, name: Any, options: Mapping[str, Any]) -> Any:
-        """The class for a checkpoint; overridden where more than the family decides.
+    def open_pretrained(
+        cls, name_or_path: Any, options: Mapping[str, Any]
+    ) -> tuple[Source, dict[str, Any]]:
+        """As `Loadable.open_pretrained` of the models."""
+        # The keywords are those of any of the models.
+        model = next(iter(cls.classes.values()))
+        return model.open_pretrained(name_or_path, options, choose=cls.class_for)
 
-        `options` are those of `open_source`.
-        """
-        return cls.class_for(config)
+    @classmethod
+    def from_source(cls, source: Source, *args: Any, **kwargs: Any) -> Any:
+        """Load a model of an opened checkpoint, as `from_source` of the models."""
+        return cls.choose(source).from_source(source, *args, **kwargs)
 
-
-_NOT_FIELDS = ("config", "format", "dtype", "torch_dtype", "param_dtype")
+    @classmethod
+    def choose(cls, source: Source) -> Any:
+        """The class for a checkpoint; overridden where more than the family decides."""
+        return cls.class_for(source.config)
 
 
 class AutoClassifierBase(AutoModelBase):
@@ -108,10 +108,8 @@ class AutoClassifierBase(AutoModelBase):
     teacher: ClassVar[Any] = None
 
     @classmethod
-    def choose(cls, config: ViTConfig, name: Any, options: Mapping[str, Any]) -> Any:
+    def choose(cls, source: Source) -> Any:
         """The class for a checkpoint."""
-        if config.model_type == "deit":
-            with open_source(name, config=config, **options) as source:
-                if source.head == "teacher":
-                    return cls.teacher
-        return cls.class_for(config)
+        if source.config.model_type == "deit" and source.head == "teacher":
+            return cls.teacher
+        return cls.class_for(source.config)

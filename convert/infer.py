@@ -8,71 +8,45 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vit_common.config import Dinov2Config, ViTConfig, config_class
+import numpy as np
+
+from vit_common.config import ViTConfig
 from vit_common.errors import CheckpointError, ConfigError
+from vit_common.families import Dinov2Config, config_class
 from vit_common.images.imagenet import imagenet_labels
+from vit_common.positions import resize_positions
 from vit_common.presets import PRESETS
-from vit_convert.formats import timm_models
-from vit_convert.rules import Format, Mapped, TensorLike
+from vit_convert.formats import FORMATS
+from vit_convert.formats.format import Format, Published
+from vit_convert.formats.timm_config import (
+    LABELS,
+    POOLING,
+    heads_of,
+    label_names,
+    pooling_of,
+    read_timm_config,
+)
+from vit_convert.rules import Mapped, TensorLike
 
 IMAGENET_CLASSES = 1000
+_PRESETS = PRESETS.items()
 
-# (width, depth, MLP width) -> heads of published ViTs whose files do not say it: the presets (their
-# sources are there), ViT-So400m (Alabdulmohsin et al. 2023, arXiv:2305.13035), DINOv2's giant
-# (Oquab et al. 2023, arXiv:2304.07193) and ViT-G (Zhai et al. 2022, arXiv:2106.04560). Networks
-# without a class token are not looked up: of ViT-B there are such with 12 and with 16 heads.
-_HEADS = {(width, depth, inner): heads for width, depth, heads, inner, _ in PRESETS.values()} | {
-    (1152, 27, 4304): 16,
-    (1536, 40, 4096): 24,
-    (1664, 48, 8192): 16,
-}
+PUBLISHED: tuple[Published, ...] = (
+    *(Published(f"ViT-{name}", w, d, inner, heads) for name, (w, d, heads, inner, _) in _PRESETS),
+    # Alabdulmohsin et al. 2023, arXiv:2305.13035; Oquab et al. 2023, arXiv:2304.07193; Zhai et al.
+    # 2022, arXiv:2106.04560.
+    Published("ViT-So400m", 1152, 27, 4304, 16),
+    Published("DINOv2 ViT-giant", 1536, 40, 4096, 24),
+    Published("ViT-G", 1664, 48, 8192, 16),
+    # Of these names in timm 1.0.31; no weights of the second were published.
+    Published("vit_base_patch16_siglip_gap_224", 768, 12, 3072, 12, class_token=False),
+    Published("vit_base_patch16_gap_224", 768, 12, 3072, 16, class_token=False),
+    *dict.fromkeys(row for table in FORMATS for row in table.published),
+)
+"""Published networks whose files do not say their number of heads; the presets' sources are there.
 
-# Keyword of timm's model -> field here.
-_TIMM_SAME = {
-    "num_heads": "num_attention_heads",
-    "img_size": "image_size",
-    "drop_path_rate": "drop_path_rate",
-}
-# Keywords that the weights show by themselves, or that change nothing in inference.
-_TIMM_SHOWN = {
-    "embed_dim", "depth", "patch_size", "in_chans", "num_classes", "mlp_ratio", "qkv_bias",
-    "init_values", "class_token", "reg_tokens", "no_embed_class", "distilled", "drop_rate",
-    "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "dynamic_img_size",
-    "dynamic_img_pad", "weight_init", "fix_init", "strict_img_size", "fc_norm", "global_pool",
-    "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias", "final_norm",
-}  # fmt: skip
-_TIMM_PLAIN: dict[str, tuple[Any, ...]] = {
-    "pre_norm": (False,),
-    "qk_norm": (False,),
-    "scale_attn_norm": (False,),
-    "scale_mlp_norm": (False,),
-    "use_rot_pos_emb": (False,),
-    "pos_embed": ("learn",),
-    "proj_bias": (True,),
-}
-_TIMM_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_pytorch_tanh",
-    "quick_gelu": "quick_gelu",
-    "quickgelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
-}
-
-
-# Formats whose classifiers of 1000 classes are those of ImageNet-1k.
-_IMAGENET_FORMATS = ("google", "deit", "beit", "mae", "dino")
-
-
-def _label_names(timm: Mapping[str, Any] | None) -> list[str] | None:
-    """The names of classes in timm's `config.json`, in order."""
-    for place in (timm or {}), ((timm or {}).get("pretrained_cfg") or {}):
-        names = place.get("label_names") if isinstance(place, Mapping) else None
-        if isinstance(names, Mapping):
-            names = [names[key] for key in sorted(names, key=str)] if names else None
-        if isinstance(names, list) and names:
-            return [str(name) for name in names]
-    return None
+Without a class token only those are listed that share all sizes: other networks of such sizes may
+have any number of heads."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +85,6 @@ def infer_config(
         raise CheckpointError(f"tensors of an impossible number of axes: {', '.join(odd[:60])}.")
     fields: dict[str, tuple[Any, str]] = {}
     given = _checked(table, overrides)
-    for key in ("pretrained_cfg", "model_args"):
-        part = (timm or {}).get(key)
-        if part is not None and not isinstance(part, Mapping):
-            raise ConfigError(f"timm's config.json: `{key}` must be a mapping; given {part!r}.")
 
     def note(origin: str, **values: Any) -> None:
         fields.update({name: (value, origin) for name, value in values.items()})
@@ -124,19 +94,19 @@ def infer_config(
         note(f"the format {table.name}", **{name: value})
     _sizes(shapes, family, note)
     if timm is not None:
-        _read_timm(timm, given, note)
+        read_timm_config(timm, note)
     if "num_attention_heads" not in {*given, *fields}:
-        _heads(shapes, source, timm, note)
+        _heads(shapes, source, mapped, timm, note)
     _pooling(shapes, family, timm, note)
     known = {name: value for name, (value, _) in fields.items()} | given
-    _image_size(shapes, known, given, family, note)
+    _image_size(table, shapes, known, given, family, note)
     labels = known.get("num_labels")
     if not {"id2label", "num_labels"} & set(given):
-        names = _label_names(timm)
+        names = label_names(timm)
         if names is not None and len(names) == labels:
-            note("timm's label_names", id2label=dict(enumerate(names)))
+            note(LABELS, id2label=dict(enumerate(names)))
             fields.pop("num_labels")
-        elif labels == IMAGENET_CLASSES and (table.name in _IMAGENET_FORMATS or timm is not None):
+        elif labels == IMAGENET_CLASSES and (table.imagenet or timm is not None):
             note(
                 "the order of ImageNet-1k, which a head of 1000 has",
                 id2label=dict(enumerate(imagenet_labels())),
@@ -255,7 +225,7 @@ def _mlp_ratio(width: int, inner: int, swiglu: bool) -> float:
     raise CheckpointError(f"no `mlp_ratio` gives an MLP of width {inner} for a width of {width}.")
 
 
-def _heads(shapes, source, timm, note) -> None:
+def _heads(shapes, source, mapped, timm, note) -> None:
     for name, tensor in source.items():
         if name.endswith("query/kernel") and len(tensor.shape) == 3:
             note("shapes", num_attention_heads=tensor.shape[1])
@@ -264,68 +234,84 @@ def _heads(shapes, source, timm, note) -> None:
     if table:
         note("shapes", num_attention_heads=table[1])
         return
-    architecture = (timm or {}).get("architecture")
-    if architecture in timm_models.HEADS:
-        note(f"timm's {architecture}", num_attention_heads=timm_models.HEADS[architecture])
+    if named := heads_of(timm):
+        note(named[1], num_attention_heads=named[0])
         return
     width = shapes["embeddings.patch_embeddings.projection.weight"][0]
     second = shapes.get("encoder.layer.0.output.dense.weight", (0, 0))
     depth = len({name.split(".")[2] for name in shapes if name.startswith("encoder.layer.")})
     sizes = (width, depth, second[1])
-    if sizes not in _HEADS or "embeddings.cls_token" not in shapes:
-        raise CheckpointError(
-            "the number of attention heads is not in these weights, and no published model that is "
-            f"known here has their width of {width}, {depth} blocks and MLPs of {second[1]} (and a "
-            "class token); say it: `--heads` of the command, `num_attention_heads=` in Python, or "
-            "a config.json beside the file."
+    class_token = "embeddings.cls_token" in shapes
+    rows = [row for row in PUBLISHED if (row.width, row.depth, row.inner) == sizes]
+    rows = [row for row in rows if row.class_token == class_token]
+    chosen = _told_by_positions(rows, mapped)
+    if len({row.heads for row in chosen}) == 1:
+        (row, *_) = chosen
+        note(
+            f"the published model of width {width}, depth {depth}"
+            + (f", positions as in {row.name}" if len({r.heads for r in rows}) > 1 else ""),
+            num_attention_heads=row.heads,
         )
-    origin = f"the published model of width {width}, depth {depth}"
-    note(origin, num_attention_heads=_HEADS[sizes])
-
-
-def _read_timm(timm: Mapping[str, Any], given: Mapping[str, Any], note: Any) -> None:
-    architecture = str(timm.get("architecture", ""))
-    if architecture not in timm_models.HEADS:
-        # Other networks can have the same names: vit_base_patch16_rpn_224 has its norms elsewhere.
-        raise ConfigError(
-            f"timm's config.json: `architecture` is {architecture!r}, whose network is not known "
-            "to be one of those here. If it is, convert the weights file apart from its "
-            "config.json, and say with options what the weights do not."
-        )
-    activation = timm_models.ACTIVATIONS.get(architecture, "gelu")
-    note(
-        f"timm's {architecture}",
-        hidden_act=activation,
-        layer_norm_eps=timm_models.EPS.get(architecture, 1e-6),
+        return
+    ask = (
+        "`--heads` of the command, `num_attention_heads=` in Python, or a config.json beside the "
+        "file"
     )
-    cfg, args = (timm.get(name) or {} for name in ("pretrained_cfg", "model_args"))
-    size, given_size = cfg.get("input_size"), args.get("img_size", 1)
-    if (size and not _whole(size, 3)) or not (_whole([given_size], 1) or _whole(given_size, 2)):
-        raise ConfigError(
-            "timm's config.json: `input_size` must be three integers (channels, height, width), "
-            f"and `img_size` one or two; given {size!r} and {given_size!r}."
+    if chosen:
+        twins = " and ".join(f"{row.name} ({row.heads} heads)" for row in chosen)
+        raise CheckpointError(
+            "the number of attention heads is not in these weights, and published models that "
+            f"differ in it have these sizes: {twins}. Say which: {ask}."
         )
-    if size:
-        note("timm's pretrained_cfg", image_size=size[1] if size[1] == size[2] else tuple(size[1:]))
-    odd = []
-    for key, value in args.items():
-        if key in _TIMM_SAME:
-            note("timm's model_args", **{_TIMM_SAME[key]: value})
-        elif key == "act_layer" and str(value) in _TIMM_ACTIVATIONS:
-            note("timm's model_args", hidden_act=_TIMM_ACTIVATIONS[str(value)])
-        elif key not in _TIMM_SHOWN and value not in _TIMM_PLAIN.get(key, ()):
-            odd.append(f"{key}={value!r}")
-    if odd:
-        raise ConfigError(
-            f"timm's config.json: `model_args` has {', '.join(odd)}, which changes the network and "
-            "is not understood here; this model cannot be converted."
-        )
+    raise CheckpointError(
+        "the number of attention heads is not in these weights, and no published model that is "
+        f"known here has their width of {width}, {depth} blocks and MLPs of {second[1]} (and a "
+        f"class token); say it: {ask}."
+    )
 
 
-def _whole(values: Any, count: int) -> bool:
-    """Whether that many positive integers are given."""
-    listed = isinstance(values, (list, tuple)) and len(values) == count
-    return listed and all(type(value) is int and value > 0 for value in values)
+_NEAR, _FAR = 0.3, 0.7
+_TRAINED = (14, 14)
+
+
+def _told_by_positions(rows: list[Published], mapped: Mapped) -> list[Published]:
+    """Of published networks of the same sizes, those that these positions leave: networks with
+    fixed positions are left out where these are far from them, and alone are left where near.
+
+    Fine-tuning may move positions a little; learned ones are about as far from fixed ones as these
+    are from zero.
+    """
+    if len({row.heads for row in rows}) < 2 or not any(row.positions for row in rows):
+        return rows
+    tensor = mapped.tensors.get("embeddings.position_embeddings")
+    side = 0 if tensor is None else math.isqrt(tensor.shape[1])
+    if tensor is None or side * side not in (tensor.shape[1], tensor.shape[1] - 1):
+        return rows
+    given = np.asarray(tensor.read(), np.float64)[0, -side * side :]
+    left, near = [], []
+    for row in rows:
+        if row.positions is None:
+            left.append(row)
+            continue
+        distance = min(
+            float(np.linalg.norm(given - fixed) / np.linalg.norm(fixed))
+            for fixed in _at_size(row, (side, side))
+        )
+        if distance < _NEAR:
+            near.append(row)
+        elif not distance > _FAR:
+            left.append(row)
+    return near or left
+
+
+def _at_size(row: Published, grid: tuple[int, int]) -> list[np.ndarray]:
+    """Fixed positions for a grid: computed there, and resampled from the one of 224 pixels."""
+    assert row.positions is not None
+    made = row.positions(grid, row.width).astype(np.float64)
+    if grid == _TRAINED:
+        return [made]
+    at_224 = row.positions(_TRAINED, row.width).astype(np.float64)[None]
+    return [made, resize_positions(at_224, _TRAINED, grid, "bicubic", 0)[0]]
 
 
 def _pooling(shapes, family: str, timm: Any, note: Any) -> None:
@@ -338,31 +324,27 @@ def _pooling(shapes, family: str, timm: Any, note: Any) -> None:
     if "pooler.layernorm.weight" in shapes:
         note("names (fc_norm)", pooling="mean", norm_after_pooling=True)
         return
-    pool = (timm or {}).get("global_pool") or ((timm or {}).get("model_args") or {}).get(
-        "global_pool"
-    )
-    if pool in ("avg", "token", ""):
-        if pool == "avg":
-            note("timm's global_pool", pooling="mean")
-    elif pool is not None:
-        raise ConfigError(
-            f"timm's config.json: `global_pool` must be 'token' or 'avg'; given {pool!r}."
-        )
+    if pooling_of(timm) == "avg":
+        note(POOLING, pooling="mean")
     if "embeddings.cls_token" not in shapes:
         note("names (no class token)", pooling="mean")
 
 
-def _image_size(shapes, known, given, family: str, note: Any) -> None:
+def _image_size(table: Format, shapes, known, given, family: str, note: Any) -> None:
     patch = known["patch_size"]
     height, width = patch if isinstance(patch, tuple) else (patch, patch)
     positions = shapes.get("embeddings.position_embeddings")
     if positions is None:
-        if "image_size" not in known:
-            table = next(
+        if table.positions is not None and known.get("use_cls_token", True):
+            note("no positions in the file", position_tokens="patches")
+        if "image_size" not in known and table.image_size is not None:
+            note(f"published networks ({table.describes})", image_size=table.image_size)
+        elif "image_size" not in known:
+            relative = next(
                 (s for n, s in shapes.items() if n.endswith("relative_position_bias_table")), None
             )
-            side = 0 if table is None else (math.isqrt(max(table[0] - 3, 0)) + 1) // 2
-            if table is None or (2 * side - 1) ** 2 + 3 != table[0]:
+            side = 0 if relative is None else (math.isqrt(max(relative[0] - 3, 0)) + 1) // 2
+            if relative is None or (2 * side - 1) ** 2 + 3 != relative[0]:
                 raise CheckpointError(_ask_for_size("these weights have no positions"))
             note("shapes", image_size=_sides(side * height, side * width))
         return

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import inspect
 import os
-import warnings
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from vit_common.checks import check_keywords
-from vit_common.config import (
-    CONFIG_CLASSES,
-    CONFIG_NAME,
-    FIELDS,
-    FLOATS,
-    DeiTConfig,
-    ViTConfig,
-    as_config,
-    is_timm,
-)
-from vit_common.errors import CheckpointError, ConfigError, some
-from vit_common.files.checkpoint import Checkpoint
-from vit_common.files.hub import HUB_OPTIONS, find_file
+from vit_common.config import FIELDS, FLOATS, ViTConfig
+from vit_common.errors import CheckpointError, some, warn
+from vit_common.families import DeiTConfig
+from vit_common.files.hub import HUB_OPTIONS, split_hub_options
 from vit_common.parameters import HEAD_PARAMETERS
-from vit_convert.rules import Format, MappedTensor, unprefixed
-from vit_convert.source import Source, config_from_dict, find_config, open_source
+from vit_convert.leftovers import (
+    CLASSIFIERS,
+    Kind,
+    check_patterns,
+    classes_of,
+    is_ignored,
+    kind_of,
+)
+from vit_convert.rules import MappedTensor, unprefixed
+from vit_convert.source import Source, open_source
 
 _SHOWN = 40
 """Names said in a message; the rest are counted."""
@@ -40,97 +39,120 @@ class Loaded:
 
     Attributes:
         tensors: canonical name -> tensor, with the model's own `vit.` prefix, in the model's order.
-        missing: names the file does not have; the caller draws them anew.
-        path: the file they come from.
-        format: its format.
+        missing: names the file does not have, or in another shape; the caller draws them anew.
+        unexpected: names in the file that the model has no place for.
+        mismatched: names of other shapes, with that in the file and that in the model.
     """
 
     tensors: dict[str, MappedTensor]
     missing: list[str]
-    path: Path
-    format: Format
-    checkpoint: Checkpoint
+    unexpected: list[str]
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
 
-    def close(self) -> None:
-        """Close the file; tensors not read by now cannot be read any more."""
-        self.checkpoint.close()
+    @property
+    def info(self) -> dict[str, list]:
+        """What `output_loading_info=True` gives, as Transformers 4.57.6 names it."""
+        other = [name for name, *_ in self.mismatched]
+        return {
+            "missing_keys": [name for name in self.missing if name not in other],
+            "unexpected_keys": self.unexpected,
+            "mismatched_keys": other,
+            "error_msgs": [],
+        }
 
 
-def read_config(
-    name_or_path: Any,
-    config: Any,
-    hub: Mapping[str, Any],
-    options: Mapping[str, Any],
-    *,
-    wanted: type[ViTConfig] | None = ViTConfig,
-    format: str | None = None,
-) -> tuple[Any, dict[str, Any], dict[str, Any] | None]:
-    """The configuration of a model to load; the options that are not fields of it; and the
-    `config.json` beside the weights, empty where there is none, None where it was not looked for.
+class Loadable:
+    """What the models and the `Auto` classes of both twins have in common: a checkpoint is opened
+    once, by `from_pretrained`, and `from_source` makes a model of it.
 
-    Args:
-        name_or_path: where the weights are; `config.json` is looked for there, or beside a file.
-            Where there is none, or timm's own, the weights say what the network is.
-        config: a configuration (all options are then left over), or where to read it, or None.
-        hub: options of the Hub.
-        options: overrides of fields, mixed with others.
-        wanted: the configuration's class; None takes any.
-        format: of the weights, where it cannot be told.
-
-    Raises:
-        MissingFileError, ConfigError: as `ViTConfig.from_pretrained`.
-        CheckpointError: the weights had to be looked at, and are refused.
+    Attributes:
+        _preferred_files: keyword of `from_pretrained` that prefers weights in another layout where
+            there are several, and the names of their files.
+        _without_effect: keywords of Transformers 4.57.6 -> values that ask for what happens anyway.
     """
-    if config is not None and not isinstance(config, (str, os.PathLike)):
-        return (config if wanted is None else as_config(config, wanted)), dict(options), None
-    place = name_or_path if config is None else config
-    path, table = find_config(place, **hub)
-    beside = (table or {}) if config is None else None
-    if table is None and (config is not None or not _is_weights(place)):
-        find_file(place, CONFIG_NAME, **hub)  # raises, saying where it looked
-    if table is None or is_timm(table):
-        fields = {name for cls in CONFIG_CLASSES.values() for name in cls.fields} | {"num_labels"}
-        ours = {name: value for name, value in options.items() if name in fields}
-        unused = {name: value for name, value in options.items() if name not in fields}
-        with open_source(
-            name_or_path, format=format, overrides=ours, beside=beside, **hub
-        ) as source:
-            settled = source.config
-    else:
-        table = {**table, "_name_or_path": str(place)}
-        try:
-            settled, unused = config_from_dict(table, return_unused_kwargs=True, **options)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
-    if wanted is not None:
-        try:
-            settled = as_config(settled, wanted)
-        except ConfigError as error:
-            raise ConfigError(f"{place}: {error}") from error
-    return settled, unused, beside
+
+    _preferred_files: ClassVar[tuple[str, tuple[str, ...]]] = ("", ())
+    _without_effect: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @classmethod
+    def _loading_keywords(cls) -> list[str]:
+        """Keywords of `from_source`, less those of the constructor."""
+        kinds = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = inspect.signature(cls.from_source).parameters.values()
+        return [p.name for p in parameters if p.kind in kinds and p.name != "source"]
+
+    @classmethod
+    def _constructor_keywords(cls) -> list[str]:
+        """Keywords of the constructor."""
+        return list(inspect.signature(cls).parameters)[1:]
+
+    @classmethod
+    def open_pretrained(
+        cls,
+        name_or_path: Any,
+        options: Mapping[str, Any],
+        *,
+        wanted: type[ViTConfig] | None = None,
+        choose: Callable[[ViTConfig], Any] | None = None,
+    ) -> tuple[Source, dict[str, Any]]:
+        """Open the checkpoint of a `from_pretrained` call.
+
+        Args:
+            name_or_path: directory, weights file, or "owner/name".
+            options: all keywords of the call.
+            wanted: class of the configuration; None takes any family's.
+            choose: the model's class for a configuration; None means this class.
+
+        Returns:
+            The source, to be closed by the caller, and the keywords of `from_source`.
+
+        Raises:
+            InputError: a keyword is not known.
+            MissingFileError, ConfigError, CheckpointError: as `open_source`.
+        """
+        hub, rest = split_hub_options(options)
+        for name, same in cls._without_effect.items():
+            if name in rest and rest[name] in same:
+                del rest[name]
+        flag, files = cls._preferred_files
+        prefer = files if rest.pop(flag, False) else None
+        config, format = rest.pop("config", None), rest.pop("format", None)
+        loading = {name: rest.pop(name) for name in cls._loading_keywords() if name in rest}
+
+        def accept(settled: ViTConfig, left_over: Mapping[str, Any]) -> None:
+            check_left_over(cls if choose is None else choose(settled), left_over, config)
+
+        source = open_source(
+            name_or_path,
+            format=format,
+            config=config,
+            overrides=rest,
+            wanted=wanted,
+            prefer=prefer,
+            accept=accept,
+            **hub,
+        )
+        return source, loading
+
+    @classmethod
+    def from_source(cls, source: Source, **kwargs: Any) -> Any:
+        """A model of an opened checkpoint, which stays open."""
+        raise NotImplementedError
 
 
-def _is_weights(place: str | os.PathLike) -> bool:
-    """Whether a place is a file that may hold weights, which say what they are."""
-    return Path(place).is_file() and not str(place).endswith(".json")
-
-
-def check_leftovers(
-    cls: Any, leftovers: Mapping[str, Any], constructor: Iterable[str], config: Any
-) -> None:
-    """Raise InputError if keywords of `cls.from_pretrained` are for nothing it knows.
+def check_left_over(model: Any, left_over: Mapping[str, Any], config: Any) -> None:
+    """Raise InputError if keywords of `model.from_pretrained` are nothing that it knows.
 
     Args:
-        cls: the model's class.
-        leftovers: what `read_config` left over.
-        constructor: keywords of the constructor.
+        model: the model's class.
+        left_over: keywords that are no fields of the configuration.
         config: the argument of that name; the fields of an object given there are not overridden.
     """
-    parameters = inspect.signature(cls.from_pretrained).parameters.values()
+    constructor = model._constructor_keywords()
+    unknown = [name for name in left_over if name not in constructor]
+    parameters = inspect.signature(model.from_pretrained).parameters.values()
     own = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    constructor = list(constructor)
-    unknown = [name for name in leftovers if name not in constructor]
-    what, known = f"{cls.__name__}.from_pretrained", [*own, *constructor, *HUB_OPTIONS]
+    what, known = f"{model.__name__}.from_pretrained", [*own, *constructor, *HUB_OPTIONS]
     if config is None or isinstance(config, (str, os.PathLike)):
         known += ["num_labels", *FIELDS]
     else:
@@ -139,150 +161,250 @@ def check_leftovers(
 
 
 def load_parameters(
-    name_or_path: Any,
+    source: Source,
     shapes: Mapping[str, tuple[int, ...]],
     *,
     model: str,
-    prefer: tuple[str, ...] | None = None,
     config: ViTConfig,
-    beside: Mapping[str, Any] | None = None,
     allow_missing: bool = False,
     ignore_mismatched_sizes: bool = False,
-    format: str | None = None,
-    **hub: Any,
+    ignore: Iterable[str] = (),
+    own: Iterable[str] = (),
 ) -> Loaded:
-    """Open the weights of a directory, file or Hub repository and fit them to a model.
+    """Fit the weights of a source to a model; see `vit_convert.leftovers` for what may be left
+    over and what may be missing.
 
     Args:
-        name_or_path: directory, weights file, index of shards, or "owner/name".
+        source: the opened checkpoint.
         shapes: what the model needs, canonical name -> shape (`parameter_shapes`).
         model: name of the model's class, for messages.
-        prefer: file names to look for before the others.
         config: the model's, held against what the format implies.
-        beside: what `read_config` gave.
         allow_missing: take a file that lacks parameters of the network itself.
         ignore_mismatched_sizes: leave out parameters whose shape differs, as if missing.
-        format: of the weights, where it cannot be told.
-        **hub: options of the Hub.
+        ignore: regular expressions of names in the file that may be left over.
+        own: names of `shapes` that are of a subclass's own parts: they are read under the same
+            names, and may be missing.
 
     Warns:
         UserWarning: once, naming what is newly drawn, left aside or not matching, and fields of
             the config that networks in this format do not have.
 
     Raises:
-        MissingFileError: there is no such file.
-        CheckpointError: it is corrupt or of another architecture; parameters of the network are
-            missing; shapes do not match; weights are not floating point.
+        CheckpointError: the weights are of another architecture; parameters of the network are
+            missing, or some of the file's would be left over; shapes do not match; weights are
+            not floating point.
+        InputError: `ignore` holds what is no regular expression.
     """
-    source = open_source(
-        name_or_path, format=format, config=config, prefer=prefer, beside=beside, **hub
-    )
     path = source.path
+    fit = _Fit(source, shapes, model, allow_missing, ignore_mismatched_sizes, ignore, own)
     try:
-        loaded = _fit(source, shapes, model, allow_missing, ignore_mismatched_sizes)
+        loaded = fit.check()
     except CheckpointError as error:
-        source.close()
         raise CheckpointError(f"{path}: {error}") from error
-    odd = {
-        field: value
-        for field, value in loaded.format.settings.items()
-        if getattr(config, field) != value
-    }
+    fit.warn()
+    settings = source.table.settings
+    odd = {field: value for field, value in settings.items() if getattr(config, field) != value}
     # A configuration beside the weights knows better than their format.
     if odd and not source.described:
-        warnings.warn(
-            f"{model} from {path}: networks in {loaded.format.name} layout have "
+        warn(
+            f"{model} from {path}: networks in {source.table.name} layout have "
             + ", ".join(f"{field}={value!r}" for field, value in odd.items())
             + "; the config says "
             + ", ".join(f"{field}={getattr(config, field)!r}" for field in odd)
-            + ". If this one is no exception, its outputs are slightly wrong.",
-            UserWarning,
-            stacklevel=4,
+            + ". Unless this network is an exception, its outputs are slightly wrong."
         )
     return loaded
 
 
-def _fit(
-    source: Source,
-    shapes: Mapping[str, tuple[int, ...]],
-    model: str,
-    allow_missing: bool,
-    ignore_mismatched_sizes: bool,
-) -> Loaded:
-    found = dict(source.mapped.tensors)
-    if "embeddings.distillation_token" in found and not source.config.use_distillation_token:
-        raise CheckpointError(
-            f"these weights have a distillation token, which {model} does not. "
-            + DeiTConfig.use_instead()
-        )
-    tensors: dict[str, MappedTensor] = {}
-    missing, mismatched = [], []
-    for name, shape in shapes.items():
-        tensor = found.pop(unprefixed(name), None)
-        if tensor is None:
-            missing.append(name)
-        elif tensor.shape != tuple(shape):
-            mismatched.append(
-                f"- {name}: found shape {tensor.shape} in the checkpoint and "
-                f"{tuple(shape)} in the model"
+class _Fit:
+    """The tensors of a source beside the parameters of a model."""
+
+    def __init__(
+        self,
+        source: Source,
+        shapes: Mapping[str, tuple[int, ...]],
+        model: str,
+        allow_missing: bool,
+        ignore_mismatched_sizes: bool,
+        ignore: Iterable[str],
+        own: Iterable[str] = (),
+    ) -> None:
+        self.source, self.shapes, self.model = source, shapes, model
+        self.own = frozenset(own)
+        self.allow_missing = allow_missing
+        self.ignore_mismatched_sizes = ignore_mismatched_sizes
+        self.ignore = check_patterns(ignore)
+        found = dict(source.mapped.tensors)
+        by_itself = {name for name in self.own if name in source.checkpoint}
+        if by_itself:  # what the format makes of such a name is not meant
+            found = {
+                n: t for n, t in found.items() if by_itself.isdisjoint(source.names_in_file(n))
+            }
+        self.tensors: dict[str, Any] = {}
+        self.missing: list[str] = []
+        self.mismatched: dict[str, tuple[int, ...]] = {}
+        for name, shape in shapes.items():
+            tensor: Any
+            if name in self.own:
+                tensor = source.checkpoint[name] if name in by_itself else None
+            else:
+                tensor = found.pop(unprefixed(name), None)
+            if tensor is not None and tuple(tensor.shape) == tuple(shape):
+                self.tensors[name] = tensor
+                continue
+            self.missing.append(name)
+            if tensor is not None:
+                self.mismatched[name] = tuple(tensor.shape)
+        self.left: dict[str, Kind] = {
+            name: kind_of(name, tensor, canonical=True) for name, tensor in found.items()
+        }
+        unexplained = [name for name in source.unexplained if name not in by_itself]
+        for name in unexplained:
+            outside = not name.startswith(source.prefix)
+            self.left[name] = kind_of(name, source.checkpoint[name], outside=outside)
+        self.names = {name: (name, *source.names_in_file(name)) for name in found}
+        self.left_tensors: dict[str, Any] = {
+            **found,
+            **{n: source.checkpoint[n] for n in unexplained},
+        }
+
+    def _is_ignored(self, name: str) -> bool:
+        return is_ignored(self.ignore, *self.names.get(name, (name,)))
+
+    def check(self) -> Loaded:
+        """What fits; CheckpointError if the rest is not what the caller can want."""
+        self._check_kinds()
+        if self.mismatched and not self.ignore_mismatched_sizes:
+            raise CheckpointError(
+                f"the shapes did not match {self.model}:\n" + "\n".join(self._mismatches()) + "\n"
+                "Give the configuration these weights were made with, or pass "
+                "`ignore_mismatched_sizes=True` to draw these parameters anew."
             )
-            missing.append(name)
+        network = [
+            name
+            for name in self.missing
+            if not unprefixed(name).startswith(HEAD_PARAMETERS)
+            and name not in self.mismatched
+            and (name not in self.own or not self.tensors)
+        ]
+        if network and not self.allow_missing:
+            raise CheckpointError(
+                f"{len(network)} of the {len(self.shapes)} parameters that {self.model} needs are "
+                f"missing: {some(network, 12)}. Pass `allow_missing=True` to draw them at random."
+            )
+        self._check_network()
+        self._check_heads()
+        return Loaded(
+            self.tensors,
+            self.missing,
+            sorted(file for name in self.left for file in self.names.get(name, (name, name))[1:]),
+            [(name, shape, tuple(self.shapes[name])) for name, shape in self.mismatched.items()],
+        )
+
+    def _check_kinds(self) -> None:
+        config = self.source.config
+        token = "embeddings.distillation_token" in self.source.mapped.tensors
+        if token and not config.use_distillation_token:
+            raise CheckpointError(
+                f"these weights have a distillation token, which {self.model} does not. "
+                + DeiTConfig.use_instead()
+            )
+        wrong = [
+            name
+            for name, tensor in self.tensors.items()
+            if tensor.dtype.name not in FLOATS and name not in self.own  # buffers can hold counts
+        ]
+        if wrong:
+            dtypes = sorted({str(self.tensors[name].dtype) for name in wrong})
+            raise CheckpointError(
+                f"weights must be of dtype {', '.join(FLOATS)}; {some(wrong, _SHOWN)} are "
+                f"{', '.join(dtypes)}."
+            )
+
+    def _check_network(self) -> None:
+        """Raise CheckpointError if something is left over that changes what the network gives."""
+        source, depth = self.source, self.source.config.num_hidden_layers
+        fewer = "num_hidden_layers" in source.given or source.config_given
+        over = []
+        for name, kind in self.left.items():
+            block = re.match(r"encoder\.layer\.(\d+)\.", name)
+            cut = fewer and block is not None and int(block[1]) >= depth
+            if kind == "network" and not cut and not self._is_ignored(name):
+                over.append(name)
+        if over:
+            raise CheckpointError(
+                f"{len(over)} tensors of the network in this file have no place in {self.model}, "
+                f"so its outputs would be wrong: {some(sorted(over), 12)}. If they may be left "
+                "out, pass `ignore=` with regular expressions of their names; if the "
+                "configuration is not that of these weights, give the right one."
+            )
+
+    def _check_heads(self) -> None:
+        """Raise CheckpointError if a trained head is left over where a classifier is wanted."""
+        wanted = [n for n in self.shapes if n.startswith(CLASSIFIERS) and n not in self.own]
+        drawn = [name for name in wanted if name in self.missing and name not in self.mismatched]
+        heads = {
+            name: self.left_tensors[name]
+            for name, kind in self.left.items()
+            # Next to a classifier that was found, another one of a known name does no harm.
+            if kind == "head" and (drawn or name in self.source.unexplained)
+            if not self._is_ignored(name)
+        }
+        if not wanted or not heads or self.ignore_mismatched_sizes or self.allow_missing:
+            return
+        labels = self.source.given.get("num_labels") or len(self.source.given.get("id2label") or ())
+        if labels and labels not in classes_of(heads):
+            return  # another task
+        names = ", ".join(
+            f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(heads.items())[:12]
+        )
+        if {"cls_classifier.weight", "distillation_classifier.weight"} <= heads.keys():
+            hint = "These are the two heads of a distilled DeiT: load it with an Auto class, or "
+            hint += "`...ForImageClassificationWithTeacher`."
+        elif drawn:
+            hint = "Rename the head's tensors to `head.weight` and `head.bias` if it is one linear "
+            hint += "layer."
         else:
-            tensors[name] = tensor
-
-    wrong = sorted({str(t.dtype) for t in tensors.values() if t.dtype.name not in FLOATS})
-    if wrong:
-        names = [name for name, t in tensors.items() if t.dtype.name not in FLOATS]
+            hint = "A head of several layers cannot be loaded."
+        what = f"would draw {some(drawn, 4)} at random, though" if drawn else "has no place for all"
+        joined = "this file holds what looks like a trained head" if drawn else "of the head here"
         raise CheckpointError(
-            f"weights must be of dtype {', '.join(FLOATS)}; {some(names, _SHOWN)} are "
-            f"{', '.join(wrong)}."
+            f"{self.model} {what} {joined}: {names}. {hint} To leave it aside, pass "
+            "`num_labels=` of a new task, `ignore_mismatched_sizes=True`, or `ignore=` with "
+            "regular expressions of these names."
         )
-    if mismatched and not ignore_mismatched_sizes:
-        raise CheckpointError(
-            f"the shapes did not match {model}:\n" + "\n".join(mismatched) + "\nGive the "
-            "configuration these weights were made with, or pass `ignore_mismatched_sizes=True` "
-            "to draw these parameters anew."
-        )
-    network = [
-        name
-        for name in missing
-        if not unprefixed(name).startswith(HEAD_PARAMETERS)
-        and not any(line.startswith(f"- {name}:") for line in mismatched)
-    ]
-    if network and not allow_missing:
-        raise CheckpointError(
-            f"{len(network)} of the {len(shapes)} parameters that {model} needs are missing: "
-            f"{some(network, 12)}. Pass `allow_missing=True` to draw them at random."
-        )
-    _say(source.path, model, missing, sorted([*found, *source.unexplained]), mismatched)
-    return Loaded(tensors, missing, source.path, source.table, source.checkpoint)
 
+    def _mismatches(self) -> list[str]:
+        return [
+            f"- {name}: found shape {shape} in the checkpoint and {tuple(self.shapes[name])} in "
+            "the model"
+            for name, shape in self.mismatched.items()
+        ]
 
-def _say(path, model, missing, unexpected, mismatched) -> None:
-    parts = []
-    if mismatched:
-        parts.append(
-            "newly initialized because the shapes did not match:\n" + "\n".join(mismatched)
-        )
-    fresh = [name for name in missing if not any(m.startswith(f"- {name}:") for m in mismatched)]
-    if fresh:
-        parts.append(
-            f"not in the checkpoint and newly initialized, so train them: {some(fresh, _SHOWN)}"
-        )
-    if unexpected:
-        parts.append(f"in the checkpoint and not used: {some(unexpected, _SHOWN)}")
-    if parts:
-        warnings.warn(f"{model} from {path}: " + ". ".join(parts) + ".", UserWarning, stacklevel=5)
+    def warn(self) -> None:
+        """One warning of what is drawn anew and what is left aside."""
+        parts = []
+        if self.mismatched:
+            parts.append(
+                "newly initialized because the shapes did not match:\n"
+                + "\n".join(self._mismatches())
+            )
+        fresh = [name for name in self.missing if name not in self.mismatched]
+        if fresh:
+            parts.append(
+                f"not in the checkpoint and newly initialized, so train them: {some(fresh, _SHOWN)}"
+            )
+        left = [name for name in sorted(self.left) if not self._is_ignored(name)]
+        if left:
+            parts.append(f"in the checkpoint and not used: {some(left, _SHOWN)}")
+        if parts:
+            warn(f"{self.model} from {self.source.path}: " + ". ".join(parts) + ".")
 
 
 def warn_if_not_finite(path: Path, bad: list[str]) -> None:
     """Name the parameters that hold NaN or infinity, in one warning."""
     if bad:
-        warnings.warn(
-            f"{path}: weights hold NaN or infinity, so outputs will too: {some(bad, _SHOWN)}.",
-            UserWarning,
-            stacklevel=4,
-        )
+        warn(f"{path}: weights hold NaN or infinity, so outputs will too: {some(bad, _SHOWN)}.")
 
 
 def is_finite(array: np.ndarray) -> bool:

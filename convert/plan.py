@@ -1,10 +1,11 @@
-"""What a conversion is to write: the tensors of the target, its configuration, its report."""
+"""What a conversion is to write, and where: the target's format, files, tensors, configuration and
+report. Longer than most modules here, because all of it is decided before anything is written."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,74 @@ from typing import Any
 import numpy as np
 
 from vit_common.config import CONFIG_NAME, FLOATS, ViTConfig
-from vit_common.errors import CheckpointError, ConfigError, InputError
+from vit_common.errors import CheckpointError, ConfigError, ExistingFileError, InputError
 from vit_common.files.containers.tensor import DTYPES, Tensor
 from vit_common.images.processor import PROCESSOR_NAME
 from vit_common.parameters import class_name, parameter_shapes
 from vit_common.positions import relative_distances, resize_positions, resize_relative_positions
-from vit_convert.formats import table_for
-from vit_convert.formats.timm_config import timm_config
+from vit_convert.formats import DEFAULT, FILES, check_format, table_for
 from vit_convert.infer import Note, infer_config
+from vit_convert.leftovers import check_patterns, is_ignored
 from vit_convert.report import Report
 from vit_convert.rules import Mapped, TensorLike, to_foreign, unprefixed
 from vit_convert.source import Source
-from vit_convert.target import OTHERS, PLACES, is_file
+
+SUFFIXES = {files.suffix: name for name, files in FILES.items() if files.suffix}
+"""Suffix of a target that is one file -> what is written if no format is named."""
+
+PICKLES = (".pth", ".pt", ".bin")
+
+
+def is_file(target: Path) -> bool:
+    """Whether a target is meant as one file, by its suffix."""
+    return target.suffix in (*SUFFIXES, *PICKLES) and not target.is_dir()
+
+
+def target_format(target: Path, to: str | None) -> str:
+    """The format to write: the one asked for, or else what the target says.
+
+    Raises:
+        InputError: there is no such format to write, or the suffix does not tell.
+    """
+    if to is not None:
+        check_format(to)
+        return FILES[to].for_suffix.get(target.suffix, to)
+    if not is_file(target):
+        return DEFAULT
+    if target.suffix in PICKLES:
+        raise InputError(
+            f"{target}: say which format to write with `to` (`--to` of the command); a "
+            f"{target.suffix} file can have several."
+        )
+    return SUFFIXES[target.suffix]
+
+
+def refuse_to_overwrite(paths: Iterable[Path], stale: Iterable[Path]) -> None:
+    """Raise ExistingFileError if one of the files to write, or of older weights, is there."""
+    there = [str(path) for path in paths if path.exists()]
+    older = [str(path) for path in stale if str(path) not in there]
+    if older and not there:
+        raise ExistingFileError(
+            f"{', '.join(older)}: weights of another format, which would be read instead of the "
+            "new ones or beside them; nothing was written. Choose another folder, or pass --force "
+            "(in Python `force=True`) to replace them."
+        )
+    if there:
+        raise ExistingFileError(
+            f"{', '.join(there)}: already there; nothing was written. Pass --force (in Python "
+            "`force=True`) to overwrite."
+        )
+
+
+def stale_weights(directory: Path) -> list[Path]:
+    """Weights of an earlier save in a directory, which could be read beside the new ones."""
+    pattern = re.compile(
+        r"(model|flax_model|pytorch_model)(-\d{5,}-of-\d{5,})?"
+        r"\.(safetensors|msgpack|bin|npz|pth)(\.index\.json)?"
+    )
+    if not directory.is_dir():
+        return []
+    return [file for file in sorted(directory.iterdir()) if pattern.fullmatch(file.name)]
 
 
 class Plan:
@@ -63,11 +120,9 @@ class Plan:
 
     def _refuse_what_readers_drop(self) -> None:
         """Raise InputError where the format has names for what its own library leaves out."""
-        if self.to == "timm" and self.config.use_representation_layer:
-            raise InputError(
-                "the format 'timm' cannot hold this network: timm drops the layer before the "
-                "classifier (pre-logits) when it loads."
-            )
+        why = self.table.cannot_hold and self.table.cannot_hold(self.config)
+        if why:
+            raise InputError(f"the format {self.to!r} cannot hold this network: {why}.")
 
     # -- the source's side
 
@@ -98,9 +153,8 @@ class Plan:
     def _ignore(self, patterns: tuple[str, ...]) -> list[str]:
         """Move what the caller gave up to what is ignored; the names left that nothing explains."""
         left = []
-        for pattern in patterns:
-            _match(pattern, "")  # refused also where there is nothing to match
-        self.given_up = lambda name: any(_match(pattern, name) for pattern in patterns)
+        patterns = check_patterns(patterns)
+        self.given_up = lambda name: is_ignored(patterns, name, *self.source.names_in_file(name))
         for name in self.source.unexplained:
             if self.given_up(name):
                 self.ignored[name] = "given up by the caller"
@@ -126,7 +180,12 @@ class Plan:
                 use_mask_token="embeddings.mask_token" in found,
             ).items()
         }
-        faults = [f"{name}: nothing here knows this name" for name in unexplained]
+        parts = self.source.parts
+        faults = [
+            f"{name}: nothing here knows this name"
+            + (f" (part of {parts[name]}, which no model here has)" if name in parts else "")
+            for name in unexplained
+        ]
         for name, tensor in found.items():
             if tensor.dtype.name not in FLOATS:
                 faults.append(
@@ -217,9 +276,9 @@ class Plan:
         """The files that would be written, shards aside."""
         if is_file(target):
             return [target]
-        place = PLACES.get(self.to, OTHERS)
-        suffix = {"torch": "pth"}.get(place.container, place.container)
-        weights = f"{place.stem}.{suffix}"
+        files = self.table.files
+        suffix = {"torch": "pth"}.get(files.container, files.container)
+        weights = f"{files.stem}.{suffix}"
         return [target / name for name in (weights, f"{weights}.index.json", *beside)]
 
     def report(self, target: Path, dry_run: bool) -> Report:
@@ -236,45 +295,21 @@ class Plan:
                 + ", ".join(f"{name}={value!r}" for name, value in implied.items())
                 + "; this one has "
                 + ", ".join(f"{name}={getattr(self.config, name)!r}" for name in implied)
-                + ". Who reads the weights without the configuration written here gets slightly "
-                "other outputs."
+                + ". Loading these weights without this configuration gives slightly different "
+                "outputs."
             )
-        if self.config.is_extended and self.to in ("hub", "flax", "flax-safetensors"):
-            warnings.append(
-                "Transformers has no class for this network; the configuration says model_type "
-                f"{self.config.extended_type!r}, so that it refuses it instead of computing "
-                "something else. vit_flax and vit_torch load it."
-            )
-        if self.to == "timm" and self.config.use_swiglu_ffn and source.timm is None:
-            warnings.append(
-                "timm's config.json cannot say that the MLP is a SwiGLU: give timm a model that "
-                "has one, such as vit_giant_patch14_dinov2, the sizes."
-            )
-        if self.to == "google" and not self.config.qkv_bias:
-            warnings.append(
-                "Google's own code wants biases of query, key and value, which this network does "
-                "not have; vit_flax and vit_torch read the file."
-            )
+        if self.table.loses is not None:
+            warnings += self.table.loses(self.config, source.timm is not None)
         if is_file(target) and target.suffix != ".safetensors":
-            needs = self.to in ("hub", "flax", "flax-safetensors")
+            needs = self.table.files.described
             warnings.append(
                 f"a {target.suffix} file cannot hold the configuration: "
                 + (
                     "it needs a config.json beside it to be read"
                     if needs
-                    else "who reads it infers one"
+                    else "whoever reads it has to infer one"
                 )
                 + ". Give a folder as the target to have one written."
-            )
-        if (
-            self.to == "hub"
-            and not self.config.is_extended
-            and self.config.position_resize != type(self.config).fields["position_resize"][0]
-        ):
-            warnings.append(
-                "Transformers does not know `position_resize` and resamples positions to other "
-                f"image sizes by its own rule, not by {self.config.position_resize!r}; at the "
-                "native size nothing differs."
             )
         warnings += self._differences(target)
         found = source.mapped.tensors
@@ -299,6 +334,7 @@ class Plan:
                 for name, why in self.ignored.items()
                 if name in source.checkpoint or name in found
             },
+            left_out=dict(source.checkpoint.left_out),
             warnings=warnings,
         )
 
@@ -319,16 +355,12 @@ class Plan:
                 + ", ".join(f"{name}={getattr(self.config, name)!r}" for name in odd)
                 + ", and was believed."
             )
-        if (
-            is_file(target)
-            and target.suffix != ".safetensors"
-            and not self.to.startswith(("hub", "flax"))
-        ):
+        if is_file(target) and target.suffix != ".safetensors" and not self.table.files.described:
             try:
                 mapped = Mapped(dict(self.tensors), [])  # type: ignore[arg-type]
                 guess, _ = infer_config(self.table, mapped, self.written)
             except (CheckpointError, ConfigError) as error:
-                return [*said, f"who reads the file alone has to be told: {error}"]
+                return [*said, f"loading the file alone needs options: {error}"]
             fields = [
                 name
                 for name in self.config.fields
@@ -338,7 +370,7 @@ class Plan:
             ]
             if fields:
                 said.append(
-                    "who reads the file alone takes "
+                    "loading the file alone infers "
                     + ", ".join(f"{name}={getattr(guess, name, None)!r}" for name in fields)
                     + "; it is "
                     + ", ".join(f"{name}={getattr(self.config, name)!r}" for name in fields)
@@ -351,9 +383,9 @@ class Plan:
         if is_file(target):
             return {}
         beside = {CONFIG_NAME: self.config.to_json_string()}
-        if self.to == "timm":
+        if self.table.files.config is not None:
             found = None if processor is None else processor[0]
-            beside[CONFIG_NAME] = timm_config(self.config, self.source.timm, found)
+            beside[CONFIG_NAME] = self.table.files.config(self.config, self.source.timm, found)
         if processor is not None:
             found, origin = processor
             if self.config.grid_size != self.source.config.grid_size:
@@ -361,15 +393,6 @@ class Plan:
             beside[PROCESSOR_NAME] = found.to_json_string()
             report.preprocessing = origin
         return beside
-
-
-def _match(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise InputError(
-            f"`ignore` must hold regular expressions; given {pattern!r} ({error})."
-        ) from error
 
 
 def _cast(name: str, tensor: TensorLike, dtype: np.dtype) -> TensorLike:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from vit_common.errors import some
 from vit_convert.infer import Note
 
 _NAMED = 8
@@ -39,6 +40,7 @@ class Report:
         parameters: numbers in them; `bytes` of the target's tensors; `dtype` of the target.
         set: what no configuration said: field, value, and what says so.
         ignored: name in the source -> why it was left aside.
+        left_out: entry of the source that is no array of numbers -> what it is.
         warnings: what to know before using the result.
         preprocessing: where it comes from, or None where none is written.
         verification: None with `verify=False` or `dry_run`.
@@ -61,6 +63,7 @@ class Report:
     written: list[str] = field(default_factory=list)
     set: list[Note] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     preprocessing: str | None = None
     verification: Verification | None = None
@@ -95,6 +98,8 @@ class Report:
         for why, names in reasons.items():
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
             yield "ignored", f"{', '.join(names[:_NAMED])}{more}: {why}"
+        if self.left_out:
+            yield "not read", f"{some(self.left_out, _NAMED)}: no arrays of numbers"
         if self.preprocessing:
             yield "images", f"preprocessing from: {self.preprocessing}"
         for text in self.warnings:

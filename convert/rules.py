@@ -1,4 +1,4 @@
-"""The engine: a format is a table of rules, and this is the only code that reads such a table.
+"""The engine: maps tensors by the rules of a format's table, in either direction.
 
 Strict accounting holds in both directions: every key of the source is used once or named as
 unused, every target is filled once, every shape is equal.
@@ -7,21 +7,29 @@ unused, every target is filled once, every shape is equal.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from vit_common.errors import CheckpointError
 from vit_common.parameters import TOP_PARAMETERS
-from vit_common.positions import RelativeRule
-from vit_convert.layouts import KEEP, Arrays, Layout, result_shapes
+from vit_convert.formats.format import PREFIXES, Format, Rule, family_prefix, fill, unprefixed
+from vit_convert.layouts import Arrays, result_shapes
 
-PREFIXES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers")
-"""What models with a head put before the names of the network under it, one for each family."""
+__all__ = [
+    "PREFIXES",
+    "Format",
+    "Mapped",
+    "MappedTensor",
+    "Rule",
+    "TensorLike",
+    "as_mapped",
+    "to_canonical",
+    "to_foreign",
+    "unprefixed",
+]
 
 
 class TensorLike(Protocol):
@@ -32,147 +40,6 @@ class TensorLike(Protocol):
     @property
     def dtype(self) -> np.dtype: ...
     def read(self) -> np.ndarray: ...
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One row of a format's table: which foreign keys hold which canonical parameters.
-
-    `{i}` in a name stands for the index of a block. Several names on either side belong together
-    through the layout.
-    """
-
-    foreign: str | tuple[str, ...]
-    canonical: str | tuple[str, ...]
-    layout: Layout = KEEP
-
-    @property
-    def foreign_names(self) -> tuple[str, ...]:
-        return (self.foreign,) if isinstance(self.foreign, str) else self.foreign
-
-    @property
-    def canonical_names(self) -> tuple[str, ...]:
-        return (self.canonical,) if isinstance(self.canonical, str) else self.canonical
-
-
-def _fill(name: str, index: str | None) -> str:
-    return name if index is None else name.replace("{i}", index)
-
-
-@dataclass(frozen=True)
-class Format:
-    """A checkpoint layout of one family.
-
-    Attributes:
-        name: how users call the layout; several families can have one of that name.
-        rules: the table. Canonical names are without what a model with a head puts before the
-            names of the network under it ("vit.", "deit.", ...).
-        families: `model_type` of the configurations whose weights it holds.
-        separator: what stands between the parts of a foreign key.
-        prefixed: whether foreign files of a model with a head put the family's prefix before the
-            names of the network under it; read with and without.
-        only_with_prefix: (start of a key, its replacement) for keys of a head that have the name of
-            a parameter of the network, and differ by having no prefix.
-        respelled: (pattern, replacement) for keys with a part that says nothing.
-        ignored: (pattern, reason) of keys that hold no weights of the network.
-        requires: foreign names without which a file is not in this format.
-        settings: fields of the config that networks in this format have, where they differ from
-            the defaults of the family.
-        relative_resize: how relative positions of networks in this format are resampled.
-        root: what files in this format have before every name.
-        written: whether files in this format can be written.
-        describes: one line for messages.
-    """
-
-    name: str
-    rules: tuple[Rule, ...]
-    families: tuple[str, ...] = ("vit",)
-    separator: str = "."
-    prefixed: bool = False
-    only_with_prefix: tuple[tuple[str, str], ...] = ()
-    respelled: tuple[tuple[str, str], ...] = ()
-    ignored: tuple[tuple[str, str], ...] = ()
-    requires: tuple[str, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    relative_resize: RelativeRule = "bilinear"
-    root: str = ""
-    written: bool = True
-    describes: str = ""
-
-    @cached_property
-    def _by_foreign(self) -> dict[str, Rule]:
-        return {name: rule for rule in self.rules[::-1] for name in rule.foreign_names}
-
-    @cached_property
-    def _by_canonical(self) -> dict[str, Rule]:
-        return {name: rule for rule in self.rules[::-1] for name in rule.canonical_names}
-
-    def rule_for_foreign(self, key: str) -> tuple[Rule, str | None] | None:
-        """The rule and the block index for a foreign key without wrapper and prefix."""
-        return _lookup(self._by_foreign, key)
-
-    def rule_for_canonical(self, name: str) -> tuple[Rule, str | None] | None:
-        """The rule and the block index for a canonical name without prefix."""
-        return _lookup(self._by_canonical, name)
-
-    def why_ignored(self, key: str) -> str | None:
-        """Why a foreign key without prefix is left aside, or None."""
-        return next((why for pattern, why in self.ignored if re.fullmatch(pattern, key)), None)
-
-    def strip(self, keys: Iterable[str]) -> dict[str, str]:
-        """Key as the table has it -> key as the file has it.
-
-        Raises:
-            CheckpointError: two keys of the file become the same.
-        """
-        keys = list(keys)
-        prefix = _family_prefix(keys, self.separator) if self.prefixed else ""
-        out: dict[str, str] = {}
-        twice: list[str] = []
-        for key in keys:
-            bare = key.removeprefix(prefix)
-            if prefix and bare == key:
-                for start, replacement in self.only_with_prefix:
-                    if bare.startswith(start):
-                        bare = replacement + bare[len(start) :]
-            for pattern, replacement in self.respelled:
-                bare = re.sub(pattern, replacement, bare)
-            if bare in out:
-                twice.append(f"{out[bare]!r} and {key!r}")
-            out[bare] = key
-        if twice:
-            raise CheckpointError(f"two keys name the same parameter: {'; '.join(twice)}.")
-        return out
-
-
-def _family_prefix(keys: Iterable[str], separator: str) -> str:
-    """What a model with a head put before its network's names: "vit.", "deit.", ...; or ""."""
-    for key in keys:
-        start = key.partition(separator)[0]
-        if start in PREFIXES:
-            return start + separator
-    return ""
-
-
-def unprefixed(name: str) -> str:
-    """A canonical name without what a model with a head puts before it."""
-    start, dot, rest = name.partition(".")
-    return rest if dot and start in PREFIXES else name
-
-
-# A part of a name that is the index of a block.
-_INDEX = re.compile(r"(?<![^./_])(0|[1-9]\d{0,4})(?![^./])")
-
-
-def _lookup(table: Mapping[str, Rule], key: str) -> tuple[Rule, str | None] | None:
-    """The rule for a name, and the index that stands at its `{i}`."""
-    if key in table:
-        return (table[key], None) if "{i}" not in key else None
-    for match in _INDEX.finditer(key):
-        rule = table.get(f"{key[: match.start()]}{{i}}{key[match.end() :]}")
-        if rule is not None:
-            return rule, match[1]
-    return None
 
 
 class _Group:
@@ -242,6 +109,12 @@ class MappedTensor:
         return self._group.take_part(index) if self.has_parts else self.read()[index]
 
 
+def as_mapped(tensor: TensorLike) -> MappedTensor:
+    """A tensor as it is, among those that a table mapped."""
+    group = _Group(lambda arrays: arrays, (tensor,), ())
+    return MappedTensor(group, 0, tuple(tensor.shape), tensor.dtype)
+
+
 @dataclass
 class Mapped:
     """What a table made of a file: the mapped tensors, and the source keys that no rule took."""
@@ -283,7 +156,7 @@ def to_foreign(source: Mapping[str, TensorLike], table: Format) -> Mapped:
         lambda rule: (rule.canonical_names, rule.foreign_names),
         lambda layout: (layout.to_foreign, layout.canonical_rank, layout.inverse_axes),
     )
-    prefix = _family_prefix(source, ".")
+    prefix = family_prefix(source, ".")
     if not (prefix and table.prefixed):
         return result
     separator = table.separator
@@ -315,7 +188,7 @@ def _map(source, original, find, sides, direction) -> Mapped:
             continue
         done.add((id(rule), index))
         inputs, outputs = sides(rule)
-        inputs = [_fill(n, index) for n in inputs]
+        inputs = [fill(n, index) for n in inputs]
         absent = [n for n in inputs if n not in source]
         if absent:
             faults.append(f"{original[name]!r} is there but {', '.join(absent)} is not")
@@ -337,7 +210,7 @@ def _map(source, original, find, sides, direction) -> Mapped:
             continue
         group = _Group(function, sources, axes)
         for position, (output, shape) in enumerate(zip(outputs, made, strict=True)):
-            target = _fill(output, index)
+            target = fill(output, index)
             if target in tensors:
                 faults.append(f"{target} is filled twice, the second time by {original[name]!r}")
             tensors[target] = MappedTensor(group, position, shape, sources[0].dtype)

@@ -6,35 +6,30 @@ What `from_pretrained`, `convert` and `vit inspect` have in common. No weight is
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from vit_common.config import CONFIG_NAME, OURS, AutoConfig, ViTConfig, is_timm
-from vit_common.errors import CheckpointError, ConfigError
-from vit_common.files.checkpoint import Checkpoint, Tensor, open_checkpoint
-from vit_common.files.hub import AbsentFileError, find_file, find_weights
+from vit_common.config import CONFIG_NAME, OURS, ViTConfig, as_config, is_timm
+from vit_common.errors import CheckpointError, ConfigError, some
+from vit_common.families import CONFIG_CLASSES, AutoConfig, config_class
+from vit_common.files.checkpoint import Checkpoint, open_checkpoint
+from vit_common.files.hub import ModelFiles, find_file
 from vit_common.files.texts import parse_json, read_json
 from vit_common.images.auto import AutoImageProcessor
-from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor, ViTImageProcessor
-from vit_common.images.processors import BeitImageProcessor, BitImageProcessor
+from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor
+from vit_common.images.timm import processor_from_timm
 from vit_common.parameters import Head
-from vit_convert.detect import Root, detect_format, find_root
-from vit_convert.formats.google import unstacked
+from vit_convert.detect import Root
+from vit_convert.formats.format import family_prefix
+from vit_convert.formats.timm_config import TRANSFORM
 from vit_convert.infer import Note, infer_config
-from vit_convert.rules import Format, Mapped, to_canonical
+from vit_convert.read import Read, read_tensors
+from vit_convert.rules import Format, Mapped
 
 METADATA_KEY = "vit_config"
 """Where a safetensors file that stands alone holds its configuration."""
-
-# Formats whose files are never without a config.json.
-_DESCRIBED = ("hub", "flax", "flax-safetensors")
-
-_IMAGENET: dict[str, Any] = {
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
-}
 
 
 @dataclass
@@ -49,10 +44,15 @@ class Source:
         mapped: the tensors under canonical names, without the prefix of a model with a head.
         ignored: name in the file -> why it is left aside.
         unexplained: names in the file that nothing here knows.
+        parts: some of those -> what in the network they belong to, which no model here has.
         config: what the network is.
         notes: what was set that no configuration said, and what says it.
         timm: timm's own `config.json`, if there was one.
         described: whether a file beside the weights says all of the configuration.
+        files: the other files of the model.
+        given: fields of the configuration that the caller set.
+        config_given: whether the caller gave the configuration as an object.
+        left_over: keywords of the caller that are no fields of the configuration.
     """
 
     path: Path
@@ -63,9 +63,14 @@ class Source:
     ignored: dict[str, str]
     unexplained: list[str]
     config: ViTConfig
+    files: ModelFiles
+    parts: Mapping[str, str] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
     timm: Mapping[str, Any] | None = None
     described: bool = False
+    given: Mapping[str, Any] = field(default_factory=dict)
+    config_given: bool = False
+    left_over: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def head(self) -> Head | None:
@@ -79,6 +84,23 @@ class Source:
             "lm_head.weight": "tokens",
         }
         return next((heads[name] for name in heads if name in found), None)
+
+    @property
+    def prefix(self) -> str:
+        """What stands before every name of the network in the file ("", "model.vit.", ...)."""
+        path, table = self.root.path, self.table
+        first = self.names_in_file("embeddings.patch_embeddings.projection.weight")[:1]
+        bare = [name.removeprefix(path) for name in first]
+        return path + (family_prefix(bare, table.separator) if table.prefixed else "")
+
+    def names_in_file(self, canonical: str) -> list[str]:
+        """What the file calls a parameter, by its canonical name; several if it is fused."""
+        rule = self.table.rule_for_canonical(canonical)
+        if rule is None:
+            return []
+        wanted = {name.replace("{i}", rule[1] or "") for name in rule[0].foreign_names}
+        bare = self.table.strip(self.root.keys)  # as the table has them -> without the root
+        return [self.root.keys[bare[name]] for name in wanted if name in bare]
 
     def close(self) -> None:
         """Close the file; tensors not read by now cannot be read any more."""
@@ -97,18 +119,8 @@ def read_config_file(name_or_path: str | os.PathLike, **hub: Any) -> dict[str, A
     Raises:
         MissingFileError: it cannot be reached. ConfigError, CheckpointError: it is not JSON.
     """
-    return find_config(name_or_path, **hub)[1]
-
-
-def find_config(
-    name_or_path: str | os.PathLike, **hub: Any
-) -> tuple[Path | None, dict[str, Any] | None]:
-    """As `read_config_file`, with the path it was read from."""
-    try:
-        path = find_file(name_or_path, CONFIG_NAME, **hub)
-    except AbsentFileError:
-        return None, None
-    return path, read_json(path)
+    path = ModelFiles(name_or_path, **hub).find(CONFIG_NAME)
+    return None if path is None else read_json(path)
 
 
 def config_from_dict(table: Mapping[str, Any], **overrides: Any) -> Any:
@@ -126,85 +138,114 @@ def config_from_dict(table: Mapping[str, Any], **overrides: Any) -> Any:
     return AutoConfig.from_dict(table, **overrides)
 
 
+Accept = Callable[[ViTConfig, Mapping[str, Any]], object]
+"""Called with a configuration as soon as it is settled, and with the keywords that are no fields of
+it; raises where either is refused."""
+
+
+def refuse_left_over(config: ViTConfig, left_over: Mapping[str, Any]) -> None:
+    """Raise ConfigError if there are keywords that are no fields of the configuration."""
+    if left_over:
+        raise ConfigError(
+            f"config: {type(config).__name__} has no field "
+            f"{', '.join(map(repr, left_over))}; wanted some of {', '.join(config.fields)}."
+        )
+
+
 def open_source(
-    name_or_path: str | os.PathLike,
+    name_or_path: str | os.PathLike | ModelFiles,
     *,
     format: str | None = None,
-    config: ViTConfig | None = None,
+    config: Any = None,
     overrides: Mapping[str, Any] | None = None,
+    wanted: type[ViTConfig] | None = None,
     prefer: tuple[str, ...] | None = None,
-    beside: Mapping[str, Any] | None = None,
+    accept: Accept = refuse_left_over,
+    fetch: bool = True,
     **hub: Any,
 ) -> Source:
     """Find, open and understand a checkpoint.
 
+    The configuration is settled before the weights are looked for, so what it refuses costs no
+    download: from `config`, or `config.json`, or a safetensors file's header; and where none of
+    them says what the network is, from the weights.
+
     Args:
         name_or_path: directory, weights file, index of shards, or "owner/name".
-        format: its format, where it cannot be told.
-        config: its configuration, if not read from beside it or inferred.
-        overrides: fields of the configuration that the caller knows better.
+        format: the weights' format, if it cannot be detected.
+        config: the configuration, or where to read it, if not from beside the weights.
+        overrides: fields of the configuration that the caller knows better, mixed with other
+            keywords; all of them are other keywords where `config` is an object.
+        wanted: class of the configuration; None takes any family's.
         prefer: names of weights files to look for before the others.
-        beside: the `config.json` beside the weights, where it has been read before; empty where
-            there is none.
+        accept: called with the configuration and with the other keywords, before weights are
+            fetched where that is possible.
+        fetch: False takes only weights that are on this machine already.
         **hub: options of the Hub.
+
+    Returns:
+        The source, to be closed by the caller.
 
     Raises:
         MissingFileError: it is not there.
         CheckpointError: it is corrupt, of no format known here, or of several.
         ConfigError: its configuration is refused.
+
+    Example:
+        >>> with open_source("google/vit-base-patch16-224") as source:
+        ...     print(source.config.hidden_size, source.head)
     """
-    path = find_weights(name_or_path, prefer=prefer, **hub)
-    found = read_config_file(name_or_path, **hub) if beside is None else dict(beside) or None
+    files = name_or_path if isinstance(name_or_path, ModelFiles) else None
+    files = ModelFiles(name_or_path, **hub) if files is None else files  # type: ignore[arg-type]
+    given = dict(overrides or {})
+    said_by, place = files.find(CONFIG_NAME), str(files.name)
+    found = None if said_by is None else read_json(said_by)
     timm = found if is_timm(found) else None
-    if timm is not None and isinstance(timm.get(OURS), Mapping):
-        found = dict(timm[OURS])  # the whole configuration, not what timm has room for
-    described = found is not None and found is not timm
-    said_by = path.parent / CONFIG_NAME
+    table = _without_timm(found)
+    described = table is not None
+    if isinstance(config, (str, os.PathLike)):
+        said_by, place = find_file(config, CONFIG_NAME, **files.hub), str(config)
+        found, config = read_json(said_by), None
+        timm = found if is_timm(found) else timm
+        table = _without_timm(found)
+    settled, left_over = None, dict(given)
+    if config is not None:
+        settled = as_config(config, wanted or config_class(getattr(config, "model_type", "vit")))
+        accept(settled, left_over)
+    elif table is not None:
+        assert said_by is not None
+        settled, left_over = _settle(table, said_by, place, given, wanted, accept)
+    path = files.weights(prefer, fetch=fetch)
     checkpoint = open_checkpoint(path)
     try:
-        if found is None and config is None and METADATA_KEY in checkpoint.metadata:
-            found = parse_json(checkpoint.metadata[METADATA_KEY].encode(), path, "configuration")
-            said_by = path
+        if settled is None and METADATA_KEY in checkpoint.metadata:
+            table = parse_json(checkpoint.metadata[METADATA_KEY].encode(), path, "configuration")
+            settled, left_over = _settle(table, path, place, given, wanted, accept)
         hints = {"suffix": path.suffix}
-        family = config.model_type if config is not None else (found or {}).get("model_type")
-        if isinstance(family, str):
-            hints["model_type"] = family
+        if settled is not None:
+            hints["model_type"] = settled.model_type
         if timm is not None:
             hints["architecture"] = str(timm["architecture"])
         read = read_tensors(checkpoint, format=format, hints=hints)
-        table, mapped, unexplained = read.table, read.mapped, read.unexplained
-        notes: list[Note] = []
-        if config is not None:
-            settled = config
-        elif found is not None and found is not timm:
-            settled = _named(said_by, config_from_dict, found, **dict(overrides or {}))
-            unknown = [
-                name
-                for name in overrides or {}
-                if name not in (*settled.fields, "num_labels") and name not in found
-            ]
-            if unknown:
-                raise ConfigError(
-                    f"config: {type(settled).__name__} has no field "
-                    f"{', '.join(map(repr, unknown))}; wanted some of {', '.join(settled.fields)}."
-                )
-            notes = [Note(name, value, "given") for name, value in (overrides or {}).items()]
-        elif table.name in _DESCRIBED:
-            find_file(name_or_path, CONFIG_NAME, **hub)  # raises, saying where it looked
-            raise CheckpointError("there is no config.json, which this format needs.")
-        else:
-            try:
-                settled, notes = infer_config(table, mapped, read.tensors, timm, overrides)
-            except (CheckpointError, ConfigError) as error:
-                if not unexplained:
-                    raise
-                names = ", ".join(unexplained[:60])
-                raise type(error)(f"{error} Names that nothing here knows: {names}.") from error
-        if config is None:
-            object.__setattr__(settled, "_name_or_path", str(name_or_path))
+        notes = [Note(name, given[name], "given") for name in given if name not in left_over]
+        if settled is None:
+            if read.table.files.described:
+                files.need(CONFIG_NAME)  # raises, saying where it looked
+                raise CheckpointError("there is no config.json, which this format needs.")
+            known = {name for cls in CONFIG_CLASSES.values() for name in cls.fields}
+            left_over = {n: v for n, v in given.items() if n not in known and n != "num_labels"}
+            given = {name: value for name, value in given.items() if name not in left_over}
+            settled, notes = _inferred(read, timm, given)
+            object.__setattr__(settled, "_name_or_path", place)
+            settled = settled if wanted is None else _named(place, as_config, settled, wanted)
+            accept(settled, left_over)
+        elif read.labels and not {"id2label", "num_labels"} & {*(table or {}), *given}:
+            settled.num_labels = read.labels
+        read.complete(settled)
+        notes += read.notes
     except (CheckpointError, ConfigError) as error:
         checkpoint.close()
-        if str(path) in str(error):
+        if str(path) in str(error) or str(files.name) in str(error):
             raise
         raise type(error)(f"{path}: {error}") from error
     except BaseException:
@@ -213,121 +254,95 @@ def open_source(
     return Source(
         path=path,
         checkpoint=checkpoint,
-        table=table,
+        table=read.table,
         root=read.root,
-        mapped=mapped,
+        mapped=read.mapped,
         ignored=read.ignored,
-        unexplained=unexplained,
+        unexplained=read.unexplained,
+        parts=read.parts,
         config=settled,
+        files=files,
         notes=notes,
         timm=timm,
         described=described,
+        given={name: value for name, value in given.items() if name not in left_over},
+        config_given=config is not None,
+        left_over=left_over,
     )
 
 
-def _named(path: Path, build: Any, *args: Any, **kwargs: Any) -> Any:
+def _without_timm(table: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The whole configuration in a `config.json`; None where there is none: timm's own file has
+    room for a part, and holds the whole only where a conversion put it."""
+    if not is_timm(table):
+        return table
+    whole = (table or {}).get(OURS)
+    return dict(whole) if isinstance(whole, Mapping) else None
+
+
+def _settle(
+    table: Mapping[str, Any],
+    path: Path,
+    place: str,
+    given: Mapping[str, Any],
+    wanted: type[ViTConfig] | None,
+    accept: Accept,
+) -> tuple[ViTConfig, dict[str, Any]]:
+    """The configuration in a table, and the keywords that are no fields of it."""
+    table = {**table, "_name_or_path": place}
+    config, left_over = _named(path, config_from_dict, table, return_unused_kwargs=True, **given)
+    if "attn_implementation" in given:  # an argument of the models too
+        left_over["attn_implementation"] = given["attn_implementation"]
+    if wanted is not None:
+        config = _named(place, as_config, config, wanted)
+    accept(config, left_over)
+    return config, left_over
+
+
+def _inferred(
+    read: Read, timm: Mapping[str, Any] | None, given: Mapping[str, Any]
+) -> tuple[ViTConfig, list[Note]]:
+    """The configuration that the weights imply, and what says so."""
+    try:
+        return infer_config(read.table, read.mapped, read.tensors, timm, given)
+    except (CheckpointError, ConfigError) as error:
+        if not read.unexplained:
+            raise
+        names = some(read.unexplained, 60)
+        raise type(error)(f"{error} Names in the file that are not known here: {names}.") from error
+
+
+def _named(where: str | Path, build: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return build(*args, **kwargs)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
 
 
-class Read(NamedTuple):
-    """What `read_tensors` finds: where the network lies in a file, its tensors under the names of
-    its format, the format, the canonical tensors, what is left aside and why, and names that
-    nothing here knows."""
+def find_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
+    """What prepares images for a source, and what says so; None where nothing does.
 
-    root: Root
-    tensors: dict[str, Tensor]
-    table: Format
-    mapped: Mapped
-    ignored: dict[str, str]
-    unexplained: list[str]
-
-
-def read_tensors(
-    checkpoint: Mapping[str, Any],
-    *,
-    format: str | None = None,
-    hints: Mapping[str, str] | None = None,
-) -> Read:
-    """Find the network in a file.
+    In this order: `preprocessor_config.json`; timm's `pretrained_cfg`; what networks of the
+    source's format were trained on.
 
     Raises:
-        CheckpointError: no network is in it, or it fits no format, or several.
-        InputError: there is no format of that name.
+        ConfigError: the file is refused. MissingFileError: it cannot be reached.
     """
-    root = find_root(checkpoint)
-    parts = unstacked({bare: checkpoint[full] for bare, full in root.keys.items()})
-    tensors = {name: tensor for name, (_, tensor) in parts.items()}
-    hints = {**dict(hints or {}), "root": root.path}
-    table = detect_format(tensors, name=format, hints=hints, shapes=tensors)
-    mapped = to_canonical(tensors, table)
-    # Transformers saves a parameter of no entries where there are no registers.
-    mapped.tensors = {
-        name: tensor for name, tensor in mapped.tensors.items() if 0 not in tensor.shape
-    }
-    bare = table.strip(tensors)
-    original = {full: key for key, full in bare.items()}
-    ignored, unexplained = dict(root.ignored), []
-    for name in mapped.unused:
-        why = table.why_ignored(original.get(name, name))
-        full = root.keys[parts[name][0]]
-        if why:
-            ignored[full] = why
-        elif full not in unexplained:
-            unexplained.append(full)
-    return Read(root, tensors, table, mapped, ignored, unexplained)
-
-
-def find_processor(
-    source: Source, name_or_path: str | os.PathLike, **hub: Any
-) -> tuple[BaseImageProcessor, str] | None:
-    """What prepares images for a source, and what says so; None where nothing does."""
-    try:
-        find_file(name_or_path, PROCESSOR_NAME, **hub)
-        origin = PROCESSOR_NAME
-    except AbsentFileError:
-        origin = "timm's pretrained_cfg"
-    try:
-        return AutoImageProcessor.from_pretrained(name_or_path, **hub), origin
-    except AbsentFileError:
-        return implied_processor(source)
-    except ConfigError:
-        # What timm does and no processor here can do leaves the images to whoever has the network.
-        if origin == PROCESSOR_NAME or source.timm is None:
-            raise
-        return implied_processor(source)
+    path = source.files.find(PROCESSOR_NAME)
+    if path is not None:
+        return AutoImageProcessor.from_pretrained(path), PROCESSOR_NAME
+    own = (source.timm or {}).get("pretrained_cfg")
+    # Without a mean it says nothing about images: a conversion that knew nothing wrote it.
+    if isinstance(own, Mapping) and "mean" in own:
+        try:
+            return processor_from_timm(own), TRANSFORM
+        except ConfigError:
+            # What timm does and no processor here can do leaves the images to the caller.
+            return implied_processor(source)
+    return implied_processor(source)
 
 
 def implied_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
     """What networks of a source's format were trained on, and what says so."""
-    config, name = source.config, source.table.name
-    if config.num_channels != 3:
-        return None
-    height, width = config.image_height_width
-    size = {"height": height, "width": width}
-    if name == "google":
-        return (
-            ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3),
-            "Google's (x - 127.5) / 127.5",
-        )
-    if name == "beit":
-        return (
-            BeitImageProcessor(
-                size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
-            ),
-            "the Hub's files of microsoft's BEiT",
-        )
-    if height != width:
-        return None
-    if name in ("deit", "dino", "mae", "dinov2"):
-        # The shorter side to 256 for 224, then a centre crop; MAE's images above 224 are not cut.
-        enlarged = height if name == "mae" and height > 224 else int(height * 256 / 224)
-        if name == "dinov2":
-            size, enlarged = {"height": 224, "width": 224}, 256
-        return (
-            BitImageProcessor(size={"shortest_edge": enlarged}, crop_size=size, **_IMAGENET),
-            f"the published evaluation of {name}",
-        )
-    return None
+    implied = source.table.preprocessing
+    return implied(source.config) if implied and source.config.num_channels == 3 else None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,12 +12,12 @@ from typing import Any
 from vit_common.errors import MissingFileError, ViTError
 from vit_common.files.checkpoint import save_checkpoint, write_checkpoint
 from vit_common.files.replace import move_files, write_text
+from vit_common.files.staging import stage, staged_files
 from vit_common.files.texts import reason
-from vit_convert.plan import Plan
+from vit_convert.plan import PICKLES, Plan, is_file
 from vit_convert.proof import verify_result
 from vit_convert.report import Report
 from vit_convert.source import METADATA_KEY
-from vit_convert.target import OTHERS, PICKLES, PLACES, WRAPPERS, is_file
 
 
 def write(
@@ -63,18 +61,15 @@ def write(
     directory = target.parent if one_file else target
     made = _make_directories(directory)
     try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=directory))
-        try:
+        with stage(directory, target.name, [directory.resolve().name]) as staging:
             _write_into(staging, plan, target, beside, max_shard_size, one_file, advance)
             report.seconds = time.perf_counter() - started
             if verify:
                 written = staging / target.name if one_file else staging
                 report.verification = verify_result(plan, written)
-            names = {file.name for file in staging.iterdir()}
+            names = {file.name for file in staged_files(staging)}
             older = [path.name for path in stale if path.name not in names]
             report.written = [str(path) for path in move_files(staging, directory, older)]
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
     except BaseException as error:
         for path in reversed(made):
             with contextlib.suppress(OSError):
@@ -96,14 +91,13 @@ def _make_directories(directory: Path) -> list[Path]:
 
 
 def _write_into(staging, plan, target, beside, max_shard_size, one_file, advance) -> None:
-    place = PLACES.get(plan.to, OTHERS)
+    files = plan.table.files
     if not one_file:
-        metadata = {"format": place.metadata} if place.metadata else None
-        if place.container == "torch":
+        if files.container == "torch":
             write_checkpoint(
-                staging / "model.pth",
+                staging / f"{files.stem}.pth",
                 plan.written,
-                wrapper=WRAPPERS.get(plan.to),
+                wrapper=files.wrapper,
                 progress=advance,
             )
             for name, text in beside.items():
@@ -112,26 +106,23 @@ def _write_into(staging, plan, target, beside, max_shard_size, one_file, advance
         save_checkpoint(
             staging,
             plan.written,
-            container=place.container,
-            stem=place.stem,
+            container=files.container,
+            stem=files.stem,
             max_shard_size=max_shard_size,
-            metadata=metadata,
+            metadata=files.metadata,
             separator="/",
             beside=beside,
             progress=advance,
         )
         return
-    metadata, wrapper = None, None
+    metadata = None
     if target.suffix == ".safetensors":
-        tag = "flax" if plan.to.startswith("flax") else "pt"
         # A file alone says by itself what it is.
-        metadata = {"format": tag, METADATA_KEY: plan.config.to_json_string()}
-    if target.suffix in PICKLES:
-        wrapper = WRAPPERS.get(plan.to)
+        metadata = {"format": files.tag or "pt", METADATA_KEY: plan.config.to_json_string()}
     write_checkpoint(
         staging / target.name,
         plan.written,
         metadata=metadata,
-        wrapper=wrapper,
+        wrapper=files.wrapper if target.suffix in PICKLES else None,
         progress=advance,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vit_cli import cache
+from vit_cli import runtime
 from vit_common.embedded import embedded_checkpoint
 
 
@@ -33,7 +33,7 @@ def test_where_it_is(monkeypatch, environment, wanted):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert cache.directory() == (None if wanted is None else Path(wanted))
+    assert runtime.cache_directory() == (None if wanted is None else Path(wanted))
 
 
 def test_a_second_start_finds_what_the_first_compiled(tmp_path):
@@ -53,4 +53,4 @@ def test_a_second_start_finds_what_the_first_compiled(tmp_path):
 
 def test_a_home_that_cannot_be_written_is_no_fault(monkeypatch):
     monkeypatch.setenv("VIT_COMPILATION_CACHE", "/proc/no/such/place")
-    cache.enable()
+    runtime.enable_cache()

@@ -9,6 +9,7 @@ import argparse
 import errno
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -35,7 +36,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vit_common.errors import CheckpointError, InputError, MissingFileError, ViTError
-from vit_common.files import replace as files
+from vit_common.files import texts
 from vit_common.files.checkpoint import (
     Checkpoint,
     make_directory,
@@ -195,7 +196,11 @@ HEADERS = {
     "length over the limit": (b"\xff" * 7 + b"\x7f" + b"{}", "states a header of"),
     "length over the file": ((200).to_bytes(8, "little") + b"{}", "header of 200 bytes; the file"),
     "not an object": (_safetensors("[1]"), "does not begin with '{'"),
-    "leading space": (_safetensors(" {}"), "does not begin with '{'"),
+    "leading mark": (_safetensors("\ufeff{}"), "does not begin with '{'"),
+    "leading tab of another kind": (_safetensors("\v{}"), "does not begin with '{'"),
+    "metadata a list": (_safetensors({"__metadata__": []}), "map strings to strings"),
+    "metadata a number": (_safetensors({"__metadata__": 0}), "map strings to strings"),
+    "half a pair": (_safetensors('{"\\ud800":' + json.dumps(_entry()) + "}", b"1234"), "surrogate"),
     "not JSON": (_safetensors('{"a":'), "not valid safetensors header: .* line 1"),
     "not UTF-8": (_safetensors(b'{"\xff":1}'), "not UTF-8 at line 1"),
     "nested without end": (_safetensors('{"a":' * 100_000), "not valid safetensors header"),
@@ -238,6 +243,63 @@ HEADERS = {
         "truncated: the tensors take 1099511627776 bytes; there are 4",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "header",
+    [" {}", "\n\t\r {}", " " * 100 + "{}", '{"__metadata__":null}', "{} \n", "\t{} "],
+)
+def test_white_space_around_a_header_is_read_as_the_library_does(tmp_path, header: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(_safetensors(header))
+    assert safetensors.numpy.load(path.read_bytes()) == {}
+    with open_checkpoint(path) as checkpoint:
+        assert len(checkpoint) == 0
+
+
+PIECES = (
+    *(" ", "\t", "\n", "\r", "\v", "\f", "\ufeff", "\0", "{", "}", "[", "]", '"', ",", ":"),
+    *("null", "-0", "1e0", "0.0", "NaN", "99999999999999999999", "01", "+1"),
+    *("\\u0041", "\\ud800", "\\ud83d\\ude00"),
+    *('"__metadata__":', '"__metadata__":null,', '"__metadata__":[],', '"__metadata__":{"a":1},'),
+)
+
+
+def test_no_safetensors_header_is_read_that_the_library_refuses(tmp_path) -> None:
+    rng = random.Random(0)
+    path = tmp_path / "model.safetensors"
+    read = 0
+    for _ in range(400):
+        header = {"a": _entry()} | ({"b": _entry("U8", [2], [4, 6])} if rng.random() < 0.3 else {})
+        text = json.dumps(header)
+        for _ in range(rng.randrange(3)):
+            at = rng.choice([0, 1, len(text), len(text) - 1, rng.randrange(len(text))])
+            text = text[:at] + rng.choice(PIECES) + text[at + rng.choice([0, 0, 1]) :]
+        path.write_bytes(_safetensors(text, bytes(6 if "b" in header else 4)))
+        try:
+            open_checkpoint(path).close()
+        except CheckpointError:
+            continue
+        safetensors.deserialize(path.read_bytes())
+        read += 1
+    assert read > 80
+
+
+@pytest.mark.parametrize("size", [4 * 10**9, 10 * 10**9, 100 * 10**9])
+def test_large_files_are_read(tmp_path, size: int) -> None:
+    """Two tensors, of which the second begins and ends beyond what 31 and 32 bits can say."""
+    path = tmp_path / "model.safetensors"
+    header = {"a": _entry("U8", [size], [0, size]), "b": _entry("F32", [2], [size, size + 8])}
+    text = _safetensors(header)
+    with path.open("wb") as stream:
+        stream.write(text)
+        stream.truncate(len(text) + size + 8)  # a file of holes
+        stream.seek(len(text) + size)
+        stream.write(np.array([1, 2], "<f4").tobytes())
+    with open_checkpoint(path) as checkpoint, safetensors.safe_open(path, "numpy") as peer:
+        assert checkpoint["a"].shape == (size,)
+        np.testing.assert_array_equal(checkpoint["b"].read(), peer.get_tensor("b"))
+        assert checkpoint["a"].read_part((slice(size - 4, size),)).tolist() == [0] * 4
 
 
 @pytest.mark.parametrize("case", HEADERS)
@@ -1346,7 +1408,7 @@ def test_json_that_is_not_there_or_too_large(
         read_json(tmp_path)
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + b'{"a": 1}')  # with a byte order mark
     assert read_json(tmp_path / "a.json") == {"a": 1}
-    monkeypatch.setattr(files, "MAX_JSON_BYTES", 5)
+    monkeypatch.setattr(texts, "MAX_JSON_BYTES", 5)
     with pytest.raises(CheckpointError, match="larger than any JSON file"):
         read_json(tmp_path / "a.json")
 

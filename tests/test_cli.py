@@ -26,8 +26,8 @@ from hub_server import Repository, hub_server
 from networks import flax_twin, make_config, random_weights
 
 import vit_cli.commands.predict
-from vit_cli.devices import float32_products
 from vit_cli.main import main
+from vit_cli.runtime import float32_products
 from vit_cli.terminal.messages import one_line, printable, say
 from vit_cli.terminal.progress import Progress
 from vit_cli.terminal.results import PlainText, Table
@@ -93,6 +93,13 @@ def images(tmp_path):
 IN_ORDER = ["C.PNG", "a.jpg", "b.png", "sub/d.webp", "sub/e.tiff"]
 
 
+COMMANDS = ["predict", "features", "attention", "convert", "export", "bench"] + [
+    "inspect",
+    "verify",
+    "info",
+]
+
+
 def run(*arguments, env=None, **options):
     """The command as a process of its own."""
     unwanted = ("COLUMNS", "NO_COLOR", "FORCE_COLOR", "PYTHONUNBUFFERED")
@@ -117,13 +124,14 @@ def test_help_and_version_load_nothing_heavy():
     code = (
         "import sys, time\n"
         "from vit_cli.main import main\n"
-        "codes = [main(['--help']), main(['--version']), main(['predict', '--help'])]\n"
+        f"asked = [['--help'], ['--version'], *([name, '--help'] for name in {COMMANDS!r})]\n"
+        "codes = [main(arguments) for arguments in asked]\n"
         f"print(codes, [name for name in {HEAVY!r} if name in sys.modules])\n"
     )
     began = time.perf_counter()
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     took = time.perf_counter() - began
-    assert out.stdout.splitlines()[-1] == "[0, 0, 0] []"
+    assert out.stdout.splitlines()[-1] == f"{[0] * (2 + len(COMMANDS))} []"
     assert "predict" in out.stdout
     assert "--batch-size" in out.stdout
     # 0.07 s on a quiet machine; others may be using this one.
@@ -134,7 +142,7 @@ def test_version(capsys):
     assert main(["--version"]) == 0
     out = capsys.readouterr().out
     try:
-        expected = importlib.metadata.version("vit-flax")
+        expected = importlib.metadata.version("vitflax")
     except importlib.metadata.PackageNotFoundError:
         expected = "unknown"
     assert out == f"vit {expected}\n"
@@ -199,9 +207,7 @@ def test_options_that_are_wrong(arguments, said, capsys):
 )
 def test_names_and_options_in_any_order(arguments, names, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        vit_cli.commands.predict, "predict", lambda names, *_, **__: seen.extend(names)
-    )
+    monkeypatch.setattr(vit_cli.commands.predict, "run", lambda options: seen.extend(options.names))
     main(["predict", *arguments])
     assert seen == names
 
@@ -306,7 +312,7 @@ def test_the_limit_on_pixels_is_set_for_as_long_as_a_command_runs(command, names
         raise ValueError
 
     before = PIL.Image.MAX_IMAGE_PIXELS
-    monkeypatch.setattr(f"vit_cli.commands.{command}.{command}", run)
+    monkeypatch.setattr(f"vit_cli.commands.{command}.run", run)
     assert main([command, *names]) == 2
     assert main([command, *names, "--max-pixels", "400000000"]) == 2
     assert seen == [before, 200_000_000]  # Pillow refuses twice as many
@@ -487,7 +493,7 @@ def test_unexpected_errors_are_one_line(monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("this should not\nhave happened")
 
-    monkeypatch.setattr(vit_cli.commands.predict, "predict", fail)
+    monkeypatch.setattr(vit_cli.commands.predict, "run", fail)
     monkeypatch.delenv("VIT_DEBUG", raising=False)
     assert main(["predict", "x"]) == 2
     err = capsys.readouterr().err
@@ -516,7 +522,7 @@ def test_errors_of_the_system(monkeypatch, capsys, error, code, said):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(vit_cli.commands.predict, "predict", fail)
+    monkeypatch.setattr(vit_cli.commands.predict, "run", fail)
     assert main(["predict", "x"]) == code
     out, err = capsys.readouterr()
     assert out == ""
@@ -769,7 +775,7 @@ def test_ctrl_c(folder, images, tmp_path):
 def test_info(capsys):
     assert main(["info", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    names = ["vit-flax", "python", "jax", "jaxlib", "flax", "numpy", "pillow", "safetensors"]
+    names = ["vitflax", "python", "jax", "jaxlib", "flax", "numpy", "pillow", "safetensors"]
     assert list(report["versions"]) == [*names, "huggingface_hub", "torch"]
     for name in names[2:]:
         assert report["versions"][name] == importlib.metadata.version(name)

@@ -13,8 +13,10 @@ import pytest
 import torch
 import transformers
 
+import vit_torch
 from vit_common.config import ACTIVATIONS, ViTConfig, as_config
 from vit_common.errors import CheckpointError, ConfigError, MissingFileError
+from vit_common.families import CONFIG_MAPPING, AutoConfig
 
 REFERENCE = {
     name: parameter.default
@@ -534,3 +536,200 @@ def test_name_or_path_says_where_it_came_from_and_is_not_written(tmp_path):
 def test_repr_shows_the_fields_even_where_no_file_could():
     assert '"hidden_size": 768' in repr(ViTConfig())
     assert "hidden_act" in repr(ViTConfig(hidden_act=jnp.tanh))
+
+
+# -- every family, beside Transformers' own class of that name
+
+FAMILIES = ("ViT", "DeiT", "Beit", "Dinov2", "Dinov2WithRegisters")
+families = pytest.mark.parametrize("family", FAMILIES)
+
+# Attributes of Transformers' configurations that are about text and its generation.
+GENERATION = set(transformers.PretrainedConfig._get_global_generation_defaults())
+
+
+def both(family: str, **fields):
+    ours, theirs = (getattr(place, f"{family}Config") for place in (vit_torch, transformers))
+    return ours(**fields), theirs(**fields)
+
+
+@families
+def test_every_attribute_that_is_not_about_text_is_there(family):
+    ours, theirs = both(family)
+    plain = transformers.PretrainedConfig()
+    names = {name.removesuffix("_internal") for name in vars(plain)} - GENERATION
+    names |= {"name_or_path", "use_return_dict", "attribute_map", "sub_configs", "base_config_key"}
+    names |= {"has_no_defaults_at_init", "model_type", "num_labels"}
+    names.remove("_output_attentions")  # its own private place for `output_attentions`
+    for name in sorted(names):
+        assert getattr(ours, name) == getattr(theirs, name), name
+        assert type(getattr(ours, name)) is type(getattr(theirs, name)), name
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        ours.nothing  # noqa: B018
+
+
+@families
+def test_the_constructor_shows_the_arguments_of_transformers(family):
+    ours, theirs = (
+        inspect.signature(getattr(place, f"{family}Config")).parameters
+        for place in (vit_torch, transformers)
+    )
+    common = [name for name in theirs if name in ours]
+    assert [name for name in ours if name in theirs] == common
+    for name in common:
+        assert ours[name].default == theirs[name].default, name
+    assert "image_size" in common
+    assert all(f"{name}: " in getattr(vit_torch, f"{family}Config").__doc__ for name in ours)
+
+
+# What the testers of Transformers 4.57.6 give, and other keys that it keeps and no network reads.
+IGNORED = {
+    "intermediate_size": 37,
+    "pooler_output_size": 5,
+    "pooler_act": "tanh",
+    "mlp_ratio": 3,
+    "head_dim": 7,
+    "num_patches": 3,
+    "use_mask_token": True,
+    "use_mean_pooling": False,
+    "layer_scale_init_value": 0.25,
+    "qkv_bias": False,
+    "use_cls_token": False,
+    "is_decoder": False,
+    "tie_word_embeddings": False,
+    "chunk_size_feed_forward": 5,
+    "torchscript": True,
+    "finetuning_task": "translation",
+    "scope": None,
+    "_attn_implementation_autoset": True,
+    "_commit_hash": "0123456789abcdef",
+    "mask_ratio": 0.5,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+}
+FIELDS_OF_OTHERS = {
+    "ViT": ("use_cls_token", "layer_scale_init_value"),  # fields here: a network of another kind
+    "Dinov2WithRegisters": ("use_mask_token",),  # likewise
+}
+
+
+@families
+def test_keys_that_transformers_keeps_and_ignores(family, tmp_path):
+    keys = {k: v for k, v in IGNORED.items() if k not in FIELDS_OF_OTHERS.get(family, ())}
+    theirs = getattr(transformers, f"{family}Config")(**keys)
+    table = theirs.to_dict()
+    cls = getattr(vit_torch, f"{family}Config")
+    ours = cls.from_dict({**keys, **table})
+    plain = cls(**{k: v for k, v in keys.items() if k in cls.fields})
+    # The network is the one that it would be without them, and files keep them.
+    for name in (*cls.fields, "intermediate_size", "head_dim", "has_layer_scale", "pooling"):
+        assert getattr(ours, name) == getattr(plain, name), name
+    ours.save_pretrained(tmp_path)
+    back = json.loads((tmp_path / "config.json").read_text())
+    for name in keys.keys() - {"_commit_hash"}:
+        assert back[name] == keys[name], name
+    assert cls.from_pretrained(tmp_path) == ours
+    assert AutoConfig.from_pretrained(tmp_path) == ours
+    again = getattr(transformers, f"{family}Config").from_pretrained(tmp_path)
+    for name in keys.keys() - {"_commit_hash"}:
+        assert getattr(again, name) == getattr(theirs, name), name
+
+
+def test_the_testers_of_dinov2_give_a_width_that_is_not_read():
+    fields = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 37}
+    for family in ("Dinov2", "Dinov2WithRegisters"):
+        ours, theirs = both(family, **fields)
+        assert ours.intermediate_size == 4 * 32
+        assert ours.to_dict()["intermediate_size"] == theirs.to_dict()["intermediate_size"] == 37
+
+
+@families
+def test_what_is_written_beside_the_defaults(family):
+    ours, theirs = both(family, hidden_size=36, num_attention_heads=4, num_labels=3)
+    wanted = theirs.to_diff_dict()
+    wanted.pop("transformers_version")
+    assert {k: v for k, v in wanted.items() if k in ours.fields}.items() <= (
+        ours.to_diff_dict().items()
+    )
+    ours, theirs = both(family)
+    assert ("id2label" in ours.to_diff_dict()) is ("id2label" in theirs.to_diff_dict()) is False
+    assert ("hidden_size" in ours.to_diff_dict()) is True
+    assert "is_decoder" in both(family, is_decoder=True)[0].to_diff_dict()
+
+
+def test_the_attention_kernel_is_kept_and_not_written(tmp_path):
+    for cls in (ViTConfig, transformers.ViTConfig):
+        config = cls(attn_implementation="eager")
+        assert config._attn_implementation == "eager"
+        assert not [key for key in config.to_dict() if "attn" in key and "probs" not in key]
+        config.save_pretrained(tmp_path)
+        assert "eager" not in (tmp_path / "config.json").read_text()
+        assert cls.from_pretrained(tmp_path)._attn_implementation is None
+        chosen, unused = cls.from_pretrained(
+            tmp_path, attn_implementation="eager", return_unused_kwargs=True
+        )
+        assert chosen._attn_implementation == "eager"
+        assert unused == {}
+        chosen._attn_implementation = {"": "sdpa"}
+        assert chosen._attn_implementation == "sdpa"
+        # A file that names one, as older versions wrote it, is not asked.
+        table = {"model_type": "vit", "attn_implementation": "flash_attention_2"}
+        assert cls.from_dict(dict(table))._attn_implementation is None
+    with pytest.raises(ConfigError, match="`attn_implementation` must be the name of an attention"):
+        ViTConfig(attn_implementation=3)
+    assert as_config(transformers.ViTConfig(attn_implementation="eager"))._attn_implementation == (
+        "eager"
+    )
+
+
+def test_fields_set_from_text():
+    text = "hidden_size=96,hidden_dropout_prob=0.5,qkv_bias=no,hidden_act=relu"
+    for cls in (ViTConfig, transformers.ViTConfig):
+        config = cls()
+        config.update_from_string(text)
+        assert (config.hidden_size, config.hidden_dropout_prob) == (96, 0.5)
+        assert (config.qkv_bias, config.hidden_act) == (False, "relu")
+        for bad in ("nothing=1", "qkv_bias=maybe", "hidden_size=wide", "hidden_size"):
+            with pytest.raises(ValueError, match=r"."):
+                config.update_from_string(bad)
+        with pytest.raises((TypeError, ConfigError), match=r"."):
+            config.update_from_string("id2label=a")
+    with pytest.raises(ConfigError, match="`qkv_bias` must be true or false; given 'maybe'"):
+        ViTConfig().update_from_string("qkv_bias=maybe")
+
+
+def test_the_rest_of_what_scripts_call(tmp_path):
+    for cls in (ViTConfig, transformers.ViTConfig):
+        config = cls(num_labels=3, made_by="someone")
+        config.save_pretrained(tmp_path, push_to_hub=False)
+        table, rest = cls.get_config_dict(tmp_path, revision="main", extra=1)
+        assert (table["model_type"], table["made_by"]) == ("vit", "someone")
+        assert rest["extra"] == 1
+        config.to_json_file(json_file_path=tmp_path / "x.json", use_diff=True)
+        assert cls.from_json_file(json_file=tmp_path / "x.json").num_labels == 3
+        assert {"made_by", "hidden_size", "id2label"} <= set(config)
+        config.name_or_path = tmp_path
+        assert config.name_or_path == str(tmp_path)
+        assert config.get_text_config(decoder=True) is config
+        config.torchscript = True
+        assert config.use_return_dict is False
+        overridden = cls.from_pretrained(tmp_path, tie_word_embeddings=False)
+        assert overridden.tie_word_embeddings is False
+        assert cls(name_or_path="somewhere").name_or_path == "somewhere"
+        assert callable(config.push_to_hub)
+    assert ViTConfig.get_config_dict(tmp_path, token=None, extra=1)[1] == {"extra": 1}
+
+
+def test_the_mapping_of_names_to_classes():
+    for name, cls in CONFIG_MAPPING.items():
+        theirs = transformers.CONFIG_MAPPING[name]
+        assert cls.__name__ == theirs.__name__
+        assert cls.model_type == theirs.model_type == name
+    assert CONFIG_MAPPING["vit"]() == ViTConfig()
+    assert len(CONFIG_MAPPING) == len(FAMILIES)
+    assert vit_torch.BeitConfig is CONFIG_MAPPING["beit"]
+
+    class Mine(ViTConfig):
+        model_type = "mine"
+
+    assert Mine(hidden_size=96).model_type == "mine"
+    assert "mine" not in CONFIG_MAPPING

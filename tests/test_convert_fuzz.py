@@ -21,6 +21,7 @@ from safetensors.numpy import load, save
 
 from vit_cli.commands.inspect import describe
 from vit_cli.main import main
+from vit_cli.options import Reading
 from vit_common.errors import ViTError
 from vit_convert.convert import convert
 from vit_convert.formats import FORMATS, NAMES
@@ -65,7 +66,7 @@ def outcome(source: Path, **options: Any) -> bool:
             fine = False
         assert fine == target.exists()
         with contextlib.suppress(ViTError):
-            json.dumps(describe(str(source), None, {}))
+            json.dumps(describe(str(source), Reading()))
         output = io.StringIO()
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             code = main(["inspect", str(source)])

@@ -608,7 +608,7 @@ def test_stochastic_depth(family, framework):
     ways = []
     for attention, mlp in itertools.product((0.0, 1.0 / keep), repeat=2):
         with torch.no_grad():
-            branch = layer.attention(layer.layernorm_before(before), None, None, False, (2, 2))[0]
+            branch = layer.attention(layer.layernorm_before(before), None, None, False, (2, 2))
             middle = before + attention * scale[0] * branch
             branch = layer.output(layer.intermediate(layer.layernorm_after(middle)))
             end = to_numpy(middle + mlp * scale[1] * branch)

@@ -459,7 +459,7 @@ def test_a_full_disk_keeps_what_there_is(tmp_path):
 def test_memory_does_not_grow_with_the_images(tmp_path, suffix, count):
     script = (
         "import sys, numpy as np\n"
-        "from vit_cli import feature_file\n"
+        "from vit_cli.runs import feature_file\n"
         "from vit_cli.runs.feature_file import FeatureFile\n"
         "feature_file._GROUP_BYTES = 1 << 20\n"  # else pyarrow's buffers grow up to 60 MB first
         "row = np.random.default_rng(0).normal(size=1024).astype(np.float32)\n"

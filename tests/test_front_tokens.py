@@ -22,7 +22,8 @@ from vit_common.images.processor import ViTImageProcessor
 from vit_common.parameters import head_tokens
 from vit_common.presets import preset
 from vit_flax.inference import ImageClassifier
-from vit_flax.inference.classifier import _PROBABILITIES, _Work
+from vit_flax.inference.classifier import PROBABILITIES
+from vit_flax.inference.encoder import Work
 
 DINO = {
     "hidden_size": 24,
@@ -115,7 +116,7 @@ def test_the_classifier_computes_no_more(pair):
         return jax.jit(run).lower(model.params, x).cost_analysis()["flops"]
 
     whole = counted(lambda params, x: model(x, params=params).logits)
-    front = counted(partial(classify._run, work=_PROBABILITIES))
+    front = counted(partial(classify._run, work=PROBABILITIES))
     saved = forward_flops(model.config, model.head) - classify.flops
     assert (saved > 0) == (tokens is not None)
     # Beside products there are norms, softmax and GELU, in a network as small as this half as many
@@ -142,7 +143,7 @@ def test_features_of_the_class_token_compute_no_more(pair, layers):
     x = jax.ShapeDtypeStruct((1, 3, 16, 16), jnp.float32)
 
     def counted(pool):
-        run = partial(classify._run, work=_Work("features", layers, pool))
+        run = partial(classify._run, work=Work("features", layers, pool))
         return jax.jit(run).lower(classify.model.params, x).compile().cost_analysis()["flops"]
 
     saved = forward_flops(classify.config) - forward_flops(classify.config, front_tokens=1)

@@ -20,9 +20,9 @@ from tolerances import BOUNDS
 from vit_cli.main import main
 from vit_cli.runs.prediction_file import Journal
 from vit_cli.runs.rows import check_free
-from vit_cli.runs.supervise import Cluster, Hosts, _meaning
 from vit_common.embedded import embedded_checkpoint
 from vit_common.errors import InputError, MissingFileError
+from vit_flax.distributed import Cluster, Hosts, explain
 
 DIGITS = embedded_checkpoint() / "images"
 TOLERANCE = 1e-6  # of a probability or a feature: batches are made up otherwise; seen: 0
@@ -335,9 +335,9 @@ def test_whatever_one_has_and_the_other_not_differs(monkeypatch, here, there):
     monkeypatch.setattr(hosts, "wait", lambda key: json.dumps(there))
     said = f"a {here.get('a')} here and {there.get('a')} there.$"
     with pytest.raises(InputError, match=said):
-        hosts._agree(here)
+        hosts.agree(here)
     monkeypatch.setattr(hosts, "wait", lambda key: json.dumps(here))
-    hosts._agree(here)
+    hosts.agree(here)
 
 
 def test_one_is_interrupted_while_it_loads(tmp_path, many):
@@ -349,7 +349,7 @@ def test_one_is_interrupted_while_it_loads(tmp_path, many):
         "def load(*_, **__):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(60)\n"
-        "vit_cli.commands.predict.load_for_inference = load\n"
+        "vit_cli.commands.predict.load_for_stream = load\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     target = tmp_path / "out.jsonl"
@@ -461,7 +461,7 @@ def test_devices_that_cannot_be_divided(tmp_path, capsys, command):
 )  # fmt: skip
 def test_what_the_last_words_of_the_runtime_mean(words, said):
     """As JAX 0.10.2 says them, and the release before its short form of tasks."""
-    assert said in _meaning(words, Cluster("host:1", (1, 4)))
+    assert said in explain(words, Cluster("host:1", (1, 4)))
 
 
 # -- one file of several processes' rows

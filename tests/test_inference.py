@@ -190,10 +190,11 @@ DEIT = Path(__file__).parents[2] / "shared" / "data" / "deit_tiny" / "model.safe
 def test_real_photos(tmp_path):
     skimage = pytest.importorskip("skimage")
     from vit_common.presets import preset
-    from vit_convert.formats.timm import TIMM
+    from vit_convert.formats import table_for
 
     shutil.copy(DEIT, tmp_path)
-    preset("tiny", num_labels=1000, **TIMM.settings).save_pretrained(tmp_path)
+    settings = table_for("timm", preset("tiny")).settings
+    preset("tiny", num_labels=1000, **settings).save_pretrained(tmp_path)
     ViTImageProcessor(
         size={"shortest_edge": 248},
         resample=3,

@@ -364,7 +364,7 @@ def test_a_folder_that_changes_while_it_is_read(folder, tmp_path, capsys, monkey
     there yet."""
     digits = sorted(folder.glob("digit*"))
 
-    def find(names, report):
+    def find(names, report, note):
         yield from map(str, digits)
         digits[2].unlink()
         (folder / "digit-late.png").write_bytes(digits[0].read_bytes())
@@ -552,8 +552,8 @@ def test_ctrl_c_while_the_model_is_loaded(folder, tmp_path, number):
         "def load(*_, **__):\n"
         f"    os.kill(os.getpid(), {int(number)})\n"
         "    time.sleep(60)\n"
-        "vit_cli.commands.features.load_for_inference = load\n"
-        "vit_cli.commands.predict.load_for_inference = load\n"
+        "vit_cli.commands.features.load_for_stream = load\n"
+        "vit_cli.commands.predict.load_for_stream = load\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     for command, name in (("predict", "out.jsonl"), ("features", "out.npz")):

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 import torch
 import transformers
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from networks import flax_twin, make_config, random_weights, randomize
 
@@ -26,7 +27,14 @@ from vit_common.images.processor import ViTImageProcessor
 from vit_convert.layouts import HWIO, KEEP, TRANSPOSE
 from vit_flax import FlaxViTForImageClassification
 from vit_flax.inference import ImageClassifier
-from vit_flax.sharding import make_mesh, partition_spec
+from vit_flax.sharding import (
+    TRAINING_AXES,
+    batch_spec,
+    make_mesh,
+    param_shardings,
+    partition_spec,
+    tree_shardings,
+)
 
 SMALL = {
     "hidden_size": 64,
@@ -205,6 +213,36 @@ def test_every_parameter_has_a_place(cls, config):
         ), path
 
 
+@pytest.mark.parametrize(("cls", "config"), [*networks()])
+def test_training_splits_every_large_array(cls, config):
+    """Over "fsdp", as over "model", along an axis that can be divided; moments as parameters."""
+    model = cls(config, _do_init=False)
+    mesh = AbstractMesh((2, 4, 2), TRAINING_AXES)
+    shapes = model.params_shape_tree
+    for path, leaf in flatten_dict(shapes).items():
+        spec = partition_spec(path, TRAINING_AXES)
+        whole = {axis: name for axis, name in enumerate(spec) if name is not None}
+        for axis, name in whole.items():
+            assert leaf.shape[axis] % mesh.shape[name] == 0, path
+        large = len([size for size in leaf.shape if size > 1]) > 1
+        few = path[-1] in ("relative_position_bias_table", "register_tokens")
+        assert ("fsdp" in spec) == (large and not few), path
+        assert partition_spec(path, ("data", "fsdp")) == P(
+            *[None if name == "model" else name for name in spec] if "fsdp" in spec else []
+        )
+    moments = jax.eval_shape(optax.adamw(1e-3).init, shapes)
+    (adam, *_) = tree_shardings(mesh, moments)
+    places = {path: param_shardings(mesh, path) for path in flatten_dict(shapes)}
+    assert flatten_dict(adam.mu) == flatten_dict(adam.nu) == places
+    assert adam.count.spec == P()
+
+
+def test_a_batch_is_split_over_every_axis_that_holds_images():
+    assert batch_spec() == batch_spec(("data",)) == P("data")
+    assert batch_spec(TRAINING_AXES) == P(("data", "fsdp"))
+    assert batch_spec(("model",)) == P()
+
+
 def test_a_parameter_that_nothing_places():
     with pytest.raises(InputError, match="parameter vit/adapter/kernel: nothing says how"):
         partition_spec(("vit", "adapter", "kernel"))
@@ -224,6 +262,29 @@ def test_a_parameter_that_nothing_places():
 def test_meshes_that_cannot_be(mesh, said):
     with pytest.raises(InputError, match=said):
         make_mesh(mesh, make_config())
+
+
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [
+        ({"rows": 2}, "such as {'data': 4, 'fsdp': 8, 'model': 2}; given {'rows': 2}"),
+        ({"fsdp": 2000}, r"1 x 2000 x 1 (data x fsdp x model) needs 2000 devices"),
+        (
+            Mesh(np.array(jax.devices()[:1]), ("batch",)),
+            "must have the axes 'data', 'fsdp' and 'model', or one of them; given 'batch'",
+        ),
+    ],
+)
+def test_meshes_for_training_that_cannot_be(mesh, said):
+    with pytest.raises(InputError, match=re.escape(said)):
+        make_mesh(mesh, make_config(), TRAINING_AXES)
+
+
+def test_axes_for_training_in_their_order():
+    device = np.array(jax.devices()[:1])
+    for mesh in ({"data": 1}, {"data": 1, "fsdp": 1}, Mesh(device[None], ("model", "fsdp"))):
+        made = make_mesh(mesh, make_config(), TRAINING_AXES)
+        assert list(made.shape.items()) == [("data", 1), ("fsdp", 1), ("model", 1)]
 
 
 def test_one_device_alone():
@@ -265,6 +326,7 @@ from functools import partial
 import numpy as np
 from vit_cli.commands import bench
 from vit_cli import models
+from vit_cli.main import main
 from vit_flax.inference import ImageClassifier, measure
 folder = sys.argv[1]
 classify = ImageClassifier.from_pretrained(folder)
@@ -272,10 +334,9 @@ pictures = np.load(f"{folder}/pictures.npy")[:3]
 run = classify.runner(3)
 print(*run(np.stack([classify._prepare(picture) for picture in pictures])).ravel())
 measure.network_rate = partial(measure.network_rate, seconds=0.01)
-models.load_for_inference = lambda *_: classify
+models.load_for_inference = lambda *_, **__: classify
 bench._stream = lambda *_: {}
-options = {"rounds": 1, "dtype": "float32", "options": {}, "as_json": True}
-bench.bench([], folder, batch_sizes=[1, 2, 3], **options)
+sys.exit(main(["bench", "--model", folder, "--rounds", "1", "--json", "--batch-sizes", "1,2,3"]))
 """
 
 

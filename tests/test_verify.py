@@ -15,7 +15,7 @@ import torch
 from networks import images, make_config, random_weights, torch_twin
 
 import vit_cli.commands.verify
-import vit_torch.verify
+import vit_torch.verify.compare
 from vit_cli.commands import verify_report
 from vit_cli.main import main
 from vit_common.config import BeitConfig, ViTConfig
@@ -25,20 +25,14 @@ from vit_common.images.processor import ViTImageProcessor
 from vit_common.positions import resize_positions
 from vit_torch import BeitForImageClassification, ViTForImageClassification, ViTModel
 from vit_torch.parity import Stage, difference
-from vit_torch.verify import (
-    Checked,
-    Row,
-    Verification,
-    _compare_pixels,
-    _half,
-    _plan,
-    _row,
-    _Subject,
-    verify,
-)
+from vit_torch.verify import Checked, Row, Verification, verify
 from vit_torch.verify.bounds import BOUNDS
+from vit_torch.verify.compare import _half, compare_models
 from vit_torch.verify.diagnose import Cause, _precisions, diagnose, diagnose_pixels
+from vit_torch.verify.pixels import compare_pixels
+from vit_torch.verify.run import plan
 from vit_torch.verify.stages import stage_of, torch_stages
+from vit_torch.verify.subject import Subject
 
 BOUND = BOUNDS["twins float32"]
 
@@ -491,7 +485,7 @@ def test_every_report_says_why(row, said, unsaid, capsys):
 
 def test_what_is_left_out_is_said():
     tpu, cpu = (SimpleNamespace(platform=name) for name in ("tpu", "cpu"))
-    runs, notes = _plan([tpu, cpu], ("float64", "bfloat16"), True)
+    runs, notes = plan([tpu, cpu], ("float64", "bfloat16"), True)
     assert runs == [(cpu, "float64", "highest"), (tpu, "bfloat16", "highest")] + [
         (cpu, "bfloat16", "highest")
     ]
@@ -499,9 +493,9 @@ def test_what_is_left_out_is_said():
     assert "float64 was left out on the tpu" in notes[0]
     assert "gradients were left out in bfloat16" in notes[1]
     with pytest.raises(InputError, match=r"nothing of what was asked for.*float64 was left out"):
-        _plan([tpu], ("float64",), False)
+        plan([tpu], ("float64",), False)
     with pytest.raises(InputError, match=r"nothing of what was asked for.*gradients were left out"):
-        _plan([cpu], ("bfloat16", "float16"), True)
+        plan([cpu], ("bfloat16", "float16"), True)
     for name in ("dtypes", "devices"):
         with pytest.raises(InputError, match=f"`{name}` must be of .*; given none"):
             verify(embedded_checkpoint(), **{name: ()})
@@ -510,10 +504,10 @@ def test_what_is_left_out_is_said():
 def row_of_fakes(monkeypatch, stages, gradients, precision="highest"):
     """A row of two models that are nothing but (the first's, the second's) stages and gradients."""
     both = [SimpleNamespace(name=name, flax=lambda *_, i=i: i) for i, name in enumerate("ab")]
-    monkeypatch.setattr(vit_torch.verify, "flax_stages", lambda i, *_: stages[i])
-    monkeypatch.setattr(vit_torch.verify, "_flax_gradients", lambda i, *_: gradients[i])
+    monkeypatch.setattr(vit_torch.verify.compare, "flax_stages", lambda i, *_: stages[i])
+    monkeypatch.setattr(vit_torch.verify.compare, "flax_gradients", lambda i, *_: gradients[i])
     cpu = jax.local_devices(backend="cpu")[0]
-    return _row(*both, np.ones((2, 3, 8, 8)), {}, cpu, "float32", precision, BOUNDS, True)
+    return compare_models(*both, np.ones((2, 3, 8, 8)), {}, cpu, "float32", precision, BOUNDS, True)
 
 
 def test_stages_and_parameters_of_one_model_alone(monkeypatch):
@@ -572,10 +566,10 @@ def test_grey_images_that_are_prepared_otherwise(given, options, said, tmp_path)
     if given:
         noise = np.random.default_rng(0).integers(0, 256, (2, 20, 30), np.uint8)
         pictures = [PIL.Image.fromarray(values) for values in noise]
-    right = _Subject(tiny(tmp_path / "a", **GREY), None, {})
-    wrong = _Subject(tiny(tmp_path / "b", num_channels=1, processor=options), None, {})
-    assert _compare_pixels(right, right, pictures).passed
-    row = _compare_pixels(right, wrong, pictures)
+    right = Subject(tiny(tmp_path / "a", **GREY), None, {})
+    wrong = Subject(tiny(tmp_path / "b", num_channels=1, processor=options), None, {})
+    assert compare_pixels(right, right, pictures).passed
+    row = compare_pixels(right, wrong, pictures)
     assert not row.passed
     assert [checked.stage.name for checked in row.stages] == ["pixels"]
     assert [cause.change for cause in row.agreeing] == ([] if said is None else [said])
@@ -590,9 +584,9 @@ def test_grey_images_that_are_prepared_otherwise(given, options, said, tmp_path)
     ],
 )
 def test_images_that_cannot_be_compared(options, said, tmp_path):
-    right = _Subject(tiny(tmp_path / "a", **GREY), None, {})
-    wrong = _Subject(tiny(tmp_path / "b", num_channels=1, processor=options), None, {})
-    found = _compare_pixels(right, wrong, None)
+    right = Subject(tiny(tmp_path / "a", **GREY), None, {})
+    wrong = Subject(tiny(tmp_path / "b", num_channels=1, processor=options), None, {})
+    found = compare_pixels(right, wrong, None)
     if options is None:
         text = found
     else:
@@ -621,7 +615,7 @@ def test_another_preparation_fails_and_is_said(tmp_path, capsys):
 )
 def test_every_classifier_has_a_loss(fields, shape, tmp_path):
     path = tiny(tmp_path, **fields)
-    assert _Subject(path, None, {}).extra_inputs(2, (8, 8))["labels"].shape == shape
+    assert Subject(path, None, {}).extra_inputs(2, (8, 8))["labels"].shape == shape
     if "problem_type" in fields:
         found = verify(path)
         assert found.passed

@@ -1,21 +1,42 @@
-"""`main`: runs the command `vit`, and turns whatever goes wrong into one line and an exit code.
+"""`main`: the command `vit`. It finds the file of a subcommand in `vit_cli.commands`, has it add
+its options, and runs it.
 
-Nothing heavy is imported here or in `parser.py`: `vit --help` and `vit --version` answer at once.
+Nothing heavy is imported here or at the top of a command: `vit --help` and `vit predict --help`
+answer at once.
 """
 
 from __future__ import annotations
 
-import errno
-import os
+import argparse
+import importlib
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from vit_cli.terminal.exit_codes import COULD_NOT_RUN, PIPE_CLOSED
+from vit_cli.options import Parser, pixels_limited
+from vit_cli.terminal.exit_codes import DONE
+from vit_cli.terminal.guard import guarded, prepare_streams
 from vit_cli.terminal.interrupt import exits_at_once
-from vit_cli.terminal.messages import one_line, say, show_warning
+from vit_cli.terminal.messages import show_warning
+from vit_common.errors import DeviceError, ViTError
 
-_OUTPUT_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_COMMANDS = {
+    "predict": "classify images",
+    "features": "write image embeddings to a file",
+    "attention": "draw where a model looks in an image",
+    "convert": "convert a checkpoint to another format",
+    "export": "write a model as a program for JAX or ONNX",
+    "bench": "measure images per second, and where the time goes",
+    "inspect": "show what a weights file holds",
+    "verify": "compare twins or checkpoints, stage by stage",
+    "info": "show versions, devices and precision, or describe a model",
+}
+_EXIT_CODES = """exit codes:
+  0    done
+  1    some images could not be read, or `vit verify` found a difference out of bounds
+  2    the command could not run: an option, the model, or the environment is wrong
+  130  interrupted
+  141  the reader of the output went away"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,74 +46,85 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the command's own name; None means those of this process.
 
     Returns:
-        The exit code: 0, or 1 if some of the images failed, 2 if the command could not run at
-        all, 130 if it was interrupted, 141 if the reader of its output went away.
+        The exit code, one of `vit_cli.terminal.exit_codes`.
     """
-    _prepare_streams()
+    prepare_streams()
     with exits_at_once(), warnings.catch_warnings():
         warnings.showwarning = show_warning
-        return guarded(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+        return guarded(lambda: _parse(sys.argv[1:] if arguments is None else arguments)())
 
 
-def guarded(run: Callable[[], int]) -> int:
-    """What `run` returns, or the exit code of what it raises, which is said."""
+def _parse(arguments: Sequence[str]) -> Callable[[], int]:
+    """The call that the arguments ask for. Help and version are printed, not called.
+
+    Raises:
+        InputError: the arguments are not understood.
+    """
     try:
-        code = run()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _discard_output()
-        code = PIPE_CLOSED
-    except Exception as error:
-        code = COULD_NOT_RUN
-        _explain(error)
-    return code
+        if not arguments or arguments[0] not in _COMMANDS:
+            return _top(arguments)
+        command = importlib.import_module(f"vit_cli.commands.{arguments[0]}")
+        parser = Parser(f"vit {arguments[0]}")
+        command.add_options(parser)
+        options = parser.parse(arguments[1:])
+    except SystemExit:  # how argparse ends after it has printed the help
+        return lambda: DONE
+
+    def run() -> int:
+        try:
+            with pixels_limited(options):
+                return command.run(options)
+        except Exception as error:
+            out_of_memory = _out_of_memory(parser, error)
+            if out_of_memory is None:
+                raise
+            raise out_of_memory from error
+
+    return run
 
 
-def _run(arguments: Sequence[str]) -> int:
-    from vit_cli.options import parse
+def _out_of_memory(parser: Parser, error: Exception) -> DeviceError | None:
+    """An error that advises the option this command has, if memory was what ran out."""
+    from vit_flax.last_words import is_out_of_memory
 
-    return parse(arguments)()
+    if isinstance(error, ViTError) or not is_out_of_memory(error):
+        return None
+    batch = (name for name in ("--batch-size", "--batch-sizes", "--batch") if parser.has(name))
+    advice = next(
+        (f"try a smaller {name}" for name in batch), "try a smaller model or --image-size"
+    )
+    return DeviceError(f"out of memory; {advice}.")
 
 
-def _explain(error: Exception) -> None:
-    """One line for any error; all of it with VIT_DEBUG set."""
-    from vit_common.errors import ViTError
+def _top(arguments: Sequence[str]) -> Callable[[], int]:
+    width = max(map(len, _COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, what in _COMMANDS.items()]
+    parser = Parser(
+        "vit",
+        description="Vision Transformers on JAX.",
+        usage="vit [-h] [--version] COMMAND ...",
+        epilog="\n".join(
+            [
+                "commands:",
+                *lines,
+                "",
+                "`vit COMMAND --help` shows the options of a command.",
+                "",
+                _EXIT_CODES,
+            ]
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
+    options, rest = parser.parse_known_args(arguments)
+    if options.version:
+        from vit_common.versions import package_version
 
-    if os.environ.get("VIT_DEBUG"):
-        import traceback
-
-        traceback.print_exception(error)
-    if isinstance(error, ViTError):
-        say("error", str(error))
-    elif isinstance(error, OSError) and error.errno in _OUTPUT_FAILED:
-        say("error", f"the output cannot be written ({error.strerror}).")
-        _discard_output()
-    elif "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
-        say("error", "out of memory; try a smaller --batch-size.")
+        print(f"vit {package_version()}")
+    elif rest:
+        what = "option" if rest[0].startswith("-") else "command"
+        wanted = f"; wanted one of {', '.join(_COMMANDS)}" if what == "command" else ""
+        parser.error(f"no such {what}: {rest[0]}{wanted}")
     else:
-        text = one_line(f"{type(error).__name__}: {error}")
-        say("error", f"{text} (unexpected; VIT_DEBUG=1 shows where it comes from)")
-
-
-# -- streams
-
-
-def _prepare_streams() -> None:
-    """Escape what a stream cannot encode; where a stream was closed, write to nowhere."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # as long as the process
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _discard_output() -> None:
-    """Keep Python from writing what is left in the buffer when it exits, and failing again."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, sys.stdout.fileno())
-    except (OSError, ValueError):  # a stream of a test has no descriptor
-        pass
-    finally:
-        os.close(null)
+        parser.print_help()
+    return lambda: DONE

@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vit_cli import cache
 from vit_common.errors import InputError
 
-_PRECISION = ("param_dtype", "weights")
+if TYPE_CHECKING:
+    from vit_cli.options import StreamOptions
 
 
 def load_for_inference(
     name: str,
     model: str | None,
     dtype: str,
-    options: Mapping[str, Any] | None = None,
     *,
     devices: int | None = None,
     model_parallel: int = 1,
+    **options: Any,
 ) -> Any:
     """A class of `vit_flax.inference`, loaded.
 
     Args:
         name: of the class.
         model: folder, weights file or Hub name; None is the checkpoint in the package.
-        dtype: of the computation.
-        options: more of `from_pretrained`.
+        dtype: compute dtype.
         devices: how many of this process's devices to use; None is all.
         model_parallel: devices that one copy of the network is split over.
+        **options: more of `from_pretrained`.
 
     Raises:
         InputError: the devices cannot be split so.
         ViTError: it cannot be loaded, or there is no device to run it on.
     """
-    # Only now: a name that is wrong is told at once, without the seconds that JAX takes.
+    # Only now: a wrong name is reported at once, without the seconds that JAX takes.
     import jax
 
-    from vit_cli.devices import find_devices
+    from vit_cli.runtime import enable_cache, find_devices
     from vit_flax import inference
 
-    cache.enable()
+    enable_cache()
     find_devices()
-    options = dict(options or {})
     if devices is not None or model_parallel > 1:
         devices = devices or len(jax.local_devices())
         if devices % model_parallel:
@@ -59,24 +57,14 @@ def load_for_inference(
     return getattr(inference, name).from_pretrained(model, dtype=dtype, **options)
 
 
-def settings(
-    model: str | None,
-    dtype: str,
-    options: Mapping[str, Any] | None,
-    shard: tuple[int, int] | None,
-) -> dict[str, Any]:
-    """What results depend on, whatever is made; and which images are among them.
-
-    Args:
-        model, dtype, options: as `load_for_inference`.
-        shard: (i, n): only the i-th of n parts of the images, counted from 0.
-    """
-    options = options or {}
-    return {
-        "model": model,
-        "revision": options.get("revision"),
-        "subfolder": options.get("subfolder"),
-        "dtype": dtype,
-        **{name: value for name, value in options.items() if name in _PRECISION},
-        "shard": None if shard is None else f"{shard[0] + 1}/{shard[1]}",
-    }
+def load_for_stream(name: str, stream: StreamOptions) -> Any:
+    """The same, as the options of a stream say."""
+    return load_for_inference(
+        name,
+        stream.model,
+        stream.dtype,
+        devices=stream.devices,
+        model_parallel=stream.model_parallel,
+        **stream.precision,
+        **stream.reading.keywords,
+    )

@@ -4,7 +4,7 @@ any arithmetic."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,12 @@ def check_positive(name: str, value: Any) -> int:
     if number is None or number < 1:
         raise InputError(f"`{name}` must be a positive integer; given {value!r}.")
     return number
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, value, value) of each setting that differs; one that is absent counts as None."""
+    names = dict.fromkeys((*one, *other))
+    return [(n, one.get(n), other.get(n)) for n in names if one.get(n) != other.get(n)]
 
 
 def check_image(

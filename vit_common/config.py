@@ -8,51 +8,45 @@ not know are kept as attributes and written back.
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 import json
 import os
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from vit_common.config_fields import (
     ACTIVATIONS,
-    CHECKS,
     EXTENSIONS,
     FIELDS,
     FLOATS,
+    INHERITED,
     MOST_LABELS,
-    SIZES,
-    VIT,
     VIT_FIELDS,
-    WRITTEN_IF_SET,
     Fields,
     Pooling,
     PositionTokens,
-    fields_of,
+    check_depth,
     integer,
     refusal,
 )
-from vit_common.errors import ConfigError
+from vit_common.errors import ConfigError, shown
 from vit_common.positions import ResizeRule
 
 __all__ = [
     "ACTIVATIONS",
-    "CONFIG_CLASSES",
     "CONFIG_NAME",
     "FIELDS",
     "FLOATS",
     "OURS",
-    "AutoConfig",
-    "BeitConfig",
-    "DeiTConfig",
-    "Dinov2Config",
-    "Dinov2WithRegistersConfig",
-    "FamilyConfig",
     "Flags",
     "ViTConfig",
     "as_config",
-    "config_class",
+    "config_classes",
     "is_timm",
+    "without_timm",
 ]
 
 CONFIG_NAME = "config.json"
@@ -70,66 +64,34 @@ class ViTConfig:
     """Sizes, rates and labels of a Vision Transformer.
 
     Args:
-        hidden_size: width D of the residual stream.
-        num_hidden_layers: number L of encoder blocks.
-        num_attention_heads: number A of heads; must divide `hidden_size`.
-        intermediate_size: width I of the MLP.
-        hidden_act: activation of the MLP, one of `ACTIVATIONS` or a callable. "gelu" is the exact
-            (erf) one, "gelu_new" and "gelu_pytorch_tanh" the tanh approximation.
-        hidden_dropout_prob: rate of dropout after the embeddings, attention output and MLP.
-        attention_probs_dropout_prob: rate of dropout on the attention probabilities.
-        initializer_range: standard deviation of the truncated normal that new weights are drawn
-            from.
-        layer_norm_eps: epsilon of every layer norm (Hub ViT 1e-12; timm and Google 1e-6).
-        image_size: side of the square input in pixels, or (height, width).
-        patch_size: side of a square patch in pixels, or (height, width).
-        num_channels: channels C of the input.
-        qkv_bias: whether query, key and value have a bias.
-        encoder_stride: side of the pixel block that a token is decoded to in masked image
-            modelling.
-        pooler_output_size: width of the pooler; None means `hidden_size`.
-        pooler_act: activation of the pooler.
-        gradient_checkpointing: recompute each block in the backward pass instead of storing it.
-        position_resize: how position embeddings are resampled to another grid; the families
-            differ, see `vit_common.positions.resize_matrix`.
-        layer_scale_init_value: what the per-channel factors on both residual branches start as
-            (Touvron et al. 2021, arXiv:2103.17239); 0 means that there are none.
-        use_swiglu_ffn: the MLP is `silu(x1) * x2` of a first layer of width 2 I (Shazeer 2020,
-            arXiv:2002.05202) instead of `hidden_act` of one of width I.
-        num_register_tokens: learned tokens after the class token (Darcet et al. 2023,
-            arXiv:2309.16588).
-        use_cls_token: whether there is a class token; without it `pooling` must be "mean".
-        position_tokens: which tokens in front of the patches have position embeddings: "all",
-            "cls" (the class token alone) or "patches" (none of them).
-        use_absolute_position_embeddings: whether position embeddings are added to the tokens.
-        use_relative_position_bias, use_shared_relative_position_bias: a learned bias on the
-            attention scores for each offset between patches (Bao et al. 2021, arXiv:2106.08254),
-            one table a block, or one for all blocks.
-        pooling: what the classifier looks at: the class token, or the mean of the patches.
-        norm_after_pooling: the final norm is applied to the mean of the patches, not to the tokens.
-        use_representation_layer: a dense layer of `pooler_output_size` with `pooler_act` stands
-            before the classifier (pre-logits, Dosovitskiy et al. 2021).
-        drop_path_rate: rate of stochastic depth (Huang et al. 2016, arXiv:1603.09382) at the last
-            block; it grows evenly from zero at the first.
-        output_hidden_states, output_attentions, return_dict: what calls return when not told.
+        {fields}
         num_labels: number K of classes; rebuilds `id2label` and `label2id`.
-        id2label, label2id: class index to label and back.
-        problem_type: which loss labels mean; None decides from `num_labels` and the labels' dtype.
-        architectures: class names recorded in the file.
-        dtype (or the older `torch_dtype`): dtype the weights were saved in, as a string.
-        **unknown: kept as attributes and written back.
+        attn_implementation: name of an attention kernel, for models that are built without one of
+            their own; kept as `_attn_implementation` and not written to files.
+        **kwargs: unknown keys, kept as attributes and written back.
 
     Raises:
         ConfigError: a value is not what the field holds, or two fields contradict each other.
+
+    Example:
+        >>> config = ViTConfig(hidden_size=192, num_attention_heads=3, num_labels=10)
+        >>> config.num_patches, config.head_dim
+        (196, 64)
     """
 
     model_type: ClassVar[str] = "vit"
     fields: ClassVar[Fields] = VIT_FIELDS
+    __signature__: ClassVar[Any]  # of the constructor, made from the fields
 
     extended_type: ClassVar[str] = "vit_extended"
     """`model_type` in files of networks that Transformers' ViT cannot hold, so that it refuses them
     instead of running another network."""
-    written_if_set: ClassVar[tuple[str, ...]] = (*EXTENSIONS, "drop_path_rate")
+
+    # As in Transformers, for code that asks.
+    attribute_map: ClassVar[dict[str, str]] = {}
+    sub_configs: ClassVar[dict[str, Any]] = {}
+    base_config_key: ClassVar[str] = ""
+    has_no_defaults_at_init: ClassVar[bool] = False
 
     use_mask_token: bool = False
     use_distillation_token: ClassVar[bool] = False
@@ -176,6 +138,18 @@ class ViTConfig:
     architectures: list[str] | None
     dtype: str | None
     _name_or_path: str
+    _attn_implementation: str | None
+    _ignored: dict[str, Any]
+
+    def __init_subclass__(cls, fields: Fields | None = None, **kwargs: Any) -> None:
+        """A subclass that is given `fields` is a family, and known by its `model_type`."""
+        super().__init_subclass__(**kwargs)
+        if fields is not None:
+            cls.fields = fields
+            _FAMILIES[cls.model_type] = cls
+            _describe(cls)
+        elif "__init__" in vars(cls):
+            cls.__signature__ = None  # its own
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if len(args) > len(self.fields):
@@ -189,10 +163,10 @@ class ViTConfig:
 
         model_type = kwargs.pop("model_type", None)
         if model_type not in (None, "", self.model_type, self.extended_type):
-            known = CONFIG_CLASSES.get(model_type)
+            known = config_classes().get(model_type) if isinstance(model_type, str) else None
             raise ConfigError(
                 f"config: `model_type` must be {self.model_type!r} for {type(self).__name__}; "
-                f"given {model_type!r}. "
+                f"given {shown(model_type)}. "
                 + (
                     known.use_instead()
                     if known
@@ -204,30 +178,49 @@ class ViTConfig:
             kwargs["dtype"] = torch_dtype
 
         num_labels = kwargs.pop("num_labels", None)
-        for name, (default, _) in self.fields.items():
+        for name, row in self.fields.items():
             if name not in ("id2label", "label2id"):
-                setattr(self, name, kwargs.pop(name, default))
+                setattr(self, name, kwargs.pop(name, row.default))
         self._set_labels(num_labels, kwargs.pop("id2label", None), kwargs.pop("label2id", None))
-        object.__setattr__(self, "_name_or_path", kwargs.pop("_name_or_path", ""))
+        plain = kwargs.pop("name_or_path", "")
+        self.name_or_path = kwargs.pop("_name_or_path", "") or plain
+        object.__setattr__(self, "_commit_hash", kwargs.pop("_commit_hash", None))
+        object.__setattr__(self, "_attn_implementation", None)
+        self._attn_implementation = kwargs.pop("attn_implementation", None)
+        object.__setattr__(self, "_ignored", {})
         for name, value in kwargs.items():
-            taken = getattr(type(self), name, None)
-            if isinstance(taken, property):  # derived here; a file may store it too
-                if (name in CHECKS or name == "head_dim") and value != getattr(self, name):
-                    raise refusal(
-                        name, f"{getattr(self, name)!r}, which follows from the rest", value
-                    )
-                continue
-            if isinstance(taken, (bool, int, float, str)):  # the same for the whole family
-                if value != taken:
-                    raise refusal(name, f"{taken!r} for {type(self).__name__}", value)
-                continue
-            if taken is not None:
-                raise ConfigError(
-                    f"config: `{name}` must not be a key; {type(self).__name__} has a method or "
-                    f"attribute of that name; given {value!r}."
-                )
-            object.__setattr__(self, name, value)
+            self._set_unknown(name, value)
         self.validate()
+
+    def _set_unknown(self, name: str, value: Any) -> None:
+        """Keep a key that is no field of this family."""
+        check_depth(name, value)
+        taken = getattr(type(self), name, None)
+        if isinstance(taken, property) or name in _RUNTIME or name.startswith("_attn_impl"):
+            # The network has it from other fields, or it was about one process; a file may say it.
+            if name != "num_labels":
+                self._ignored[name] = value
+        elif isinstance(taken, (bool, int, float, str)):  # the same for the whole family
+            if value != taken and (name in EXTENSIONS or name == "qkv_bias"):
+                raise refusal(name, f"{taken!r} for {type(self).__name__}", value)
+            self._ignored[name] = value
+        elif taken is not None:
+            raise ConfigError(
+                f"config: `{shown(name)[1:-1]}` must not be a key; "
+                f"{type(self).__name__} has a method or attribute of that name; given "
+                f"{shown(value)}."
+            )
+        else:
+            object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only what `__init__` has not set comes here.
+        if name in INHERITED:
+            return copy.copy(INHERITED[name])
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(vars(self))
 
     def _set_labels(self, num_labels: Any, id2label: Any, label2id: Any) -> None:
         if id2label is None:
@@ -241,7 +234,7 @@ class ViTConfig:
         self.label2id = label2id
         if num_labels is not None and num_labels != len(self.id2label):
             raise ConfigError(
-                f"config: `num_labels` is {num_labels!r} but `id2label` names "
+                f"config: `num_labels` is {shown(num_labels)} but `id2label` names "
                 f"{len(self.id2label)} classes; give one of the two, or make them agree."
             )
 
@@ -250,9 +243,12 @@ class ViTConfig:
             name = "dtype"
         if name == "pooler_output_size" and value is None:
             value = self.hidden_size
+        taken = getattr(type(self), name, None)
         if name in self.fields:
-            value = self.fields[name][1](name, value)
-        elif isinstance(getattr(type(self), name, None), property) and name != "num_labels":
+            value = self.fields[name].check(name, value)
+        elif name == "_attn_implementation":
+            value = _kernel_name(value, self._attn_implementation)
+        elif isinstance(taken, property) and taken.fset is None:
             raise refusal(name, f"left alone: {type(self).__name__} derives it", value)
         super().__setattr__(name, value)
 
@@ -297,7 +293,7 @@ class ViTConfig:
 
     @classmethod
     def use_instead(cls) -> str:
-        """What to say to who loads this family into another's class."""
+        """Advice for anyone who loads this family into another family's class."""
         stem = cls.class_stem()
         return (
             f"These are weights of the family {cls.model_type!r}: use {stem}Model or "
@@ -307,11 +303,10 @@ class ViTConfig:
 
     @property
     def is_extended(self) -> bool:
-        """Whether a field says what Transformers' network of this `model_type` cannot do."""
+        """Whether the network is one that Transformers' class of this `model_type` cannot hold."""
         return any(
-            name in EXTENSIONS and getattr(self, name) != default
-            for name, (default, _) in self.fields.items()
-            if name in self.written_if_set
+            row.extends and row.if_set and getattr(self, name) != row.default
+            for name, row in self.fields.items()
         )
 
     @property
@@ -403,13 +398,17 @@ class ViTConfig:
 
     @property
     def use_return_dict(self) -> bool:
-        """The name Transformers gives to `return_dict` where models read it."""
-        return self.return_dict
+        """Whether calls return a mapping: `return_dict`, unless `torchscript` is set."""
+        return self.return_dict and not self.torchscript
 
     @property
     def name_or_path(self) -> str:
         """Where the configuration was read from."""
         return self._name_or_path
+
+    @name_or_path.setter
+    def name_or_path(self, value: Any) -> None:
+        object.__setattr__(self, "_name_or_path", value if isinstance(value, str) else str(value))
 
     @property
     def torch_dtype(self) -> str | None:
@@ -436,13 +435,13 @@ class ViTConfig:
     ) -> Flags:
         """What a call returns: each flag as given, or as configured where it is None."""
         given = (output_attentions, output_hidden_states, return_dict)
-        own = (self.output_attentions, self.output_hidden_states, self.return_dict)
+        own = (self.output_attentions, self.output_hidden_states, self.use_return_dict)
         return Flags(*(bool(o if g is None else g) for g, o in zip(given, own, strict=True)))
 
     # -- files
 
     def to_dict(self) -> dict[str, Any]:
-        """A dict of every field as JSON holds it, unknown keys included; `id2label` keyed by int.
+        """Every field as JSON holds it, unknown keys included; `id2label` keyed by int.
 
         Raises:
             ConfigError: an activation is a callable, which no file can hold.
@@ -451,15 +450,31 @@ class ViTConfig:
             "model_type": self.extended_type if self.is_extended else self.model_type
         }
         for name, value in vars(self).items():
-            if name == "_name_or_path":
+            if name in _RUNTIME:
                 continue
             if name in ("hidden_act", "pooler_act") and not isinstance(value, str):
                 raise refusal(name, "the name of an activation, to be written to a file", value)
-            optional = name in WRITTEN_IF_SET or name in self.written_if_set
-            if optional and name in self.fields and value == self.fields[name][0]:
+            row = self.fields.get(name)
+            if row is not None and row.if_set and value == row.default:
                 continue
             out[name] = list(value) if isinstance(value, tuple) else copy.deepcopy(value)
-        return out
+        return {**copy.deepcopy(self._ignored), **out}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """`to_dict()` without what every configuration of Transformers has by default: two labels
+        without names, and `INHERITED` values."""
+        table = self.to_dict()
+        plain = {0: "LABEL_0", 1: "LABEL_1"}
+        defaults = {
+            **INHERITED,
+            "id2label": plain,
+            "label2id": {label: index for index, label in plain.items()},
+        }
+        return {
+            name: value
+            for name, value in table.items()
+            if name not in defaults or value != defaults[name]
+        }
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """The text of `config.json`: sorted keys, two spaces of indent, a newline at the end.
@@ -472,19 +487,25 @@ class ViTConfig:
         ordered = {name: table[name] for name in sorted(table)}
         try:
             return json.dumps(ordered, indent=2, allow_nan=False) + "\n"
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"config: a value cannot be written as JSON ({error}).") from error
 
-    def to_json_file(self, path: str | os.PathLike, use_diff: bool = True) -> None:
-        """Write `to_json_string()` to `path`; the old file survives a failure."""
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        """Write `to_json_string()` to a file; the old file survives a failure."""
         from vit_common.files.checkpoint import write_text
 
-        write_text(path, self.to_json_string())
+        write_text(json_file_path, self.to_json_string())
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """Write `config.json` into a directory, made if it is not there.
 
-        `push_to_hub=True` (with `repo_id`, `token`, ...) uploads the directory afterwards.
+        Args:
+            save_directory: the directory.
+            push_to_hub: upload the file afterwards.
+            **kwargs: `repo_id` (by default the directory's name), `token` and the other options of
+                `push_to_hub`.
 
         Raises:
             MissingFileError: the directory cannot be made or written.
@@ -494,7 +515,27 @@ class ViTConfig:
 
         directory = make_directory(save_directory)
         self.to_json_file(directory / CONFIG_NAME)
-        push_if_asked(directory, kwargs, files=[CONFIG_NAME])
+        push_if_asked(directory, {**kwargs, "push_to_hub": push_to_hub}, files=[CONFIG_NAME])
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str | None:
+        """Upload `config.json` to a Hub repository, made if it is not there.
+
+        Args:
+            repo_id: "owner/name".
+            **kwargs: `token`, `private`, `revision`, `commit_message` and `create_pr`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            MissingFileError: the Hub cannot be reached or refuses.
+        """
+        from vit_common.files.hub import push_if_asked
+
+        with tempfile.TemporaryDirectory() as directory:
+            self.to_json_file(Path(directory) / CONFIG_NAME)
+            options = {**kwargs, "push_to_hub": True, "repo_id": repo_id}
+            return push_if_asked(Path(directory), options, files=[CONFIG_NAME])
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Any:
@@ -504,17 +545,27 @@ class ViTConfig:
         the overrides that name no field and no key of the dict.
         """
         if not isinstance(config_dict, Mapping):
-            raise ConfigError(f"config: expected a mapping of fields; given {config_dict!r}.")
+            raise ConfigError(f"config: expected a mapping of fields; given {shown(config_dict)}.")
         return_unused = overrides.pop("return_unused_kwargs", False)
-        table = _without_timm(config_dict)
-        known = {*cls.fields, *table, "num_labels", "torch_dtype", "model_type", "_name_or_path"}
+        table = without_timm(config_dict)
+        # A kernel is this process's choice, not the file's, in Transformers too.
+        table.pop("attn_implementation", None)
+        # A key of the file that no network of this family reads says nothing, whatever it holds.
+        ignored = {
+            name: table.pop(name)
+            for name in [*table]
+            if name not in ("model_type", *cls.fields, *overrides)
+            and isinstance(getattr(cls, name, None), (bool, int, float, str))
+        }
+        known = {*cls.fields, *table, *INHERITED, *_KNOWN}
         unused = {k: v for k, v in overrides.items() if k not in known} if return_unused else {}
         used = {k: v for k, v in overrides.items() if k not in unused}
         if "num_labels" in used and used["num_labels"] is None:
             del used["num_labels"]
         if "num_labels" in used and "id2label" not in used:
             # A new number of classes replaces the file's label tables, as it always did.
-            if len(table.get("id2label") or ()) != used["num_labels"]:
+            labels = table.get("id2label")
+            if not isinstance(labels, Mapping) or len(labels) != used["num_labels"]:
                 table.pop("id2label", None), table.pop("label2id", None)
         elif "id2label" in used:
             table.pop("num_labels", None)
@@ -525,6 +576,9 @@ class ViTConfig:
         if "torch_dtype" in used:
             used.setdefault("dtype", used.pop("torch_dtype"))
         config = cls(**{**table, **used})
+        for name, value in ignored.items():
+            check_depth(name, value)
+            config._ignored[name] = value
         return (config, unused) if return_unused else config
 
     @classmethod
@@ -535,9 +589,13 @@ class ViTConfig:
             MissingFileError: it cannot be read.
             ConfigError: it is not a JSON object, or a value in it is refused.
         """
+        return cls._from_file(json_file, cls.from_dict)
+
+    @classmethod
+    def _from_file(cls, json_file: str | os.PathLike, build: Callable) -> Any:
         from vit_common.files.checkpoint import read_json
 
-        return cls._named(json_file, cls.from_dict, read_json(json_file))
+        return cls._named(json_file, build, read_json(json_file))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
@@ -555,8 +613,28 @@ class ViTConfig:
         return cls._read(pretrained_model_name_or_path, cls.from_dict, kwargs)
 
     @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The keys of a `config.json`, and the keywords that do not say where it is.
+
+        Args:
+            pretrained_model_name_or_path: directory, JSON file, or "owner/name".
+            **kwargs: as in `from_pretrained`.
+
+        Raises:
+            MissingFileError: nothing is there.
+            CheckpointError: the file is not a JSON object.
+        """
+        from vit_common.files.checkpoint import read_json
+        from vit_common.files.hub import find_file, split_hub_options
+
+        hub, rest = split_hub_options(kwargs)
+        return read_json(find_file(pretrained_model_name_or_path, CONFIG_NAME, **hub)), rest
+
+    @classmethod
     def _read(cls, place: str | os.PathLike, build: Callable, kwargs: Mapping[str, Any]):
-        """What `build` makes of the `config.json` of a model."""
+        """The result of `build` for the `config.json` of a model."""
         from vit_common.files.checkpoint import read_json
         from vit_common.files.hub import find_file, split_hub_options
 
@@ -578,12 +656,38 @@ class ViTConfig:
         for name, value in config_dict.items():
             setattr(self, name, value)
 
+    def update_from_string(self, update_str: str) -> None:
+        """Set several fields from text such as "hidden_size=96,qkv_bias=false".
+
+        Args:
+            update_str: pairs `name=value`, separated by commas. Values are read as the type that
+                the field has now: an integer, a number, true or false, or text.
+
+        Raises:
+            ConfigError: a pair is none, names no attribute, or its value is not of that type.
+        """
+        for pair in update_str.split(","):
+            name, equals, text = pair.partition("=")
+            if not equals or "=" in text:
+                raise ConfigError(
+                    "config: expected pairs `name=value`, separated by commas; given "
+                    f"{shown(pair)}."
+                )
+            if not hasattr(self, name):
+                raise ConfigError(
+                    f"config: {type(self).__name__} has no attribute {shown(name)} to set."
+                )
+            setattr(self, name, _read_as(getattr(self, name), name, text))
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> ViTConfig:
+        """The configuration itself: there is no part of it for text."""
+        return self
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ViTConfig):
             return NotImplemented
-        mine, theirs = dict(vars(self)), dict(vars(other))
-        mine.pop("_name_or_path"), theirs.pop("_name_or_path")
-        return type(self) is type(other) and mine == theirs
+        runtime = {name: None for name in _RUNTIME if name != "_ignored"}
+        return type(self) is type(other) and {**vars(self), **runtime} == {**vars(other), **runtime}
 
     __hash__ = None  # type: ignore[assignment]  # fields can be set
 
@@ -594,8 +698,87 @@ class ViTConfig:
             return f"{type(self).__name__}({vars(self)!r})"
 
 
+# Attributes that are about this process; `_ignored` holds keys of a file that the family has no use
+# for, which are written back.
+_RUNTIME = ("_name_or_path", "_attn_implementation", "_commit_hash", "_ignored")
+
+# Keywords of `from_dict` that are no fields.
+_KNOWN = (
+    *("num_labels", "torch_dtype", "model_type", "_name_or_path", "name_or_path"),
+    "attn_implementation",
+)
+
+
+def _kernel_name(value: Any, before: str | None) -> str | None:
+    """The name of an attention kernel; Transformers' mapping has that of the whole model as ""."""
+    if isinstance(value, Mapping):
+        value = value.get("", before)
+    if value is not None and not isinstance(value, str):
+        raise refusal("attn_implementation", "the name of an attention kernel, or None", value)
+    return value
+
+
+def _read_as(old: Any, name: str, text: str) -> Any:
+    """Text as the type of the old value.
+
+    Source: `update_from_string` of Transformers 4.57.6's `configuration_utils.py`.
+    """
+    if isinstance(old, bool):
+        if text.lower() in ("true", "1", "y", "yes"):
+            return True
+        if text.lower() in ("false", "0", "n", "no"):
+            return False
+        raise refusal(name, "true or false", text)
+    if isinstance(old, (int, float)):
+        try:
+            return type(old)(text)
+        except ValueError as error:
+            kind = "an integer" if isinstance(old, int) else "a number"
+            raise refusal(name, kind, text) from error
+    if isinstance(old, str):
+        return text
+    raise ConfigError(
+        f"config: `{name}` cannot be set from text, as it is neither a number, true or false, nor "
+        f"text; set the attribute. Given {shown(text)}."
+    )
+
+
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return value if isinstance(value, tuple) else (value, value)
+
+
+def _describe(cls: type[ViTConfig]) -> None:
+    """Give a family the documentation and the signature that its rows make."""
+    lines = [f"{name}: {row.doc}." for name, row in cls.fields.items()]
+    if cls.__doc__ is not None:  # as under `python -OO`
+        cls.__doc__ = cls.__doc__.replace("{fields}", "\n        ".join(lines))
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=row.default)
+        for name, row in cls.fields.items()
+    ]
+    unknown = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+    cls.__signature__ = inspect.Signature([*parameters, unknown])
+
+
+_FAMILIES: dict[str, type[ViTConfig]] = {
+    ViTConfig.model_type: ViTConfig,
+    ViTConfig.extended_type: ViTConfig,
+}
+_describe(ViTConfig)
+
+
+def config_classes() -> Mapping[str, type[ViTConfig]]:
+    """`model_type` -> class, for every family."""
+    importlib.import_module("vit_common.families")  # they announce themselves, see ViTConfig
+    return _FAMILIES
+
+
+def __getattr__(name: str) -> Any:
+    # The families were in this module, and are importable from it still.
+    families = importlib.import_module("vit_common.families")
+    if name in families.__all__:
+        return getattr(families, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 OURS = "vit_flax"
@@ -607,7 +790,7 @@ def is_timm(table: Mapping[str, Any] | None) -> bool:
     return table is not None and "architecture" in table and "model_type" not in table
 
 
-def _without_timm(table: Mapping[str, Any]) -> dict[str, Any]:
+def without_timm(table: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration out of a file of timm's own kind; any other as it is.
 
     Raises:
@@ -619,286 +802,10 @@ def _without_timm(table: Mapping[str, Any]) -> dict[str, Any]:
         name = {"_name_or_path": table["_name_or_path"]} if "_name_or_path" in table else {}
         return {**table[OURS], **name}
     raise ConfigError(
-        f"config: this is timm's own file, of {table['architecture']!r}; the network's sizes are "
-        "in its weights. Load the model with an Auto class and take its `config`, or convert it "
-        "with `vit convert`."
+        f"config: this is timm's own file, of {shown(table['architecture'])}; the network's sizes "
+        "are in its weights. Load the model with an Auto class and take its `config`, or convert "
+        "it with `vit convert`."
     )
-
-
-class FamilyConfig(ViTConfig):
-    """Base of the other families: what `ViTConfig` has as fields is fixed, or has another name."""
-
-    use_distillation_token = False
-    layer_scale_init_value = 0.0
-    use_swiglu_ffn = False
-    num_register_tokens = 0
-    use_cls_token = True
-    position_tokens: PositionTokens = "all"
-    use_absolute_position_embeddings = True
-    use_relative_position_bias = False
-    use_shared_relative_position_bias = False
-    norm_after_pooling = False
-    use_representation_layer = False
-    pooling: Pooling = "cls"
-
-
-class DeiTConfig(FamilyConfig):
-    """A distilled DeiT (Touvron et al. 2021, arXiv:2012.12877): a distillation token after the
-    class token, both with positions. Arguments as `ViTConfig`.
-    (DeiT without distillation is a ViT.)
-
-    Source: `models/deit/configuration_deit.py` of Transformers 4.57.6.
-    """
-
-    model_type = "deit"
-    extended_type = "deit"
-    fields = fields_of(f"{VIT} drop_path_rate")
-    written_if_set = ("drop_path_rate",)
-
-    use_distillation_token = True
-
-
-class BeitConfig(FamilyConfig):
-    """BEiT (Bao et al. 2021, arXiv:2106.08254). Arguments as `ViTConfig`, and
-
-    Args:
-        vocab_size: number of visual tokens that masked image modelling predicts.
-        use_mask_token: whether there is a mask token.
-        use_mean_pooling: pool the mean of the patches through a norm, instead of the class token.
-
-    Any other key of a Hub file (`pool_scales`, `out_indices`, ...) is kept; segmentation heads are
-    not built here.
-
-    Source: `models/beit/configuration_beit.py` of Transformers 4.57.6.
-    """
-
-    model_type = "beit"
-    extended_type = "beit"
-    fields = fields_of(
-        f"""vocab_size {SIZES} use_mask_token use_absolute_position_embeddings
-        use_relative_position_bias use_shared_relative_position_bias layer_scale_init_value
-        drop_path_rate use_mean_pooling""",
-        use_absolute_position_embeddings=False,
-        layer_scale_init_value=0.1,
-        drop_path_rate=0.1,
-    )
-    written_if_set: ClassVar[tuple[str, ...]] = ()
-
-    use_mean_pooling: bool
-
-    any_image_size = True
-    qkv_bias = True
-    use_key_bias = False
-    pooler_act = "linear"
-    classifier_has_pooler = True
-
-    @property
-    def pooling(self) -> Pooling:  # type: ignore[override]
-        """What the classifier looks at."""
-        return "mean" if self.use_mean_pooling else "cls"
-
-    @property
-    def norm_after_pooling(self) -> bool:  # type: ignore[override]
-        """Whether the final norm is applied to the mean of the patches."""
-        return self.use_mean_pooling
-
-    @property
-    def pooler_type(self) -> Literal["dense", "norm", "token"]:
-        """What the pooler does."""
-        return "norm" if self.use_mean_pooling else "token"
-
-    @property
-    def pooler_output_size(self) -> int:  # type: ignore[override]
-        """Width of the pooled output."""
-        return self.hidden_size
-
-
-class Dinov2Config(FamilyConfig):
-    """DINOv2 (Oquab et al. 2023, arXiv:2304.07193). Arguments as `ViTConfig`, and
-
-    Args:
-        mlp_ratio: width of the MLP over `hidden_size`; with `use_swiglu_ffn` two thirds of that,
-            rounded up to a multiple of eight.
-        layerscale_value: what the per-channel factors on both residual branches start as.
-        use_mask_token: whether there is a mask token.
-        drop_path_rate: rate of stochastic depth, the same for every block.
-
-    Source: `models/dinov2/configuration_dinov2.py` of Transformers 4.57.6.
-    """
-
-    model_type = "dinov2"
-    extended_type = "dinov2"
-    fields = fields_of(
-        """hidden_size num_hidden_layers num_attention_heads mlp_ratio hidden_act
-        hidden_dropout_prob attention_probs_dropout_prob initializer_range layer_norm_eps
-        image_size patch_size num_channels qkv_bias layerscale_value drop_path_rate use_swiglu_ffn
-        use_mask_token""",
-        layer_norm_eps=1e-6,
-        patch_size=14,
-        use_mask_token=True,
-    )
-    written_if_set: ClassVar[tuple[str, ...]] = ()
-
-    mlp_ratio: float
-    layerscale_value: float
-
-    any_image_size = True
-    pooler_act = "linear"
-    pooling: Pooling = "cls_mean"
-    position_tokens: PositionTokens = "cls"
-
-    @property
-    def intermediate_size(self) -> int:  # type: ignore[override]
-        """Width I of the MLP."""
-        width = int(self.hidden_size * self.mlp_ratio)
-        return (int(width * 2 / 3) + 7) // 8 * 8 if self.use_swiglu_ffn else width
-
-    @property
-    def layer_scale_init_value(self) -> float:  # type: ignore[override]
-        """What the per-channel factors start as."""
-        return self.layerscale_value
-
-    @property
-    def has_layer_scale(self) -> bool:
-        """Always: also where `layerscale_value` is zero."""
-        return True
-
-    @property
-    def drop_path_rates(self) -> tuple[float, ...]:
-        """Rate of stochastic depth of each block."""
-        return (self.drop_path_rate,) * self.num_hidden_layers
-
-    @property
-    def pooler_type(self) -> Literal["dense", "norm", "token"]:
-        """What the pooler does."""
-        return "token"
-
-    @property
-    def pooler_output_size(self) -> int:  # type: ignore[override]
-        """Width of the pooled output."""
-        return self.hidden_size
-
-
-class Dinov2WithRegistersConfig(Dinov2Config):
-    """DINOv2 with register tokens (Darcet et al. 2023, arXiv:2309.16588). Arguments as
-    `Dinov2Config`, and `num_register_tokens`.
-
-    Source: `models/dinov2_with_registers/configuration_dinov2_with_registers.py` of Transformers
-    4.57.6.
-    """
-
-    model_type = "dinov2_with_registers"
-    extended_type = "dinov2_with_registers"
-    fields = fields_of(
-        """hidden_size num_hidden_layers num_attention_heads mlp_ratio hidden_act
-        hidden_dropout_prob attention_probs_dropout_prob initializer_range layer_norm_eps
-        image_size patch_size num_channels qkv_bias layerscale_value drop_path_rate use_swiglu_ffn
-        num_register_tokens use_mask_token""",
-        layer_norm_eps=1e-6,
-        num_register_tokens=4,
-        position_resize="bicubic_antialias",
-        use_mask_token=True,
-    )
-    written_if_set = ("use_mask_token",)
-
-
-CONFIG_CLASSES: dict[str, type[ViTConfig]] = {
-    "vit": ViTConfig,
-    "vit_extended": ViTConfig,
-    "deit": DeiTConfig,
-    "beit": BeitConfig,
-    "dinov2": Dinov2Config,
-    "dinov2_with_registers": Dinov2WithRegistersConfig,
-}
-"""`model_type` -> class."""
-
-
-# Keys of `vit_mae` for its decoder and its training, which an encoder does not have.
-_MAE_ONLY = (
-    "decoder_num_attention_heads",
-    "decoder_hidden_size",
-    "decoder_num_hidden_layers",
-    "decoder_intermediate_size",
-    "mask_ratio",
-    "norm_pix_loss",
-)
-
-# Keys of configurations that change what the network computes, and that no family here has; the
-# values that leave it as it is.
-_CHANGES_NETWORK: dict[str, tuple[Any, ...]] = {
-    "position_embedding_type": (None, "absolute"),
-    "add_cross_attention": (False,),
-    "is_decoder": (False,),
-    "pruned_heads": ({}, None),
-    "use_qk_norm": (False, None),
-    "qk_norm": (False, None),
-    "qk_layernorm": (False, None),
-    "rope_theta": (None,),
-    "rope_scaling": (None,),
-    "use_pre_norm": (False, None),
-    "norm_type": (None, "layernorm", "layer_norm"),
-}
-
-
-def config_class(model_type: Any) -> type[ViTConfig]:
-    """The class of a `model_type`; ConfigError if there is none here."""
-    if not isinstance(model_type, str) or model_type not in CONFIG_CLASSES:
-        raise ConfigError(
-            f"config: `model_type` must be one of {', '.join(CONFIG_CLASSES)}; given "
-            f"{model_type!r}."
-        )
-    return CONFIG_CLASSES[model_type]
-
-
-class AutoConfig:
-    """Picks the configuration's class by its `model_type`; it cannot be instantiated."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise ConfigError(
-            "AutoConfig is not a configuration itself; call AutoConfig.from_pretrained(name)."
-        )
-
-    @classmethod
-    def for_model(cls, model_type: str, *args: Any, **kwargs: Any) -> ViTConfig:
-        """A configuration of that family."""
-        return config_class(model_type)(*args, **kwargs)
-
-    @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Any:
-        """As `ViTConfig.from_dict`, of the family that `model_type` names; the encoder of a
-        `vit_mae` is a ViT.
-
-        Raises:
-            ConfigError: it is of no family known here, a value is refused, or a key changes the
-                network in a way that is not known here.
-        """
-        if not isinstance(config_dict, Mapping):
-            raise ConfigError(f"config: expected a mapping of fields; given {config_dict!r}.")
-        table = _without_timm(config_dict)
-        odd = [
-            f"{key}={table[key]!r}"
-            for key, harmless in _CHANGES_NETWORK.items()
-            if key in table and table[key] not in harmless
-        ]
-        if odd:
-            raise ConfigError(
-                f"config: {', '.join(odd)} changes what the network computes, which no network "
-                "here can do; this model cannot be used."
-            )
-        if table.get("model_type") == "vit_mae":
-            table = {key: value for key, value in table.items() if key not in _MAE_ONLY}
-            table.update(model_type=ViTConfig.model_type, architectures=None)
-        return config_class(table.get("model_type")).from_dict(table, **overrides)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
-        """As `ViTConfig.from_pretrained`, of the family that `model_type` names.
-
-        Raises:
-            MissingFileError: nothing is there.
-            ConfigError: the file is not a configuration of a family known here.
-        """
-        return ViTConfig._read(pretrained_model_name_or_path, cls.from_dict, kwargs)
 
 
 def as_config(config: Any, wanted: type[ViTConfig] = ViTConfig) -> Any:
@@ -916,5 +823,8 @@ def as_config(config: Any, wanted: type[ViTConfig] = ViTConfig) -> Any:
             )
         return config
     if hasattr(config, "to_dict"):
-        return wanted.from_dict(config.to_dict())
+        # Transformers sets "sdpa" by itself, so that says nothing of what its user wants.
+        kernel = getattr(config, "_attn_implementation", None)
+        chosen = {"attn_implementation": kernel} if kernel == "eager" else {}
+        return wanted.from_dict(config.to_dict(), **chosen)
     raise ConfigError(f"`config` must be a {wanted.__name__}; given {type(config).__name__}.")

@@ -1,17 +1,18 @@
-"""The fields of every configuration: defaults, what each may hold, and which are in every family.
+"""Every field of every configuration, one row each: default, check, documentation, families.
 
-A check takes a field's name and a value and returns the value as it is kept, or raises ConfigError.
+To add a field, add a row to `ROWS`, and its name and type to the annotations of `ViTConfig`. A
+check takes a field's name and a value and returns the value as it is kept, or raises ConfigError.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from vit_common.errors import ConfigError
+from vit_common.errors import ConfigError, shown
 from vit_common.positions import ResizeRule
 
 ACTIVATIONS = (
@@ -32,11 +33,35 @@ ACTIVATIONS = (
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 """Names of the dtypes that weights of a network may have."""
 
+Check = Callable[[str, Any], Any]
+
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
 def refusal(name: str, wanted: str, given: Any) -> ConfigError:
-    return ConfigError(f"config: `{name}` must be {wanted}; given {given!r}.")
+    return ConfigError(f"config: `{name}` must be {wanted}; given {shown(given)}.")
+
+
+_DEEPEST = 100
+"""Levels of lists and mappings that a value may have; far fewer than Python's recursion bears."""
+
+
+def check_depth(name: str, value: Any, error: type[ValueError] = ConfigError) -> None:
+    """Refuse a value nested so deep that copying, comparing or writing it would fail."""
+    level, depth = [value], 0
+    while level:
+        level = [
+            inner
+            for each in level
+            if isinstance(each, (Mapping, list, tuple))
+            for inner in (each.values() if isinstance(each, Mapping) else each)
+        ]
+        depth += 1
+        if depth > _DEEPEST:
+            raise error(
+                f"`{shown(name)[1:-1]}` must be nested at most {_DEEPEST} levels deep; given "
+                f"{shown(value)}."
+            )
 
 
 def _is_int(value: Any) -> bool:
@@ -45,42 +70,49 @@ def _is_int(value: Any) -> bool:
 
 # What a file may claim: far above any network, and far below what would fill the memory.
 _MOST_LAYERS, MOST_LABELS, _MOST_TOKENS = 10_000, 1_000_000, 1_000_000
+_MOST = 2**31 - 1
 
 
-def integer(minimum: int, most: int | None = None) -> Callable[[str, Any], int]:
+def integer(minimum: int, most: int = _MOST) -> Check:
     def check(name: str, value: Any) -> int:
         if not _is_int(value) or value < minimum:
             raise refusal(name, f"an integer of at least {minimum}", value)
-        if most is not None and value > most:
+        if value > most:
             raise refusal(name, f"at most {most}", value)
         return int(value)
 
     return check
 
 
-def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+def _optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
 def _side(name: str, value: Any) -> int | tuple[int, int]:
     """An int (square) or (height, width)."""
-    if _is_int(value) and value > 0:
+    if _is_int(value) and 0 < value <= _MOST:
         return int(value)
     pair = isinstance(value, (list, tuple)) and len(value) == 2
-    if pair and all(_is_int(side) and side > 0 for side in value):
+    if pair and all(_is_int(side) and 0 < side <= _MOST for side in value):
         return int(value[0]), int(value[1])
-    raise refusal(name, "a positive integer or a pair (height, width) of them", value)
+    if isinstance(value, (list, tuple)) or not (_is_int(value) and value > _MOST):
+        raise refusal(name, "a positive integer or a pair (height, width) of them", value)
+    raise refusal(name, f"at most {_MOST}", value)
 
 
-def _number(wanted: str, inside: Callable[[float], bool]) -> Callable[[str, Any], float]:
+def _number(wanted: str, inside: Callable[[float], bool]) -> Check:
     def check(name: str, value: Any) -> float:
         if isinstance(value, (bool, np.bool_)) or not isinstance(
             value, (int, float, np.integer, np.floating)
         ):
             raise refusal(name, wanted, value)
-        if not (math.isfinite(value) and inside(float(value))):
+        try:
+            number = float(value)
+        except OverflowError:  # an integer beyond every float
+            raise refusal(name, wanted, value) from None
+        if not (math.isfinite(number) and inside(number)):
             raise refusal(name, wanted, value)
-        return float(value)
+        return number
 
     return check
 
@@ -91,7 +123,7 @@ def _boolean(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def _choice(options: tuple[str, ...]) -> Callable[[str, Any], str]:
+def _choice(options: tuple[str, ...]) -> Check:
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in options:
             raise refusal(name, "one of " + ", ".join(map(repr, options)), value)
@@ -113,11 +145,24 @@ def _id2label(name: str, value: Any) -> dict[int, str]:
         raise refusal(name, "a non-empty mapping of class index to label", value)
     try:
         table = {int(key): label for key, label in value.items()}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise refusal(name, "a mapping whose keys are integers", value) from error
+    for label in table.values():
+        if isinstance(label, str):
+            _encodable(name, label)
+        elif label is not None and not isinstance(label, (int, float)):
+            raise refusal(name, "a mapping of class index to label, which is text", label)
     if sorted(table) != list(range(len(table))):
         raise refusal(name, f"keyed by 0 to {len(table) - 1} without gaps", sorted(table))
     return table
+
+
+def _encodable(name: str, text: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can spell and no output can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise refusal(name, "of valid Unicode text", text) from error
 
 
 def _label2id(name: str, value: Any) -> dict[str, Any]:
@@ -139,12 +184,14 @@ def _dtype_name(name: str, value: Any) -> str:
     if text is None and type(value).__module__ == "torch":
         text = str(value)
     if text is None:
+        wanted = "a floating dtype such as 'float32' or 'bfloat16'"
+        # numpy reads a list, a tuple or a dict as the fields of a record.
+        if isinstance(value, (list, tuple, dict)):
+            raise refusal(name, wanted, value)
         try:
             text = np.dtype(value).name
-        except TypeError as error:
-            raise refusal(
-                name, "a floating dtype such as 'float32' or 'bfloat16'", value
-            ) from error
+        except (TypeError, ValueError) as error:
+            raise refusal(name, wanted, value) from error
     text = text.removeprefix("torch.")
     if text not in FLOATS:
         raise refusal(name, "one of " + ", ".join(map(repr, FLOATS)), value)
@@ -153,7 +200,7 @@ def _dtype_name(name: str, value: Any) -> str:
 
 def _ratio(name: str, value: Any) -> int | float:
     # An integer stays one: FlaxDinov2 of Transformers 4.57.6 takes a layer's width from it.
-    checked = _number("a number above 0", lambda x: x > 0)(name, value)
+    checked = _number("a number above 0 (at most 1000000)", lambda x: 0 < x <= 1e6)(name, value)
     return int(value) if _is_int(value) else checked
 
 
@@ -165,96 +212,278 @@ _fraction = _number("a number of at least 0", lambda x: x >= 0)
 PositionTokens = Literal["all", "cls", "patches"]
 Pooling = Literal["cls", "mean", "cls_mean"]
 
-# name -> (default, check), for every field of every family. Each family takes its own from here.
-CHECKS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
-    "vocab_size": (8192, _size),
-    "hidden_size": (768, _size),
-    "num_hidden_layers": (12, integer(0, _MOST_LAYERS)),
-    "num_attention_heads": (12, _size),
-    "intermediate_size": (3072, _size),
-    "mlp_ratio": (4, _ratio),
-    "hidden_act": ("gelu", _activation),
-    "hidden_dropout_prob": (0.0, _rate),
-    "attention_probs_dropout_prob": (0.0, _rate),
-    "initializer_range": (0.02, _fraction),
-    "layer_norm_eps": (1e-12, _fraction),
-    "image_size": (224, _side),
-    "patch_size": (16, _side),
-    "num_channels": (3, _size),
-    "qkv_bias": (True, _boolean),
-    "encoder_stride": (16, _size),
-    "pooler_output_size": (None, _optional(_size)),
-    "pooler_act": ("tanh", _activation),
-    "use_mask_token": (False, _boolean),
-    "use_absolute_position_embeddings": (True, _boolean),
-    "use_relative_position_bias": (False, _boolean),
-    "use_shared_relative_position_bias": (False, _boolean),
-    "layer_scale_init_value": (0.0, _fraction),
-    "layerscale_value": (1.0, _fraction),
-    "drop_path_rate": (0.0, _number("a number from 0 to below 1", lambda x: 0.0 <= x < 1.0)),
-    "use_mean_pooling": (True, _boolean),
-    "use_swiglu_ffn": (False, _boolean),
-    "num_register_tokens": (0, integer(0, _MOST_TOKENS)),
-    "use_cls_token": (True, _boolean),
-    "position_tokens": ("all", _choice(get_args(PositionTokens))),
-    "pooling": ("cls", _choice(("cls", "mean"))),
-    "norm_after_pooling": (False, _boolean),
-    "use_representation_layer": (False, _boolean),
-    "gradient_checkpointing": (False, _boolean),
-    "position_resize": ("bicubic", _choice(get_args(ResizeRule))),
-    "output_hidden_states": (False, _boolean),
-    "output_attentions": (False, _boolean),
-    "return_dict": (True, _boolean),
-    "id2label": (None, _id2label),
-    "label2id": (None, _label2id),
-    "problem_type": (None, _optional(_choice(PROBLEM_TYPES))),
-    "architectures": (None, _optional(_names)),
-    "dtype": (None, _optional(_dtype_name)),
+VIT, DEIT, BEIT, DINOV2, REGISTERS = "vit", "deit", "beit", "dinov2", "dinov2_with_registers"
+_DINOS = (DINOV2, REGISTERS)
+_VITS = (VIT, DEIT)
+_ALL = (VIT, DEIT, BEIT, *_DINOS)
+
+
+class Field(NamedTuple):
+    """All that is known of one field of the configurations.
+
+    Attributes:
+        default: value where none is given.
+        check: function of name and value; returns the value as it is kept, or raises.
+        doc: description for the docstrings of the families.
+        families: `model_type`s that have the field.
+        defaults: the families' own defaults, by `model_type`.
+        if_set: families whose files hold the field only where it differs from the default, because
+            their classes in Transformers do not know it or do not write it.
+        extends: whether another value than the default makes a network that the class of that
+            `model_type` in Transformers cannot hold.
+    """
+
+    default: Any
+    check: Check
+    doc: str
+    families: tuple[str, ...] = _ALL
+    defaults: Mapping[str, Any] = {}
+    if_set: tuple[str, ...] = ()
+    extends: bool = False
+
+
+def _extension(default: Any, check: Check, doc: str, *more: str, **defaults: Any) -> Field:
+    """A field that Transformers' ViT lacks and `more` families have: what timm, Google and
+    big_vision vary."""
+    return Field(default, check, doc, (VIT, *more), defaults, if_set=(VIT,), extends=True)
+
+
+def _everywhere(default: Any, check: Check, doc: str) -> Field:
+    return Field(default, check, doc, if_set=_ALL)
+
+
+ROWS: dict[str, Field] = {
+    "vocab_size": Field(
+        8192, _size, "number of visual tokens that masked image modelling predicts", (BEIT,)
+    ),
+    "hidden_size": Field(768, _size, "width D of the residual stream"),
+    "num_hidden_layers": Field(12, integer(0, _MOST_LAYERS), "number L of encoder blocks"),
+    "num_attention_heads": Field(12, _size, "number A of heads; divides `hidden_size`"),
+    "intermediate_size": Field(3072, _size, "width I of the MLP", (*_VITS, BEIT)),
+    "mlp_ratio": Field(
+        4,
+        _ratio,
+        "width of the MLP over `hidden_size`; with `use_swiglu_ffn` two thirds of that, rounded up "
+        "to a multiple of eight",
+        _DINOS,
+    ),
+    "hidden_act": Field(
+        "gelu",
+        _activation,
+        'activation of the MLP, one of `ACTIVATIONS` or a callable: "gelu" is the exact (erf) '
+        'one, "gelu_new" and "gelu_pytorch_tanh" the tanh approximation',
+    ),
+    "hidden_dropout_prob": Field(
+        0.0, _rate, "dropout rate after the embeddings, the attention output and the MLP"
+    ),
+    "attention_probs_dropout_prob": Field(
+        0.0, _rate, "dropout rate of the attention probabilities"
+    ),
+    "initializer_range": Field(
+        0.02,
+        _fraction,
+        "standard deviation of the truncated normal that draws new weights",
+    ),
+    "layer_norm_eps": Field(
+        1e-12,
+        _fraction,
+        "epsilon of every layer norm (Hub ViT 1e-12; timm, Google and DINOv2 1e-6)",
+        defaults={DINOV2: 1e-6, REGISTERS: 1e-6},
+    ),
+    "image_size": Field(224, _side, "side of the square input in pixels, or (height, width)"),
+    "patch_size": Field(
+        16, _side, "side of a square patch in pixels, or (height, width)", defaults={DINOV2: 14}
+    ),
+    "num_channels": Field(3, _size, "number C of channels of the input"),
+    "qkv_bias": Field(
+        True, _boolean, "whether query, key and value have a bias", (*_VITS, *_DINOS)
+    ),
+    "encoder_stride": Field(
+        16,
+        _size,
+        "side of the pixel block that a token is decoded to in masked image modelling",
+        _VITS,
+    ),
+    "pooler_output_size": Field(
+        None, _optional(_size), "width of the pooler; None means `hidden_size`", _VITS
+    ),
+    "pooler_act": Field("tanh", _activation, "activation of the pooler", _VITS),
+    "use_mask_token": Field(
+        False,
+        _boolean,
+        "whether there is a mask token",
+        (BEIT, *_DINOS),
+        {DINOV2: True, REGISTERS: True},
+        if_set=(REGISTERS,),
+    ),
+    "use_absolute_position_embeddings": _extension(
+        True, _boolean, "whether position embeddings are added to the tokens", BEIT, beit=False
+    ),
+    "use_relative_position_bias": _extension(
+        False,
+        _boolean,
+        "whether attention scores have a learned bias for each offset between patches, one table "
+        "per block (Bao et al. 2021, arXiv:2106.08254)",
+        BEIT,
+    ),
+    "use_shared_relative_position_bias": _extension(
+        False, _boolean, "the same bias, one table for all blocks", BEIT
+    ),
+    "layer_scale_init_value": _extension(
+        0.0,
+        _fraction,
+        "initial value of the per-channel factors on both residual branches (Touvron et al. 2021, "
+        "arXiv:2103.17239); 0 means no factors",
+        BEIT,
+        beit=0.1,
+    ),
+    "layerscale_value": Field(
+        1.0, _fraction, "initial value of the per-channel factors on both residual branches", _DINOS
+    ),
+    "drop_path_rate": Field(
+        0.0,
+        _number("a number from 0 to below 1", lambda x: 0.0 <= x < 1.0),
+        "rate of stochastic depth (Huang et al. 2016, arXiv:1603.09382) at the last block, growing "
+        "evenly from zero at the first; in DINOv2 the same for every block",
+        defaults={BEIT: 0.1},
+        if_set=_VITS,
+    ),
+    "use_mean_pooling": Field(
+        True,
+        _boolean,
+        "whether the mean of the patches is pooled through a norm, instead of the class token",
+        (BEIT,),
+    ),
+    "use_swiglu_ffn": _extension(
+        False,
+        _boolean,
+        "whether the MLP is `silu(x1) * x2` of a first layer of width 2 I (Shazeer 2020, "
+        "arXiv:2002.05202) instead of `hidden_act` of one of width I",
+        *_DINOS,
+    ),
+    "num_register_tokens": _extension(
+        0,
+        integer(0, _MOST_TOKENS),
+        "number of learned tokens after the class token (Darcet et al. 2023, arXiv:2309.16588)",
+        REGISTERS,
+        dinov2_with_registers=4,
+    ),
+    "use_cls_token": _extension(
+        True, _boolean, 'whether there is a class token; without it `pooling` must be "mean"'
+    ),
+    "position_tokens": _extension(
+        "all",
+        _choice(get_args(PositionTokens)),
+        'tokens in front of the patches that have position embeddings: "all", "cls" (the class '
+        'token alone) or "patches" (none of them)',
+    ),
+    "pooling": _extension(
+        "cls",
+        _choice(("cls", "mean")),
+        'input of the classifier: "cls" (the class token) or "mean" (the mean of the patches)',
+    ),
+    "norm_after_pooling": _extension(
+        False,
+        _boolean,
+        "whether the final norm is applied to the pooled mean, not to the tokens",
+    ),
+    "use_representation_layer": _extension(
+        False,
+        _boolean,
+        "whether a dense layer of `pooler_output_size` with `pooler_act` stands before the "
+        "classifier (pre-logits, Dosovitskiy et al. 2021, arXiv:2010.11929)",
+    ),
+    "gradient_checkpointing": _everywhere(
+        False, _boolean, "whether each block is recomputed in the backward pass instead of stored"
+    ),
+    "position_resize": _everywhere(
+        "bicubic",
+        _choice(get_args(ResizeRule)),
+        "how position embeddings are resampled to another grid; the families differ, see "
+        "`vit_common.positions.resize_matrix`",
+    )._replace(defaults={REGISTERS: "bicubic_antialias"}),
+    "output_hidden_states": _everywhere(
+        False, _boolean, "whether calls return the hidden states unless told otherwise"
+    ),
+    "output_attentions": _everywhere(
+        False, _boolean, "whether calls return the attentions unless told otherwise"
+    ),
+    "return_dict": _everywhere(
+        True, _boolean, "whether calls return a mapping unless told otherwise; else a tuple"
+    ),
+    "id2label": Field(None, _id2label, "label of each class, by its index"),
+    "label2id": Field(None, _label2id, "index of each class, by its label"),
+    "problem_type": _everywhere(
+        None,
+        _optional(_choice(PROBLEM_TYPES)),
+        "loss that labels mean; None decides from `num_labels` and the dtype of the labels",
+    ),
+    "architectures": _everywhere(None, _optional(_names), "class names recorded in the file"),
+    "dtype": _everywhere(
+        None,
+        _optional(_dtype_name),
+        "dtype of the saved weights, as text (or `torch_dtype`)",
+    ),
 }
+"""Name -> row, for every field of every family, in the order of the constructors."""
 
-# Written only when they differ from the default: Transformers does not know or does not write them.
-WRITTEN_IF_SET = (
-    "gradient_checkpointing",
-    "position_resize",
-    "output_hidden_states",
-    "output_attentions",
-    "return_dict",
-    "problem_type",
-    "architectures",
-    "dtype",
-)
-_EVERYWHERE = (*WRITTEN_IF_SET[:5], "id2label", "label2id", *WRITTEN_IF_SET[5:])
-
-# Fields of ViTConfig that Transformers' ViT does not have: what timm, Google and big_vision vary.
-EXTENSIONS = (
-    "layer_scale_init_value",
-    "use_swiglu_ffn",
-    "num_register_tokens",
-    "use_cls_token",
-    "position_tokens",
-    "use_absolute_position_embeddings",
-    "use_relative_position_bias",
-    "use_shared_relative_position_bias",
-    "pooling",
-    "norm_after_pooling",
-    "use_representation_layer",
-)
-
-Fields = dict[str, tuple[Any, Callable[[str, Any], Any]]]
+Fields = dict[str, Field]
 
 
-def fields_of(names: str, **defaults: Any) -> Fields:
-    """The table of a family: its fields in the order of its constructor, with its defaults."""
-    table = {name: CHECKS[name] for name in (*names.split(), *_EVERYWHERE)}
-    return {name: (defaults.get(name, default), check) for name, (default, check) in table.items()}
+def fields_of(family: str, last_before_common: str | None = None) -> Fields:
+    """The rows of one family, each with the family's default, in the order of its constructor.
+
+    Args:
+        family: its `model_type`.
+        last_before_common: the one field that the family's constructor has later than `ROWS`: after
+            all that are not in every family.
+    """
+    rows = {
+        name: row._replace(
+            default=row.defaults.get(family, row.default),
+            if_set=row.if_set if family in row.if_set else (),
+        )
+        for name, row in ROWS.items()
+        if family in row.families
+    }
+    if last_before_common is not None:
+        late = [last_before_common, *_COMMON_FIELDS]
+        rows = {name: rows[name] for name in [*(n for n in rows if n not in late), *late]}
+    return rows
 
 
-SIZES = """hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act
-    hidden_dropout_prob attention_probs_dropout_prob initializer_range layer_norm_eps image_size
-    patch_size num_channels"""
-VIT = f"{SIZES} qkv_bias encoder_stride pooler_output_size pooler_act"
+_COMMON_FIELDS = tuple(ROWS)[tuple(ROWS).index("gradient_checkpointing") :]
 
-VIT_FIELDS = fields_of(f"{VIT} {' '.join(EXTENSIONS)} drop_path_rate")
+EXTENSIONS = tuple(name for name, row in ROWS.items() if row.extends)
+"""Fields of `ViTConfig` that Transformers' ViT lacks."""
+
+VIT_FIELDS = fields_of(VIT)
 
 FIELDS = tuple(VIT_FIELDS)
 """Names of the fields of `ViTConfig`, in the order of the constructor."""
+
+# Attributes that every configuration of Transformers 4.57.6 has (`PretrainedConfig.__init__`) and
+# no network here reads. They are there for code that does; a file holds those that were given.
+INHERITED: dict[str, Any] = {
+    "torchscript": False,
+    "pruned_heads": {},
+    "tie_word_embeddings": True,
+    "chunk_size_feed_forward": 0,
+    "is_encoder_decoder": False,
+    "is_decoder": False,
+    "cross_attention_hidden_size": None,
+    "add_cross_attention": False,
+    "tie_encoder_decoder": False,
+    "finetuning_task": None,
+    "task_specific_params": None,
+    "tokenizer_class": None,
+    "prefix": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+    "eos_token_id": None,
+    "sep_token_id": None,
+    "decoder_start_token_id": None,
+    "transformers_version": None,
+    "tf_legacy_loss": False,
+    "use_bfloat16": False,
+}

@@ -6,7 +6,10 @@ built-in (or Transformers) error that code written for Transformers 4.57.6 alrea
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable
+from typing import Any
 
 
 class ViTError(Exception):
@@ -53,3 +56,42 @@ def some(names: Iterable[str], most: int) -> str:
     listed = list(names)
     rest = len(listed) - most
     return (", ".join(listed[:most]) or "nothing") + (f" and {rest} more" if rest > 0 else "")
+
+
+# Frames that a warning does not point at: this project, and what only passes a call on.
+_PASSED_OVER = ("vit_common", "vit_convert", "vit_flax", "vit_torch", "vit_cli", "contextlib")
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn, and point at the line outside this project that led here, however deep it is.
+
+    Args:
+        message: what was found, and what to do about it.
+        category: class of the warning.
+
+    Example:
+        >>> warn("weights hold NaN, so outputs will too: classifier.bias.")
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_OVER:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+_LONGEST = 200
+
+
+def shown(value: Any, most: int = _LONGEST) -> str:
+    """A value for a message: its `repr`, cut to `most` characters.
+
+    What a file or a caller gave may be any length; a message that repeats it says its beginning,
+    and how long it is.
+    """
+    if isinstance(value, (str, bytes, bytearray)) and len(value) > most:
+        kind = "characters" if isinstance(value, str) else "bytes"
+        return f"{value[: most // 2]!r}... ({len(value)} {kind})"
+    try:
+        text = repr(value)
+    except Exception:  # nested without end, an integer of too many digits, somebody's own class
+        return f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[: most // 2]}... ({len(text)} characters)"

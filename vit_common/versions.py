@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-PACKAGE = "vit-flax"
+PACKAGE = "vitflax"
+"""Name of the distribution; `vit-flax` on the package index is another project."""
 
 
 def package_version() -> str:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from vit_common.checks import check_rank, check_token_labels
-from vit_common.config import BeitConfig, DeiTConfig, Dinov2Config, Dinov2WithRegistersConfig
+from vit_common.families import BeitConfig, DeiTConfig, Dinov2Config, Dinov2WithRegistersConfig
 from vit_flax.model import (
     FlaxBeitForMaskedImageModelingModule,
     FlaxDeiTForImageClassificationWithTeacherModule,

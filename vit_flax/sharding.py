@@ -1,16 +1,23 @@
-"""Several devices: a mesh with the axes "data" and "model", and what of a network lies where.
+"""Several devices: a mesh with named axes, and which axis each parameter is split over.
 
-Images are split over "data". Over "model" each block's heads and the width of its MLP are split
-(tensor parallelism as in Shoeybi et al. 2019, arXiv:1909.08053, section 3): the layers that go in
-are split by their outputs, those that come back to the residual stream by their inputs, so that a
-block needs two sums over the axis and nothing else. (A SwiGLU's gate and its other half lie in one
-array, one after the other; their halves are exchanged once a block.)
+- "data": each device has its part of a batch and all of the network.
+- "model": each device has its part of each block's heads and of the width of its MLP (tensor
+  parallelism as in Shoeybi et al. 2019, arXiv:1909.08053, section 3): the layers that go in are
+  split by their outputs, those that come back to the residual stream by their inputs, so that a
+  block needs two sums over the axis and nothing else. (A SwiGLU's gate and its other half lie in
+  one array, one after the other; their halves are exchanged once a block.)
+- "fsdp", for training: each device has its part of a batch and of every large array, parameters
+  and the optimizer's moments alike (Rajbhandari et al. 2020, arXiv:1910.02054; Zhao et al. 2023,
+  arXiv:2304.11277); a block's arrays are gathered where they are used.
+
+One table says it for all: inference, training, and the programs that are compiled without devices.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -21,25 +28,34 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vit_common.config import ViTConfig
 from vit_common.errors import InputError
 
-DATA, MODEL = "data", "model"
+DATA, FSDP, MODEL = "data", "fsdp", "model"
 AXES = (DATA, MODEL)
+"""Axes of a mesh for inference."""
+TRAINING_AXES = (DATA, FSDP, MODEL)
+"""Axes of a mesh for training."""
 
 MeshLike = Mesh | Mapping[str, int] | Literal["auto"] | None
 """A mesh; the sizes of its axes; all devices of this process; or None, for one device."""
 
 _WHOLE = PartitionSpec()
-_OUTPUTS = PartitionSpec(None, MODEL)  # of a kernel (in, out)
-_INPUTS = PartitionSpec(MODEL, None)
+_OUTPUTS = PartitionSpec(FSDP, MODEL)  # of a kernel (in, out)
+_INPUTS = PartitionSpec(MODEL, FSDP)
 _PART = PartitionSpec(MODEL)
+_BIASES = PartitionSpec(None, MODEL)  # of attention, a column for each head
+_WIDTH = PartitionSpec(None, None, FSDP)  # (1, S, D)
 
 _BLOCK = r"encoder/layer/\d+"
 _ATTENTION = rf"{_BLOCK}/attention/attention"
 _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embeddings/(cls_token|distillation_token|mask_token|register_tokens)", _WHOLE),
-    (r"embeddings/position_embeddings", _WHOLE),
-    (r"embeddings/patch_embeddings/projection/(kernel|bias)", _WHOLE),
-    (r"encoder/relative_position_bias/relative_position_bias_table", _OUTPUTS),
-    (rf"{_ATTENTION}/relative_position_bias/relative_position_bias_table", _OUTPUTS),
+    (r"embeddings/position_embeddings", _WIDTH),
+    (
+        r"embeddings/patch_embeddings/projection/kernel",  # (P, P, C, D)
+        PartitionSpec(None, None, None, FSDP),
+    ),
+    (r"embeddings/patch_embeddings/projection/bias", _WHOLE),
+    (r"encoder/relative_position_bias/relative_position_bias_table", _BIASES),
+    (rf"{_ATTENTION}/relative_position_bias/relative_position_bias_table", _BIASES),
     (rf"{_ATTENTION}/(query|key|value)/kernel", _OUTPUTS),
     (rf"{_ATTENTION}/(query|key|value)/(bias|kernel_scale)", _PART),
     (rf"{_BLOCK}/attention/output/dense/kernel", _INPUTS),
@@ -50,110 +66,179 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (rf"{_BLOCK}/layernorm_(before|after)/(scale|bias)", _WHOLE),
     (rf"{_BLOCK}/lambda_[12]", _WHOLE),
     (r"(layernorm|pooler/layernorm)/(scale|bias)", _WHOLE),
-    (r"pooler/dense/(kernel|bias)", _WHOLE),
+    (r"pooler/dense/kernel", PartitionSpec(FSDP)),
+    (r"pooler/dense/bias", _WHOLE),
 )
-_HEADS = r"(cls_classifier|distillation_classifier|classifier|lm_head|decoder/0)/(kernel|bias)"
+_HEADS = r"(cls_classifier|distillation_classifier|classifier|lm_head)"
 _FAMILIES = r"(vit|deit|beit|dinov2|dinov2_with_registers)"
 _TABLE = [(re.compile(rf"({_FAMILIES}/)?{name}"), spec) for name, spec in _NETWORK] + [
-    (re.compile(_HEADS), _WHOLE),
+    (re.compile(rf"{_HEADS}/kernel"), PartitionSpec(FSDP)),  # (D, K)
+    (re.compile(r"decoder/0/kernel"), PartitionSpec(None, None, FSDP)),  # (1, 1, D, ...)
+    (re.compile(rf"({_HEADS}|decoder/0)/bias"), _WHOLE),
     (re.compile(r"lm_layernorm/(scale|bias)"), _WHOLE),
 ]
 
 
-def partition_spec(path: tuple[str, ...]) -> PartitionSpec:
-    """What axis of the mesh each axis of a parameter is split over.
+def partition_spec(path: tuple[str, ...], axes: Sequence[str] = AXES) -> PartitionSpec:
+    """The axis of the mesh that each axis of a parameter is split over.
 
     Args:
         path: of the parameter in the tree, such as ("vit", "encoder", ..., "kernel").
+        axes: of the mesh; one that it lacks splits nothing.
 
     Raises:
         InputError: no network here has such a parameter.
+
+    Example:
+        >>> partition_spec(("classifier", "kernel"), TRAINING_AXES)
+        PartitionSpec('fsdp',)
     """
     # Blocks that are run by a scan lie in one array each, along a first axis of their own.
     stacked = "stacked" in path
     name = "/".join("0" if part == "stacked" else part for part in path)
     for pattern, spec in _TABLE:
         if pattern.fullmatch(name):
-            return PartitionSpec(None, *spec) if stacked and spec else spec
+            kept = [axis if axis in axes else None for axis in spec]
+            if not any(kept):
+                return _WHOLE
+            return PartitionSpec(None, *kept) if stacked else PartitionSpec(*kept)
     raise InputError(f"parameter {name}: nothing says how it is split over devices.")
 
 
-def make_mesh(mesh: MeshLike, config: ViTConfig) -> Mesh | None:
-    """The mesh that is meant; None where one device is.
+def batch_spec(axes: Sequence[str] = AXES) -> PartitionSpec:
+    """The split of a batch, (B, ...), over the axes of a mesh: over "data" and, if the mesh has it,
+    "fsdp"."""
+    names = tuple(name for name in (DATA, FSDP) if name in axes)
+    return PartitionSpec(names if len(names) > 1 else names[0]) if names else _WHOLE
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch, (B, ...), on a mesh."""
+    return NamedSharding(mesh, batch_spec(mesh.axis_names))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device of a mesh holds whole."""
+    return NamedSharding(mesh, _WHOLE)
+
+
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+    """The sharding of each array of a tree that holds parameters or copies of them.
 
     Args:
-        mesh: a mesh with axes "data" and "model" or one of them; or their sizes, such as
-            {"data": 4, "model": 2}, where one that is left out takes what the devices of this
-            process allow; "auto" for all of these on "data"; None for one device.
-        config: the network's, whose heads and MLP the "model" axis is to divide.
+        mesh: with any of the axes "data", "fsdp" and "model".
+        tree: parameters, or what an optimizer keeps of them (arrays or their shapes): an array
+            lies as the parameter does whose path its own path ends in; counters lie everywhere.
 
     Raises:
-        InputError: the mesh has other axes, or more devices than there are; or the heads or the
-            width of the MLP cannot be divided so.
+        InputError: no network here has such a parameter.
+    """
+
+    def find(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names: list[str] = []
+        for key in reversed(path):
+            if not isinstance(key, jax.tree_util.DictKey):
+                break
+            names.insert(0, str(key.key))
+        if not names or leaf.ndim == 0:
+            return replicated(mesh)
+        return param_shardings(mesh, tuple(names))
+
+    return jax.tree_util.tree_map_with_path(find, tree)
+
+
+def make_mesh(mesh: MeshLike, config: ViTConfig, axes: tuple[str, ...] = AXES) -> Mesh | None:
+    """The mesh that an argument stands for; None for one device.
+
+    Args:
+        mesh: a mesh with some of `axes`; or their sizes, such as {"data": 4, "model": 2}, where
+            "data" left out takes what the devices of this process allow, and others are 1; "auto"
+            for all devices on "data"; None for one device.
+        config: the network's, whose heads and MLP the "model" axis must divide, and whose width
+            the "fsdp" axis.
+        axes: that the mesh has in the end, `AXES` or `TRAINING_AXES`.
+
+    Raises:
+        InputError: the mesh has other axes, or more devices than there are; or the network cannot
+            be divided so.
     """
     if mesh is None:
         return None
     if isinstance(mesh, str):
         if mesh != "auto":
-            raise InputError(
-                "`mesh` must be 'auto', None, a `jax.sharding.Mesh` or sizes such as "
-                f"{{'data': 4, 'model': 2}}; given {mesh!r}."
-            )
+            raise _no_mesh(mesh, axes)
         if len(jax.local_devices()) == 1:
             return None
         mesh = {}
-    made = mesh if isinstance(mesh, Mesh) else _mesh_of_sizes(mesh)
-    odd = [name for name in made.axis_names if name not in AXES]
-    if odd:
+    made = mesh if isinstance(mesh, Mesh) else _mesh_of_sizes(mesh, axes)
+    if any(name not in axes for name in made.axis_names):
+        listed = " and ".join([", ".join(map(repr, axes[:-1])), repr(axes[-1])])
         raise InputError(
-            f"`mesh` must have the axes 'data' and 'model', or one of them; given "
+            f"`mesh` must have the axes {listed}, or one of them; given "
             f"{', '.join(map(repr, made.axis_names))}."
         )
-    if made.axis_names != AXES:
-        devices = made.devices if made.axis_names != (MODEL, DATA) else made.devices.T
-        rows = made.shape.get(DATA, 1)
-        made = Mesh(devices.reshape(rows, made.devices.size // rows), AXES)
-    _check_divides(made.shape[MODEL], config)
+    if made.axis_names != axes:
+        order = [made.axis_names.index(name) for name in axes if name in made.axis_names]
+        sizes = [made.shape.get(name, 1) for name in axes]
+        made = Mesh(made.devices.transpose(order).reshape(sizes), axes)
+    _check_divides(made, config)
     return made
 
 
-def _mesh_of_sizes(sizes: Any) -> Mesh:
-    if not isinstance(sizes, Mapping) or any(name not in AXES for name in sizes):
-        raise InputError(
-            "`mesh` must be 'auto', None, a `jax.sharding.Mesh` or sizes such as "
-            f"{{'data': 4, 'model': 2}}; given {sizes!r}."
-        )
+def _no_mesh(given: Any, axes: tuple[str, ...]) -> InputError:
+    example = {name: size for name, size in ((DATA, 4), (FSDP, 8), (MODEL, 2)) if name in axes}
+    return InputError(
+        f"`mesh` must be 'auto', None, a `jax.sharding.Mesh` or sizes such as {example}; given "
+        f"{given!r}."
+    )
+
+
+def _mesh_of_sizes(sizes: Any, axes: tuple[str, ...]) -> Mesh:
+    if not isinstance(sizes, Mapping) or any(name not in axes for name in sizes):
+        raise _no_mesh(sizes, axes)
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise InputError(f"`mesh`: {name!r} must be a positive integer; given {size!r}.")
     devices = jax.local_devices()
-    model = sizes.get(MODEL, 1)
-    data = sizes.get(DATA, max(1, len(devices) // model))
-    if data * model > len(devices):
+    wanted = {name: sizes.get(name, 1) for name in axes}
+    if DATA not in sizes:
+        wanted[DATA] = max(1, len(devices) // math.prod(wanted.values()))
+    total = math.prod(wanted.values())
+    if total > len(devices):
         raise InputError(
-            f"`mesh` of {data} x {model} (data x model) needs {data * model} devices; this "
-            f"process has {len(devices)} ({devices[0].device_kind}). Ask for fewer (in the "
-            "commands --devices and --model-parallel)."
+            f"`mesh` of {' x '.join(map(str, wanted.values()))} ({' x '.join(wanted)}) needs "
+            f"{total} devices; this process has {len(devices)} ({devices[0].device_kind}). Ask for "
+            "fewer (in the commands --devices and --model-parallel)."
         )
-    return Mesh(np.array(devices[: data * model]).reshape(data, model), AXES)
+    return Mesh(np.array(devices[:total]).reshape([*wanted.values()]), axes)
 
 
-def _check_divides(parts: int, config: ViTConfig) -> None:
+def _check_divides(mesh: Mesh, config: ViTConfig) -> None:
     wholes = {
-        "attention heads": config.num_attention_heads,
-        "columns of the MLP": config.intermediate_size,
+        MODEL: {
+            "attention heads": config.num_attention_heads,
+            "columns of the MLP": config.intermediate_size,
+        },
+        FSDP: {"columns (hidden_size)": config.hidden_size},
     }
-    odd = [f"{count} {what}" for what, count in wholes.items() if count % parts]
-    if odd:
-        raise InputError(
-            f"`mesh`: a 'model' axis of {parts} cannot divide this network's {' and '.join(odd)}; "
-            "wanted a divisor of both."
-        )
+    for axis, counts in wholes.items():
+        parts = mesh.shape.get(axis, 1)
+        odd = [f"{count} {what}" for what, count in counts.items() if count % parts]
+        if odd:
+            both = "both" if len(counts) > 1 else "it"
+            raise InputError(
+                f"`mesh`: a {axis!r} axis of {parts} cannot divide this network's "
+                f"{' and '.join(odd)}; wanted a divisor of {both}."
+            )
 
 
 def param_shardings(mesh: Mesh, path: tuple[str, ...]) -> NamedSharding:
-    """Where a parameter lies."""
-    return NamedSharding(mesh, partition_spec(path))
+    """The sharding of a parameter on a mesh."""
+    # As short as XLA gives it back: arrays that come out of a program go into it again as they are.
+    spec = [*partition_spec(path, [name for name, size in mesh.shape.items() if size > 1])]
+    while spec and spec[-1] is None:
+        spec.pop()
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def place(params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:

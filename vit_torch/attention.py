@@ -43,12 +43,12 @@ def attention(
         bias: added to the scores; broadcasts against (B, A, S, S).
         head_mask: multiplies the probabilities; broadcasts against (B, A, S, S).
         dropout: applied to the probabilities, element by element; None where none is active.
-        output_attentions: whether to return the probabilities.
+        output_attentions: whether the probabilities are needed.
         implementation: one of `IMPLEMENTATIONS`.
 
     Returns:
-        The context (B, S, A, D/A), and the probabilities (B, A, S, S) after dropout and head mask
-        if asked for, else None.
+        The context (B, S, A, D/A), and the probabilities (B, A, S, S) after dropout and head mask;
+        None where "sdpa" ran, which never forms them.
     """
     check_implementation(implementation)
     plain = head_mask is None and dropout is None and not output_attentions
@@ -74,4 +74,4 @@ def attention(
     if head_mask is not None:
         probabilities = probabilities * head_mask.to(probabilities.dtype)
     context = torch.einsum("baqk,bkad->bqad", probabilities, value)
-    return context, probabilities if output_attentions else None
+    return context, probabilities

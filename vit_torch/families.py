@@ -5,7 +5,7 @@ Names, calls and outputs are those of Transformers 4.57.6.
 
 from __future__ import annotations
 
-from vit_common.config import BeitConfig, DeiTConfig, Dinov2Config, Dinov2WithRegistersConfig
+from vit_common.families import BeitConfig, DeiTConfig, Dinov2Config, Dinov2WithRegistersConfig
 from vit_torch.model import (
     BeitForMaskedImageModelingModule,
     DeiTForImageClassificationWithTeacherModule,
@@ -16,7 +16,6 @@ from vit_torch.pretrained import (
     ViTForMaskedImageModeling,
     ViTModel,
     ViTPreTrainedModel,
-    settle,
 )
 
 # -- DeiT
@@ -31,6 +30,9 @@ class DeiTPreTrainedModel(ViTPreTrainedModel):
 
 class DeiTModel(DeiTPreTrainedModel, ViTModel):
     """The base network of a distilled DeiT; see `ViTModel`."""
+
+
+DeiTPreTrainedModel.network_class = DeiTModel
 
 
 class DeiTForImageClassification(DeiTPreTrainedModel, ViTForImageClassification):
@@ -56,7 +58,7 @@ class DeiTForImageClassificationWithTeacher(
     head = "teacher"
 
     def __init__(self, config: DeiTConfig, *, attn_implementation: str = "auto"):
-        super().__init__(**settle(self, config, attn_implementation))
+        super().__init__(config, attn_implementation=attn_implementation)
 
 
 # -- BEiT
@@ -88,8 +90,11 @@ class BeitModel(BeitPreTrainedModel, ViTModule):
         attn_implementation: str = "auto",
     ):
         super().__init__(
-            add_pooling_layer=add_pooling_layer, **settle(self, config, attn_implementation)
+            config, add_pooling_layer=add_pooling_layer, attn_implementation=attn_implementation
         )
+
+
+BeitPreTrainedModel.network_class = BeitModel
 
 
 class BeitForImageClassification(BeitPreTrainedModel, ViTForImageClassification):
@@ -107,7 +112,7 @@ class BeitForMaskedImageModeling(BeitPreTrainedModel, BeitForMaskedImageModeling
     head = "tokens"
 
     def __init__(self, config: BeitConfig, *, attn_implementation: str = "auto"):
-        super().__init__(**settle(self, config, attn_implementation))
+        super().__init__(config, attn_implementation=attn_implementation)
 
 
 # -- DINOv2
@@ -126,11 +131,23 @@ class Dinov2Model(Dinov2PreTrainedModel, ViTModule):
 
     Args:
         config: sizes.
+        add_pooling_layer: whether there is a pooled output; it has no parameters.
         attn_implementation: see `vit_torch.attention`.
     """
 
-    def __init__(self, config: Dinov2Config, *, attn_implementation: str = "auto"):
-        super().__init__(**settle(self, config, attn_implementation))
+    def __init__(
+        self,
+        config: Dinov2Config,
+        *,
+        add_pooling_layer: bool = True,
+        attn_implementation: str = "auto",
+    ):
+        super().__init__(
+            config, add_pooling_layer=add_pooling_layer, attn_implementation=attn_implementation
+        )
+
+
+Dinov2PreTrainedModel.network_class = Dinov2Model
 
 
 class Dinov2ForImageClassification(Dinov2PreTrainedModel, ViTForImageClassification):
@@ -147,6 +164,9 @@ class Dinov2WithRegistersPreTrainedModel(Dinov2PreTrainedModel):
 
 class Dinov2WithRegistersModel(Dinov2WithRegistersPreTrainedModel, Dinov2Model):
     """The base network of DINOv2 with registers; see `Dinov2Model`."""
+
+
+Dinov2WithRegistersPreTrainedModel.network_class = Dinov2WithRegistersModel
 
 
 class Dinov2WithRegistersForImageClassification(

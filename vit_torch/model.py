@@ -71,22 +71,30 @@ def check_tensors(**inputs: Any) -> None:
 
 
 class ViTPart(nn.Module):
-    """What every module here is told: sizes and kernel.
+    """Base of every module here.
 
     Attributes:
-        config: the sizes.
-        attn_implementation: the attention kernel, see `vit_torch.attention`.
+        config: the sizes. All parts of a model share one, which also names the attention kernel.
     """
 
-    def __init__(self, config: ViTConfig, attn_implementation: str = "auto"):
+    def __init__(self, config: ViTConfig):
         super().__init__()
         self.config = config
-        self.attn_implementation = attn_implementation
+        self._is_hf_initialized = True  # see `ModelBase.init_weights`
+
+    @property
+    def attn_implementation(self) -> str:
+        """The attention kernel, see `vit_torch.attention`."""
+        return self.config._attn_implementation or "auto"
+
+    def make_network(self, **kwargs) -> ViTModule:
+        """The base network of a model with a head."""
+        return ViTModule(**options(self), **kwargs)
 
 
 def options(part: ViTPart) -> dict:
-    """What a module hands on to the modules inside it."""
-    return {"config": part.config, "attn_implementation": part.attn_implementation}
+    """Arguments that a module passes on to the modules inside it."""
+    return {"config": part.config}
 
 
 def initialize(parameter: torch.Tensor, config: ViTConfig) -> None:
@@ -99,7 +107,9 @@ def initialize(parameter: torch.Tensor, config: ViTConfig) -> None:
 
 def uninitialized(layer: Callable, *args, **kwargs) -> Any:
     """A layer without PyTorch's own random weights, on the default device."""
-    return layer(*args, **kwargs, device="meta").to_empty(device=torch.get_default_device())
+    made = layer(*args, **kwargs, device="meta").to_empty(device=torch.get_default_device())
+    made._is_hf_initialized = True  # see `ModelBase.init_weights`
+    return made
 
 
 def dense(part: ViTPart, inputs: int, features: int, use_bias: bool = True) -> nn.Linear:
@@ -118,19 +128,31 @@ def convolution(part: ViTPart, inputs: int, features: int, size: tuple[int, int]
 
 
 def layer_norm(part: ViTPart) -> nn.LayerNorm:
-    return nn.LayerNorm(
+    norm = nn.LayerNorm(
         part.config.hidden_size,
         eps=part.config.layer_norm_eps,
         elementwise_affine=True,
         bias=True,
     )
+    norm._is_hf_initialized = True  # type: ignore[assignment]
+    return norm
 
 
 class ViTPatchEmbeddings(ViTPart):
-    """Cuts the image into patches and projects each to width D."""
+    """Cuts the image into patches and projects each to width D.
+
+    Attributes:
+        image_size, patch_size: (height, width).
+        num_patches: N, for an image of `image_size`.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+        self.image_size, self.patch_size = (
+            self.config.image_height_width,
+            self.config.patch_height_width,
+        )
+        self.num_channels, self.num_patches = self.config.num_channels, self.config.num_patches
         self.projection = convolution(
             self,
             self.config.num_channels,
@@ -159,8 +181,7 @@ class ViTEmbeddings(ViTPart):
         if config.num_register_tokens:
             R = config.num_register_tokens
             self.register_tokens = nn.Parameter(torch.zeros(1, R, D))
-        if use_mask_token:
-            self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, D)) if use_mask_token else None
         if config.use_absolute_position_embeddings:
             positions = config.num_prefix_positions + config.num_patches
             self.position_embeddings = nn.Parameter(torch.empty(1, positions, D))
@@ -253,11 +274,19 @@ class ViTRelativePositionBias(ViTPart):
 
 
 class ViTSelfAttention(ViTPart):
-    """Query, key and value of every head, and their attention."""
+    """Query, key and value of every head, and their attention.
+
+    Attributes:
+        num_attention_heads: A.
+        attention_head_size: width D/A of a head.
+        all_head_size: D.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        D = self.config.hidden_size
+        D = self.all_head_size = self.config.hidden_size
+        self.num_attention_heads = self.config.num_attention_heads
+        self.attention_head_size = D // self.num_attention_heads
         self.query = dense(self, D, D, use_bias=self.config.qkv_bias)
         self.key = dense(self, D, D, use_bias=self.config.use_key_bias)
         self.value = dense(self, D, D, use_bias=self.config.qkv_bias)
@@ -266,11 +295,17 @@ class ViTSelfAttention(ViTPart):
             self.relative_position_bias = ViTRelativePositionBias(**options(self))
 
     def forward(
-        self, hidden_states, head_mask, bias, output_attentions: bool, grid: tuple[int, int]
+        self,
+        hidden_states,
+        head_mask=None,
+        bias=None,
+        output_attentions: bool = False,
+        grid: tuple[int, int] | None = None,
     ):
+        """The context (B, S, D), and the probabilities (B, A, S, S) or None: see `attention`."""
         B, S, D = hidden_states.shape
         if self.config.use_relative_position_bias:
-            own = self.relative_position_bias(grid)
+            own = self.relative_position_bias(grid or self.config.grid_size)
             bias = own if bias is None else bias + own  # (1, A, S, S)
         A = self.config.num_attention_heads
         query = self.query(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
@@ -311,12 +346,19 @@ class ViTAttention(ViTPart):
         self.output = ViTSelfOutput(**options(self))
 
     def forward(
-        self, hidden_states, head_mask, bias, output_attentions: bool, grid: tuple[int, int]
+        self,
+        hidden_states,
+        head_mask=None,
+        bias=None,
+        output_attentions: bool = False,
+        grid: tuple[int, int] | None = None,
     ):
+        """(B, S, D); with `output_attentions`, a pair of that and the probabilities."""
         context, probabilities = self.attention(
             hidden_states, head_mask, bias, output_attentions, grid
         )
-        return self.output(context), probabilities
+        context = self.output(context)
+        return (context, probabilities) if output_attentions else context
 
 
 class ViTIntermediate(ViTPart):
@@ -384,11 +426,28 @@ class ViTLayer(ViTPart):
             self.lambda_2 = nn.Parameter(torch.full((D,), value))
 
     def forward(
-        self, hidden_states, head_mask, bias, output_attentions: bool, grid: tuple[int, int]
+        self,
+        hidden_states,
+        head_mask=None,
+        bias=None,
+        output_attentions: bool = False,
+        grid: tuple[int, int] | None = None,
     ):
-        attention_output, probabilities = self.attention(
+        """(B, S, D); with `output_attentions`, a pair of that and the probabilities.
+
+        Args:
+            hidden_states: (B, S, D).
+            head_mask: broadcasts against (B, A, S, S).
+            bias: added to the attention scores, as the one that all of BEiT's blocks share.
+            output_attentions: return the attention probabilities (B, A, S, S) too.
+            grid: rows and columns of patches, for BEiT's bias; None means those of the config.
+        """
+        attention_output = self.attention(
             self.layernorm_before(hidden_states), head_mask, bias, output_attentions, grid
         )
+        probabilities = None
+        if output_attentions:
+            attention_output, probabilities = attention_output
         if self.config.has_layer_scale:
             attention_output = attention_output * self.lambda_1
         attention_output = self.drop_path(attention_output)
@@ -399,7 +458,7 @@ class ViTLayer(ViTPart):
             mlp_output = mlp_output * self.lambda_2
         mlp_output = self.drop_path(mlp_output)
         hidden_states = mlp_output + hidden_states
-        return hidden_states, probabilities
+        return (hidden_states, probabilities) if output_attentions else hidden_states
 
 
 class ViTEncoder(ViTPart):
@@ -413,29 +472,41 @@ class ViTEncoder(ViTPart):
         if self.config.use_shared_relative_position_bias:
             self.relative_position_bias = ViTRelativePositionBias(**options(self))
         self.gradient_checkpointing = self.config.gradient_checkpointing
+        self.gradient_checkpointing_kwargs: dict[str, Any] = {"use_reentrant": False}
 
     def forward(
         self,
         hidden_states,
-        head_mask,
-        output_attentions: bool,
-        output_hidden_states: bool,
-        grid: tuple[int, int],
+        head_mask=None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        grid: tuple[int, int] | None = None,
     ):
+        """`BaseModelOutput` of the last block, before the final norm.
+
+        Args:
+            hidden_states: (B, S, D).
+            head_mask: (A,) or (L, A), multiplies the attention probabilities.
+            output_attentions, output_hidden_states: return those of every block too.
+            grid: rows and columns of patches, for BEiT's bias; None means those of the config.
+        """
         if head_mask is not None:
             head_mask = spread_head_mask(head_mask, self.config)
         shared = self.config.use_shared_relative_position_bias
-        bias = self.relative_position_bias(grid) if shared else None
+        bias = self.relative_position_bias(grid or self.config.grid_size) if shared else None
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         all_hidden_states, all_attentions = [hidden_states], []
         for i, layer in enumerate(self.layer):
             layer_mask = None if head_mask is None else head_mask[i]
             inputs = (hidden_states, layer_mask, bias, output_attentions, grid)
-            hidden_states, probabilities = (
-                checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
-            )
+            if recompute:
+                hidden_states = checkpoint(layer, *inputs, **self.gradient_checkpointing_kwargs)
+            else:
+                hidden_states = layer(*inputs)
+            if output_attentions:
+                hidden_states, probabilities = hidden_states
+                all_attentions.append(probabilities)
             all_hidden_states.append(hidden_states)
-            all_attentions.append(probabilities)
         return BaseModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
@@ -553,7 +624,7 @@ class ViTModule(ViTPart):
 
 def add_network(part: ViTPart, **kwargs) -> None:
     """Put the base network into a model with a head, under the name its family gives it."""
-    part.add_module(part.config.base_model_prefix, ViTModule(**options(part), **kwargs))
+    part.add_module(part.config.base_model_prefix, part.make_network(**kwargs))
 
 
 def network(part: ViTPart) -> nn.Module:
@@ -625,12 +696,22 @@ def classifier_input(outputs, config: ViTConfig):
     return torch.cat((hidden_states[:, 0], mean), dim=1)
 
 
+def has_values(tensor) -> bool:
+    """Whether numbers can be looked at: not while a program is compiled, exported or captured, nor
+    under the transformations of `torch.func`."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if type(tensor) is not torch.Tensor or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return not (tensor.is_meta or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()))
+
+
 def classification_loss(logits, labels, config: ViTConfig):
     """Mean loss of `logits` (B, K): squared error, cross entropy (label -100 is left out) or
     binary cross entropy, as `problem_type` says or the labels' dtype tells."""
     integer = not labels.dtype.is_floating_point and labels.dtype != torch.bool
     problem_type = resolve_problem_type(config, integer)
-    values = labels.cpu().numpy() if integer else labels
+    values = labels.cpu().numpy() if integer and has_values(labels) else labels
     check_labels(values, problem_type, logits.shape[0], config.num_labels)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if problem_type == "regression":
@@ -751,9 +832,10 @@ def visual_token_loss(logits, labels, bool_masked_pos):
     check_token_labels(labels, bool_masked_pos, logits.shape)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     counted = bool_masked_pos != 0
-    if labels.ndim == 2:
-        labels = labels[counted]
-    return F.cross_entropy(logits[counted], labels.long(), ignore_index=-100)
+    if labels.ndim == 1:
+        return F.cross_entropy(logits[counted], labels.long(), ignore_index=-100)
+    labels = torch.where(counted, labels.long(), -100)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
 class ViTDecoder(nn.Sequential):

@@ -1,39 +1,80 @@
-"""One module a family of files; each is a table. `FORMATS` is what the engine knows."""
+"""One module a family of files, each a table; `FORMATS` is what the converter knows.
+
+To add a format: a module with its `FORMATS` (see `format.py`), its line below, a test.
+"""
 
 from __future__ import annotations
 
 from vit_common.config import ViTConfig
 from vit_common.errors import InputError
-from vit_convert.formats import flax, google, huggingface, timm
+from vit_common.parameters import Head
+from vit_convert.formats import (
+    beit,
+    deit,
+    dino,
+    dinov2,
+    flax,
+    google,
+    huggingface,
+    mae,
+    moco,
+    timm,
+    torchvision,
+)
 from vit_convert.formats.flax import TREE
-from vit_convert.rules import Format
+from vit_convert.formats.format import Files, Format, Found
 
 FORMATS: tuple[Format, ...] = (
     *huggingface.FORMATS,
     *flax.FORMATS,
     *timm.FORMATS,
+    *deit.FORMATS,
+    *dino.FORMATS,
+    *mae.FORMATS,
+    *moco.FORMATS,
+    *beit.FORMATS,
+    *dinov2.FORMATS,
+    *torchvision.FORMATS,
     *google.FORMATS,
 )
 """Every table: one for each layout and family."""
 
+PREPARED = (google.unstacked, mae.folded)
+"""What is done to the tensors of a file before its format is detected."""
+
 NAMES: tuple[str, ...] = tuple(dict.fromkeys(table.name for table in FORMATS))
 """Names of the formats, as users call them."""
-
 
 WRITTEN: tuple[str, ...] = tuple(dict.fromkeys(table.name for table in FORMATS if table.written))
 """Names of those that can be written."""
 
+FILES: dict[str, Files] = {table.name: table.files for table in FORMATS if table.written}
+"""Format that can be written -> how its files lie on a disk."""
+
+DESCRIBED: tuple[str, ...] = tuple(name for name in WRITTEN if FILES[name].described)
+"""Those of Transformers, whose folders have a `config.json` in its words."""
+
+DEFAULT = DESCRIBED[0]
+"""What a folder gets where no format is named."""
+
 
 def check_format(name: str) -> str:
-    """The name itself; InputError if there is no such format to write."""
+    """The name itself.
+
+    Raises:
+        InputError: there is no such format to write.
+    """
     if name in NAMES and name not in WRITTEN:
-        raise InputError(f"the format {name!r} is read here, but not written.")
+        raise InputError(
+            f"the format {name!r} is read here, but not written; wanted one of "
+            f"{', '.join(WRITTEN)}."
+        )
     if name not in WRITTEN:
         raise InputError(f"the format must be one of {', '.join(WRITTEN)}; given {name!r}.")
     return name
 
 
-def table_for(name: str, config: ViTConfig, head: str | None = None) -> Format:
+def table_for(name: str, config: ViTConfig, head: Head | None = None) -> Format:
     """The table that writes weights of that configuration in a format.
 
     Args:
@@ -44,11 +85,8 @@ def table_for(name: str, config: ViTConfig, head: str | None = None) -> Format:
     Raises:
         InputError: there is no such format, it is only read, or it cannot hold that family.
     """
-    tables = FORMATS
-    if check_format(name) == "google":
-        tables = google.formats(config.num_attention_heads)
-        tables = tables[1:] if config.position_tokens == "patches" else tables[:1]
-    written = [table for table in tables if table.name == name and table.written]
+    check_format(name)
+    written = [table for table in FORMATS if table.name == name and table.written]
     fitting = [table for table in written if config.model_type in table.families]
     if not fitting:
         families = ", ".join(dict.fromkeys(f for table in written for f in table.families))
@@ -56,10 +94,22 @@ def table_for(name: str, config: ViTConfig, head: str | None = None) -> Format:
             f"the format {name!r} holds the families {families}; these weights are of "
             f"{config.model_type!r}."
         )
-    if len(fitting) > 1:  # DINOv2 with either MLP; BEiT with either head
-        second = head == "tokens" if name == "beit" else config.use_swiglu_ffn
-        return fitting[1 if second else 0]
-    return fitting[0]
+    chosen = next((t for t in fitting if t.fits is None or t.fits(config, head)), fitting[0])
+    return chosen if chosen.with_heads is None else chosen.with_heads(config.num_attention_heads)
 
 
-__all__ = ["FORMATS", "NAMES", "TREE", "WRITTEN", "Format", "check_format", "table_for"]
+__all__ = [
+    "DEFAULT",
+    "DESCRIBED",
+    "FILES",
+    "FORMATS",
+    "NAMES",
+    "PREPARED",
+    "TREE",
+    "WRITTEN",
+    "Files",
+    "Format",
+    "Found",
+    "check_format",
+    "table_for",
+]

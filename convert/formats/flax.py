@@ -6,9 +6,17 @@ In msgpack files and in memory its levels are joined by "/", in Flax safetensors
 Sources: `models/{vit,beit,dinov2}/modeling_flax_*.py` of Transformers 4.57.6.
 """
 
-from vit_convert.formats.huggingface import BEIT_HEAD, BLOCK, DINOV2_BLOCK, DINOV2_SWIGLU_BLOCK
+from vit_convert.formats.format import Files, Format, Rule
+from vit_convert.formats.huggingface import (
+    BEIT_HEAD,
+    BLOCK,
+    DINOV2_BLOCK,
+    DINOV2_SWIGLU_BLOCK,
+    extended,
+    gated,
+    plain,
+)
 from vit_convert.layouts import HWIO, KEEP, TOKEN, TRANSPOSE, Layout
-from vit_convert.rules import Format, Rule
 
 _TOKENS = (
     "embeddings.cls_token",
@@ -67,42 +75,48 @@ TREE = Format(
 """What the models of `vit_flax` hold in memory; the same names for every family."""
 
 
-def _formats(name: str, separator: str, describes: str) -> tuple[Format, ...]:
+_SAFETENSORS = "flax-safetensors"
+
+
+def _formats(name: str, separator: str, describes: str, files: Files) -> tuple[Format, ...]:
+    def table(families, rules, **more) -> Format:
+        return Format(
+            name=name,
+            describes=describes,
+            families=families,
+            files=files,
+            rules=rules,
+            separator=separator,
+            prefixed=True,
+            loses=extended,
+            **more,
+        )
+
     beit = tuple((a.replace(".", separator), b.replace(".", separator)) for a, b in BEIT_HEAD)
+    dinov2 = ("dinov2", "dinov2_with_registers")
     return (
-        Format(
-            name=name,
-            describes=describes,
-            families=("vit", "deit"),
-            rules=_rules(_SAME, separator),
-            separator=separator,
-            prefixed=True,
-        ),
-        Format(
-            name=name,
-            describes=describes,
-            families=("beit",),
-            rules=_rules(_SAME, separator),
-            separator=separator,
-            prefixed=True,
-            only_with_prefix=beit,
-        ),
-        *(
-            Format(
-                name=name,
-                describes=describes,
-                families=("dinov2", "dinov2_with_registers"),
-                rules=_rules(block, separator, TOKEN),
-                separator=separator,
-                prefixed=True,
-            )
-            for block in (DINOV2_BLOCK, DINOV2_SWIGLU_BLOCK)
-        ),
+        table(("vit", "deit"), _rules(_SAME, separator)),
+        table(("beit",), _rules(_SAME, separator), only_with_prefix=beit),
+        table(dinov2, _rules(DINOV2_BLOCK, separator, TOKEN), fits=plain),
+        table(dinov2, _rules(DINOV2_SWIGLU_BLOCK, separator, TOKEN), fits=gated),
     )
 
 
-FORMATS = _formats("flax", "/", "Flax tree joined by '/', as in flax_model.msgpack") + _formats(
-    "flax-safetensors",
+FORMATS = _formats(
+    "flax",
+    "/",
+    "Flax tree joined by '/', as in flax_model.msgpack",
+    Files(
+        container="msgpack",
+        stem="flax_model",
+        tag="flax",
+        suffix=".msgpack",
+        for_suffix={".safetensors": _SAFETENSORS},
+        described=True,
+    ),
+) + _formats(
+    _SAFETENSORS,
     ".",
     "Flax tree joined by '.', as Transformers 4.57.6 wrote safetensors from Flax",
+    Files(container="safetensors", tag="flax", described=True),
 )

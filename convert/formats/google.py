@@ -1,6 +1,7 @@
 """Google's `.npz`: google-research/vision_transformer (also AugReg) and google-research/big_vision.
 
-Sources: `vit_jax/models_vit.py` and `vit_jax/checkpoint.py` of google-research/vision_transformer;
+Sources: `vit_jax/models_vit.py`, `vit_jax/train.py` and `vit_jax/checkpoint.py` of
+google-research/vision_transformer, whose published files have the names of Flax before linen;
 `big_vision/models/vit.py` of google-research/big_vision. Both were trained with
 `flax.linen.gelu`, the tanh approximation, and linen's epsilon of 1e-6.
 """
@@ -9,17 +10,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
+
+from vit_common.config import ViTConfig
 from vit_common.errors import CheckpointError
 from vit_common.files.containers.tensor import Tensor
+from vit_common.images.processor import ViTImageProcessor
+from vit_convert.formats.format import Files, Format, Implied, Rule
 from vit_convert.layouts import HWIO, KEEP, TRANSPOSE, heads_apart
-from vit_convert.rules import Format, Rule
 
 _SETTINGS = {
     "layer_norm_eps": 1e-6,
     "hidden_act": "gelu_pytorch_tanh",
     "position_resize": "bilinear_align_corners",
 }
+_POSEMBED = "Transformer/posembed_input/pos_embedding"
+_POSITIONS = "pos_embedding"
+_HYBRID = (
+    (
+        r"(conv_root|gn_root|norm_root|block\d+)/.*",
+        "a ResNet before its patches (a hybrid of Google's, such as R50+ViT-B_16)",
+    ),
+)
+_PARTS = (
+    (r"MAPHead_\d+/.*", "attention pooling"),
+    (r".*/(query|key)(_norm|_ln)/.*", "norms of query and key"),
+    (r".*/(Moe|MoeMlp)\w*/.*", "a mixture of experts"),
+)
 _BLOCK = "Transformer/encoderblock_{i}/"
 _LAYER = "encoder.layer.{i}."
 
@@ -78,21 +97,26 @@ _MOST_BLOCKS = 10_000
 _STACK = "Transformer/encoderblock/"
 
 
-def unstacked(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+def unstacked(
+    tensors: Mapping[str, tuple[str, Tensor]],
+) -> tuple[dict[str, tuple[str, Tensor]], None]:
     """The tensors of each block, where big_vision ran the blocks as a scan (`scan=True`) and its
     file has those of all blocks in one array, the block as its first axis.
 
+    Args:
+        tensors: name -> (name in the file, tensor).
+
     Returns:
-        name, as in a file of separate blocks -> (name in this file, tensor). Tensors are read block
-        by block. Everything else is as it was.
+        The same by block: name, as in a file of separate blocks -> (name in the file, tensor).
+        Tensors are read block by block. Everything else is as it was; nothing is to be said of it.
 
     Raises:
         CheckpointError: the arrays are not of one number of blocks, or blocks are there twice.
     """
-    stacks = {name: tensor for name, tensor in tensors.items() if name.startswith(_STACK)}
-    found = {name: (name, tensor) for name, tensor in tensors.items() if name not in stacks}
+    stacks = {name: tensor for name, (_, tensor) in tensors.items() if name.startswith(_STACK)}
+    found = {name: entry for name, entry in tensors.items() if name not in stacks}
     if not stacks:
-        return found
+        return found, None
     counts = {tensor.shape[0] if tensor.shape else 0 for tensor in stacks.values()}
     if len(counts) > 1 or not 0 < max(counts) <= _MOST_BLOCKS:
         raise CheckpointError(
@@ -104,42 +128,105 @@ def unstacked(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
             name = f"Transformer/encoderblock_{i}/{full.removeprefix(_STACK)}"
             if name in found:
                 raise CheckpointError(f"{name!r} is also in the stack {full!r}.")
-            found[name] = (full, tensor.row(i, name))
-    return found
+            found[name] = (tensors[full][0], tensor.row(i, name))
+    return found, None
+
+
+def _preprocessing(config: ViTConfig) -> Implied:
+    height, width = config.image_height_width
+    processor = ViTImageProcessor(
+        size={"height": height, "width": width}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return processor, "Google's (x - 127.5) / 127.5"
+
+
+def _loses(config: ViTConfig, own_config: bool) -> list[str]:
+    if config.qkv_bias:
+        return []
+    return [
+        "Google's own code expects biases of query, key and value, which this network does not "
+        "have; vit_flax and vit_torch read the file."
+    ]
+
+
+def sines_and_cosines(grid: tuple[int, int], width: int) -> np.ndarray:
+    """The fixed positions of big_vision's `posemb="sincos2d"`: sines and cosines of each patch's
+    column, then of its row.
+
+    Args:
+        grid: (rows, columns) of patches.
+        width: D, a multiple of 4.
+
+    Returns:
+        (rows * columns, D), float32.
+
+    Source: `posemb_sincos_2d` of `big_vision/models/vit.py`; Beyer et al. 2022, arXiv:2205.01580.
+    """
+    y, x = (axis.reshape(-1, 1) for axis in np.indices(grid))
+    quarter = width // 4
+    omega = 1.0 / 10_000.0 ** (np.arange(quarter) / max(quarter - 1, 1))
+    parts = (np.sin(x * omega), np.cos(x * omega), np.sin(y * omega), np.cos(y * omega))
+    return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+_OLD = ("LayerNorm_2", "MultiHeadDotProductAttention_1", "MlpBlock_3")
+_LINEN = ("LayerNorm_1", "MultiHeadDotProductAttention_0", "MlpBlock_0")
 
 
 @lru_cache(maxsize=32)
-def formats(heads: int) -> tuple[Format, Format]:
-    """The tables of vision_transformer and of big_vision for networks of `heads` heads."""
+def _tables(heads: int) -> tuple[Format, ...]:
+    """The tables for networks of `heads` heads; reading needs none."""
+
+    def table(describes: str, place: str, names: tuple[str, ...], **more: Any) -> Format:
+        return Format(
+            name="google",
+            describes=describes,
+            files=Files(container="npz", suffix=".npz"),
+            rules=_rules(heads, place, *names),
+            separator="/",
+            settings=_SETTINGS,
+            imagenet=True,
+            preprocessing=_preprocessing,
+            loses=_loses,
+            refuses=_HYBRID,
+            parts=_PARTS,
+            **more,
+        )
+
     return (
-        Format(
-            name="google",
-            describes="google-research vision_transformer or AugReg",
-            rules=_rules(
-                heads,
-                "Transformer/posembed_input/pos_embedding",
-                "LayerNorm_2",
-                "MultiHeadDotProductAttention_1",
-                "MlpBlock_3",
-            ),
-            separator="/",
-            settings=_SETTINGS,
+        table(
+            "google-research vision_transformer or AugReg",
+            _POSEMBED,
+            _OLD,
+            fits=lambda config, head: config.position_tokens != "patches",
+            with_heads=lambda heads: _tables(heads)[0],
         ),
-        Format(
-            name="google",
-            describes="google-research big_vision",
-            rules=_rules(
-                heads,
-                "pos_embedding",
-                "LayerNorm_1",
-                "MultiHeadDotProductAttention_0",
-                "MlpBlock_0",
-            ),
-            separator="/",
+        table(
+            "google-research big_vision",
+            _POSITIONS,
+            _LINEN,
             root="params/",
-            settings=_SETTINGS,
+            requires=(_POSITIONS,),
+            fits=lambda config, head: config.position_tokens == "patches",
+            with_heads=lambda heads: _tables(heads)[1],
+        ),
+        table(
+            "google-research vision_transformer, as its own training saves it",
+            _POSEMBED,
+            _LINEN,
+            requires=(_POSEMBED,),
+            written=False,
+        ),
+        table(
+            "google-research big_vision with fixed positions (sincos2d)",
+            _POSITIONS,
+            _LINEN,
+            lacks=(_POSITIONS, _POSEMBED),
+            positions=sines_and_cosines,
+            image_size=224,  # arXiv:2205.01580, section 3
+            written=False,
         ),
     )
 
 
-FORMATS = formats(1)
+FORMATS = _tables(1)

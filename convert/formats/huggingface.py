@@ -6,8 +6,11 @@ Sources: `models/{vit,deit,beit,dinov2,dinov2_with_registers,vit_mae}/modeling_*
 Transformers 4.57.6 and 5.23.
 """
 
+from collections.abc import Iterator
+
+from vit_common.config import ViTConfig
+from vit_convert.formats.format import Files, Format, Rule
 from vit_convert.layouts import GATE_AND_UP, KEEP, TOKEN, Layout
-from vit_convert.rules import Format, Rule
 
 _TOP = (
     "embeddings.cls_token",
@@ -119,9 +122,45 @@ _V5_NAMES = "Hub torch layout, names of Transformers v5"
 _VIT, _BEIT, _DINOV2 = ("vit", "deit"), ("beit",), ("dinov2", "dinov2_with_registers")
 
 
+def extended(config: ViTConfig, own_config: bool = False) -> Iterator[str]:
+    """What Transformers does not load, whichever of its layouts it is in."""
+    if config.is_extended:
+        yield (
+            "Transformers has no class for this network; the configuration says model_type "
+            f"{config.extended_type!r}, so that it refuses it instead of computing something else. "
+            "vit_flax and vit_torch load it."
+        )
+
+
+def _loses(config: ViTConfig, own_config: bool) -> Iterator[str]:
+    yield from extended(config)
+    rule = type(config).fields["position_resize"][0]
+    if not config.is_extended and config.position_resize != rule:
+        yield (
+            "Transformers does not know `position_resize` and resamples positions to other image "
+            f"sizes by its own rule, not by {config.position_resize!r}; at the native size nothing "
+            "differs."
+        )
+
+
+FILES = Files(container="safetensors", tag="pt", suffix=".safetensors", described=True)
+
+
+def gated(config: ViTConfig, head: object) -> bool:
+    """Whether the MLP is a SwiGLU, whose names differ in DINOv2."""
+    return config.use_swiglu_ffn
+
+
+def plain(config: ViTConfig, head: object) -> bool:
+    """Whether it is not."""
+    return not config.use_swiglu_ffn
+
+
 def _format(families, rules, describes, written=True, **more) -> Format:
     return Format(
         name="hub",
+        files=FILES,
+        loses=_loses,
         describes=describes,
         families=families,
         rules=rules,
@@ -134,8 +173,8 @@ def _format(families, rules, describes, written=True, **more) -> Format:
 FORMATS = (
     _format(_VIT, _top() + _block(_SAME, _V4), _V4_NAMES),
     _format(_BEIT, _top() + _block(_SAME, _V4), _V4_NAMES, only_with_prefix=BEIT_HEAD),
-    _format(_DINOV2, _top(TOKEN) + _block(DINOV2_BLOCK, _V4), _V4_NAMES),
-    _format(_DINOV2, _top(TOKEN) + _block(DINOV2_SWIGLU_BLOCK, _V4), _V4_NAMES),
+    _format(_DINOV2, _top(TOKEN) + _block(DINOV2_BLOCK, _V4), _V4_NAMES, fits=plain),
+    _format(_DINOV2, _top(TOKEN) + _block(DINOV2_SWIGLU_BLOCK, _V4), _V4_NAMES, fits=gated),
     _format(_VIT, _top() + _block(BLOCK, _V5), _V5_NAMES, False),
     _format(
         _BEIT,
@@ -151,14 +190,17 @@ FORMATS = (
         _V5_NAMES,
         False,
     ),
-    _format(
-        ("vit",),
-        _top() + _block(_SAME, _V4),
-        "Hub vit_mae encoder",
-        False,
-        ignored=(
-            *_NO_WEIGHTS,
-            (r"decoder\..*", "the decoder of masked autoencoding, not part of the encoder"),
-        ),
+    *(
+        _format(
+            ("vit",),
+            _top() + block,
+            f"Hub vit_mae encoder, names of Transformers {version}",
+            False,
+            ignored=(
+                *_NO_WEIGHTS,
+                (r"decoder\..*", "the decoder of masked autoencoding, not part of the encoder"),
+            ),
+        )
+        for version, block in (("v4", _block(_SAME, _V4)), ("v5", _block(BLOCK, _V5)))
     ),
 )

@@ -1,17 +1,55 @@
-"""timm's own `config.json`: written for `timm.create_model("local-dir:...")`, read by `source`."""
+"""timm's own `config.json`: written for `timm.create_model("local-dir:...")`, and what one says."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from PIL.Image import Resampling
 
 from vit_common.config import OURS, ViTConfig
+from vit_common.errors import ConfigError
 from vit_common.presets import PRESETS
-from vit_convert.formats.timm_models import HEADS
+from vit_convert.formats.timm_models import ACTIVATIONS, EPS, HEADS
+
+# Keyword of timm's model -> field here.
+_SAME = {
+    "num_heads": "num_attention_heads",
+    "img_size": "image_size",
+    "drop_path_rate": "drop_path_rate",
+}
+# Keywords that the weights show by themselves, or that change nothing in inference.
+_SHOWN = {
+    "embed_dim", "depth", "patch_size", "in_chans", "num_classes", "mlp_ratio", "qkv_bias",
+    "init_values", "class_token", "reg_tokens", "no_embed_class", "distilled", "drop_rate",
+    "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "dynamic_img_size",
+    "dynamic_img_pad", "weight_init", "fix_init", "strict_img_size", "fc_norm", "global_pool",
+    "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias", "final_norm",
+}  # fmt: skip
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "pre_norm": (False,),
+    "qk_norm": (False,),
+    "scale_attn_norm": (False,),
+    "scale_mlp_norm": (False,),
+    "use_rot_pos_emb": (False,),
+    "pos_embed": ("learn",),
+    "proj_bias": (True,),
+}
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "quick_gelu": "quick_gelu",
+    "quickgelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
+
+LABELS = "timm's label_names"
+POOLING = "timm's global_pool"
+TRANSFORM = "timm's pretrained_cfg"
+"""What says a field, in a report."""
 
 _FAMILIES = {"vit": "vit", "deit": "deit", "beit": "beit"}
 
@@ -123,3 +161,94 @@ def _transform(processor: Any, height: int) -> dict[str, Any]:
         "crop_pct": height / crop if crop else 1.0,
         "crop_mode": "center" if size.get("shortest_edge") else "squash",
     }
+
+
+# -- reading
+
+
+def read_timm_config(timm: Mapping[str, Any], note: Callable[..., None]) -> None:
+    """Note the fields of the configuration that timm's file says: `note(origin, field=value)`.
+
+    Raises:
+        ConfigError: it names a network, or has a keyword that changes one, not understood here.
+    """
+    for key in ("pretrained_cfg", "model_args"):
+        part = timm.get(key)
+        if part is not None and not isinstance(part, Mapping):
+            raise ConfigError(f"timm's config.json: `{key}` must be a mapping; given {part!r}.")
+    architecture = str(timm.get("architecture", ""))
+    if architecture not in HEADS:
+        # Other networks can have the same names: vit_base_patch16_rpn_224 has its norms elsewhere.
+        raise ConfigError(
+            f"timm's config.json: `architecture` is {architecture!r}, whose network is not known "
+            "to be one of those here. If it is, convert the weights file apart from its "
+            "config.json, and say with options what the weights do not."
+        )
+    activation = ACTIVATIONS.get(architecture, "gelu")
+    note(
+        f"timm's {architecture}",
+        hidden_act=activation,
+        layer_norm_eps=EPS.get(architecture, 1e-6),
+    )
+    cfg, args = (timm.get(name) or {} for name in ("pretrained_cfg", "model_args"))
+    size, given_size = cfg.get("input_size"), args.get("img_size", 1)
+    if (size and not _whole(size, 3)) or not (_whole([given_size], 1) or _whole(given_size, 2)):
+        raise ConfigError(
+            "timm's config.json: `input_size` must be three integers (channels, height, width), "
+            f"and `img_size` one or two; given {size!r} and {given_size!r}."
+        )
+    if size:
+        note(TRANSFORM, image_size=size[1] if size[1] == size[2] else tuple(size[1:]))
+    odd = []
+    for key, value in args.items():
+        if key in _SAME:
+            note("timm's model_args", **{_SAME[key]: value})
+        elif key == "act_layer" and str(value) in _ACTIVATIONS:
+            note("timm's model_args", hidden_act=_ACTIVATIONS[str(value)])
+        elif key not in _SHOWN and value not in _PLAIN.get(key, ()):
+            odd.append(f"{key}={value!r}")
+    if odd:
+        raise ConfigError(
+            f"timm's config.json: `model_args` has {', '.join(odd)}, which changes the network and "
+            "is not understood here; this model cannot be converted."
+        )
+
+
+def _whole(values: Any, count: int) -> bool:
+    """Whether that many positive integers are given."""
+    listed = isinstance(values, (list, tuple)) and len(values) == count
+    return listed and all(type(value) is int and value > 0 for value in values)
+
+
+def heads_of(timm: Mapping[str, Any] | None) -> tuple[int, str] | None:
+    """The number of attention heads that timm's name of a network says, and what says it."""
+    architecture = (timm or {}).get("architecture")
+    if architecture not in HEADS:
+        return None
+    return HEADS[str(architecture)], f"timm's {architecture}"
+
+
+def pooling_of(timm: Mapping[str, Any] | None) -> str | None:
+    """ "avg", "token" or "" where timm's file says what a classifier looks at; or None.
+
+    Raises:
+        ConfigError: it says something else.
+    """
+    table = timm or {}
+    pool = table.get("global_pool") or (table.get("model_args") or {}).get("global_pool")
+    if pool is not None and pool not in ("avg", "token", ""):
+        raise ConfigError(
+            f"timm's config.json: `global_pool` must be 'token' or 'avg'; given {pool!r}."
+        )
+    return pool
+
+
+def label_names(timm: Mapping[str, Any] | None) -> list[str] | None:
+    """The names of classes in timm's `config.json`, in order."""
+    for place in (timm or {}), ((timm or {}).get("pretrained_cfg") or {}):
+        names = place.get("label_names") if isinstance(place, Mapping) else None
+        if isinstance(names, Mapping):
+            names = [names[key] for key in sorted(names, key=str)] if names else None
+        if isinstance(names, list) and names:
+            return [str(name) for name in names]
+    return None

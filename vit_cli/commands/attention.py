@@ -3,66 +3,76 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from vit_cli.models import load_for_inference
+from vit_cli.options import Options, Parser, Reading, add_model, add_pixel_limit, add_reading
 from vit_cli.terminal.exit_codes import DONE
 from vit_cli.terminal.messages import say
 from vit_common.errors import InputError, MissingFileError
-from vit_common.files.replace import check_target, replace_files
-from vit_common.files.texts import reason
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _SIDE = 384
 
 
-def attention(
-    image: str,
-    model: str | None,
-    output: str,
-    *,
-    layer: int = -1,
-    head: int | None = None,
-    rollout: bool = False,
-    dtype: str = "float32",
-    force: bool = False,
-    hub: Mapping[str, Any] | None = None,
-) -> int:
-    """Write a picture of what the class token looks at.
+def add_options(parser: Parser) -> None:
+    parser.usage = "vit attention [options] IMAGE --output FILE"
+    parser.description = (
+        "Draw what the class token attends to, over the image as the model sees it: the image, "
+        "the mean of the heads and each head of a block; or a single head, or all blocks together."
+    )
+    parser.add_names("IMAGE", "image file", least=1, most=1, wanted="one image")
+    add_model(parser)
+    parser.add_argument("--output", metavar="FILE", help=".png, .jpg or .webp file to write")
+    parser.add_argument(
+        "--layer", metavar="L", type=int, help="block, the first is 0 (default: -1, the last)"
+    )
+    parser.add_argument("--head", metavar="H", type=int, help="draw this head only")
+    parser.add_argument(
+        "--rollout",
+        action="store_true",
+        help="attention rollout over all blocks (Abnar and Zuidema 2020)",
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite the file")
+    add_pixel_limit(parser)
+    add_reading(parser)
 
-    With `head` or `rollout` it is one heat map over the image as the model sees it; else a sheet:
-    that image, the mean of the heads, and each head.
+    def check(options: Options) -> None:
+        if options.output is None:
+            parser.error("--output FILE is needed")
+        if options.rollout and options.head is not None:
+            parser.error("--rollout takes all heads together; leave --head out")
+        if options.rollout and options.layer is not None:
+            parser.error("--rollout takes all blocks together; leave --layer out")
 
-    Args:
-        image: file.
-        model: folder, weights file or Hub name; None is the checkpoint in the package.
-        output: .png, .jpg or .webp file.
-        layer: block, the first is 0; -1 is the last.
-        head: number of a head.
-        rollout: over all blocks instead of one.
-        dtype: of the computation.
-        force: overwrite the file.
-        hub: options of the Hub.
+    parser.checks.append(check)
 
-    Returns:
-        The exit code.
+
+def run(options: Options) -> int:
+    """Write a picture of what the class token attends to.
+
+    With `--head` or `--rollout` it is one heat map over the image as the model sees it; else a
+    sheet: that image, the mean of the heads, and each head.
 
     Raises:
         ViTError: the image or the model cannot be used, or the file not be written.
     """
-    target = Path(output)
-    if target.suffix.lower() not in _FORMATS:
-        raise InputError(f"--output must end in {', '.join(_FORMATS)}; given {output!r}.")
-    check_target(target, force=force)
+    from vit_common.files.replace import check_target, replace_files
+    from vit_common.files.texts import reason
     from vit_common.images.pictures import load_image
 
-    picture = load_image(image)
+    target, head = Path(options.output), options.head
+    layer = -1 if options.layer is None else options.layer
+    if target.suffix.lower() not in _FORMATS:
+        raise InputError(f"--output must end in {', '.join(_FORMATS)}; given {options.output!r}.")
+    check_target(target, force=options.force)
+    picture = load_image(options.names[0])
 
     from vit_flax.inference.maps import contact_sheet, overlay, patch_map
 
-    encoder = load_for_inference("ImageEncoder", model, dtype, hub, devices=1)
+    encoder = load_for_inference(
+        "ImageEncoder", options.model, options.dtype, devices=1, **Reading.of(options).keywords
+    )
     config = encoder.config
     if head is not None and not 0 <= head < config.num_attention_heads:
         raise InputError(
@@ -77,7 +87,7 @@ def attention(
     scale = max(1, round(_SIDE / max(seen.size)))
     seen = seen.resize((seen.width * scale, seen.height * scale), 0 if scale > 4 else 2)
     prefix = config.num_prefix_tokens
-    if rollout:
+    if options.rollout:
         sheet = overlay(seen, patch_map(encoder.attention(picture, rollout=True), grid, prefix))
         what = "rollout over all blocks"
     else:

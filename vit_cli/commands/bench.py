@@ -8,9 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vit_cli import models
+from vit_cli.options import (
+    Options,
+    Parser,
+    Reading,
+    add_model,
+    add_pixel_limit,
+    add_reading,
+    positive,
+)
 from vit_cli.terminal.exit_codes import DONE
 from vit_cli.terminal.messages import say
 from vit_common.errors import MissingFileError
+from vit_common.images.find import find_images
 
 if TYPE_CHECKING:
     from vit_flax.inference import ImageClassifier
@@ -20,55 +31,81 @@ _PHOTOS = 32  # made where none are given
 _PHOTO_SIZE = (640, 480)
 
 
-def bench(
-    names: Sequence[str],
-    model: str | None,
-    *,
-    batch_sizes: Sequence[int] | None,
-    rounds: int,
-    dtype: str,
-    options: Mapping[str, Any],
-    as_json: bool,
-    hub: Mapping[str, Any] | None = None,
-) -> int:
-    """Measure, and print a table.
+def _sizes(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
 
-    Args:
-        names: image files or folders of them for the stream; none: photos of noise are made.
-        model: folder, weights file or Hub name; None is the checkpoint in the package.
-        batch_sizes: of the network alone; the last is the stream's too; rounded up to what the
-            devices can share. None: what suits the device.
-        rounds: of each measurement.
-        dtype: of the computation.
-        options: of `ImageClassifier`.
-        as_json: print one JSON object.
-        hub: options of the Hub.
+
+def add_options(parser: Parser) -> None:
+    parser.usage = "vit bench [options] [IMAGE|DIR ...]"
+    parser.description = (
+        "Measure images per second: of the network alone, beside the matrix products it is made "
+        "of, and of a stream of image files, with where its time goes. Without images, photos of "
+        "noise are made."
+    )
+    parser.add_names(
+        "IMAGE|DIR", "image files for the stream, or folders", least=0, most=None, wanted=""
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--batch-sizes",
+        metavar="N,...",
+        type=_sizes,
+        help="images per batch, rounded up to what the devices can share; the stream takes the "
+        "last (default: 1,8,32 on a CPU, 1,64,512 elsewhere)",
+    )
+    parser.add_argument(
+        "--rounds",
+        metavar="N",
+        type=positive,
+        default=5,
+        help="repetitions of each measurement (default: 5)",
+    )
+    parser.add_argument("--workers", metavar="N", type=positive, help="threads that read images")
+    parser.add_argument(
+        "--normalize-on-device", action="store_true", help="send 8-bit pixels to the device"
+    )
+    parser.add_argument(
+        "--fast-decode", action="store_true", help="decode large JPEGs at a fraction of their size"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_pixel_limit(parser)
+    add_reading(parser)
+
+
+def run(options: Options) -> int:
+    """Measure, and print a table.
 
     Raises:
         MissingFileError: the names hold no image.
         ViTError: the model cannot be loaded.
     """
-    from vit_cli.models import load_for_inference
-    from vit_common.images.find import find_images
-
-    files = list(find_images(names, lambda text: say("error", text)))
+    names, dtype, batch_sizes = options.names, options.dtype, options.batch_sizes
+    files = list(find_images(names, lambda text: say("error", text), say))
     if names and not files:
         raise MissingFileError(f"{', '.join(names)}: no images to measure with.")
-    classify = load_for_inference("ImageClassifier", model, dtype, {**options, **(hub or {})})
+    classify = models.load_for_inference(
+        "ImageClassifier",
+        options.model,
+        dtype,
+        workers=options.workers,
+        fast_decode=options.fast_decode,
+        normalize_on_device=options.normalize_on_device,
+        **Reading.of(options).keywords,
+    )
     if batch_sizes is None:
         batch_sizes = (1, 8, 32) if classify.engine.platform == "cpu" else (1, 64, 512)
     batch_sizes = _divisible(batch_sizes, classify.engine)
     result = describe(classify, dtype)
-    if not as_json:
+    if not options.json:
         _print_head(result)
     rates = []
     for batch_size in batch_sizes:
-        rates.append(_network(classify, batch_size, rounds))
-        if not as_json:
+        rates.append(_network(classify, batch_size, options.rounds))
+        if not options.json:
             _print_rate(rates[-1], first=len(rates) == 1)
     with tempfile.TemporaryDirectory() as folder:
         stream = _stream(classify, files or _photos(Path(folder)), batch_sizes[-1], rates[-1])
-    if as_json:
+    if options.json:
         print(json.dumps({**result, "network": rates, "stream": stream}, indent=2))
     else:
         _print_stream(stream, made=not files)

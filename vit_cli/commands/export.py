@@ -2,102 +2,134 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from vit_cli import cache
+from vit_cli.options import DTYPES, Options, Parser, Reading, add_reading, positive, some_of
 from vit_cli.terminal import interrupt
 from vit_cli.terminal.exit_codes import DONE, INTERRUPTED
 from vit_cli.terminal.messages import one_line, say
-from vit_common.config import ViTConfig
 from vit_common.errors import CheckpointError, InputError
-from vit_common.exports import DYNAMIC, Export
-from vit_common.files.replace import check_target
-from vit_common.images.processor import BaseImageProcessor
+
+if TYPE_CHECKING:
+    from vit_common.config import ViTConfig
+    from vit_common.exports import Export
+    from vit_common.images.processor import BaseImageProcessor
 
 _SUFFIXES = {".jaxexport": "jax", ".onnx": "onnx"}
+# As `vit_flax.export.read` has them; repeated here so that `--help` need not load it.
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
-def export(
-    name: str,
-    target: str,
-    *,
-    to: str | None = None,
-    platforms: tuple[str, ...] | None = None,
-    batch: int | Literal["dynamic"] = "dynamic",
-    output: Literal["logits", "features"] = "logits",
-    input_dtype: Literal["float32", "uint8"] | None = None,
-    dtype: str | None = None,
-    format: str | None = None,
-    check: bool = True,
-    force: bool = False,
-    as_json: bool = False,
-    hub: Mapping[str, Any] | None = None,
-) -> int:
+def _batch(text: str) -> int | str:
+    if text == "dynamic":
+        return text
+    try:
+        return positive(text)
+    except argparse.ArgumentTypeError:
+        message = f"must be a positive integer or dynamic; given {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def add_options(parser: Parser) -> None:
+    parser.usage = "vit export [options] MODEL OUT"
+    parser.description = (
+        "Write a model as one file that runs without Flax and without this package's networks: a "
+        "StableHLO program for JAX (.jaxexport), or ONNX (.onnx), with its weights, preprocessing "
+        "and labels. The file is run and compared with the model before it replaces anything."
+    )
+    parser.add_names(
+        "MODEL OUT",
+        "model (folder, weights file or name on the Hub), and the file to write",
+        least=2,
+        most=2,
+        wanted="MODEL and OUT",
+    )
+    parser.add_argument(
+        "--to", choices=("jax", "onnx"), help="what to write (default: what the suffix says)"
+    )
+    parser.add_argument(
+        "--platforms",
+        metavar="NAMES",
+        type=some_of(_PLATFORMS),
+        help="platforms of a JAX program: cpu, cuda, rocm, tpu, separated by commas (default: "
+        "cpu,cuda,tpu)",
+    )
+    parser.add_argument(
+        "--batch",
+        metavar="N|dynamic",
+        type=_batch,
+        default="dynamic",
+        help="images per call: a number, or dynamic for any number (default: dynamic)",
+    )
+    parser.add_argument(
+        "--output",
+        choices=("logits", "features"),
+        default="logits",
+        help="logits, or features for a model without a classifier: the class token after the last "
+        "norm (default: logits)",
+    )
+    parser.add_argument(
+        "--input",
+        choices=("float32", "uint8"),
+        help="float32 pixels, rescaled and normalised, or uint8 pixels, which the program rescales "
+        "and normalises (default: float32)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="compute dtype of a JAX program (default: float32)"
+    )
+    parser.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run the file and compare it with the model, and with the PyTorch twin where torch is "
+        "installed",
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite the file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_reading(parser)
+
+
+def run(options: Options) -> int:
     """Export a model, check the file in a fresh process, and print what was written.
-
-    Args:
-        name: folder, weights file or Hub name of the model.
-        target: the file to write.
-        to: "jax" or "onnx"; None means what the suffix says.
-        platforms: what a JAX program is lowered for; None means cpu, cuda and tpu.
-        batch: images a call takes; "dynamic" for any number.
-        output: "logits" or "features".
-        input_dtype: of the pixels a JAX program takes; None means float32, normalised.
-        dtype: of the computation of a JAX program; None means float32.
-        format: of the weights, where it cannot be told.
-        check: run the file and compare it with the model.
-        force: overwrite the file.
-        as_json: print one JSON object.
-        hub: options of the Hub.
-
-    Returns:
-        The exit code.
 
     Raises:
         ViTError: it cannot be exported; nothing was written.
     """
+    from vit_common.files.replace import check_target
+
+    name, target = options.names
     path = Path(target)
-    to = to or _SUFFIXES.get(path.suffix.lower())
+    to = options.to or _SUFFIXES.get(path.suffix.lower())
     if to is None:
         raise InputError(
             f"{target}: the suffix says what to write, .jaxexport (JAX) or .onnx (ONNX); given "
             f"{path.suffix or 'none'}. Choose one of these, or pass --to."
         )
     if to == "onnx":
-        _refuse_of_jax(platforms=platforms, input=input_dtype, dtype=dtype)
-    check_target(path, force=force)
+        _refuse_of_jax(platforms=options.platforms, input=options.input, dtype=options.dtype)
+    check_target(path, force=options.force)
     try:
         with interrupt.raises():
-            common = {"batch": batch, "output": output, "check": check, "force": force}
-            if to == "onnx":
-                report = _export_onnx(name, path, format, dict(hub or {}), common)
-            else:
-                report = _export_jax(
-                    name,
-                    path,
-                    format,
-                    dict(hub or {}),
-                    {
-                        **common,
-                        "platforms": platforms or ("cpu", "cuda", "tpu"),
-                        "input_dtype": input_dtype or "float32",
-                    },
-                    dtype or "float32",
-                )
+            report = (_export_onnx if to == "onnx" else _export_jax)(name, path, options)
     except KeyboardInterrupt:
         say("interrupted: nothing was written")
         return INTERRUPTED
-    if as_json:
+    if options.json:
         print(json.dumps({"to": to, **report.to_dict()}, indent=2))
     else:
         for label, text in _lines(report, to, name):
             print(f"{label:10}  {one_line(text)}")
     return DONE
+
+
+def _common(options: Options) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("batch", "output", "check", "force")}
 
 
 def _refuse_of_jax(**options: Any) -> None:
@@ -109,68 +141,77 @@ def _refuse_of_jax(**options: Any) -> None:
         )
 
 
-def _export_jax(
-    name: str, path: Path, format: str | None, hub: dict[str, Any], options: dict, dtype: str
-) -> Export:
-    from vit_cli.devices import find_devices
+def _export_jax(name: str, path: Path, options: Options) -> Export:
+    from vit_cli.runtime import enable_cache, find_devices
     from vit_flax.export import check_place, check_platforms, export, serializer
 
+    platforms = options.platforms or ("cpu", "cuda", "tpu")
     # What is wrong with an option or the environment, before the weights are read.
     serializer()
-    check_platforms(options["platforms"])
+    check_platforms(platforms)
     find_devices()
-    if options["check"]:
-        check_place(options["platforms"])
-    cache.enable()
-    weights, config, processor, table = _open(name, format, options["output"], hub)
+    if options.check:
+        check_place(platforms)
+    enable_cache()
+    weights, config, processor, table = _open(name, options)
 
     from vit_flax.auto import FlaxAutoModel, FlaxAutoModelForImageClassification
 
     model = _load(
         FlaxAutoModelForImageClassification,
         FlaxAutoModel,
-        options["output"],
+        options.output,
         weights,
         config=config,
         format=table,
-        dtype=dtype,
+        dtype=options.dtype or "float32",
     )
     references = {}
-    if options["check"] and importlib.util.find_spec("torch") is not None:
-        references["PyTorch"] = _torch_answers(weights, config, table, options["output"])
-    return export(model, path, image_processor=processor, references=references, **options)
+    if options.check and importlib.util.find_spec("torch") is not None:
+        references["PyTorch"] = _torch_answers(weights, config, table, options.output)
+    return export(
+        model,
+        path,
+        image_processor=processor,
+        references=references,
+        platforms=platforms,
+        input_dtype=options.input or "float32",
+        **_common(options),
+    )
 
 
-def _export_onnx(
-    name: str, path: Path, format: str | None, hub: dict[str, Any], options: dict
-) -> Export:
+def _export_onnx(name: str, path: Path, options: Options) -> Export:
     if importlib.util.find_spec("torch") is None:
         raise InputError(
             "ONNX files are made by PyTorch, which is not installed; run: pip install torch onnx "
             "onnxscript onnxruntime"
         )
-    from vit_torch.export import export, require
+    from vit_torch.export import check_program, export, require, write_program
 
-    require(options["check"])
-    weights, config, processor, table = _open(name, format, options["output"], hub)
-    model = _torch_model(weights, config, table, options["output"])
-    return export(model, path, image_processor=processor, **options)
+    require(options.check)
+    if path.suffix.lower() == ".onnx":
+        check_program(path)
+    weights, config, processor, table = _open(name, options)
+    model = _torch_model(weights, config, table, options.output)
+    report = export(model, path, image_processor=processor, **_common(options))
+    if path.suffix.lower() == ".onnx":
+        report.program = write_program(path)
+    return report
 
 
-def _open(
-    name: str, format: str | None, output: str, hub: dict[str, Any]
-) -> tuple[Path, ViTConfig, BaseImageProcessor | None, str]:
+def _open(name: str, options: Options) -> tuple[Path, ViTConfig, BaseImageProcessor | None, str]:
     """The weights file, the configuration, what prepares images, and the format's name."""
     from vit_convert.source import find_processor, open_source
 
-    with open_source(name, format=format, **hub) as source:
-        if output == "logits" and source.head not in ("classifier", "teacher"):
+    reading = Reading.of(options)
+    with open_source(name, **reading.for_source) as source:
+        if options.output == "logits" and source.head not in ("classifier", "teacher"):
             raise CheckpointError(
                 f"{source.path}: these weights have no classifier, so there are no logits to "
                 "export; wanted a checkpoint that was trained or fine-tuned to classify. Pass "
-                "--output features for what the network makes of an image."
+                "--output features to export the backbone's output."
             )
-        found = find_processor(source, name, **hub)
+        found = find_processor(source)
         if found is None:
             height, width = source.config.image_height_width
             warnings.warn(
@@ -219,6 +260,8 @@ def _torch_answers(weights: Path, config: ViTConfig, table: str, output: str) ->
 
 
 def _lines(report: Export, to: str, name: str) -> Iterator[tuple[str, str]]:
+    from vit_common.exports import DYNAMIC
+
     metadata = report.metadata
     C, H, W = metadata["input_shape"]
     count = "any number of" if metadata["batch"] == DYNAMIC else metadata["batch"]
@@ -233,6 +276,8 @@ def _lines(report: Export, to: str, name: str) -> Iterator[tuple[str, str]]:
     labels = metadata["labels"]
     yield "gives", metadata["output"] + (f" of {len(labels)} classes" if labels else "")
     yield "wrote", f"{report.path}: {report.bytes / 1e6:,.1f} MB"
+    if report.program is not None:
+        yield "beside it", f"{report.program}: classifies images with onnxruntime alone"
     if report.check is None:
         yield "check", "none: --no-check was given"
         return

@@ -1,46 +1,60 @@
-"""`vit features`: image files in, a file of feature vectors out."""
+"""`vit features`: image files in, a file of embeddings out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
 from functools import partial
-from typing import Any, Literal
 
-from vit_cli.models import load_for_inference, settings
-from vit_cli.runs.feature_file import FeatureFile
-from vit_cli.runs.job import Job, Work
-from vit_cli.runs.supervise import Cluster
+from vit_cli.models import load_for_stream
+from vit_cli.options import Options, Parser, StreamOptions, add_stream
 
 
-def features(
-    names: list[str],
-    model: str | None,
-    output: str,
-    *,
-    layers: tuple[int, ...] = (-1,),
-    pool: Literal["cls", "mean"] | None = "cls",
-    store_dtype: Literal["float32", "float16"] = "float32",
-    batch_size: int | None = None,
-    dtype: str = "float32",
-    resume: bool = False,
-    force: bool = False,
-    shard: tuple[int, int] | None = None,
-    devices: int | None = None,
-    model_parallel: int = 1,
-    cluster: Cluster | None = None,
-    hub: Mapping[str, Any] | None = None,
-) -> int:
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        message = f"must be numbers of blocks with commas between; given {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def add_options(parser: Parser) -> None:
+    parser.usage = "vit features [options] IMAGE|DIR ... --output FILE"
+    parser.description = (
+        "Write image embeddings to one file: the backbone's output for each image. Any model will "
+        "do, with a classifier or without. Images that cannot be read are named on standard error "
+        "and in the file; the exit code is then 1."
+    )
+    parser.add_argument("--output", metavar="FILE", help=".npz, .parquet or .safetensors file")
+    parser.add_argument(
+        "--layers",
+        metavar="L,...",
+        type=_layers,
+        default=(-1,),
+        help="blocks, the first is 0; -1 is the last, after the final norm (default: -1)",
+    )
+    parser.add_argument(
+        "--pool",
+        choices=("cls", "mean", "none"),
+        default="cls",
+        help="the class token, the mean of the patches, or all tokens (default: cls)",
+    )
+    parser.add_argument(
+        "--store-dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="dtype of the numbers in the file (default: float32)",
+    )
+    add_stream(parser, same="--layers, --pool, --store-dtype")
+
+    def check(options: Options) -> None:
+        if options.output is None:
+            parser.error("--output FILE is needed")
+
+    parser.checks.insert(1, check)  # before what several hosts say of it
+
+
+def run(options: Options) -> int:
     """Write the features of image files into one file.
-
-    Args:
-        names: image files, and folders of them.
-        model: folder, weights file or Hub name, with a classifier or without; None is the
-            checkpoint in the package.
-        output: see `vit_cli.runs.feature_file`.
-        layers, pool: as `ImageEncoder.features`.
-        store_dtype: of the numbers in the file.
-        batch_size, dtype, devices, model_parallel, hub: as `vit_cli.commands.predict.predict`.
-        resume, force, shard, cluster: as `vit_cli.runs.job.Job`.
 
     Returns:
         The exit code: 1 if an image failed or a folder held none.
@@ -49,29 +63,17 @@ def features(
         ViTError: the model cannot be loaded, or the file not be written.
         HostError: another process did not come, or stopped.
     """
+    from vit_cli.runs.feature_file import FeatureFile
+    from vit_cli.runs.job import Job, Work
+
+    stream = StreamOptions.of(options)
+    pool = None if options.pool == "none" else options.pool
 
     def begin(files: list[str]) -> Work:
-        encoder = load_for_inference(
-            "ImageEncoder", model, dtype, hub, devices=devices, model_parallel=model_parallel
-        )
-        size = batch_size or encoder.default_batch_size
-        return Work(encoder.stream_features(files, layers, pool, size), size)
+        encoder = load_for_stream("ImageEncoder", stream)
+        size = stream.batch_size or encoder.default_batch_size
+        return Work(encoder.stream_features(files, options.layers, pool, size), size)
 
-    run = {
-        **settings(model, dtype, hub, shard),
-        "layers": list(layers),
-        "pool": pool,
-        "store_dtype": store_dtype,
-    }
-    return Job(
-        names,
-        run,
-        begin,
-        partial(FeatureFile, dtype=store_dtype),
-        what="features",
-        output=output,
-        resume=resume,
-        force=force,
-        shard=shard,
-        cluster=cluster,
-    ).run()
+    settings = {"layers": list(options.layers), "pool": pool, "store_dtype": options.store_dtype}
+    rows = partial(FeatureFile, dtype=options.store_dtype)
+    return Job(stream, settings, begin, rows, what="features").run()

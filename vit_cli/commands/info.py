@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-import jax
-from PIL.Image import Resampling
-
-from vit_cli import cache
-from vit_cli.devices import compiled_for, describe_devices, find_devices
+from vit_cli.options import DTYPES, Options, Parser, Reading, add_reading, positive
+from vit_cli.runtime import cache_directory, compiled_for, describe_devices, find_devices
 from vit_cli.terminal.exit_codes import DONE
 from vit_cli.terminal.messages import counted, one_line
-from vit_common.config import ViTConfig
-from vit_common.errors import MissingFileError
-from vit_common.files.hub import AbsentFileError
-from vit_common.flops import multiply_adds
-from vit_common.images.auto import AutoImageProcessor
-from vit_common.parameters import parameter_shapes
-from vit_common.presets import PRESETS
-from vit_common.versions import PACKAGE, versions
-from vit_convert.source import (
-    Source,
-    config_from_dict,
-    find_processor,
-    open_source,
-    read_config_file,
-)
+
+if TYPE_CHECKING:
+    from vit_common.config import ViTConfig
+    from vit_convert.source import Source
 
 Report = dict[str, Any]
 
@@ -45,32 +30,46 @@ _LABELS_SHOWN = 5
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow", "safetensors", "huggingface_hub", "torch")
 
 
-def info(
-    model: str | None,
-    *,
-    as_json: bool = False,
-    batch: int = 1,
-    dtype: str = "float32",
-    hub: Mapping[str, Any] | None = None,
-) -> int:
+def add_options(parser: Parser) -> None:
+    parser.usage = "vit info [options] [MODEL]"
+    parser.description = (
+        "Show versions, devices and precision; with a model, describe it. The weights of a model "
+        "on the Hub are described if they were downloaded before; only its small files are fetched."
+    )
+    parser.add_names(
+        "MODEL", "folder, weights file, or name on the Hub", least=0, most=1, wanted="one model"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--batch",
+        metavar="N",
+        type=positive,
+        default=1,
+        help="say which attention kernel runs here for N images at once, and why (default: 1)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="compute dtype of that attention kernel (default: float32)",
+    )
+    add_reading(parser)
+
+
+def run(options: Options) -> int:
     """Print versions, devices and precision, and with a model, what it is.
-
-    Args:
-        model: folder, weights file or Hub name.
-        as_json: print one JSON object.
-        batch, dtype: images at once, and what is computed in: for these it is said which attention
-            kernel runs.
-        hub: options of the Hub.
-
-    Returns:
-        The exit code.
 
     Raises:
         ViTError: the model is not there, or is none.
     """
-    # The model first: a name that is wrong is told without the seconds that JAX takes.
-    described = None if model is None else describe_model(model, dict(hub or {}), batch, dtype)
-    place = cache.directory()
+    from vit_common.versions import PACKAGE, versions
+
+    # The model first: a wrong name is reported without the seconds that JAX takes.
+    described = None
+    if options.names:
+        reading = Reading.of(options)
+        described = describe_model(options.names[0], reading, options.batch, options.dtype)
+    place = cache_directory()
     report: Report = {
         "versions": versions(PACKAGE, "python", *_PACKAGES),
         **describe_devices(),
@@ -78,7 +77,7 @@ def info(
     }
     if described is not None:
         report["model"] = described
-    if as_json:
+    if options.json:
         print(json.dumps(report, indent=2))
     else:
         for line in _lines(report):
@@ -89,31 +88,41 @@ def info(
 # -- a model
 
 
-def describe_model(
-    name: str, hub: dict[str, Any], batch: int = 1, dtype: str = "float32"
-) -> Report:
+def describe_model(name: str, reading: Reading, batch: int = 1, dtype: str = "float32") -> Report:
     """What the files of a model say, and which attention kernel runs. No weight is read, and none
     is downloaded.
 
     Raises:
         ViTError: there is no such model, or a file of it is refused.
     """
-    table = read_config_file(name, **hub)
-    local = hub if Path(name).exists() else {**hub, "local_files_only": True}
+    from vit_common.config import CONFIG_NAME
+    from vit_common.errors import MissingFileError
+    from vit_common.files.hub import AbsentFileError, ModelFiles
+    from vit_common.files.texts import read_json
+    from vit_common.flops import multiply_adds
+    from vit_common.images.auto import AutoImageProcessor
+    from vit_common.parameters import parameter_shapes
+    from vit_convert.source import config_from_dict, find_processor, open_source
+
+    files = ModelFiles(name, **reading.hub)
+    path = files.find(CONFIG_NAME)
+    table = None if path is None else read_json(path)
     weights: Report | None = None
     try:
-        with open_source(name, **local) as source:
+        with open_source(
+            files, format=reading.format, overrides=reading.overrides, fetch=False
+        ) as source:
             config, head = source.config, source.head
-            found = find_processor(source, name, **hub)
+            found = find_processor(source)
             weights = _describe_weights(source)
             pooled = any(key.startswith("pooler.") for key in source.mapped.tensors)
     except MissingFileError:
         # Not here: what the small files say.
         if table is None or "model_type" not in table:
             raise
-        config, head, pooled = config_from_dict(table), "classifier", False
+        config, head, pooled = config_from_dict(table, **reading.overrides), "classifier", False
         try:
-            found = AutoImageProcessor.from_pretrained(name, **hub), ""
+            found = AutoImageProcessor.from_pretrained(name, **reading.hub), ""
         except AbsentFileError:
             found = None
     processor = None if found is None else found[0]
@@ -148,6 +157,8 @@ def describe_model(
 
 def describe_attention(config: ViTConfig, batch: int, dtype: str) -> Report:
     """The attention kernel for so many images on the device that JAX would use, and why."""
+    import jax
+
     from vit_flax.attention import choose, cudnn_missing
 
     platform = compiled_for(find_devices()[0])
@@ -167,6 +178,8 @@ def describe_attention(config: ViTConfig, batch: int, dtype: str) -> Report:
 
 def _variant(config: ViTConfig) -> str | None:
     """Such as "B/16", if the sizes are those of a named model."""
+    from vit_common.presets import PRESETS
+
     sizes = (
         config.hidden_size,
         config.num_hidden_layers,
@@ -259,6 +272,8 @@ def _model_lines(model: Report) -> Iterator[str]:
 
 
 def _preparation(options: Report | None) -> str:
+    from PIL.Image import Resampling
+
     if options is None:
         return "no preprocessor_config.json; the Hub's defaults for a ViT are used"
     steps = []

@@ -4,49 +4,55 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
+from vit_cli.options import Options, Parser, Reading, add_reading, positive
 from vit_cli.terminal.exit_codes import DONE
 from vit_cli.terminal.messages import one_line
-from vit_common.config import FLOATS
 from vit_common.errors import CheckpointError, ConfigError, InputError, MissingFileError, some
-from vit_common.files.checkpoint import Checkpoint, open_checkpoint
-from vit_common.files.hub import find_weights
+
+if TYPE_CHECKING:
+    from vit_common.files.checkpoint import Checkpoint
 
 _SHOWN = 8
 
 
-def inspect(
-    name: str,
-    *,
-    format: str | None = None,
-    lines: int = 10,
-    as_json: bool = False,
-    hub: Mapping[str, Any] | None = None,
-) -> int:
-    """Print what a weights file holds.
+def add_options(parser: Parser) -> None:
+    parser.usage = "vit inspect [options] FILE"
+    parser.description = (
+        "Show what a weights file holds: its format, family and sizes, anything unusual in it, and "
+        "its first tensors. No weights are loaded."
+    )
+    parser.add_names(
+        "FILE",
+        "weights file, index of shards, folder, or name on the Hub",
+        least=1,
+        most=1,
+        wanted="one file",
+    )
+    parser.add_argument(
+        "--lines", metavar="N", type=positive, default=10, help="tensors to list (default: 10)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object, with every tensor"
+    )
+    add_reading(parser)
 
-    Args:
-        name: weights file, index, directory or Hub name.
-        format: of the weights, where their names do not tell it.
-        lines: rows of the table of tensors to print.
-        as_json: print one JSON object, with the whole table.
-        hub: options of the Hub.
 
-    Returns:
-        The exit code.
+def run(options: Options) -> int:
+    """Print what a weights file holds, as text or as one JSON object with every tensor.
 
     Raises:
         ViTError: there is no such file, or it cannot be read at all.
     """
-    report = describe(name, format, dict(hub or {}))
-    if as_json:
+    report = describe(options.names[0], Reading.of(options))
+    if options.json:
         print(json.dumps(report, indent=2))
         return DONE
     for title, text in _lines(report):
         print(f"{title:12}  {one_line(text)}".rstrip())
-    rows = report["tensors"]
+    rows, lines = report["tensors"], options.lines
     shown = rows if lines >= len(rows) else rows[:lines]
     width = max((len(row["name"]) for row in shown), default=0)
     print()
@@ -58,13 +64,16 @@ def inspect(
     return DONE
 
 
-def describe(name: str, format: str | None, hub: dict[str, Any]) -> dict[str, Any]:
+def describe(name: str, reading: Reading) -> dict[str, Any]:
     """Everything `vit inspect --json` prints. No weight is read.
 
     Raises:
         ViTError: there is no such file, or it cannot be read at all.
     """
-    path = find_weights(name, **hub)
+    from vit_common.files.checkpoint import open_checkpoint
+    from vit_common.files.hub import find_weights
+
+    path = find_weights(name, **reading.hub)
     with open_checkpoint(path) as checkpoint:
         report: dict[str, Any] = {
             "path": str(path),
@@ -81,12 +90,14 @@ def describe(name: str, format: str | None, hub: dict[str, Any]) -> dict[str, An
                 for key, t in checkpoint.items()
             ],
         }
-    _add_network(report, name, format, hub)
+    _add_network(report, name, reading)
     return report
 
 
 def _odd(checkpoint: Checkpoint) -> list[str]:
     """What is unusual about the tensors themselves."""
+    from vit_common.config import FLOATS
+
     odd = []
     dtypes: dict[str, list[str]] = {}
     for key, tensor in checkpoint.items():
@@ -104,14 +115,15 @@ def _odd(checkpoint: Checkpoint) -> list[str]:
     return odd
 
 
-def _add_network(report: dict[str, Any], name: str, format: str | None, hub: Any) -> None:
+def _add_network(report: dict[str, Any], name: str, reading: Reading) -> None:
     """What the tensors are the network of; or why they are none."""
+    from vit_common.files.checkpoint import open_checkpoint
     from vit_convert.source import find_processor, open_source, read_tensors
 
     try:
-        with open_source(name, format=format, **hub) as source:
+        with open_source(name, **reading.for_source) as source:
             config = source.config
-            processor = find_processor(source, name, **hub)
+            processor = find_processor(source)
             report["network"] = {
                 "format": source.table.name,
                 "describes": source.table.describes,
@@ -138,7 +150,7 @@ def _add_network(report: dict[str, Any], name: str, format: str | None, hub: Any
         report["odd"].append(str(error))
         try:
             with open_checkpoint(report["path"]) as checkpoint:
-                read = read_tensors(checkpoint, format=format)
+                read = read_tensors(checkpoint, format=reading.format)
                 report["network"] = {
                     "format": read.table.name,
                     "describes": read.table.describes,

@@ -1,4 +1,7 @@
-"""`vit predict`: image files in, predictions out."""
+"""`vit predict`: image files in, predictions out.
+
+Results go to standard output in the order of the files; everything else goes to standard error.
+"""
 
 from __future__ import annotations
 
@@ -7,48 +10,40 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from vit_cli.models import load_for_inference, settings
-from vit_cli.runs.job import Job, Work
-from vit_cli.runs.prediction_file import Journal
-from vit_cli.runs.supervise import Cluster
+from vit_cli.models import load_for_stream
+from vit_cli.options import Options, Parser, StreamOptions, add_stream, positive
 from vit_cli.terminal.messages import say
 from vit_cli.terminal.results import JsonLines, PlainText, Table, Writer
 
 
-def predict(
-    names: list[str],
-    model: str | None,
-    *,
-    top_k: int = 5,
-    batch_size: int | None = None,
-    dtype: str = "float32",
-    as_json: bool = False,
-    output: str | None = None,
-    resume: bool = False,
-    force: bool = False,
-    shard: tuple[int, int] | None = None,
-    devices: int | None = None,
-    model_parallel: int = 1,
-    cluster: Cluster | None = None,
-    hub: Mapping[str, Any] | None = None,
-) -> int:
-    """Classify image files and print what they show.
+def add_options(parser: Parser) -> None:
+    parser.usage = "vit predict [options] IMAGE|DIR ..."
+    parser.description = (
+        "Classify images: print the most likely classes of each, in the order given. Images that "
+        "cannot be read are named on standard error and skipped; the exit code is then 1."
+    )
+    parser.add_argument(
+        "--top-k", metavar="N", type=positive, default=5, help="classes per image (default: 5)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object per line, one line per image"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write the results to a .jsonl, .csv or .parquet file instead",
+    )
+    add_stream(parser, same="--top-k")
 
-    Results go to standard output in the order of the files; everything else goes to standard
-    error.
+    def check(options: Options) -> None:
+        if options.output is None and (options.resume or options.force):
+            parser.error("--resume and --force are for --output FILE")
 
-    Args:
-        names: image files, and folders of them.
-        model: folder, weights file or Hub name; None is the checkpoint in the package.
-        top_k: classes to print an image.
-        batch_size: images that go through the model at once; None is the model's own choice.
-        dtype: of the computation.
-        as_json: print JSON lines.
-        output: file for the results instead of standard output; see `vit_cli.runs.prediction_file`.
-        resume, force, shard, cluster: as `vit_cli.runs.job.Job`.
-        devices: how many of this process's devices to use; None is all.
-        model_parallel: devices that one copy of the network is split over.
-        hub: more options of `from_pretrained`: those of the Hub, `param_dtype`, `weights`.
+    parser.checks.append(check)
+
+
+def run(options: Options) -> int:
+    """Classify image files and print what they show, or write it to a file.
 
     Returns:
         The exit code: 1 if an image failed or a folder held none.
@@ -57,30 +52,21 @@ def predict(
         ViTError: the model cannot be loaded.
         HostError: another process did not come, or stopped.
     """
+    from vit_cli.runs.job import Job, Work
+    from vit_cli.runs.prediction_file import Journal
+
+    stream = StreamOptions.of(options)
 
     def begin(files: list[str]) -> Work:
-        classifier = load_for_inference(
-            "ImageClassifier", model, dtype, hub, devices=devices, model_parallel=model_parallel
-        )
-        size = batch_size or classifier.default_batch_size
+        classifier = load_for_stream("ImageClassifier", stream)
+        size = stream.batch_size or classifier.default_batch_size
         rich = _has_rich()
         printer = None
-        if output is None:
-            printer = _printer(as_json, files, classifier.config.id2label, rich=rich)
-        return Work(classifier.stream(files, top_k=top_k, batch_size=size), size, printer)
+        if stream.output is None:
+            printer = _printer(options.json, files, classifier.config.id2label, rich=rich)
+        return Work(classifier.stream(files, top_k=options.top_k, batch_size=size), size, printer)
 
-    return Job(
-        names,
-        {**settings(model, dtype, hub, shard), "top_k": top_k},
-        begin,
-        Journal,
-        what="classifying",
-        output=output,
-        resume=resume,
-        force=force,
-        shard=shard,
-        cluster=cluster,
-    ).run()
+    return Job(stream, {"top_k": options.top_k}, begin, Journal, what="classifying").run()
 
 
 def _has_rich() -> bool:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from vit_cli.terminal.exit_codes import DONE, SOME_FAILED
 from vit_cli.terminal.messages import one_line, say
-from vit_common.config import config_class
 from vit_common.errors import InputError, ViTError
+from vit_common.families import config_class
 
 if TYPE_CHECKING:
     from vit_flax.tpu_check import Program, TPUReport

@@ -4,49 +4,72 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vit_cli.options import (
+    DTYPES,
+    Options,
+    Parser,
+    Reading,
+    add_pixel_limit,
+    add_reading,
+    positive,
+    some_of,
+)
 from vit_cli.terminal.exit_codes import DONE, SOME_FAILED
 from vit_cli.terminal.messages import one_line, say
 from vit_common.errors import InputError, MissingFileError
-from vit_common.files.replace import check_target, write_text
 from vit_common.images.find import find_images
 
 _REPORTS = (".html", ".json", ".md")
 
 
-def verify(
-    first: str,
-    second: str | None,
-    *,
-    images: str | None = None,
-    devices: tuple[str, ...] = ("cpu",),
-    dtypes: tuple[str, ...] | None = None,
-    image_size: Any = None,
-    batch: int = 2,
-    gradients: bool = False,
-    report: str | None = None,
-    as_json: bool = False,
-    format: str | None = None,
-    hub: Mapping[str, Any] | None = None,
-) -> int:
-    """Compare, print a table, and write a report if one is asked for.
+def add_options(parser: Parser) -> None:
+    parser.usage = "vit verify [options] A [B]"
+    parser.description = (
+        "Compare the Flax and the PyTorch twin of a checkpoint, or two checkpoints, stage by "
+        "stage. Where a stage is outside its bound, say which known cause makes it agree. The "
+        "exit code is 0 within bounds, 1 outside, 2 if the comparison could not run."
+    )
+    parser.add_names(
+        "A [B]",
+        "folders, weights files, or names on the Hub",
+        least=1,
+        most=2,
+        wanted="one or two models",
+    )
+    parser.add_argument(
+        "--images", metavar="DIR", help="images to compare on (default: random numbers)"
+    )
+    parser.add_argument(
+        "--device",
+        metavar="NAMES",
+        type=some_of(("cpu", "gpu", "tpu", "all")),
+        default=("cpu",),
+        help="cpu, gpu, tpu or all, separated by commas (default: cpu); without a TPU, tpu "
+        "compiles with XLA's TPU compiler and checks its report",
+    )
+    parser.add_argument(
+        "--dtype",
+        metavar="NAMES",
+        type=some_of((*DTYPES, "float64")),
+        help="float64, float32, bfloat16, float16, separated by commas (default: float32)",
+    )
+    parser.add_argument(
+        "--batch", metavar="N", type=positive, default=2, help="random images (default: 2)"
+    )
+    parser.add_argument(
+        "--gradients", action="store_true", help="compare the gradient of every parameter too"
+    )
+    parser.add_argument("--report", metavar="FILE", help="write a report: .html, .json or .md")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_pixel_limit(parser)
+    add_reading(parser, image_size="size of the random images, other than the model's")
 
-    Args:
-        first, second: models; without the second, the Flax and the PyTorch twin of the first.
-        images: folder or file of images; None draws random numbers.
-        devices: "cpu", "gpu", "tpu", "all".
-        dtypes: as `vit_torch.verify.DTYPES`; None is float32, and bfloat16 where it is only
-            compiled for a TPU.
-        image_size: (height, width) or a side.
-        batch: random images.
-        gradients: compare gradients too.
-        report: file to write, .html, .json or .md.
-        as_json: print JSON instead of the table.
-        format: of the weights.
-        hub: options of the Hub.
+
+def run(options: Options) -> int:
+    """Compare, print a table, and write a report if one is asked for.
 
     Returns:
         0 within bounds, 1 outside.
@@ -54,17 +77,21 @@ def verify(
     Raises:
         ViTError: it could not run.
     """
+    report, devices, dtypes = options.report, options.device, options.dtype
+    first, second = (*options.names, None)[:2]
     if report is not None and Path(report).suffix not in _REPORTS:
         raise InputError(f"--report must end in {', '.join(_REPORTS)}; given {report!r}.")
+    reading = Reading.of(options, resized=True)
     if {"gpu", "all"} & set(devices):
         # JAX would take most of the GPU's memory when it starts, and leave other processes none.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if devices == ("tpu",) and second is None and not _has("tpu"):
         given = {
             "--report": report is not None,
-            "--gradients": gradients,
-            "--image-size": image_size is not None,
-            "--images": images is not None,
+            "--gradients": options.gradients,
+            "--image-size": options.image_size is not None,
+            "--images": options.images is not None,
+            "--heads or --set": bool(reading.overrides),
             "more than one --dtype": len(dtypes or ()) > 1,
         }
         if any(given.values()):
@@ -75,37 +102,42 @@ def verify(
             )
         from vit_cli.commands.tpu import compile_for_tpu
 
-        dtype = dtypes[0] if dtypes else "bfloat16"
         return compile_for_tpu(
-            first, batch=batch, as_json=as_json, format=format, hub=hub, dtype=dtype
+            first,
+            batch=options.batch,
+            as_json=options.json,
+            format=reading.format,
+            hub=reading.hub,
+            dtype=dtypes[0] if dtypes else "bfloat16",
         )
+    from vit_common.files.replace import check_target, write_text
+
     if report is not None:
         check_target(Path(report), force=True)
-    pictures = None if images is None else _read(images)
+    pictures = None if options.images is None else _read(options.images)
     try:
         import torch  # noqa: F401
     except ImportError as error:
         raise InputError("verifying needs the PyTorch twin; run: pip install torch") from error
     if "all" in devices:
         devices = tuple(name for name in ("cpu", "gpu", "tpu") if _has(name))
-    from vit_torch.verify import verify as run
+    from vit_torch.verify import verify
 
-    side = image_size if image_size is None or isinstance(image_size, tuple) else (image_size,) * 2
-    found = run(
+    side = options.image_size
+    found = verify(
         first,
         second,
         images=pictures,
         devices=devices,
         dtypes=dtypes or ("float32",),
-        image_size=side,
-        batch=batch,
-        gradients=gradients,
-        format=format,
-        **(hub or {}),
+        image_size=(side, side) if isinstance(side, int) else side,
+        batch=options.batch,
+        gradients=options.gradients,
+        **reading.keywords,
     )
     from vit_cli.commands import verify_report
 
-    if as_json:
+    if options.json:
         print(verify_report.as_json(found), end="")
     else:
         _print(found)
@@ -142,7 +174,7 @@ def _read(place: str) -> list[Any]:
     from vit_common.images.pictures import load_image
 
     faults: list[str] = []
-    files = list(find_images([place], faults.append))
+    files = list(find_images([place], faults.append, say))
     if faults or not files:
         raise MissingFileError(faults[0] if faults else f"{place}: no images there.")
     return [load_image(file) for file in files]

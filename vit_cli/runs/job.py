@@ -10,9 +10,9 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vit_cli import cache
 from vit_cli.runs.rows import RowFile, check_free
-from vit_cli.runs.supervise import INTERRUPTION, Cluster, Hosts
+from vit_cli.runs.supervise import INTERRUPTION, Cluster, Hosts, join, supervised
+from vit_cli.runtime import enable_cache
 from vit_cli.terminal import interrupt
 from vit_cli.terminal.exit_codes import DONE, INTERRUPTED, SOME_FAILED
 from vit_cli.terminal.messages import counted, say
@@ -23,6 +23,7 @@ from vit_common.files.texts import reason
 from vit_common.images.find import find_images
 
 if TYPE_CHECKING:
+    from vit_cli.options import StreamOptions
     from vit_flax.inference import Result
 
 
@@ -47,32 +48,21 @@ class _Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """A run over image files, and what a user may say of it.
+    """A run over image files.
 
     Attributes:
-        names: image files, and folders of them.
-        settings: what results depend on.
+        stream: what the user says of it.
+        settings: what results depend on, besides what `stream` says.
         begin: loads the model, and sets it to work on so many files.
         rows: makes the file of results, of `output` and what `RowFile` takes besides.
         what: is being done, beside the progress bar.
-        output: file for the results; None is standard output.
-        resume: go on with what an earlier run left of `output`.
-        force: overwrite `output`.
-        shard: (i, n): only the i-th of n parts of the files, counted from 0; which part a file is
-            in, its name decides.
-        cluster: processes that share the work, all started alike; they write one `output`.
     """
 
-    names: list[str]
+    stream: StreamOptions
     settings: dict[str, Any]
     begin: Callable[[list[str]], Work]
     rows: Callable[..., RowFile]
     what: str
-    output: str | None = None
-    resume: bool = False
-    force: bool = False
-    shard: tuple[int, int] | None = None
-    cluster: Cluster | None = None
 
     def run(self) -> int:
         """Do it; results come in the order of the files, and all else is said on standard error.
@@ -84,29 +74,39 @@ class Job:
             ViTError: the model cannot be loaded, or the file not be written.
             HostError: another process did not come, or stopped.
         """
-        faults = 0
+        cluster = self.stream.cluster
+        if cluster is None:
+            return self._find(None)
+        return supervised(cluster, lambda: self._find(cluster))
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {**self.stream.settings, **self.settings}
+
+    def _find(self, cluster: Cluster | None) -> int:
+        """Find the images, and the other processes if there are any."""
+        stream, faults = self.stream, 0
 
         def report(text: str) -> None:
             nonlocal faults
             faults += 1
             say("error", text)
 
-        files = list(find_images(self.names, report))
-        if not files and self.cluster is None:
+        files = list(find_images(stream.names, report, say))
+        if not files and cluster is None:
             return SOME_FAILED
-        if self.shard is not None:
-            files = own_shard(files, *self.shard)
-        if self.output is not None:
+        if stream.shard is not None:
+            files = own_shard(files, *stream.shard)
+        if stream.output is not None:
             files = list(dict.fromkeys(files))
-        if self.cluster is None:
+        if cluster is None:
             return self._run(files, faults, None)
-        if self.cluster.process is not None and self.output is not None:
-            check_free(self.output, self.cluster.process)  # before it disturbs those at work
-        cache.enable()
-        begin = {"output": self.output, "resume": self.resume, "force": self.force}
-        return self._run(
-            files, faults, Hosts(self.cluster, {**self.settings, "images": self.names, **begin})
-        )
+        if cluster.process is not None and stream.output is not None:
+            check_free(stream.output, cluster.process)  # before it disturbs those at work
+        enable_cache()
+        begin = {"output": stream.output, "resume": stream.resume, "force": stream.force}
+        hosts = join(cluster, {**self._settings, "images": stream.names, **begin})
+        return self._run(files, faults, hosts)
 
     def _run(self, every: list[str], faults: int, hosts: Hosts | None) -> int:
         target: RowFile | None = None
@@ -117,15 +117,15 @@ class Job:
                     target.close()
             finally:
                 if hosts is not None:
-                    hosts.leave_interrupted()
+                    hosts.leave(INTERRUPTION)
 
         left: str | None = None  # why it stops before all is done
         try:
             with interrupt.exits_after(end), ExitStack() as stack:
                 files = every
                 failed = faults
-                if self.output is not None:
-                    target = self._open(self.output, hosts)
+                if self.stream.output is not None:
+                    target = self._open(self.stream.output, hosts)
                     stack.callback(target.close)
                     if hosts is not None and hosts.index == 0:
                         hosts.tell("begun")
@@ -139,11 +139,11 @@ class Job:
                 failed += outcome.failed
                 if target is not None and hosts is not None:
                     failed += _finish_for_all(hosts, target, every, failed)
-                    say(f"wrote {self.output}: {counted(outcome.done)} here")
+                    say(f"wrote {self.stream.output}: {counted(outcome.done)} here")
                 elif target is not None:
                     target.finish(every)
                     if summary := target.summary(len(every), outcome.done):
-                        say(f"wrote {self.output}: {summary}")
+                        say(f"wrote {self.stream.output}: {summary}")
                 return SOME_FAILED if failed else DONE
         except KeyboardInterrupt:
             left = INTERRUPTION
@@ -164,7 +164,10 @@ class Job:
             part = (hosts.index, hosts.count)
             if hosts.index != 0:
                 hosts.wait("begun")
-        return self.rows(output, resume=self.resume, force=self.force, run=self.settings, part=part)
+        stream = self.stream
+        return self.rows(
+            output, resume=stream.resume, force=stream.force, run=self._settings, part=part
+        )
 
     def _work(self, files: list[str], target: RowFile | None, hosts: Hosts | None) -> _Outcome:
         """Do the files, and write what comes out.

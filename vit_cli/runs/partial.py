@@ -13,6 +13,7 @@ from typing import Any
 
 from vit_cli.terminal import interrupt
 from vit_cli.terminal.messages import say
+from vit_common.checks import differences
 from vit_common.errors import ExistingFileError, InputError, MissingFileError, ViTError
 from vit_common.files.replace import check_target
 from vit_common.files.texts import reason
@@ -79,12 +80,6 @@ def _has_bytes(path: Path) -> bool:
         return path.stat().st_size > 0
     except OSError:
         return False
-
-
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(name, value, value) of what is not the same in both; what is absent counts as None."""
-    names = dict.fromkeys((*one, *other))
-    return [(n, one.get(n), other.get(n)) for n in names if one.get(n) != other.get(n)]
 
 
 def check_run(path: Path, made: Mapping[str, Any], run: Mapping[str, Any], what: str) -> None:

@@ -22,42 +22,62 @@ class Progress:
     While it is shown, lines on standard error go above it, warnings included.
 
     Args:
-        total: images to come.
+        total: images to come; None where `reach` says it.
         show: whether a bar may be shown at all; none is without rich.
         what: is being done.
+        few: up to so many there is no bar.
+        in_bytes: it counts bytes, not images.
     """
 
-    def __init__(self, total: int, *, show: bool = True, what: str = "classifying") -> None:
+    def __init__(
+        self,
+        total: int | None = None,
+        *,
+        show: bool = True,
+        what: str = "classifying",
+        few: int = FEW,
+        in_bytes: bool = False,
+    ) -> None:
         self._bar: Any = None
         self._lock = threading.RLock()
         self._kept: Any = None
-        show = show and total > FEW and sys.stderr.isatty()
-        if show and importlib.util.find_spec("rich") is not None:
-            from rich import progress
-            from rich.console import Console
+        self._show = show and sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
+        self._what, self._few, self._in_bytes = what, few, in_bytes
+        if total is not None:
+            self._make(total)
 
-            console = Console(file=sys.stderr)
-            if not console.is_interactive:  # a dumb terminal, or the environment says no
-                return
-            self._bar = progress.Progress(
-                progress.TextColumn(what),
-                progress.BarColumn(),
-                progress.MofNCompleteColumn(),
-                progress.TimeRemainingColumn(),
-                console=console,
-                transient=True,
-                auto_refresh=False,
-                redirect_stdout=False,
-                redirect_stderr=False,
-            )
-            self._task = self._bar.add_task("", total=total)
+    def _make(self, total: int) -> None:
+        if not self._show or total <= self._few:
+            return
+        from rich import progress
+        from rich.console import Console
+
+        console = Console(file=sys.stderr)
+        if not console.is_interactive:  # a dumb terminal, or the environment says no
+            self._show = False
+            return
+        self._bar = progress.Progress(
+            progress.TextColumn(self._what),
+            progress.BarColumn(),
+            progress.DownloadColumn() if self._in_bytes else progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._task = self._bar.add_task("", total=total)
 
     def __enter__(self) -> Progress:
         self._kept = warnings.showwarning
+        self._start()
+        return self
+
+    def _start(self) -> None:
         if self._bar is not None:
             warnings.showwarning = lambda message, *_: self.say("warning", one_line(str(message)))
             self._bar.start()
-        return self
 
     def __exit__(self, *_: object) -> None:
         warnings.showwarning = self._kept
@@ -65,10 +85,20 @@ class Progress:
             self._bar.stop()
 
     def advance(self, count: int) -> None:
-        """So many images more are done."""
+        """So many more are done."""
+        self._update(advance=count)
+
+    def reach(self, done: int, total: int) -> None:
+        """So many are done, of so many."""
+        if self._bar is None and self._show:
+            self._make(total)
+            self._start()
+        self._update(completed=done)
+
+    def _update(self, **counts: int) -> None:
         if self._bar is not None:
             with self._lock:
-                self._bar.update(self._task, advance=count, refresh=True)
+                self._bar.update(self._task, **counts, refresh=True)
 
     @contextmanager
     def hidden(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ from vit_common.errors import CheckpointError, InputError, MissingFileError, som
 from vit_common.files.containers import flax_msgpack, numpy_zip, safetensors_file, torch_pickle
 from vit_common.files.containers.tensor import DataFile, Progress, Tensor, as_tensor, no_progress
 from vit_common.files.replace import make_directory, replace_files, write_text
-from vit_common.files.texts import LFS_POINTER, lfs_pointer, read_json
+from vit_common.files.texts import LFS_POINTER, cut, lfs_pointer, read_json, shown
 
 __all__ = [
     "Checkpoint",
@@ -61,6 +61,8 @@ class Checkpoint(Mapping[str, Tensor]):
         files: the files that hold the tensors.
         container: their format.
         metadata: what a safetensors file says of itself, such as {"format": "pt"}; else empty.
+        left_out: entries of the files that are no arrays of numbers, such as a text or the
+            arguments of a training: name -> what it is.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.container: Container = container
         self.metadata = metadata
         self.files = [source.path for source in sources]
+        self.left_out = {n: what for source in sources for n, what in source.left_out.items()}
         self._tensors = tensors
         self._sources = sources
 
@@ -127,6 +130,9 @@ def open_checkpoint(path: str | PathLike) -> Checkpoint:
             tensors = numpy_zip.read(file)
         else:
             tensors = torch_pickle.read(file)
+        if not tensors and file.left_out and container != "torch":
+            name, what = next(iter(file.left_out.items()))
+            raise file.fail(f"holds no array of numbers; {shown(name)} {what}.")
     except BaseException:
         file.close()
         raise
@@ -172,7 +178,9 @@ def shard_names(index: str | PathLike) -> dict[str, list[str]]:
     shards: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise CheckpointError(f"{path}: {name!r} must map to a file name; given {shard!r}.")
+            raise CheckpointError(
+                f"{path}: {shown(name)} must map to a file name; given {shown(shard)}."
+            )
         shards.setdefault(shard, []).append(name)
     # A snapshot in the Hub's cache is made of links out of it, so a link is no fault; a name is.
     outside = [s for s in shards if not s or s in (".", "..") or re.search(r"[/\\:\x00]", s)]
@@ -195,7 +203,7 @@ def _open_shards(path: Path) -> Checkpoint:
             try:
                 part = open_checkpoint(path.parent / shard)
             except MissingFileError as error:
-                faults.append(f"shard {shard} of {len(expected)} tensors: {error}")
+                faults.append(f"shard {shard[:200]} of {len(expected)} tensors: {cut(str(error))}")
                 continue
             opened.append(part)
             wanted = set(expected)
@@ -225,7 +233,7 @@ def _open_shards(path: Path) -> Checkpoint:
 
 
 def _some(names: Iterable[str]) -> str:
-    return some(map(repr, names), _SHOWN)
+    return some(map(shown, names), _SHOWN)
 
 
 # -- writing

@@ -10,14 +10,15 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
-from vit_common.errors import InputError, MissingFileError, some
+from vit_common.errors import InputError, MissingFileError, some, warn
 from vit_common.files.checkpoint import INDEX_SUFFIX, shard_names
 from vit_common.files.texts import reason
+from vit_common.versions import PACKAGE
 
 HUB_OPTIONS = (
     "revision",
@@ -67,7 +68,7 @@ WEIGHTS = (
 _SUFFIXES = (".safetensors", ".msgpack", ".bin", ".npz", ".pt", ".pth", ".json")
 _PUSHED = (".safetensors", ".msgpack", ".json", ".md")
 _SHOWN = 12
-_LIBRARY = "vit-flax"
+_LIBRARY = PACKAGE
 """How requests name this project to the Hub."""
 
 
@@ -86,6 +87,7 @@ class _Interrupted(MissingFileError):
 class _Repository(NamedTuple):
     name: str
     revision: str | None
+    commit: str | None = None  # what the revision stands for, once that is known
 
 
 def split_hub_options(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -108,67 +110,163 @@ def split_hub_options(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
     return hub, rest
 
 
-def find_file(name_or_path: str | os.PathLike, filename: str, **hub: Any) -> Path:
-    """The path of one file of a model, downloaded if it has to be.
+class ModelFiles:
+    """The files of one model: those of a folder, or of one commit of a Hub repository.
+
+    A name is resolved once, when the first file is asked for: whether the Hub can be reached, and
+    which commit a branch stands for. Files are fetched one by one, so that a configuration can be
+    read, and refused, before gigabytes of weights are downloaded.
 
     Args:
-        name_or_path: a directory; a file (then it, or the one of that name beside it where its
-            kind is another); or a Hub repository: "owner/name", "name" or "owner/name@revision".
-        filename: the file wanted, such as "config.json".
+        name_or_path: a folder; a file; or a Hub repository: "owner/name", "name" or
+            "owner/name@revision".
         **hub: `HUB_OPTIONS`, as `huggingface_hub.hf_hub_download` takes them. Without a network
             a complete copy in the cache is used.
 
+    Attributes:
+        name: `name_or_path` as it was given.
+
     Raises:
-        MissingFileError: it is nowhere, or cannot be fetched; says which of the two, and why.
+        MissingFileError: a path does not exist, or the name is not one that the Hub can have.
         InputError: an option is unknown, or two contradict each other.
+
+    Example:
+        >>> files = ModelFiles("google/vit-base-patch16-224", revision="main")
+        >>> files.find("config.json"), files.weights()
     """
-    hub = {key: value for key, value in hub.items() if value is not None}
-    place = _locate(name_or_path, hub)
-    if isinstance(place, _Repository):
-        return _download(place, filename, hub, _why_not_asked(place, filename, hub))
-    if place.is_file():
-        # An index of weights is JSON too, but no configuration.
-        if place.suffix == Path(filename).suffix and not place.name.endswith(INDEX_SUFFIX):
+
+    def __init__(self, name_or_path: str | os.PathLike, **hub: Any) -> None:
+        self.name = name_or_path
+        self.hub = {key: value for key, value in hub.items() if value is not None}
+        self._place = _locate(name_or_path, self.hub)
+        self._asked = False
+        self._alone: str | None = None
+
+    def find(self, filename: str) -> Path | None:
+        """The path of one file, downloaded if it has to be; None if the model has no such file.
+
+        Args:
+            filename: such as "config.json".
+
+        Raises:
+            MissingFileError: the file cannot be fetched; says why.
+        """
+        try:
+            return self.need(filename)
+        except AbsentFileError:
+            return None
+
+    def need(self, filename: str) -> Path:
+        """As `find`, for a file that has to be there.
+
+        Raises:
+            AbsentFileError: the model has no such file; says where it was looked for.
+            MissingFileError: the file cannot be fetched; says why.
+        """
+        place = self._place
+        if isinstance(place, _Repository):
+            return self._fetch(filename)
+        if place.is_file():
+            # An index of weights is JSON too, but no configuration.
+            if place.suffix == Path(filename).suffix and not place.name.endswith(INDEX_SUFFIX):
+                return place
+            place = place.parent
+        path = place / filename
+        if not path.is_file():
+            raise AbsentFileError(f"{path}: no such file; {_contents(place)}")
+        return path
+
+    def weights(self, prefer: tuple[str, ...] | None = None, *, fetch: bool = True) -> Path:
+        """The path of the weights file, or of its index once all its shards are here.
+
+        Args:
+            prefer: names to look for before those of `WEIGHTS`.
+            fetch: False takes only what is on this machine already.
+
+        Warns:
+            UserWarning: a folder holds several weights files, and another one is newer than the
+                one that is used.
+
+        Raises:
+            MissingFileError: there are none; says what was looked for and what there is.
+            CheckpointError: an index names a shard outside its own folder.
+        """
+        names = tuple(dict.fromkeys((*(prefer or ()), *WEIGHTS)))
+        place = self._place
+        if isinstance(place, _Repository):
+            return self._fetch_weights(names, fetch)
+        if place.is_file():
             return place
-        place = place.parent
-    path = place / filename
-    if not path.is_file():
-        raise AbsentFileError(f"{path}: no such file; {_contents(place)}")
-    return path
+        found = [place / name for name in names if (place / name).is_file()]
+        if not found:
+            raise MissingFileError(
+                f"{place}: no weights there; looked for {', '.join(names)}; {_contents(place)}"
+            )
+        _warn_if_older(found)
+        return found[0]
+
+    # -- of a repository
+
+    def _fetch(self, filename: str, alone: str | None = None) -> Path:
+        """A file from the Hub; from the cache only, where `alone` gives a reason for that."""
+        assert isinstance(self._place, _Repository)
+        if alone is None:
+            if not self._asked:
+                self._alone = _why_not_asked(self._place, filename, self.hub)
+                self._asked = True
+            alone = self._alone
+        path = _download(self._place, filename, self.hub, alone)
+        parts = path.parts
+        if self._place.commit is None and "snapshots" in parts:
+            # All further files from this commit, whatever is pushed meanwhile.
+            commit = parts[parts.index("snapshots") + 1]
+            self._place = self._place._replace(commit=commit)
+        return path
+
+    def _fetch_weights(self, names: tuple[str, ...], fetch: bool) -> Path:
+        assert isinstance(self._place, _Repository)
+        alone = None if fetch else "only files that are here already were asked for"
+        unreachable: _Unreachable | None = None
+        listed: list[str] | None = None
+        for name in names:
+            if listed is not None and name not in listed:
+                continue
+            try:
+                path = self._fetch(name, alone)
+            except AbsentFileError:
+                if listed is None and alone is None and self._alone is None:
+                    # Most repositories have the first name; of others, one question says what
+                    # there is.
+                    listed = _list_files(self._place, self.hub)
+                continue
+            except _Unreachable as error:  # the cache may hold another one
+                unreachable = unreachable or error
+                continue
+            if name.endswith(INDEX_SUFFIX):
+                for shard in shard_names(path):
+                    self._fetch(shard, alone)
+            return path
+        if unreachable is not None:
+            raise unreachable
+        there = "what there is could not be listed."
+        if listed is not None:
+            there = f"there is {some(sorted(listed), _SHOWN)}."
+        raise MissingFileError(
+            f"{self._place.name} on the Hub has no weights (revision "
+            f"{self._place.revision or 'main'}); looked for {', '.join(names)}; {there}"
+        )
+
+
+def find_file(name_or_path: str | os.PathLike, filename: str, **hub: Any) -> Path:
+    """The path of one file of a model: `ModelFiles(name_or_path, **hub).need(filename)`."""
+    return ModelFiles(name_or_path, **hub).need(filename)
 
 
 def find_weights(
     name_or_path: str | os.PathLike, *, prefer: tuple[str, ...] | None = None, **hub: Any
 ) -> Path:
-    """The path of a model's weights file, or of its index once every shard of it is there too.
-
-    Args:
-        name_or_path: as in `find_file`; a path to a file is returned as it is.
-        prefer: names to look for before those of `WEIGHTS`.
-        **hub: as in `find_file`.
-
-    Warns:
-        UserWarning: a directory holds several weights files, and another one is newer than the
-            one that is used.
-
-    Raises:
-        MissingFileError: none is there; says what was looked for and what there is.
-        CheckpointError: an index names a shard outside its own folder.
-    """
-    names = tuple(dict.fromkeys((*(prefer or ()), *WEIGHTS)))
-    hub = {key: value for key, value in hub.items() if value is not None}
-    place = _locate(name_or_path, hub)
-    if isinstance(place, _Repository):
-        return _download_weights(place, names, hub)
-    if place.is_file():
-        return place
-    found = [place / name for name in names if (place / name).is_file()]
-    if not found:
-        raise MissingFileError(
-            f"{place}: no weights there; looked for {', '.join(names)}; {_contents(place)}"
-        )
-    _warn_if_older(found)
-    return found[0]
+    """The path of a model's weights: `ModelFiles(name_or_path, **hub).weights(prefer)`."""
+    return ModelFiles(name_or_path, **hub).weights(prefer)
 
 
 def _warn_if_older(found: list[Path]) -> None:
@@ -176,11 +274,9 @@ def _warn_if_older(found: list[Path]) -> None:
     times = {path: path.stat().st_mtime for path in found}
     newer = [path.name for path in others if times[path] > times[used] + 1]
     if newer:
-        warnings.warn(
+        warn(
             f"{used.parent} holds several weights files: {used.name} is used, but "
-            f"{', '.join(newer)} is newer. Delete what is out of date, or name the file to use.",
-            UserWarning,
-            stacklevel=4,
+            f"{', '.join(newer)} is newer. Delete what is out of date, or name the file to use."
         )
 
 
@@ -239,43 +335,25 @@ def _contents(directory: Path) -> str:
 # -- downloads
 
 
-def _download_weights(place: _Repository, names: tuple[str, ...], hub: dict[str, Any]) -> Path:
-    alone = _why_not_asked(place, names[0], hub)
-    unreachable: _Unreachable | None = None
-    for name in names:
-        try:
-            path = _download(place, name, hub, alone)
-        except AbsentFileError:
-            continue
-        except _Unreachable as error:  # the cache may hold another one
-            unreachable = unreachable or error
-            continue
-        if name.endswith(INDEX_SUFFIX):
-            # All shards from the commit the index is from, whatever is pushed meanwhile.
-            parts = path.parts
-            commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
-            pinned = _Repository(place.name, commit or place.revision)
-            for shard in shard_names(path):
-                _download(pinned, shard, hub, alone)
-        return path
-    if unreachable is not None:
-        raise unreachable
-    raise MissingFileError(
-        f"{place.name} on the Hub has no weights (revision {place.revision or 'main'}); looked for "
-        f"{', '.join(names)}; {_listing(place, hub)}"
-    )
+def _list_files(place: _Repository, hub: Mapping[str, Any]) -> list[str] | None:
+    """Names of the files in a repository's folder; None where the Hub does not say."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-
-def _listing(place: _Repository, hub: Mapping[str, Any]) -> str:
-    from huggingface_hub import HfApi
-
+    # The request of `HfApi.model_info`, which knows no `proxies`.
+    revision = quote(place.commit or place.revision or "main", safe="")
+    url = f"{constants.ENDPOINT}/api/models/{place.name}/revision/{revision}"
+    headers = build_hf_headers(token=hub.get("token"), library_name=_LIBRARY)
     try:
-        files = HfApi(library_name=_LIBRARY).list_repo_files(
-            place.name, revision=place.revision, token=hub.get("token")
+        answer = get_session().get(
+            url, headers=headers, timeout=constants.HF_HUB_ETAG_TIMEOUT, **_proxies(hub)
         )
-    except Exception:  # only to say more; the error itself is certain
-        return "what there is could not be listed."
-    return f"there is {some(sorted(files), _SHOWN)}."
+        hf_raise_for_status(answer)
+        files = [str(file["rfilename"]) for file in answer.json()["siblings"]]
+    except Exception:  # only to know sooner what there is; each file can be asked for by itself
+        return None
+    start = f"{hub['subfolder'].strip('/')}/" if hub.get("subfolder") else ""
+    return [file.removeprefix(start) for file in files if file.startswith(start)]
 
 
 def _why_not_asked(place: _Repository, filename: str, hub: Mapping[str, Any]) -> str | None:
@@ -291,7 +369,10 @@ def _why_not_asked(place: _Repository, filename: str, hub: Mapping[str, Any]) ->
         return "`local_files_only=True` was given"
     try:
         url = hf_hub_url(
-            place.name, filename, subfolder=hub.get("subfolder"), revision=place.revision
+            place.name,
+            filename,
+            subfolder=hub.get("subfolder"),
+            revision=place.commit or place.revision,
         )
         headers = build_hf_headers(token=hub.get("token"), library_name=_LIBRARY)
         status = (
@@ -314,11 +395,9 @@ def _proxies(hub: Mapping[str, Any]) -> dict[str, Any]:
 
     if "proxies" not in hub or "proxies" in inspect.signature(hf_hub_download).parameters:
         return {key: value for key, value in hub.items() if key == "proxies"}
-    warnings.warn(
+    warn(
         "`proxies` is not used: this version of huggingface_hub takes them from the environment "
-        "(HTTPS_PROXY).",
-        UserWarning,
-        stacklevel=5,
+        "(HTTPS_PROXY)."
     )
     return {}
 
@@ -327,10 +406,11 @@ def _download(place: _Repository, filename: str, hub: Mapping[str, Any], alone: 
     """The file, from the Hub; from the cache alone where `alone` gives a reason for that."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    name, revision = place
+    name, revision = place.name, place.revision
+    wanted = place.commit or revision
     if alone is not None:
         inside = "/".join(filter(None, (hub.get("subfolder"), filename)))
-        known = try_to_load_from_cache(name, inside, hub.get("cache_dir"), revision)
+        known = try_to_load_from_cache(name, inside, hub.get("cache_dir"), wanted)
         if hub.get("force_download"):
             raise _Unreachable(f"{name}: {filename} cannot be downloaded again: {alone}.")
         if isinstance(known, str):
@@ -342,7 +422,7 @@ def _download(place: _Repository, filename: str, hub: Mapping[str, Any], alone: 
             f"(revision {revision or 'main'}) is not in the cache, and {alone}."
         )
     options = {key: value for key, value in hub.items() if key != "proxies"}
-    options |= {"revision": revision, "library_name": _LIBRARY, **_proxies(hub)}
+    options |= {"revision": wanted, "library_name": _LIBRARY, **_proxies(hub)}
     try:
         return Path(hf_hub_download(name, filename, **options))
     except Exception as error:  # requests, httpx, xet and the library each raise their own

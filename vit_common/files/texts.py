@@ -17,10 +17,27 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """First bytes of the stand-in that `git clone` leaves where git-lfs is not installed."""
 
 
+_LONGEST = 600
+"""Characters of a message: a file can have names and values of any length."""
+
+
+def cut(text: str) -> str:
+    """A message as it is, or without its middle where it is long."""
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST - 150]} [...] {text[-150:]}"
+
+
+def shown(value: object, most: int = 100) -> str:
+    """A value for a message: as Python writes it, and cut where it is long."""
+    text = repr(value[: 2 * most]) if isinstance(value, (str, bytes, list)) else repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def reason(error: BaseException) -> str:
     """What went wrong, as a few words on one line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())
+    return cut(" ".join(str(text).split()))
 
 
 def lfs_pointer(path: Path) -> CheckpointError:
@@ -42,7 +59,9 @@ def parse_json(data: bytes, path: Path, what: str = "JSON", *, unique: bool = Fa
         table = dict(items)
         if unique and len(table) < len(items):
             twice = Counter(key for key, _ in items).most_common(1)[0][0]
-            raise CheckpointError(f"{path}: {what} has the key {twice!r} twice; wanted it once.")
+            raise CheckpointError(
+                f"{path}: {what} has the key {shown(twice)} twice; wanted it once."
+            )
         return table
 
     if data.startswith(LFS_POINTER):
@@ -64,6 +83,14 @@ def parse_json(data: bytes, path: Path, what: str = "JSON", *, unique: bool = Fa
         raise CheckpointError(
             f"{path}: {what} must be an object {{...}}; given a {type(table).__name__}."
         )
+    # Half of a surrogate pair is no character: no file can be named so, nor text be written.
+    if b"\\ud" in data or b"\\uD" in data:
+        try:
+            json.dumps(table, ensure_ascii=False).encode()
+        except (UnicodeEncodeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path}: not valid {what}: a text in it holds half of a surrogate pair."
+            ) from error
     return table
 
 

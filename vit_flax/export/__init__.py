@@ -37,6 +37,7 @@ from vit_common.files.containers.tensor import as_tensor
 from vit_common.files.replace import check_target, staged
 from vit_common.images.predictions import Prediction
 from vit_common.images.processor import BaseImageProcessor
+from vit_common.versions import PACKAGE
 from vit_flax.attention import compiled_for
 from vit_flax.export.read import (
     CHECK,
@@ -158,7 +159,7 @@ def export(
         "calling_convention_version": exported.calling_convention_version,
         "labels": labels if output == "logits" else [],
         "several": classifier.several,
-        "versions": versions("vit-flax", "jax", "jaxlib", "flax"),
+        "versions": versions(PACKAGE, "jax", "jaxlib", "flax"),
     }
     report = Export(path, 0, metadata, None, {"lowering": seconds})
     with staged(path) as temporary:

@@ -38,6 +38,7 @@ from vit_common.images.predictions import (
     prepare_image,
 )
 from vit_common.images.processor import BaseImageProcessor
+from vit_common.versions import PACKAGE
 
 KIND = "vit-flax export"
 VERSION = 1
@@ -283,8 +284,8 @@ def _check_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
     if metadata.get("version") != VERSION:
         raise CheckpointError(
             f"{path}: is of version {metadata.get('version')!r} of this kind of file; this package "
-            f"reads version {VERSION}. Install the vit-flax that wrote it "
-            f"({_versions(metadata, 'vit-flax')}), or export it again."
+            f"reads version {VERSION}. Install the {PACKAGE} that wrote it "
+            f"({_versions(metadata, PACKAGE, 'vit-flax')}), or export it again."
         )
     for name, kind in _FIELDS.items():
         if not isinstance(metadata.get(name), kind):
@@ -317,9 +318,11 @@ def _program(path: Path, data: bytes, metadata: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def _versions(metadata: Mapping[str, Any], name: str) -> str:
+def _versions(metadata: Mapping[str, Any], *names: str) -> str:
+    """The version of a package that is recorded, under the first of its names that is there."""
     versions = metadata.get("versions")
-    return str(versions.get(name, "unknown") if isinstance(versions, dict) else "unknown")
+    table = versions if isinstance(versions, dict) else {}
+    return str(next((table[name] for name in names if name in table), "unknown"))
 
 
 def _check_parameters(path: Path, program: Any, parameters: Mapping[str, Any]) -> None:

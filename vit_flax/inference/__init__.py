@@ -1,6 +1,10 @@
 """Inference: images or names of image files in, labels with probabilities, features or attention
 out."""
 
-from vit_flax.inference.classifier import ImageClassifier, ImageEncoder, Prediction, Result
+from vit_common.images.predictions import Prediction
+from vit_flax.inference.classifier import ImageClassifier
+from vit_flax.inference.encoder import ImageEncoder
+from vit_flax.inference.preparer import Preparer
+from vit_flax.inference.stream import Result
 
-__all__ = ["ImageClassifier", "ImageEncoder", "Prediction", "Result"]
+__all__ = ["ImageClassifier", "ImageEncoder", "Prediction", "Preparer", "Result"]

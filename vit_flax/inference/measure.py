@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_flax.inference.classifier import ImageClassifier, Timings
+from vit_flax.inference.classifier import ImageClassifier
+from vit_flax.inference.stream import Timings
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,6 @@ def host_rate(classify: ImageClassifier, names: Sequence[Any], seconds: float = 
     """Images a second that one thread reads and prepares."""
     start, count = time.perf_counter(), 0
     while not count or time.perf_counter() - start < seconds:
-        classify._prepare(names[count % len(names)])
+        classify.preparer.one(names[count % len(names)])
         count += 1
     return count / (time.perf_counter() - start)

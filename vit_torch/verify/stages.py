@@ -85,6 +85,11 @@ def as_tensors(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any
     return {name: torch.as_tensor(a, device=device) for name, a in arrays.items()} | flags
 
 
+def as_dtype(pixels: np.ndarray, dtype: str) -> np.ndarray:
+    """Pixels in float64 for a float64 model, in float32 for any other."""
+    return pixels.astype(np.float64 if dtype == "float64" else np.float32)
+
+
 def torch_stages(
     model: ViTPreTrainedModel, pixel_values: np.ndarray, **inputs: Any
 ) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ maps joined with "/".
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Sequence
 from functools import partial
@@ -21,14 +22,15 @@ from vit_common.errors import InputError
 from vit_common.files.containers.tensor import (
     DTYPES,
     MAX_AXES,
-    Behind,
     DataFile,
     Progress,
     Tensor,
+    Write,
     aligned_empty,
     bad_shape,
     little_endian_bytes,
     no_progress,
+    written_behind,
 )
 
 MAX_CHUNK_SIZE = 2**30
@@ -39,6 +41,9 @@ MAX_CHUNK_SIZE = 2**30
 MAX_DEPTH = 64
 MAX_NAME = 1024
 MAX_ENTRIES = 1_000_000
+
+# numpy's names of dtypes that Flax writes as it writes all others: of texts, bytes and dates.
+_NO_NUMBERS = re.compile(r"(str|bytes|datetime64|timedelta64)(\d+|\[\w+\])?")
 
 _CHUNKED = "__msgpack_chunked_array__"
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
@@ -76,6 +81,12 @@ class _Leaf(NamedTuple):
     shape: tuple[int, ...]
 
 
+class _NotNumbers(NamedTuple):
+    """A leaf that is read past."""
+
+    what: str
+
+
 class _Cursor:
     """A position in a stretch of the file, and the msgpack tokens from there on."""
 
@@ -101,6 +112,11 @@ class _Cursor:
             begin = 0
         self.position += count
         return self._bytes[begin : begin + count]
+
+    def skip(self, count: int) -> None:
+        if self.position + count > self.end:
+            raise self.file.fail(f"truncated or corrupt: ends within {count} bytes wanted there.")
+        self.position += count
 
     def token(self) -> tuple[str, Any]:
         """(kind, value): a number, or the length of a map, array, str, bin or ext."""
@@ -186,8 +202,26 @@ def _tree(cursor: _Cursor, count: int, depth: int) -> dict[str, Any]:
         elif kind in ("number", "nil"):
             table[key] = value
         else:
-            raise fail(f"{key!r} at byte {at} must be an array or a map; it is a {kind}.")
+            _pass(cursor, kind, value, depth)
+            table[key] = _NotNumbers(f"at byte {at} must be an array or a map; it is a {kind}")
     return table
+
+
+def _pass(cursor: _Cursor, kind: str, value: Any, depth: int) -> None:
+    """Go past what a text, bytes or a list holds, whose token has been read."""
+    if depth > MAX_DEPTH:
+        raise cursor.file.fail(f"its lists are nested more than {MAX_DEPTH} deep.")
+    if kind in ("str", "bin"):
+        cursor.skip(value)
+    elif kind == "ext":
+        cursor.skip(value + 1)
+    elif kind in ("array", "map"):
+        count = value if kind == "array" else 2 * value
+        cursor.entries += count
+        if cursor.entries > MAX_ENTRIES:
+            raise cursor.file.fail(f"holds more than {MAX_ENTRIES} entries.")
+        for _ in range(count):
+            _pass(cursor, *cursor.token(), depth + 1)
 
 
 def _extension(cursor: _Cursor, length: int, key: str) -> Any:
@@ -210,7 +244,7 @@ def _extension(cursor: _Cursor, length: int, key: str) -> Any:
     return value
 
 
-def _array(cursor: _Cursor, key: str) -> _Leaf:
+def _array(cursor: _Cursor, key: str) -> _Leaf | _NotNumbers:
     fail = cursor.file.fail
     if cursor.token() != ("array", 3):
         raise fail(f"{key!r}: an array must be packed as (shape, dtype, bytes).")
@@ -219,6 +253,9 @@ def _array(cursor: _Cursor, key: str) -> _Leaf:
         raise fail(f"{key!r}: its shape must be a list of at most {MAX_AXES} integers.")
     shape = [cursor.token() for _ in range(axes)]
     name = cursor.text(32, ("str", "bin"))
+    if name is not None and _NO_NUMBERS.fullmatch(name):
+        cursor.position = cursor.end
+        return _NotNumbers(f"is an array of {name}; its dtype must be of numbers")
     if name not in DTYPES:
         raise fail(f"{key!r}: dtype {name!r} is not one of {', '.join(sorted(DTYPES))}.")
     dtype = DTYPES[name]
@@ -246,8 +283,11 @@ def _collect(file: DataFile, tree: dict[str, Any], prefix: str, out: dict[str, T
             continue
         if value is None:
             continue
-        if name in out:
+        if name in out or name in file.left_out:
             raise file.fail(f"two of its entries are both named {name!r}.")
+        if isinstance(value, _NotNumbers):
+            file.left_out[name] = value.what
+            continue
         if isinstance(value, _Leaf):
             out[name] = _tensor(file, name, value)
         elif isinstance(value, dict):
@@ -325,43 +365,43 @@ def write(stream: BinaryIO, tree: dict[str, Any], progress: Progress = no_progre
 
     Byte for byte what `flax.serialization.to_bytes` gives for the same tree.
     """
-    with Behind(stream) as behind:
-        _write_map(behind, tree, msgpack.Packer(), progress)
+    with written_behind(stream) as write_on:
+        _write_map(write_on, tree, msgpack.Packer(), progress)
 
 
 def _write_map(
-    stream: Behind, table: dict[str, Any], packer: msgpack.Packer, progress: Progress
+    write: Write, table: dict[str, Any], packer: msgpack.Packer, progress: Progress
 ) -> None:
-    stream.write(packer.pack_map_header(len(table)))
+    write(packer.pack_map_header(len(table)))
     for key, value in table.items():
-        stream.write(packer.pack(key))
+        write(packer.pack(key))
         if isinstance(value, dict):
-            _write_map(stream, value, packer, progress)
+            _write_map(write, value, packer, progress)
             continue
         if value.nbytes > MAX_CHUNK_SIZE:
-            _write_chunked(stream, value, packer)
+            _write_chunked(write, value, packer)
         else:
-            _write_array(stream, value.shape, value.dtype, little_endian_bytes(value), packer)
+            _write_array(write, value.shape, value.dtype, little_endian_bytes(value), packer)
         progress(value.nbytes)
 
 
-def _write_chunked(stream: Behind, tensor: Tensor, packer: msgpack.Packer) -> None:
+def _write_chunked(write: Write, tensor: Tensor, packer: msgpack.Packer) -> None:
     count = max(1, MAX_CHUNK_SIZE // tensor.dtype.itemsize)
     raw = little_endian_bytes(tensor)
     pieces = range(0, math.prod(tensor.shape), count)
-    stream.write(packer.pack_map_header(3) + packer.pack(_CHUNKED) + packer.pack(True))
+    write(packer.pack_map_header(3) + packer.pack(_CHUNKED) + packer.pack(True))
     shape = {str(axis): size for axis, size in enumerate(tensor.shape)}
-    stream.write(packer.pack("shape") + packer.pack(shape))
-    stream.write(packer.pack("chunks") + packer.pack_map_header(len(pieces)))
+    write(packer.pack("shape") + packer.pack(shape))
+    write(packer.pack("chunks") + packer.pack_map_header(len(pieces)))
     for number, start in enumerate(pieces):
         piece = raw[start * tensor.dtype.itemsize : (start + count) * tensor.dtype.itemsize]
-        stream.write(packer.pack(str(number)))
+        write(packer.pack(str(number)))
         shape_of_piece = (len(piece) // tensor.dtype.itemsize,)
-        _write_array(stream, shape_of_piece, tensor.dtype, piece, packer)
+        _write_array(write, shape_of_piece, tensor.dtype, piece, packer)
 
 
 def _write_array(
-    stream: Behind,
+    write: Write,
     shape: tuple[int, ...],
     dtype: np.dtype,
     raw: memoryview,
@@ -374,8 +414,8 @@ def _write_array(
     prefix = (
         bytes([fixed[total]]) if total in fixed else _length(total, {1: 0xC7, 2: 0xC8, 4: 0xC9})
     )
-    stream.write(prefix + bytes([_ARRAY]) + head)
-    stream.write(raw)
+    write(prefix + bytes([_ARRAY]) + head)
+    write(raw)
 
 
 def _length(count: int, codes: dict[int, int]) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from vit_common.files.containers.tensor import (
     little_endian_bytes,
     no_progress,
 )
+from vit_common.files.containers.zips import data_offset, open_zip
 from vit_common.files.texts import reason
 
 # Deflate shrinks nothing to less than 1/1032. A member that claims to reach that is a constant,
@@ -40,15 +40,16 @@ _PIECE = 1 << 20
 def read(file: DataFile) -> dict[str, Tensor]:
     """The tensors of the archive, named as its members are, without ".npy".
 
-    Nothing is decompressed but the headers. The dtype "|V2" is read as bfloat16, which numpy
+    Nothing is decompressed but the headers. Arrays of texts and dates are left out, and
+    named in `file.left_out`. The dtype "|V2" is read as bfloat16, which numpy
     stores so; numpy has no other dtype of that kind.
 
     Raises:
         CheckpointError: not such an archive; holds Python objects; states sizes that its bytes
             cannot have.
     """
+    archive = file.resources.enter_context(open_zip(file))
     try:
-        archive = file.resources.enter_context(zipfile.ZipFile(file.path))
         return _members(file, archive)
     except CheckpointError:
         raise
@@ -58,8 +59,6 @@ def read(file: DataFile) -> dict[str, Tensor]:
 
 def _members(file: DataFile, archive: zipfile.ZipFile) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    if sum(info.compress_size for info in archive.infolist()) > file.size:
-        raise file.fail("its members overlap, or are larger than the archive; refused.")
     for info in archive.infolist():
         name = info.filename.removesuffix(".npy")
         if name == info.filename:
@@ -69,6 +68,14 @@ def _members(file: DataFile, archive: zipfile.ZipFile) -> dict[str, Tensor]:
         _check_sizes(file, info)
         with archive.open(info) as stream:
             dtype, fortran, shape, start = _header(file, name, stream)
+        if dtype.hasobject:
+            raise file.fail(
+                f"array {name!r} holds Python objects, which are never unpickled here; wanted "
+                "numbers."
+            )
+        if dtype.name not in DTYPES and dtype != np.dtype("V2"):
+            file.left_out[name] = f"is an array of {str(dtype)[:40]}; its dtype must be of numbers"
+            continue
         itemsize = dtype.itemsize
         problem = bad_shape(shape, itemsize)
         if problem:
@@ -122,12 +129,6 @@ def _header(
         raise
     except Exception as error:  # what zlib, ast and numpy raise for a broken header
         raise file.fail(f"member {name!r} is not a .npy array ({reason(error)}).") from error
-    if dtype.hasobject:
-        raise file.fail(
-            f"array {name!r} holds Python objects, which are never unpickled here; wanted numbers."
-        )
-    if dtype.name not in DTYPES and dtype != np.dtype("V2"):
-        raise file.fail(f"array {name!r}: dtype must be of numbers; given {dtype}.")
     return dtype, fortran, shape, stream.tell()
 
 
@@ -168,13 +169,8 @@ def _load_row(
     index: int,
 ) -> np.ndarray:
     """One entry of the first axis of an array that is not compressed."""
-    local = file.read(info.header_offset, 30)
-    if len(local) < 30 or not local.startswith(b"PK\x03\x04"):
-        raise file.fail(f"member {info.filename!r} is not where the archive states it to be.")
-    # Lengths of the name and the extra field, which stand between this header and the data.
-    name, extra = struct.unpack("<HH", local[26:30])
     size = math.prod(shape[1:]) * native.itemsize
-    data = info.header_offset + 30 + name + extra + start
+    data = data_offset(file, info) + start
     return file.array(data + index * size, native, shape[1:])
 
 

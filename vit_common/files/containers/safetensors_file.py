@@ -17,13 +17,13 @@ import numpy as np
 
 from vit_common.files.containers.tensor import (
     DTYPES,
-    Behind,
     DataFile,
     Progress,
     Tensor,
     bad_shape,
     little_endian_bytes,
     no_progress,
+    written_behind,
 )
 from vit_common.files.texts import MAX_JSON_BYTES, parse_json
 
@@ -53,11 +53,15 @@ CODES = {name: code for code, name in _NAMES.items()}
 
 _RANK = {name: rank for rank, name in enumerate(CODES)}
 _FIELDS = {"dtype", "shape", "data_offsets"}
+_WHITE_SPACE = b" \t\n\r"
+"""What JSON lets stand before its first brace, and the library too since it lets JSON decide."""
 
 
 def recognises(head: bytes) -> bool:
     """Whether the first bytes of a file are those of this container."""
-    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_JSON_BYTES
+    length = int.from_bytes(head[:8], "little")
+    text = head[8 : 8 + length].lstrip(_WHITE_SPACE)
+    return length <= MAX_JSON_BYTES and text.startswith(b"{")
 
 
 class _Extent(NamedTuple):
@@ -83,11 +87,12 @@ def read(file: DataFile) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"file has {file.size} and the limit is {MAX_JSON_BYTES}."
         )
     text = file.read(8, length)
-    if not text.startswith(b"{"):
+    if not text.lstrip(_WHITE_SPACE).startswith(b"{"):  # so no byte order mark either
         raise file.fail("not a safetensors file: its header does not begin with '{'.")
     header = parse_json(text, file.path, "safetensors header", unique=True)
 
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise file.fail("`__metadata__` must map strings to strings.")
     extents = sorted(_extent(file, name, entry) for name, entry in header.items())
@@ -123,8 +128,12 @@ def _extent(file: DataFile, name: str, entry: Any) -> _Extent:
     problem = bad_shape(shape, dtype.itemsize)
     if problem:
         raise file.fail(f"tensor {name!r}: shape {problem}.")
-    problem = bad_shape(offsets, 1)
-    if problem or len(offsets) != 2:
+    # Each is a place in the file and no axis of a shape: their product says nothing.
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in offsets)
+    ):
         raise file.fail(f"tensor {name!r}: data_offsets must be [begin, end]; given {offsets}.")
     nbytes = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != nbytes:
@@ -161,7 +170,7 @@ def write(
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     stream.write(len(text).to_bytes(8, "little") + text)
-    with Behind(stream) as behind:
+    with written_behind(stream) as write_on:
         for tensor in ordered:
-            behind.write(little_endian_bytes(tensor))
+            write_on(little_endian_bytes(tensor))
             progress(tensor.nbytes)

@@ -1,14 +1,61 @@
-"""What the commands run on."""
+"""JAX as the commands use it: its devices, and where compiled networks are kept between runs, so
+that the next start does not compile again."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import Any
-
-import jax
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vit_common.errors import DeviceError
 from vit_common.files.texts import reason
+
+if TYPE_CHECKING:
+    import jax
+
+VARIABLE = "VIT_COMPILATION_CACHE"
+"""Names another directory for compiled networks; empty switches the cache off. JAX's own
+JAX_COMPILATION_CACHE_DIR wins."""
+
+_LEVELS = {
+    "default": 0,
+    "bfloat16": 0,
+    "fastest": 0,
+    "high": 1,
+    "bfloat16_3x": 1,
+    "tensorfloat32": 1,
+    "highest": 2,
+    "float32": 2,
+}
+
+
+def cache_directory() -> Path | None:
+    """Where compiled networks are kept, or None where they are not."""
+    own = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if own:
+        return Path(own)
+    given = os.environ.get(VARIABLE)
+    if given is not None:
+        return Path(given) if given else None
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "vit-flax" / "xla"
+
+
+def enable_cache() -> None:
+    """Have JAX keep what it compiles, where a directory can be made for it."""
+    place = cache_directory()
+    if place is None:
+        return
+    with contextlib.suppress(OSError):
+        place.mkdir(parents=True, exist_ok=True)
+    if not os.access(place, os.W_OK):
+        return  # a home that cannot be written is no reason to fail
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(place))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def find_devices() -> list[jax.Device]:
@@ -17,6 +64,8 @@ def find_devices() -> list[jax.Device]:
     Raises:
         DeviceError: it finds none of the kind that the environment asks for.
     """
+    import jax
+
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:
@@ -29,6 +78,8 @@ def find_devices() -> list[jax.Device]:
 
 def describe_devices() -> dict[str, Any]:
     """JAX's devices, and what a product of float32 matrices is computed in on them."""
+    import jax
+
     devices = find_devices()
     setting = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     capability = getattr(devices[0], "compute_capability", None)
@@ -62,16 +113,7 @@ def float32_products(platform: str, capability: str | None, setting: str | None)
         algorithm (https://docs.jax.dev/en/latest/jax.lax.html#jax.lax.DotAlgorithmPreset).
     """
     setting = (setting or "default").lower()
-    level = {
-        "default": 0,
-        "bfloat16": 0,
-        "fastest": 0,
-        "high": 1,
-        "bfloat16_3x": 1,
-        "tensorfloat32": 1,
-        "highest": 2,
-        "float32": 2,
-    }.get(setting)
+    level = _LEVELS.get(setting)
     if level is None:
         return setting
     if platform == "tpu":

@@ -1,0 +1,271 @@
+"""The families beside ViT, and the choice among all by `model_type`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from vit_common.config import ViTConfig, config_classes, without_timm
+from vit_common.config_fields import Pooling, PositionTokens, fields_of
+from vit_common.errors import ConfigError, shown
+
+__all__ = [
+    "CONFIG_CLASSES",
+    "CONFIG_MAPPING",
+    "AutoConfig",
+    "BeitConfig",
+    "DeiTConfig",
+    "Dinov2Config",
+    "Dinov2WithRegistersConfig",
+    "FamilyConfig",
+    "config_class",
+]
+
+
+class FamilyConfig(ViTConfig):
+    """Base of the other families: what `ViTConfig` has as fields is fixed, or has another name."""
+
+    use_distillation_token = False
+    layer_scale_init_value = 0.0
+    use_swiglu_ffn = False
+    num_register_tokens = 0
+    use_cls_token = True
+    position_tokens: PositionTokens = "all"
+    use_absolute_position_embeddings = True
+    use_relative_position_bias = False
+    use_shared_relative_position_bias = False
+    norm_after_pooling = False
+    use_representation_layer = False
+    pooling: Pooling = "cls"
+
+
+class DeiTConfig(FamilyConfig, fields=fields_of("deit")):
+    """A distilled DeiT (Touvron et al. 2021, arXiv:2012.12877): a distillation token after the
+    class token, both with positions. (DeiT without distillation is a ViT.)
+
+    Args:
+        {fields}
+        **kwargs: `num_labels` and unknown keys, as for `ViTConfig`.
+
+    Source: `models/deit/configuration_deit.py` of Transformers 4.57.6.
+    """
+
+    model_type = "deit"
+    extended_type = "deit"
+
+    use_distillation_token = True
+
+
+class BeitConfig(FamilyConfig, fields=fields_of("beit")):
+    """BEiT (Bao et al. 2021, arXiv:2106.08254).
+
+    Args:
+        {fields}
+        **kwargs: `num_labels` and unknown keys, as for `ViTConfig`. Keys for segmentation
+            (`pool_scales`, `out_indices`, ...) are kept; its heads are not built here.
+
+    Source: `models/beit/configuration_beit.py` of Transformers 4.57.6.
+    """
+
+    model_type = "beit"
+    extended_type = "beit"
+
+    use_mean_pooling: bool
+
+    any_image_size = True
+    qkv_bias = True
+    use_key_bias = False
+    pooler_act = "linear"
+    classifier_has_pooler = True
+
+    @property
+    def pooling(self) -> Pooling:  # type: ignore[override]
+        """Input of the classifier."""
+        return "mean" if self.use_mean_pooling else "cls"
+
+    @property
+    def norm_after_pooling(self) -> bool:  # type: ignore[override]
+        """Whether the final norm is applied to the mean of the patches."""
+        return self.use_mean_pooling
+
+    @property
+    def pooler_type(self) -> Literal["dense", "norm", "token"]:
+        """Kind of the pooler."""
+        return "norm" if self.use_mean_pooling else "token"
+
+    @property
+    def pooler_output_size(self) -> int:  # type: ignore[override]
+        """Width of the pooled output."""
+        return self.hidden_size
+
+
+class Dinov2Config(FamilyConfig, fields=fields_of("dinov2", "use_mask_token")):
+    """DINOv2 (Oquab et al. 2023, arXiv:2304.07193).
+
+    Args:
+        {fields}
+        **kwargs: `num_labels` and unknown keys, as for `ViTConfig`. `intermediate_size` is one of
+            them, as in Transformers: the width of the MLP follows from `mlp_ratio`.
+
+    Source: `models/dinov2/configuration_dinov2.py` of Transformers 4.57.6.
+    """
+
+    model_type = "dinov2"
+    extended_type = "dinov2"
+
+    mlp_ratio: float
+    layerscale_value: float
+
+    any_image_size = True
+    pooler_act = "linear"
+    pooling: Pooling = "cls_mean"
+    position_tokens: PositionTokens = "cls"
+
+    @property
+    def intermediate_size(self) -> int:  # type: ignore[override]
+        """Width I of the MLP."""
+        width = int(self.hidden_size * self.mlp_ratio)
+        return (int(width * 2 / 3) + 7) // 8 * 8 if self.use_swiglu_ffn else width
+
+    @property
+    def layer_scale_init_value(self) -> float:  # type: ignore[override]
+        """Initial value of the per-channel factors."""
+        return self.layerscale_value
+
+    @property
+    def has_layer_scale(self) -> bool:
+        """Always True: also where `layerscale_value` is zero."""
+        return True
+
+    @property
+    def drop_path_rates(self) -> tuple[float, ...]:
+        """Rate of stochastic depth of each block."""
+        return (self.drop_path_rate,) * self.num_hidden_layers
+
+    @property
+    def pooler_type(self) -> Literal["dense", "norm", "token"]:
+        """Kind of the pooler."""
+        return "token"
+
+    @property
+    def pooler_output_size(self) -> int:  # type: ignore[override]
+        """Width of the pooled output."""
+        return self.hidden_size
+
+
+class Dinov2WithRegistersConfig(
+    Dinov2Config, fields=fields_of("dinov2_with_registers", "use_mask_token")
+):
+    """DINOv2 with register tokens (Darcet et al. 2023, arXiv:2309.16588).
+
+    Args:
+        {fields}
+        **kwargs: as for `Dinov2Config`.
+
+    Source: `models/dinov2_with_registers/configuration_dinov2_with_registers.py` of Transformers
+    4.57.6.
+    """
+
+    model_type = "dinov2_with_registers"
+    extended_type = "dinov2_with_registers"
+
+
+CONFIG_CLASSES = config_classes()
+"""`model_type` -> class."""
+
+CONFIG_MAPPING = {cls.model_type: cls for cls in CONFIG_CLASSES.values()}
+"""The same by Transformers' names alone, for code that imports its `CONFIG_MAPPING`."""
+
+
+# Keys of `vit_mae` for its decoder and its training, which an encoder does not have.
+_MAE_ONLY = (
+    "decoder_num_attention_heads",
+    "decoder_hidden_size",
+    "decoder_num_hidden_layers",
+    "decoder_intermediate_size",
+    "mask_ratio",
+    "norm_pix_loss",
+)
+
+# Keys of configurations that change what the network computes, and that no family here has; the
+# values that leave it as it is.
+_CHANGES_NETWORK: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": (None, "absolute"),
+    "add_cross_attention": (False,),
+    "is_decoder": (False,),
+    "pruned_heads": ({}, None),
+    "use_qk_norm": (False, None),
+    "qk_norm": (False, None),
+    "qk_layernorm": (False, None),
+    "rope_theta": (None,),
+    "rope_scaling": (None,),
+    "use_pre_norm": (False, None),
+    "norm_type": (None, "layernorm", "layer_norm"),
+}
+
+
+def config_class(model_type: Any) -> type[ViTConfig]:
+    """The class of a `model_type`; ConfigError if there is none here."""
+    if not isinstance(model_type, str) or model_type not in CONFIG_CLASSES:
+        raise ConfigError(
+            f"config: `model_type` must be one of {', '.join(CONFIG_CLASSES)}; given "
+            f"{shown(model_type)}."
+        )
+    return CONFIG_CLASSES[model_type]
+
+
+class AutoConfig:
+    """Picks the configuration's class by its `model_type`; it cannot be instantiated."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise ConfigError(
+            "AutoConfig is not a configuration itself; call AutoConfig.from_pretrained(name)."
+        )
+
+    @classmethod
+    def for_model(cls, model_type: str, *args: Any, **kwargs: Any) -> ViTConfig:
+        """A configuration of that family."""
+        return config_class(model_type)(*args, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Any:
+        """As `ViTConfig.from_dict`, of the family that `model_type` names; the encoder of a
+        `vit_mae` is a ViT.
+
+        Raises:
+            ConfigError: it is of no family known here, a value is refused, or a key changes the
+                network in a way that is not known here.
+        """
+        if not isinstance(config_dict, Mapping):
+            raise ConfigError(f"config: expected a mapping of fields; given {shown(config_dict)}.")
+        table = without_timm(config_dict)
+        odd = [
+            f"{key}={shown(table[key])}"
+            for key, harmless in _CHANGES_NETWORK.items()
+            if key in table and table[key] not in harmless
+        ]
+        if odd:
+            raise ConfigError(
+                f"config: {', '.join(odd)} changes what the network computes, which no network "
+                "here can do; this model cannot be used."
+            )
+        if table.get("model_type") == "vit_mae":
+            table = {key: value for key, value in table.items() if key not in _MAE_ONLY}
+            table.update(model_type=ViTConfig.model_type, architectures=None)
+        return config_class(table.get("model_type")).from_dict(table, **overrides)
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> Any:
+        """As `ViTConfig.from_json_file`, of the family that `model_type` names."""
+        return ViTConfig._from_file(json_file, cls.from_dict)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
+        """As `ViTConfig.from_pretrained`, of the family that `model_type` names.
+
+        Raises:
+            MissingFileError: nothing is there.
+            ConfigError: the file is not a configuration of a family known here.
+        """
+        return ViTConfig._read(pretrained_model_name_or_path, cls.from_dict, kwargs)
