@@ -38,7 +38,7 @@ from vit_convert.load import Loadable, is_finite, load_parameters, warn_if_not_f
 from vit_convert.rules import Mapped, MappedTensor, to_canonical, to_foreign, unprefixed
 from vit_convert.save import Savable, SaveFormat
 from vit_convert.source import Source
-from vit_flax.attention import check_implementation
+from vit_flax.attention import check_implementation, targets
 from vit_flax.model import (
     REMAT_POLICIES,
     FlaxViTForImageClassificationModule,
@@ -325,7 +325,9 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
         if "_jitted" not in vars(self):
             module, shapes = self._module, self._shapes
 
-            def run(params, pixel_values, dropout_rng, arrays, deterministic, flags, interpolate):
+            def run(
+                params, pixel_values, dropout_rng, arrays, deterministic, flags, interpolate, _
+            ):
                 return module.apply(
                     # Names and shapes are known while tracing: later calls do not pay for this.
                     {"params": check_params(params, shapes)},
@@ -337,7 +339,7 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
                     **arrays,
                 )
 
-            self._jitted = jax.jit(run, static_argnums=(4, 5, 6))
+            self._jitted = jax.jit(run, static_argnums=(4, 5, 6, 7))
         return self._jitted
 
     def _call(self, pixel_values, params, dropout_rng, train, flags, interpolate, arrays) -> Any:
@@ -361,6 +363,7 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
             not train,
             self.config.resolve_flags(*flags),
             bool(interpolate),
+            targets(),  # a program for another platform is traced anew
         )
 
     # -- files
