@@ -200,12 +200,16 @@ class ViTPreTrainedModel(Loadable, ModelBase):
         Returns, Warns, Raises: as `from_pretrained`.
         """
         wanted = parse_dtype(torch_dtype if dtype is None else dtype)
+        device = torch.get_default_device()
         make: Any = cls
         arguments = {**source.left_over, **kwargs}
         config = as_config(source.config, cls.config_class)
         if "attn_implementation" in arguments:  # the constructor of a subclass need not take it
             config = copy.copy(config)
             config._attn_implementation = check_implementation(arguments.pop("attn_implementation"))
+        elif not source.config_given and config._attn_implementation is None:
+            config = copy.copy(config)  # it says what runs, as in Transformers
+            config._attn_implementation = "sdpa"
         # A subclass may compute with what it builds, so that is built on a real device.
         place = contextlib.nullcontext() if cls._is_customized() else torch.device("meta")
         with place:
@@ -224,7 +228,6 @@ class ViTPreTrainedModel(Loadable, ModelBase):
         if wanted is None:
             first = next(iter(loaded.tensors.values()), None)
             wanted = torch.float32 if first is None else getattr(torch, first.dtype.name)
-        device = torch.get_default_device()
         state, not_finite = {}, []
         for name, tensor in loaded.tensors.items():
             array = tensor.read()
