@@ -337,6 +337,30 @@ def test_parts_alone(twin, peer, x):
     }
 
 
+@pytest.mark.parametrize("family", ["DeiT", "Beit", "Dinov2", "Dinov2WithRegisters"])
+def test_parts_alone_in_every_family(family):
+    sizes = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    sizes |= {"image_size": 16, "patch_size": 8}
+    cls, their_class = (getattr(package, f"{family}Model") for package in (vit_torch, transformers))
+    theirs = their_class(their_class.config_class(**sizes, attn_implementation="eager")).eval()
+    ours = cls(cls.config_class(**sizes)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    hidden = torch.randn(2, 5, 24)
+    parts = ["encoder.layer.0", "encoder.layer.0.attention", "encoder.layer.0.attention.output"]
+    parts += ["encoder.layer.0.norm1", "encoder.layer.0.norm2"] if "Dino" in family else []
+    for path in parts:
+        a, b = (model.get_submodule(path) for model in (ours, theirs))
+        arguments = (hidden, hidden) if path.endswith("output") else (hidden,)
+        close(a(hidden), b(*arguments))
+    close(ours.encoder(hidden)[0], theirs.encoder(hidden)[0])
+    pixels = torch.randn(2, 3, 16, 16)
+    mine, want = (
+        model(pixels, output_attentions=True, output_hidden_states=True) for model in (ours, theirs)
+    )
+    close(mine.attentions, want.attentions)
+    close(mine.hidden_states, want.hidden_states)
+
+
 def model_hooks(layer, hidden):
     """What a forward hook sees with the kernel that forms probabilities."""
     layer.config._attn_implementation = "eager"
