@@ -206,6 +206,8 @@ def test_trainer(twin, peer, x, tmp_path, monkeypatch, options):
     np.testing.assert_allclose(runs["ours"][0], runs["theirs"][0], atol=atol)
     np.testing.assert_allclose(runs["ours"][1], runs["theirs"][1], atol=4 * atol)
     # Transformers writes a config.json beside the weights of its own classes only.
+    with pytest.raises(OSError, match=r"Pass `config=` .* `Trainer` save none"):
+        type(twin).from_pretrained(tmp_path / "ours" / "saved")
     again = type(twin).from_pretrained(tmp_path / "ours" / "saved", config=twin.config)
     for name, value in twin.state_dict().items():
         close(again.state_dict()[name], value, atol=0)
