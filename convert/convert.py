@@ -13,10 +13,9 @@ from vit_common.config import FLOATS
 from vit_common.errors import CheckpointError, ConfigError, InputError
 from vit_common.files.hub import HUB_OPTIONS
 from vit_common.images.auto import AutoImageProcessor
-from vit_convert.plan import Plan
+from vit_convert.plan import Plan, is_file, refuse_to_overwrite, stale_weights, target_format
 from vit_convert.report import Report
 from vit_convert.source import find_processor, open_source
-from vit_convert.target import is_file, refuse_to_overwrite, stale_weights, target_format
 from vit_convert.write import write
 
 

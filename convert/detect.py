@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from vit_common.errors import CheckpointError, InputError
+from vit_common.errors import CheckpointError, InputError, some
 from vit_convert.formats import FORMATS, NAMES
 from vit_convert.formats.format import PREFIXES, Format, Found
 from vit_convert.rules import TensorLike
 
+_CANONICAL = "embeddings.patch_embeddings.projection.weight"
 # What the patch projection's kernel is called, in any of the formats. What stands before it is what
 # the file puts before every name of the network.
-_PROJECTION = re.compile(
-    r"(?:^|(?<=[/.]))"
-    r"(?:embeddings([/.])patch_embeddings\1projection\1(?:weight|kernel)"
-    r"|patch_embed\.proj\.weight|embedding/kernel)$"
-)
-_CANONICAL = "embeddings.patch_embeddings.projection.weight"
+_PROJECTIONS = {
+    name: any(t.prefixed for t in FORMATS if t.rule_for_foreign(name))
+    for table in FORMATS
+    if (hit := table.rule_for_canonical(_CANONICAL)) is not None
+    for name in hit[0].foreign_names
+}
+_PROJECTION = re.compile(rf"(?:^|(?<=[/.]))(?:{'|'.join(map(re.escape, sorted(_PROJECTIONS)))})$")
+_REFUSED = tuple(dict.fromkeys(row for table in FORMATS for row in table.refuses))
 
 # Places where a file can have the network, the preferred one first: before all of them, the top;
-# DINO publishes its teacher.
+# DINO publishes its teacher. "0/" is the first of what a training of Google's saves as a tuple.
 _COPIES = (
     r"(model|state_dict|model_state_dict|net|network|module)[/.]",
-    r"(params|opt/target|target)/",
+    r"(params|opt/target|target|0)/",
     r"teacher[/.]",
     r"(model_ema|ema|state_dict_ema|ema_state_dict|ema_params)[/.]",
     r"student[/.]",
+)
+_MOMENTUM = r"(.*[/.])?(momentum_encoder|momentum_backbone|encoder_k)[/.].*"
+# Names between those places and the network's own.
+_INNER = (
+    r"((module|backbone|_orig_mod|encoder|img|visual|model|base_encoder|timm_model|net|network|"
+    rf"{'|'.join(PREFIXES)})[/.])*"
 )
 _ELSEWHERE = (
     (
@@ -39,17 +49,20 @@ _ELSEWHERE = (
         "an average of the weights over training; the weights themselves are taken",
     ),
     (r"student[/.].*", "the student of DINO's training; the teacher is taken"),
+    (_MOMENTUM, "the momentum copy of a pretraining; the base encoder is taken"),
+    (r"(.*[/.])?(predictor|queue|queue_ptr)([/.].*)?", "a predictor or queue of pretraining"),
     (r"(.*[/.])?(t|txt|text|contrastive)[/.].*", "of a text tower"),
     (
-        r"(.*[/.])?(dino_loss|dino_head|ibot_head|head[/.](mlp|last_)\w*)[/.].*",
+        r"(.*[/.])?(dino_loss|dino_head|ibot_head|(proj_)?head[/.](mlp|last_layer|last_norm)\d?)"
+        r"[/.].*",
         "a head or loss of pretraining",
     ),
     (r"(.*[/.])?(epoch|step|steps|iteration|global_step|count)", "a counter of training"),
 )
-
-
-BESIDE = "outside"
-"""How the reason of a name begins that lies beside the network, and that nothing explains."""
+_REST_OF_TUPLE = (
+    (r"1/.*", "state of the optimizer"),
+    (r"2", "a counter of training"),
+)
 
 _HEAD_BESIDE = re.compile(r"(.*?)((?:head|head_dist|fc_norm)\.(?:weight|bias))")
 
@@ -63,24 +76,31 @@ class Root:
             without the prefix of a family.
         keys: name without it -> name as the file has it.
         ignored: name as the file has it -> why it is left aside.
+        beside: names as the file has them that lie outside, and that nothing explains.
     """
 
     path: str
     keys: dict[str, str]
     ignored: dict[str, str] = field(default_factory=dict)
+    beside: list[str] = field(default_factory=list)
 
 
-def find_root(keys: Iterable[str]) -> Root:
+def find_root(tensors: Mapping[str, TensorLike] | Iterable[str]) -> Root:
     """Find the network in a file that may hold more: training states, copies, prefixes.
+
+    Args:
+        tensors: the tensors by name, or their names alone.
 
     Raises:
         CheckpointError: there is no network, or several and no telling which is meant.
     """
-    keys = list(keys)
+    keys = list(tensors)
     roots: dict[str, str] = {}  # path -> path with the prefix of a family
     for key in keys:
         if match := _PROJECTION.search(key):
-            roots[_without_family(key[: match.start()])] = key[: match.start()]
+            before = key[: match.start()]
+            # Only some formats put the family there by themselves.
+            roots[_without_family(before) if _PROJECTIONS[match[0]] else before] = before
     if not roots:
         raise CheckpointError(_not_a_network(keys))
     ranked = sorted(roots, key=lambda path: (_rank(path), len(path)))
@@ -90,20 +110,23 @@ def find_root(keys: Iterable[str]) -> Root:
     ties = [other for other in ties if not re.fullmatch(_ELSEWHERE[0][0], other)]
     if ties:
         raise CheckpointError(
-            "the file holds several networks, under "
-            + ", ".join(repr(p) for p in (path, *ties))
-            + "; save the one that is meant in a file of its own."
+            f"the file holds several networks, under {', '.join(map(repr, (path, *ties)))}; save "
+            "the one you mean in a file of its own."
         )
     inside = {key[len(path) :]: key for key in keys if key.startswith(path)}
-    ignored = {}
+    ignored, beside = {}, []
     for key in keys:
         if key.startswith(path):
             continue
         head = _HEAD_BESIDE.fullmatch(key)
         if head and path.startswith(head[1]):
             inside[head[2]] = key  # a classifier beside the backbone it stands on
+        elif why := _reason(key, _REST_OF_TUPLE if path == "0/" else ()):
+            ignored[key] = why
+        elif isinstance(tensors, Mapping) and _is_number(tensors[key]):
+            ignored[key] = "a number outside the network, no weight"
         else:
-            ignored[key] = _reason(key) or f"{BESIDE} {path!r}, where the network is"
+            beside.append(key)
     if path == "":
         # Without anything before the network's names, what lies deeper may still be another's.
         for bare in list(inside):
@@ -111,7 +134,7 @@ def find_root(keys: Iterable[str]) -> Root:
             reason = _reason(bare) if others or "/opt" in f"/{bare}" else None
             if reason:
                 ignored[inside.pop(bare)] = reason
-    return Root(path, inside, ignored)
+    return Root(path, inside, ignored, beside)
 
 
 def _without_family(path: str) -> str:
@@ -121,18 +144,28 @@ def _without_family(path: str) -> str:
 
 def _rank(path: str) -> int:
     """Place of a path in `_COPIES`, whatever stands between ("module.", "backbone.", "img/")."""
+    if re.fullmatch(_MOMENTUM, path):
+        return len(_COPIES) + 2
     for rank, pattern in enumerate(_COPIES, 1):
         if re.match(pattern, path):
             return rank
-    inner = r"((module|backbone|_orig_mod|encoder|img|visual|vit|model)[/.])*"
-    return 0 if re.fullmatch(inner, path) else len(_COPIES) + 1
+    return 0 if re.fullmatch(_INNER, path) else len(_COPIES) + 1
 
 
-def _reason(key: str) -> str | None:
-    return next((why for pattern, why in _ELSEWHERE if re.fullmatch(pattern, key)), None)
+def _reason(key: str, more: tuple[tuple[str, str], ...] = ()) -> str | None:
+    rows = (*more, *_ELSEWHERE)
+    return next((why for pattern, why in rows if re.fullmatch(pattern, key)), None)
+
+
+def _is_number(tensor: TensorLike) -> bool:
+    """Whether it is one number, or holds integers: no weight, whatever it is."""
+    return math.prod(tensor.shape) <= 1 or tensor.dtype.kind in "iub"
 
 
 def _not_a_network(keys: list[str]) -> str:
+    for pattern, what in _REFUSED:
+        if any(re.search(rf"(?:^|[/.]){pattern}$", key) for key in keys):
+            return f"this network has {what}, which no model here has."
     first = ", ".join(map(repr, sorted(keys)[:4])) or "no keys"
     known = "; ".join(dict.fromkeys(f"{t.name}: {t.describes}" for t in FORMATS))
     return (
@@ -147,6 +180,7 @@ def detect_format(
     name: str | None = None,
     hints: Mapping[str, str] | None = None,
     shapes: Mapping[str, TensorLike] | None = None,
+    also: Iterable[str] = (),
 ) -> Format:
     """The one table that knows the keys of a network.
 
@@ -156,14 +190,21 @@ def detect_format(
         hints: what else is known: "root", the path in the file; "suffix" of the file's name;
             "model_type" or "architecture" of a config beside it.
         shapes: the tensors by name, to tell tables apart that have the same names.
+        also: names in the file that are not the network's, and tell what wrote it.
 
     Raises:
-        CheckpointError: no table fits, or several do; the message says which and what would decide.
+        CheckpointError: the network is none of those here; or no table fits, or several do: the
+            message says which, and what would decide.
         InputError: there is no format of that name.
     """
     keys, hints = list(keys), dict(hints or {})
     if name is not None and name not in NAMES:
         raise InputError(f"the format must be one of {', '.join(NAMES)}; given {name!r}.")
+    for pattern, what in _REFUSED:
+        if odd := [key for key in keys if re.fullmatch(pattern, key)]:
+            raise CheckpointError(
+                f"this network has {what}, which no model here has: {some(odd, 4)}."
+            )
     counts: list[tuple[int, Format]] = []
     twice: CheckpointError | None = None
     for table in FORMATS:
@@ -196,7 +237,7 @@ def detect_format(
             else f"these are not weights in the format {name!r}: " + _not_a_network(keys)
         )
     best = _same_family([table for count, table in counts if count == fewest], hints)
-    best = _prefer(best, keys, hints)
+    best = _prefer(best, keys, hints, tuple(also))
     if len(best) > 1:
         described = " and ".join(dict.fromkeys(f"{t.name} ({t.describes})" for t in best))
         what = (
@@ -225,7 +266,9 @@ def _same_family(tables: list[Format], hints: Mapping[str, str]) -> list[Format]
     return named or tables
 
 
-def _prefer(tables: list[Format], keys: list[str], hints: Mapping[str, str]) -> list[Format]:
+def _prefer(
+    tables: list[Format], keys: list[str], hints: Mapping[str, str], also: tuple[str, ...]
+) -> list[Format]:
     """Decide between tables that know the same keys, by what only one of them would have."""
     if len({id(table.rules) for table in tables}) == 1 and len({t.name for t in tables}) == 1:
         return tables[:1]
@@ -238,7 +281,7 @@ def _prefer(tables: list[Format], keys: list[str], hints: Mapping[str, str]) -> 
         ]
         return tables[:1] if len(set(known)) == 1 else tables
     found = Found(
-        tuple(keys),
+        (*keys, *also),
         hints.get("root", ""),
         hints.get("suffix", ""),
         hints.get("architecture", ""),
@@ -248,7 +291,7 @@ def _prefer(tables: list[Format], keys: list[str], hints: Mapping[str, str]) -> 
     ]
     if ranks:
         _, name = min(ranks)
-        return _prefer([table for table in tables if table.name == name], keys, hints)
+        return _prefer([table for table in tables if table.name == name], keys, hints, also)
     if "model_type" in hints and len({id(table.rules) for table in tables}) == 1:
         return tables[:1]  # the configuration says what the weights do not
-    return [table for table in tables if table.candidate]
+    return [table for table in tables if table.candidate] or tables

@@ -8,12 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from vit_common.config import ViTConfig
 from vit_common.errors import CheckpointError, ConfigError
 from vit_common.families import Dinov2Config, config_class
 from vit_common.images.imagenet import imagenet_labels
+from vit_common.positions import resize_positions
 from vit_common.presets import PRESETS
-from vit_convert.formats.format import Format
+from vit_convert.formats import FORMATS
+from vit_convert.formats.format import Format, Published
 from vit_convert.formats.timm_config import (
     LABELS,
     POOLING,
@@ -25,16 +29,24 @@ from vit_convert.formats.timm_config import (
 from vit_convert.rules import Mapped, TensorLike
 
 IMAGENET_CLASSES = 1000
+_PRESETS = PRESETS.items()
 
-# (width, depth, MLP width) -> heads of published ViTs whose files do not say it: the presets (their
-# sources are there), ViT-So400m (Alabdulmohsin et al. 2023, arXiv:2305.13035), DINOv2's giant
-# (Oquab et al. 2023, arXiv:2304.07193) and ViT-G (Zhai et al. 2022, arXiv:2106.04560). Networks
-# without a class token are not looked up: of ViT-B there are such with 12 and with 16 heads.
-_HEADS = {(width, depth, inner): heads for width, depth, heads, inner, _ in PRESETS.values()} | {
-    (1152, 27, 4304): 16,
-    (1536, 40, 4096): 24,
-    (1664, 48, 8192): 16,
-}
+PUBLISHED: tuple[Published, ...] = (
+    *(Published(f"ViT-{name}", w, d, inner, heads) for name, (w, d, heads, inner, _) in _PRESETS),
+    # Alabdulmohsin et al. 2023, arXiv:2305.13035; Oquab et al. 2023, arXiv:2304.07193; Zhai et al.
+    # 2022, arXiv:2106.04560.
+    Published("ViT-So400m", 1152, 27, 4304, 16),
+    Published("DINOv2 ViT-giant", 1536, 40, 4096, 24),
+    Published("ViT-G", 1664, 48, 8192, 16),
+    # Of these names in timm 1.0.31; no weights of the second were published.
+    Published("vit_base_patch16_siglip_gap_224", 768, 12, 3072, 12, class_token=False),
+    Published("vit_base_patch16_gap_224", 768, 12, 3072, 16, class_token=False),
+    *dict.fromkeys(row for table in FORMATS for row in table.published),
+)
+"""Published networks whose files do not say their number of heads; the presets' sources are there.
+
+Without a class token only those are listed that share all sizes: other networks of such sizes may
+have any number of heads."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +96,10 @@ def infer_config(
     if timm is not None:
         read_timm_config(timm, note)
     if "num_attention_heads" not in {*given, *fields}:
-        _heads(shapes, source, timm, note)
+        _heads(shapes, source, mapped, timm, note)
     _pooling(shapes, family, timm, note)
     known = {name: value for name, (value, _) in fields.items()} | given
-    _image_size(shapes, known, given, family, note)
+    _image_size(table, shapes, known, given, family, note)
     labels = known.get("num_labels")
     if not {"id2label", "num_labels"} & set(given):
         names = label_names(timm)
@@ -213,7 +225,7 @@ def _mlp_ratio(width: int, inner: int, swiglu: bool) -> float:
     raise CheckpointError(f"no `mlp_ratio` gives an MLP of width {inner} for a width of {width}.")
 
 
-def _heads(shapes, source, timm, note) -> None:
+def _heads(shapes, source, mapped, timm, note) -> None:
     for name, tensor in source.items():
         if name.endswith("query/kernel") and len(tensor.shape) == 3:
             note("shapes", num_attention_heads=tensor.shape[1])
@@ -229,15 +241,77 @@ def _heads(shapes, source, timm, note) -> None:
     second = shapes.get("encoder.layer.0.output.dense.weight", (0, 0))
     depth = len({name.split(".")[2] for name in shapes if name.startswith("encoder.layer.")})
     sizes = (width, depth, second[1])
-    if sizes not in _HEADS or "embeddings.cls_token" not in shapes:
-        raise CheckpointError(
-            "the number of attention heads is not in these weights, and no published model that is "
-            f"known here has their width of {width}, {depth} blocks and MLPs of {second[1]} (and a "
-            "class token); say it: `--heads` of the command, `num_attention_heads=` in Python, or "
-            "a config.json beside the file."
+    class_token = "embeddings.cls_token" in shapes
+    rows = [row for row in PUBLISHED if (row.width, row.depth, row.inner) == sizes]
+    rows = [row for row in rows if row.class_token == class_token]
+    chosen = _told_by_positions(rows, mapped)
+    if len({row.heads for row in chosen}) == 1:
+        (row, *_) = chosen
+        note(
+            f"the published model of width {width}, depth {depth}"
+            + (f", positions as in {row.name}" if len({r.heads for r in rows}) > 1 else ""),
+            num_attention_heads=row.heads,
         )
-    origin = f"the published model of width {width}, depth {depth}"
-    note(origin, num_attention_heads=_HEADS[sizes])
+        return
+    ask = (
+        "`--heads` of the command, `num_attention_heads=` in Python, or a config.json beside the "
+        "file"
+    )
+    if chosen:
+        twins = " and ".join(f"{row.name} ({row.heads} heads)" for row in chosen)
+        raise CheckpointError(
+            "the number of attention heads is not in these weights, and published models that "
+            f"differ in it have these sizes: {twins}. Say which: {ask}."
+        )
+    raise CheckpointError(
+        "the number of attention heads is not in these weights, and no published model that is "
+        f"known here has their width of {width}, {depth} blocks and MLPs of {second[1]} (and a "
+        f"class token); say it: {ask}."
+    )
+
+
+_NEAR, _FAR = 0.3, 0.7
+_TRAINED = (14, 14)
+
+
+def _told_by_positions(rows: list[Published], mapped: Mapped) -> list[Published]:
+    """Of published networks of the same sizes, those that these positions leave: networks with
+    fixed positions are left out where these are far from them, and alone are left where near.
+
+    Fine-tuning may move positions a little; learned ones are about as far from fixed ones as these
+    are from zero.
+    """
+    if len({row.heads for row in rows}) < 2 or not any(row.positions for row in rows):
+        return rows
+    tensor = mapped.tensors.get("embeddings.position_embeddings")
+    side = 0 if tensor is None else math.isqrt(tensor.shape[1])
+    if tensor is None or side * side not in (tensor.shape[1], tensor.shape[1] - 1):
+        return rows
+    given = np.asarray(tensor.read(), np.float64)[0, -side * side :]
+    left, near = [], []
+    for row in rows:
+        if row.positions is None:
+            left.append(row)
+            continue
+        distance = min(
+            float(np.linalg.norm(given - fixed) / np.linalg.norm(fixed))
+            for fixed in _at_size(row, (side, side))
+        )
+        if distance < _NEAR:
+            near.append(row)
+        elif not distance > _FAR:
+            left.append(row)
+    return near or left
+
+
+def _at_size(row: Published, grid: tuple[int, int]) -> list[np.ndarray]:
+    """Fixed positions for a grid: computed there, and resampled from the one of 224 pixels."""
+    assert row.positions is not None
+    made = row.positions(grid, row.width).astype(np.float64)
+    if grid == _TRAINED:
+        return [made]
+    at_224 = row.positions(_TRAINED, row.width).astype(np.float64)[None]
+    return [made, resize_positions(at_224, _TRAINED, grid, "bicubic", 0)[0]]
 
 
 def _pooling(shapes, family: str, timm: Any, note: Any) -> None:
@@ -256,17 +330,21 @@ def _pooling(shapes, family: str, timm: Any, note: Any) -> None:
         note("names (no class token)", pooling="mean")
 
 
-def _image_size(shapes, known, given, family: str, note: Any) -> None:
+def _image_size(table: Format, shapes, known, given, family: str, note: Any) -> None:
     patch = known["patch_size"]
     height, width = patch if isinstance(patch, tuple) else (patch, patch)
     positions = shapes.get("embeddings.position_embeddings")
     if positions is None:
-        if "image_size" not in known:
-            table = next(
+        if table.positions is not None and known.get("use_cls_token", True):
+            note("no positions in the file", position_tokens="patches")
+        if "image_size" not in known and table.image_size is not None:
+            note(f"published networks ({table.describes})", image_size=table.image_size)
+        elif "image_size" not in known:
+            relative = next(
                 (s for n, s in shapes.items() if n.endswith("relative_position_bias_table")), None
             )
-            side = 0 if table is None else (math.isqrt(max(table[0] - 3, 0)) + 1) // 2
-            if table is None or (2 * side - 1) ** 2 + 3 != table[0]:
+            side = 0 if relative is None else (math.isqrt(max(relative[0] - 3, 0)) + 1) // 2
+            if relative is None or (2 * side - 1) ** 2 + 3 != relative[0]:
                 raise CheckpointError(_ask_for_size("these weights have no positions"))
             note("shapes", image_size=_sides(side * height, side * width))
         return

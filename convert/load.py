@@ -52,11 +52,11 @@ class Loaded:
     @property
     def info(self) -> dict[str, list]:
         """What `output_loading_info=True` gives, as Transformers 4.57.6 names it."""
-        other = {name for name, *_ in self.mismatched}
+        other = [name for name, *_ in self.mismatched]
         return {
             "missing_keys": [name for name in self.missing if name not in other],
             "unexpected_keys": self.unexpected,
-            "mismatched_keys": self.mismatched,
+            "mismatched_keys": other,
             "error_msgs": [],
         }
 

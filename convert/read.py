@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+from vit_common.config import ViTConfig
 from vit_common.files.checkpoint import Tensor
-from vit_convert.detect import BESIDE, Root, detect_format, find_root
+from vit_common.parameters import TOP_PARAMETERS
+from vit_convert.detect import Root, detect_format, find_root
+from vit_convert.formats import PREPARED
 from vit_convert.formats.format import Format
-from vit_convert.formats.google import unstacked
+from vit_convert.infer import Note
 from vit_convert.leftovers import kind_of
-from vit_convert.rules import Mapped, to_canonical
+from vit_convert.rules import Mapped, as_mapped, to_canonical
+
+POSITIONS = "embeddings.position_embeddings"
+_PROJECTION = "embeddings.patch_embeddings.projection.weight"
+_MATRIX = re.compile(r"(?P<stem>.*?)(?P<leaf>[./]?(?:weight|kernel))")
+# Part of the name of a module that is a classifier: fc, head, classifier.1, linear, lin_cls, ...
+_CLASSIFIER = re.compile(r"fc|head|class|linear|\blin\b|cls|clf|logit|output|probe|predict")
 
 
-class Read(NamedTuple):
-    """What `read_tensors` finds: where the network lies in a file, its tensors under the names of
-    its format, the format, the canonical tensors, what is left aside and why, and names that
-    nothing here knows."""
+@dataclass
+class Read:
+    """What `read_tensors` finds.
+
+    Attributes:
+        root: where the network lies in the file.
+        tensors: its tensors under the names of its format.
+        table: the format.
+        mapped: the tensors under canonical names.
+        ignored: name in the file -> why it is left aside.
+        unexplained: names in the file that nothing here knows.
+        parts: some of those -> what in the network they belong to, which no model here has.
+        notes: what was done to tensors, and what says so.
+        labels: classes of a classifier that was found under a name of the caller's own; else None.
+    """
 
     root: Root
     tensors: dict[str, Tensor]
@@ -24,6 +48,26 @@ class Read(NamedTuple):
     mapped: Mapped
     ignored: dict[str, str]
     unexplained: list[str]
+    parts: dict[str, str]
+    notes: list[Note]
+    labels: int | None = None
+
+    def complete(self, config: ViTConfig) -> None:
+        """Add what a configuration says of the tensors and no file holds: fixed positions."""
+        made = self.table.positions
+        if made is None or POSITIONS in self.mapped.tensors:
+            return
+        grid, width = config.grid_size, config.hidden_size
+        if config.num_prefix_positions:
+            return
+        dtype = self.mapped.tensors[_PROJECTION].dtype
+
+        def load() -> np.ndarray:
+            return made(grid, width)[None].astype(dtype)
+
+        tensor = Tensor(POSITIONS, (1, grid[0] * grid[1], width), dtype, load)
+        self.mapped.tensors[POSITIONS] = as_mapped(tensor)
+        self.notes.append(Note("positions", "sines and cosines", "none in the file"))
 
 
 def read_tensors(
@@ -34,15 +78,24 @@ def read_tensors(
 ) -> Read:
     """Find the network in a file.
 
+    A classifier is found under whatever name it has, where it is the one matrix of the network's
+    width that nothing else explains.
+
     Raises:
         CheckpointError: no network is in it, or it fits no format, or several.
         InputError: there is no format of that name.
     """
     root = find_root(checkpoint)
-    parts = unstacked({bare: checkpoint[full] for bare, full in root.keys.items()})
+    parts = {bare: (bare, checkpoint[full]) for bare, full in root.keys.items()}
+    notes: list[Note] = []
+    for prepare in PREPARED:
+        parts, done = prepare(parts)
+        if done is not None:
+            notes.append(Note(*done))
     tensors = {name: tensor for name, (_, tensor) in parts.items()}
     hints = {**dict(hints or {}), "root": root.path}
-    table = detect_format(tensors, name=format, hints=hints, shapes=tensors)
+    also = [name for name in root.keys if name not in tensors]
+    table = detect_format(tensors, name=format, hints=hints, shapes=tensors, also=also)
     mapped = to_canonical(tensors, table)
     # Transformers saves a parameter of no entries where there are no registers.
     mapped.tensors = {
@@ -51,17 +104,59 @@ def read_tensors(
     bare = table.strip(tensors)
     original = {full: key for key, full in bare.items()}
     # What was trained and lies beside the network may be its head, whatever it is called.
-    unexplained = [
-        name
-        for name, why in root.ignored.items()
-        if why.startswith(BESIDE) and kind_of(name, checkpoint[name], outside=True) == "head"
-    ]
-    ignored = {name: why for name, why in root.ignored.items() if name not in unexplained}
+    kinds = {name: kind_of(name, checkpoint[name], outside=True) for name in root.beside}
+    where = f"outside {root.path!r}, where the network is"
+    ignored = {**root.ignored, **{n: where for n, kind in kinds.items() if kind != "head"}}
+    heads = [name for name, kind in kinds.items() if kind == "head"]
+    read = Read(root, tensors, table, mapped, ignored, heads, {}, notes)
     for name in mapped.unused:
-        why = table.why_ignored(original.get(name, name))
+        key = original.get(name, name)
+        why = table.why_ignored(key)
         full = root.keys[parts[name][0]]
         if why:
-            ignored[full] = why
-        elif full not in unexplained:
-            unexplained.append(full)
-    return Read(root, tensors, table, mapped, ignored, unexplained)
+            read.ignored[full] = why
+        elif full not in read.unexplained:
+            read.unexplained.append(full)
+            if part := table.part_of(key):
+                read.parts[full] = part
+    _find_classifier(read, checkpoint)
+    return read
+
+
+def _find_classifier(read: Read, checkpoint: Mapping[str, Tensor]) -> None:
+    """Take the one matrix, and its bias, that are left over as the classifier."""
+    found = read.mapped.tensors
+    if any(name.startswith(TOP_PARAMETERS) for name in found) or not read.unexplained:
+        return
+    left = {name: checkpoint[name] for name in read.unexplained}
+    matrices = [name for name, tensor in left.items() if len(tensor.shape) == 2]
+    match = _MATRIX.fullmatch(matrices[0]) if len(matrices) == 1 else None
+    if match is None:
+        return
+    stem, leaf, matrix = match["stem"], match["leaf"], left[matrices[0]]
+    bias = left.get(f"{stem}{leaf[:-6]}bias")
+    rest = len(left) - 1 - (bias is not None)
+    transposed = leaf.endswith("kernel")
+    labels, inputs = matrix.shape[::-1] if transposed else matrix.shape
+    family = read.table.families[0]
+    width = found[_PROJECTION].shape[0] * (2 if family.startswith("dinov2") else 1)
+    own = stem.removeprefix(read.root.path)
+    if rest or inputs != width or not _CLASSIFIER.search(own.lower()):
+        return
+    if bias is None or bias.shape != (labels,) or bias.dtype != matrix.dtype:
+        return
+
+    def load() -> np.ndarray:
+        return matrix.read().T if transposed else matrix.read()
+
+    weight = Tensor("classifier.weight", (labels, inputs), matrix.dtype, load)
+    found["classifier.weight"], found["classifier.bias"] = as_mapped(weight), as_mapped(bias)
+    read.unexplained.clear()
+    read.labels = labels
+    said = f"{stem}*"
+    why = "the one matrix of the network's width that nothing else explains"
+    if "pooler.dense.weight" in found:
+        why += (
+            ", on the class token; if it stands on the pooler, say `use_representation_layer=True`"
+        )
+    read.notes.append(Note("classifier", said, why))

@@ -25,6 +25,7 @@ __all__ = [
     "MappedTensor",
     "Rule",
     "TensorLike",
+    "as_mapped",
     "to_canonical",
     "to_foreign",
     "unprefixed",
@@ -106,6 +107,12 @@ class MappedTensor:
         """`read()[index]`, for a slice with a step of one for each axis; without the rest in memory
         where the file and the layout allow it."""
         return self._group.take_part(index) if self.has_parts else self.read()[index]
+
+
+def as_mapped(tensor: TensorLike) -> MappedTensor:
+    """A tensor as it is, among those that a table mapped."""
+    group = _Group(lambda arrays: arrays, (tensor,), ())
+    return MappedTensor(group, 0, tuple(tensor.shape), tensor.dtype)
 
 
 @dataclass

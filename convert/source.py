@@ -44,6 +44,7 @@ class Source:
         mapped: the tensors under canonical names, without the prefix of a model with a head.
         ignored: name in the file -> why it is left aside.
         unexplained: names in the file that nothing here knows.
+        parts: some of those -> what in the network they belong to, which no model here has.
         config: what the network is.
         notes: what was set that no configuration said, and what says it.
         timm: timm's own `config.json`, if there was one.
@@ -63,6 +64,7 @@ class Source:
     unexplained: list[str]
     config: ViTConfig
     files: ModelFiles
+    parts: Mapping[str, str] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
     timm: Mapping[str, Any] | None = None
     described: bool = False
@@ -243,6 +245,10 @@ def open_source(
             object.__setattr__(settled, "_name_or_path", place)
             settled = settled if wanted is None else _named(place, as_config, settled, wanted)
             accept(settled, left_over)
+        elif read.labels and not {"id2label", "num_labels"} & {*(table or {}), *given}:
+            settled.num_labels = read.labels
+        read.complete(settled)
+        notes += read.notes
     except (CheckpointError, ConfigError) as error:
         checkpoint.close()
         if str(path) in str(error) or str(files.name) in str(error):
@@ -259,6 +265,7 @@ def open_source(
         mapped=read.mapped,
         ignored=read.ignored,
         unexplained=read.unexplained,
+        parts=read.parts,
         config=settled,
         files=files,
         notes=notes,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,12 +12,12 @@ from typing import Any
 from vit_common.errors import MissingFileError, ViTError
 from vit_common.files.checkpoint import save_checkpoint, write_checkpoint
 from vit_common.files.replace import move_files, write_text
+from vit_common.files.staging import stage, staged_files
 from vit_common.files.texts import reason
-from vit_convert.plan import Plan
+from vit_convert.plan import PICKLES, Plan, is_file
 from vit_convert.proof import verify_result
 from vit_convert.report import Report
 from vit_convert.source import METADATA_KEY
-from vit_convert.target import PICKLES, is_file
 
 
 def write(
@@ -63,18 +61,15 @@ def write(
     directory = target.parent if one_file else target
     made = _make_directories(directory)
     try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=directory))
-        try:
+        with stage(directory, target.name, [directory.resolve().name]) as staging:
             _write_into(staging, plan, target, beside, max_shard_size, one_file, advance)
             report.seconds = time.perf_counter() - started
             if verify:
                 written = staging / target.name if one_file else staging
                 report.verification = verify_result(plan, written)
-            names = {file.name for file in staging.iterdir()}
+            names = {file.name for file in staged_files(staging)}
             older = [path.name for path in stale if path.name not in names]
             report.written = [str(path) for path in move_files(staging, directory, older)]
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
     except BaseException as error:
         for path in reversed(made):
             with contextlib.suppress(OSError):

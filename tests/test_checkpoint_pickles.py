@@ -358,7 +358,9 @@ def test_keys_with_equal_hashes_take_no_time(tmp_path) -> None:
     start = time.perf_counter()
     open_checkpoint(path).close()
     assert time.perf_counter() - start < 5
-    deep = b"K\x01\x85q\x01" + b"h\x01h\x01\x86q\x01" * 60  # a tuple that is dear to hash
+    deep = (
+        b"K\x01\x85q\x010" + b"h\x01h\x01\x86q\x010" * 60 + b"h\x01"
+    )  # a tuple that is dear to hash
     path = _zip(tmp_path / "b.pth", b"}" + deep + b"K\x01s.")
     open_checkpoint(path).close()
 

@@ -6,7 +6,7 @@ The readers that decide are numpy, torch and Flax; bytes of `.npz` are numpy's o
 from __future__ import annotations
 
 import argparse
-import pathlib
+import collections
 import resource
 import signal
 import subprocess
@@ -614,11 +614,12 @@ def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
         path = tmp_path / when / f"x{suffix}"
         (left,) = path.parent.glob(f".{path.name}.*.tmp")
         # What was read when the process died may still have waited for the thread that writes.
-        assert left.stat().st_size > (400_000 if when == "flushing" else -1)
+        size = sum(file.stat().st_size for file in left.iterdir())
+        assert size > (400_000 if when == "flushing" else -1)
         _assert_holds(path, _weights())
         write_checkpoint(path, {"new": np.ones(3)})
         _assert_holds(path, {"new": np.ones(3)})
-        assert set(path.parent.glob(f".{path.name}.*")) == {left}
+        assert not list(path.parent.glob(f".{path.name}.*"))
 
 
 # -- files that nobody should read
@@ -689,7 +690,7 @@ def test_members_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "named"),
     [
-        (pathlib.PurePosixPath("x"), "pathlib.PurePosixPath"),
+        (collections.UserList("x"), "collections.UserList"),
         (argparse.Action([], "x"), "argparse.Action"),
         (Lazy, rf"{__name__}\.Lazy"),
     ],

@@ -364,7 +364,7 @@ def test_a_folder_that_changes_while_it_is_read(folder, tmp_path, capsys, monkey
     there yet."""
     digits = sorted(folder.glob("digit*"))
 
-    def find(names, report):
+    def find(names, report, note):
         yield from map(str, digits)
         digits[2].unlink()
         (folder / "digit-late.png").write_bytes(digits[0].read_bytes())

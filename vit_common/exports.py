@@ -35,6 +35,7 @@ class Export:
         metadata: what is in it about the program.
         check: what was measured; None if nothing was.
         seconds: name of a step -> how long it took.
+        program: a Python program beside the file that runs it; None if there is none.
     """
 
     path: Path
@@ -42,12 +43,18 @@ class Export:
     metadata: dict[str, Any]
     check: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    program: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it; of the labels their number."""
         metadata = {k: v for k, v in self.metadata.items() if k != "labels"}
         metadata["num_labels"] = len(self.metadata["labels"])
-        return {**asdict(self), "path": str(self.path), "metadata": metadata}
+        found = {**asdict(self), "path": str(self.path), "metadata": metadata}
+        if self.program is None:
+            del found["program"]
+        else:
+            found["program"] = str(self.program)
+        return found
 
 
 def check_batch(batch: Any) -> None:

@@ -9,7 +9,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vit_common.errors import InputError
+from vit_common.errors import ExistingFileError, InputError
 from vit_common.exports import (
     DYNAMIC,
     Export,
@@ -38,7 +38,7 @@ from vit_common.images.predictions import (
 from vit_common.images.processor import BaseImageProcessor
 from vit_common.versions import PACKAGE, package_version
 
-__all__ = ["Export", "Network", "export", "require"]
+__all__ = ["Export", "Network", "check_program", "export", "require", "write_program"]
 
 INPUT, BATCH_AXIS = "pixel_values", "batch"
 _LARGEST = 2_000_000_000
@@ -160,6 +160,46 @@ def export(
     finally:
         model.train(was_training)
     return report
+
+
+def write_program(path: str | PathLike) -> Path:
+    """Write a Python program beside an ONNX file that classifies images with it. It needs
+    onnxruntime, numpy and Pillow alone, and prepares images as the model's image processor does.
+
+    Args:
+        path: the ONNX file, such as "m.onnx"; the program is "m_onnx.py".
+
+    Returns:
+        The program's path.
+
+    Raises:
+        ExistingFileError: a file of that name is there that this function did not write.
+        MissingFileError: it cannot be written.
+    """
+    target = check_program(path)
+    with staged(target) as temporary:
+        temporary.write_bytes(_PROGRAM.read_bytes())
+    return target
+
+
+_PROGRAM = Path(__file__).with_name("onnx_program.py")
+
+
+def check_program(path: str | PathLike) -> Path:
+    """The path of an ONNX file's program; ExistingFileError if somebody else's file is there."""
+    target = Path(path)
+    target = target.with_name(f"{target.stem}_onnx.py")
+    first = _PROGRAM.read_bytes().splitlines()[0]
+    ours = False
+    with suppress(OSError), target.open("rb") as stream:
+        ours = stream.read(len(first)) == first
+    if target.exists() and not ours:
+        raise ExistingFileError(
+            f"{target}: already there, and not a program that belongs to an ONNX file; nothing was "
+            "written. Move it, or choose another name for the ONNX file."
+        )
+    check_target(target, force=True)
+    return target
 
 
 def require(check: bool) -> None:

@@ -8,7 +8,19 @@ from __future__ import annotations
 from vit_common.config import ViTConfig
 from vit_common.errors import InputError
 from vit_common.parameters import Head
-from vit_convert.formats import beit, deit, dino, dinov2, flax, google, huggingface, mae, timm
+from vit_convert.formats import (
+    beit,
+    deit,
+    dino,
+    dinov2,
+    flax,
+    google,
+    huggingface,
+    mae,
+    moco,
+    timm,
+    torchvision,
+)
 from vit_convert.formats.flax import TREE
 from vit_convert.formats.format import Files, Format, Found
 
@@ -19,11 +31,16 @@ FORMATS: tuple[Format, ...] = (
     *deit.FORMATS,
     *dino.FORMATS,
     *mae.FORMATS,
+    *moco.FORMATS,
     *beit.FORMATS,
     *dinov2.FORMATS,
+    *torchvision.FORMATS,
     *google.FORMATS,
 )
 """Every table: one for each layout and family."""
+
+PREPARED = (google.unstacked, mae.folded)
+"""What is done to the tensors of a file before its format is detected."""
 
 NAMES: tuple[str, ...] = tuple(dict.fromkeys(table.name for table in FORMATS))
 """Names of the formats, as users call them."""
@@ -87,6 +104,7 @@ __all__ = [
     "FILES",
     "FORMATS",
     "NAMES",
+    "PREPARED",
     "TREE",
     "WRITTEN",
     "Files",

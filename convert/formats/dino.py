@@ -1,6 +1,7 @@
-"""facebookresearch DINO.
+"""facebookresearch DINO, and bytedance iBOT, which has its network.
 
-Source: `vision_transformer.py` and `eval_linear.py` of facebookresearch/dino.
+Sources: `vision_transformer.py` and `eval_linear.py` of facebookresearch/dino;
+`models/vision_transformer.py` and `models/head.py` of bytedance/ibot.
 """
 
 from __future__ import annotations
@@ -10,18 +11,22 @@ from functools import partial
 from vit_convert.formats.format import Clue, Format
 from vit_convert.formats.timm import EPS, PARTS, REFUSES, RULES, cut_out
 
-_PROJECTION = r"head\.(mlp|last_layer)\..*"
+_PROJECTION = r"head\.(mlp|last_layer|last_norm|mlp2|last_layer2|last_norm2)\..*"
+_MASKED = "masked_embed"
 
 FORMATS = (
     Format(
         name="dino",
         rules=RULES,
         describes="facebookresearch DINO",
-        ignored=((_PROJECTION, "the projection head of DINO's training"),),
+        ignored=(
+            (_PROJECTION, "the projection head of DINO's training"),
+            (_MASKED, "the mask token of iBOT's training, which no image uses"),
+        ),
         settings={"layer_norm_eps": EPS, "position_resize": "bicubic_offset"},
         clues=(
             Clue(20, lambda found: found.root.startswith(("teacher", "student"))),
-            Clue(30, lambda found: found.has(_PROJECTION)),
+            Clue(30, lambda found: found.has(f"{_PROJECTION}|{_MASKED}")),
         ),
         candidate=True,
         refuses=REFUSES,

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from vit_common.config import ViTConfig
-from vit_common.errors import CheckpointError, some
+from vit_common.errors import CheckpointError
 from vit_common.images.processor import BaseImageProcessor
 from vit_common.parameters import Head
 from vit_common.positions import RelativeRule
@@ -113,6 +113,27 @@ class Clue(NamedTuple):
     holds: Callable[[Found], bool]
 
 
+class Published(NamedTuple):
+    """A network that was published in a format whose files do not say its number of heads.
+
+    Attributes:
+        name: for messages.
+        width, depth, inner: D, L, and the width of the MLP.
+        heads: number of attention heads.
+        positions: its positions (N, D), from (rows, columns) of patches and the width, where they
+            are not learned.
+        class_token: whether it has one.
+    """
+
+    name: str
+    width: int
+    depth: int
+    inner: int
+    heads: int
+    positions: Callable[[tuple[int, int], int], np.ndarray] | None = None
+    class_token: bool = True
+
+
 Implied = tuple[BaseImageProcessor, str]
 """An image processor, and what says that it is the one."""
 
@@ -145,6 +166,8 @@ class Format:
         relative_resize: how relative positions of networks in this format are resampled.
         positions: positions (N, D) of networks whose files hold none, from (rows, columns) of
             patches and the width; None where files hold them or the family has none.
+        published: networks whose number of heads the files do not say.
+        image_size: of published networks, where files say none.
         imagenet: whether a head of 1000 classes has those of ImageNet-1k, in its order.
         preprocessing: how images are prepared for networks in this format; None where that is
             not the same for all.
@@ -176,6 +199,8 @@ class Format:
     settings: Mapping[str, Any] = field(default_factory=dict)
     relative_resize: RelativeRule = "bilinear"
     positions: Callable[[tuple[int, int], int], np.ndarray] | None = None
+    published: tuple[Published, ...] = ()
+    image_size: int | None = None
     imagenet: bool = False
     preprocessing: Callable[[ViTConfig], Implied | None] | None = None
     root: str = ""
@@ -209,14 +234,6 @@ class Format:
     def part_of(self, key: str) -> str | None:
         """What in the network a foreign key without prefix belongs to, which no model here has."""
         return _matched(self.parts, key)
-
-    def why_refused(self, keys: Iterable[str]) -> str | None:
-        """What keeps a network with these keys from being one of those here, naming a few."""
-        found: dict[str, list[str]] = {}
-        for key in keys:
-            if what := _matched(self.refuses, key):
-                found.setdefault(what, []).append(key)
-        return "; ".join(f"{what}: {some(names, 4)}" for what, names in found.items()) or None
 
     def strip(self, keys: Iterable[str]) -> dict[str, str]:
         """Key as the table has it -> key as the file has it.

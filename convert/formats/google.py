@@ -97,21 +97,26 @@ _MOST_BLOCKS = 10_000
 _STACK = "Transformer/encoderblock/"
 
 
-def unstacked(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+def unstacked(
+    tensors: Mapping[str, tuple[str, Tensor]],
+) -> tuple[dict[str, tuple[str, Tensor]], None]:
     """The tensors of each block, where big_vision ran the blocks as a scan (`scan=True`) and its
     file has those of all blocks in one array, the block as its first axis.
 
+    Args:
+        tensors: name -> (name in the file, tensor).
+
     Returns:
-        name, as in a file of separate blocks -> (name in this file, tensor). Tensors are read block
-        by block. Everything else is as it was.
+        The same by block: name, as in a file of separate blocks -> (name in the file, tensor).
+        Tensors are read block by block. Everything else is as it was; nothing is to be said of it.
 
     Raises:
         CheckpointError: the arrays are not of one number of blocks, or blocks are there twice.
     """
-    stacks = {name: tensor for name, tensor in tensors.items() if name.startswith(_STACK)}
-    found = {name: (name, tensor) for name, tensor in tensors.items() if name not in stacks}
+    stacks = {name: tensor for name, (_, tensor) in tensors.items() if name.startswith(_STACK)}
+    found = {name: entry for name, entry in tensors.items() if name not in stacks}
     if not stacks:
-        return found
+        return found, None
     counts = {tensor.shape[0] if tensor.shape else 0 for tensor in stacks.values()}
     if len(counts) > 1 or not 0 < max(counts) <= _MOST_BLOCKS:
         raise CheckpointError(
@@ -123,8 +128,8 @@ def unstacked(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
             name = f"Transformer/encoderblock_{i}/{full.removeprefix(_STACK)}"
             if name in found:
                 raise CheckpointError(f"{name!r} is also in the stack {full!r}.")
-            found[name] = (full, tensor.row(i, name))
-    return found
+            found[name] = (tensors[full][0], tensor.row(i, name))
+    return found, None
 
 
 def _preprocessing(config: ViTConfig) -> Implied:
@@ -179,7 +184,7 @@ def _tables(heads: int) -> tuple[Format, ...]:
             files=Files(container="npz", suffix=".npz"),
             rules=_rules(heads, place, *names),
             separator="/",
-            settings={**_SETTINGS, **more.pop("settings", {})},
+            settings=_SETTINGS,
             imagenet=True,
             preprocessing=_preprocessing,
             loses=_loses,
@@ -218,7 +223,7 @@ def _tables(heads: int) -> tuple[Format, ...]:
             _LINEN,
             lacks=(_POSITIONS, _POSEMBED),
             positions=sines_and_cosines,
-            settings={"position_tokens": "patches"},
+            image_size=224,  # arXiv:2205.01580, section 3
             written=False,
         ),
     )

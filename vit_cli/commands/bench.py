@@ -80,7 +80,7 @@ def run(options: Options) -> int:
         ViTError: the model cannot be loaded.
     """
     names, dtype, batch_sizes = options.names, options.dtype, options.batch_sizes
-    files = list(find_images(names, lambda text: say("error", text)))
+    files = list(find_images(names, lambda text: say("error", text), say))
     if names and not files:
         raise MissingFileError(f"{', '.join(names)}: no images to measure with.")
     classify = models.load_for_inference(

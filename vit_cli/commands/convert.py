@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
-from pathlib import Path
 
 from vit_cli.options import DTYPES, Options, Parser, Reading, add_reading, positive
 from vit_cli.terminal import interrupt
 from vit_cli.terminal.exit_codes import DONE, INTERRUPTED
 from vit_cli.terminal.messages import one_line, say
 from vit_cli.terminal.progress import Progress
-from vit_common.errors import InputError, MissingFileError
-from vit_common.files.texts import reason
+from vit_common.files.labels import read_labels
 
 # As `vit_convert.formats` has them; repeated here so that `--help` need not load it.
 _WRITTEN = ("hub", "flax", "flax-safetensors", "timm", "deit", "dino", "beit", "dinov2", "google")
@@ -121,36 +118,3 @@ def run(options: Options) -> int:
         for name, text in report.lines():
             print(f"{name:10}  {one_line(text)}")
     return DONE
-
-
-def read_labels(path: str) -> list[str]:
-    """Labels in the order of the classes, from a text or JSON file.
-
-    Raises:
-        MissingFileError: it cannot be read.
-        InputError: it does not hold labels.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MissingFileError(f"{path}: cannot be read ({reason(error)}).") from error
-    if not path.endswith(".json"):
-        return text.splitlines()
-    wanted = InputError(
-        f"{path}: must hold a JSON list of labels, or an object of index to label without gaps."
-    )
-    try:
-        table = json.loads(text)
-    except ValueError as error:
-        raise wanted from error
-    if isinstance(table, Mapping):
-        try:
-            numbered = {int(key): value for key, value in table.items()}
-        except ValueError as error:
-            raise wanted from error
-        if sorted(numbered) != list(range(len(numbered))):
-            raise wanted
-        table = [numbered[i] for i in range(len(numbered))]
-    if not isinstance(table, list):
-        raise wanted
-    return [str(label) for label in table]

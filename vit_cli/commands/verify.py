@@ -174,7 +174,7 @@ def _read(place: str) -> list[Any]:
     from vit_common.images.pictures import load_image
 
     faults: list[str] = []
-    files = list(find_images([place], faults.append))
+    files = list(find_images([place], faults.append, say))
     if faults or not files:
         raise MissingFileError(faults[0] if faults else f"{place}: no images there.")
     return [load_image(file) for file in files]

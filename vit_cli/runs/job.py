@@ -92,7 +92,7 @@ class Job:
             faults += 1
             say("error", text)
 
-        files = list(find_images(stream.names, report))
+        files = list(find_images(stream.names, report, say))
         if not files and cluster is None:
             return SOME_FAILED
         if stream.shard is not None:

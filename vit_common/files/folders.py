@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from vit_common.files.staging import delete_leftovers, take_lock
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = _RENAME_SWAP = 2
 
@@ -47,9 +49,25 @@ def change_folder(
             return False
     files = list(files)
     gone = {*leave_out, *(name for _, name in files)}
+    delete_leftovers(directory.parent, [directory.name])
     other = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.tmp")
+    with contextlib.ExitStack() as locks:
+        try:
+            other.mkdir()
+            # Both: once they have exchanged their names, the other one is what has to be deleted.
+            for folder in (other, directory):
+                descriptor = os.open(folder, os.O_RDONLY)
+                locks.callback(os.close, descriptor)
+                take_lock(descriptor)
+        except _CANNOT:
+            with contextlib.suppress(OSError):
+                other.rmdir()
+            return False
+        return _change(directory, other, files, gone)
+
+
+def _change(directory: Path, other: Path, files: list[tuple[Path, str]], gone: set[str]) -> bool:
     try:
-        other.mkdir()
         _link_all(directory, other, gone)
         for path, name in files:
             os.link(path, other / name, follow_symlinks=False)

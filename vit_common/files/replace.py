@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import secrets
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from vit_common.errors import ExistingFileError, MissingFileError, ViTError
 from vit_common.files.folders import change_folder, flush_directory
+from vit_common.files.staging import delete_leftovers, stage, staged_files
 from vit_common.files.texts import reason
 
 
@@ -52,7 +49,7 @@ def replace_files(
 ) -> list[Path]:
     """Write a set of files so that either all of them are new or all are as they were.
 
-    Every file is written beside its target under a temporary name and flushed to the disk; only
+    Every file is written in a hidden folder beside its target and flushed to the disk; only
     then do they all get their names, in one step where `change_folder` can do that, else one after
     the other (who is killed there leaves some new and some old), and then the `stale` ones are
     deleted. Permissions are those that the umask gives any new file.
@@ -65,31 +62,28 @@ def replace_files(
     Raises:
         MissingFileError: a file cannot be written; nothing was replaced.
     """
-    token = secrets.token_hex(4)
     staged: list[tuple[Path, Path]] = []
-    final = directory
+    stale = [*stale]
+    final = directory / next(iter(contents), "")
     try:
-        for name, write in contents.items():
-            final = directory / name
-            if final.is_dir():
-                raise IsADirectoryError("a directory has that name")
-            temporary = directory / f".{name}.{token}.tmp"
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-            descriptor = os.open(temporary, flags, 0o666)
-            staged.append((temporary, final))
-            with open(descriptor, "wb") as stream:
-                write(stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-        stale = _publish(directory, staged, [*stale], token)
+        with stage(directory, *_staged_as(directory, [*contents])) as staging:
+            for name, write in contents.items():
+                final = directory / name
+                if final.is_dir():
+                    raise IsADirectoryError("a directory has that name")
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+                descriptor = os.open(staging / name, flags, 0o666)
+                staged.append((staging / name, final))
+                with open(descriptor, "wb") as stream:
+                    write(stream)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            stale = _publish(directory, staged, stale)
     except ViTError:  # from reading what was to be written; says its own piece
         raise
     except OSError as error:
         kept = "the file that was there is kept" if final.exists() else "nothing was written"
         raise MissingFileError(f"{final}: cannot be written ({reason(error)}); {kept}.") from error
-    finally:
-        for temporary, _ in staged:
-            temporary.unlink(missing_ok=True)
     for name in stale:
         try:
             (directory / name).unlink(missing_ok=True)
@@ -102,16 +96,18 @@ def replace_files(
     return [final for _, final in staged]
 
 
+def _staged_as(directory: Path, names: list[str]) -> tuple[str, list[str]]:
+    """The name that these files are staged under, and others that leftovers of theirs may have."""
+    folder = directory.resolve().name
+    return (names[0] if len(names) == 1 or not folder else folder), [*names, folder]
+
+
 def delete_strays(target: Path) -> None:
     """Delete the temporary files that `replace_files` left beside a file when it was killed.
 
-    Only for who knows that no other process is writing the file.
+    Only for callers who know that no other process is writing the file.
     """
-    pattern = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.tmp")
-    with contextlib.suppress(OSError):  # they are in nobody's way
-        for entry in list(os.scandir(target.parent)):
-            if pattern.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                os.unlink(entry.path)
+    delete_leftovers(target.parent, [target.name], alone=True)
 
 
 def check_target(target: Path, *, force: bool) -> None:
@@ -136,32 +132,25 @@ def check_target(target: Path, *, force: bool) -> None:
 def staged(target: Path) -> Iterator[Path]:
     """A place for a file to be written to, and looked at, before it takes its name.
 
-    It is in a directory of its own beside the target. Where the block raises, nothing is left and
-    what had the name keeps it. A process that is killed can leave a directory
-    `.{name}.{random}.tmp`, which is in nobody's way.
+    It is in a folder of its own beside the target. Where the block raises, nothing is left and what
+    had the name keeps it. What a killed process leaves, the next one deletes.
 
     Raises:
         MissingFileError: it cannot be written.
     """
-    staging = None
     try:
-        staging = Path(
-            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        )
-        yield staging / target.name
-        with (staging / target.name).open("rb+") as stream:
-            os.fsync(stream.fileno())
-        for other in staging.iterdir():
-            if other.name != target.name:
-                other.unlink()
-        move_files(staging, target.parent)
+        with stage(target.parent, target.name) as staging:
+            yield staging / target.name
+            with (staging / target.name).open("rb+") as stream:
+                os.fsync(stream.fileno())
+            for other in staged_files(staging):
+                if other.name != target.name:
+                    other.unlink()
+            move_files(staging, target.parent)
     except OSError as error:
         if isinstance(error, ViTError):
             raise
         raise MissingFileError(f"{target}: cannot be written ({reason(error)}).") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
 
 
 def move_files(source: Path, directory: Path, stale: Iterable[str] = ()) -> list[Path]:
@@ -175,9 +164,9 @@ def move_files(source: Path, directory: Path, stale: Iterable[str] = ()) -> list
     Raises:
         MissingFileError: a file cannot be moved; nothing was replaced.
     """
-    staged = [(file, directory / file.name) for file in sorted(source.iterdir())]
+    staged = [(file, directory / file.name) for file in staged_files(source)]
     try:
-        for name in _publish(directory, staged, [*stale], secrets.token_hex(4)):
+        for name in _publish(directory, staged, [*stale]):
             (directory / name).unlink(missing_ok=True)
     except OSError as error:
         raise MissingFileError(f"{directory}: cannot be written ({reason(error)}).") from error
@@ -185,9 +174,7 @@ def move_files(source: Path, directory: Path, stale: Iterable[str] = ()) -> list
     return [final for _, final in staged]
 
 
-def _publish(
-    directory: Path, staged: list[tuple[Path, Path]], stale: list[str], token: str
-) -> list[str]:
+def _publish(directory: Path, staged: list[tuple[Path, Path]], stale: list[str]) -> list[str]:
     """Give every temporary file its name, and the `stale` ones that are left to be deleted."""
     if len(staged) == 1 and not stale:
         os.replace(*staged[0])  # atomic by itself
@@ -196,16 +183,16 @@ def _publish(
     files = [(path, final.name) for path, final in staged]
     if change_folder(directory, files, {*temporary, *stale}):
         return []
-    _rename_all(staged, token)
+    _rename_all(staged)
     return stale
 
 
-def _rename_all(staged: list[tuple[Path, Path]], token: str) -> None:
+def _rename_all(staged: list[tuple[Path, Path]]) -> None:
     """Give every temporary file its name; should one fail, put back what was there."""
     done: list[tuple[Path, Path, bool]] = []
     try:
         for temporary, final in staged:
-            old = final.with_name(f".{final.name}.{token}.old")
+            old = temporary.with_name(f"{final.name}.old")
             existed = os.path.lexists(final)
             if existed and len(staged) > 1:  # one rename alone is atomic
                 # Not every file system has hard links; without them there is no way back.
@@ -220,6 +207,3 @@ def _rename_all(staged: list[tuple[Path, Path]], token: str) -> None:
             elif os.path.lexists(old):
                 os.replace(old, final)
         raise
-    finally:
-        for _, final in staged:
-            final.with_name(f".{final.name}.{token}.old").unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -62,6 +63,9 @@ class Engine:
         self._compiled: dict[tuple[Hashable, int], jax.stages.Compiled] = {}
         self._ready: set[tuple[Hashable, int]] = set()
         self._most: int | None = None  # images that fit into the device's memory together
+        self._compiling = threading.Lock()
+        self.shrinking = threading.Lock()
+        """Held while `limit` is looked at to be lowered."""
         patch = config.patch_height_width
         self.tokens = config.num_prefix_tokens + (shape[1] // patch[0]) * (shape[2] // patch[1])
         width = max(config.intermediate_size, config.hidden_size)
@@ -105,7 +109,12 @@ class Engine:
             self.compile(work, self.limit(self.divisible(size)))
 
     def compile(self, work: Hashable, size: int) -> jax.stages.Compiled:
-        """The program for a batch of that size, which can be split."""
+        """The program for a batch of that size, which can be split; compiled by the first thread
+        that asks."""
+        with self._compiling:
+            return self._compile(work, size)
+
+    def _compile(self, work: Hashable, size: int) -> jax.stages.Compiled:
         if (work, size) not in self._compiled:
             program, sharding = self._programs[work], None
             program = self._micro_batched(program, size // self.parts_of_batch)
@@ -170,7 +179,7 @@ class Engine:
         images = len(pixel_values)
         size = self.limit(self.divisible(size))
         # Not what happens to be compiled: the bits of a result would depend on what ran before.
-        ready = [n for name, n in self._ready if name == work and images <= n <= size]
+        ready = [n for name, n in tuple(self._ready) if name == work and images <= n <= size]
         size = min(ready, default=size)
         compiled = self.compile(work, size)
         if images < size:
@@ -242,8 +251,9 @@ class Running:
                 parts = [part.rows() for part in self._parts]
             except jax.errors.JaxRuntimeError as error:
                 self._parts = []
-                if self._engine.limit(self._size) == self._tried:  # else an earlier batch did
-                    self._engine.shrink(self._tried, error)
+                with self._engine.shrinking:
+                    if self._engine.limit(self._size) == self._tried:  # else an earlier batch did
+                        self._engine.shrink(self._tried, error)
                 self._start()
                 continue
             return tuple(np.concatenate(rows) for rows in zip(*parts, strict=True))

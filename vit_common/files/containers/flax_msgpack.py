@@ -22,14 +22,15 @@ from vit_common.errors import InputError
 from vit_common.files.containers.tensor import (
     DTYPES,
     MAX_AXES,
-    Behind,
     DataFile,
     Progress,
     Tensor,
+    Write,
     aligned_empty,
     bad_shape,
     little_endian_bytes,
     no_progress,
+    written_behind,
 )
 
 MAX_CHUNK_SIZE = 2**30
@@ -364,43 +365,43 @@ def write(stream: BinaryIO, tree: dict[str, Any], progress: Progress = no_progre
 
     Byte for byte what `flax.serialization.to_bytes` gives for the same tree.
     """
-    with Behind(stream) as behind:
-        _write_map(behind, tree, msgpack.Packer(), progress)
+    with written_behind(stream) as write_on:
+        _write_map(write_on, tree, msgpack.Packer(), progress)
 
 
 def _write_map(
-    stream: Behind, table: dict[str, Any], packer: msgpack.Packer, progress: Progress
+    write: Write, table: dict[str, Any], packer: msgpack.Packer, progress: Progress
 ) -> None:
-    stream.write(packer.pack_map_header(len(table)))
+    write(packer.pack_map_header(len(table)))
     for key, value in table.items():
-        stream.write(packer.pack(key))
+        write(packer.pack(key))
         if isinstance(value, dict):
-            _write_map(stream, value, packer, progress)
+            _write_map(write, value, packer, progress)
             continue
         if value.nbytes > MAX_CHUNK_SIZE:
-            _write_chunked(stream, value, packer)
+            _write_chunked(write, value, packer)
         else:
-            _write_array(stream, value.shape, value.dtype, little_endian_bytes(value), packer)
+            _write_array(write, value.shape, value.dtype, little_endian_bytes(value), packer)
         progress(value.nbytes)
 
 
-def _write_chunked(stream: Behind, tensor: Tensor, packer: msgpack.Packer) -> None:
+def _write_chunked(write: Write, tensor: Tensor, packer: msgpack.Packer) -> None:
     count = max(1, MAX_CHUNK_SIZE // tensor.dtype.itemsize)
     raw = little_endian_bytes(tensor)
     pieces = range(0, math.prod(tensor.shape), count)
-    stream.write(packer.pack_map_header(3) + packer.pack(_CHUNKED) + packer.pack(True))
+    write(packer.pack_map_header(3) + packer.pack(_CHUNKED) + packer.pack(True))
     shape = {str(axis): size for axis, size in enumerate(tensor.shape)}
-    stream.write(packer.pack("shape") + packer.pack(shape))
-    stream.write(packer.pack("chunks") + packer.pack_map_header(len(pieces)))
+    write(packer.pack("shape") + packer.pack(shape))
+    write(packer.pack("chunks") + packer.pack_map_header(len(pieces)))
     for number, start in enumerate(pieces):
         piece = raw[start * tensor.dtype.itemsize : (start + count) * tensor.dtype.itemsize]
-        stream.write(packer.pack(str(number)))
+        write(packer.pack(str(number)))
         shape_of_piece = (len(piece) // tensor.dtype.itemsize,)
-        _write_array(stream, shape_of_piece, tensor.dtype, piece, packer)
+        _write_array(write, shape_of_piece, tensor.dtype, piece, packer)
 
 
 def _write_array(
-    stream: Behind,
+    write: Write,
     shape: tuple[int, ...],
     dtype: np.dtype,
     raw: memoryview,
@@ -413,8 +414,8 @@ def _write_array(
     prefix = (
         bytes([fixed[total]]) if total in fixed else _length(total, {1: 0xC7, 2: 0xC8, 4: 0xC9})
     )
-    stream.write(prefix + bytes([_ARRAY]) + head)
-    stream.write(raw)
+    write(prefix + bytes([_ARRAY]) + head)
+    write(raw)
 
 
 def _length(count: int, codes: dict[int, int]) -> bytes:

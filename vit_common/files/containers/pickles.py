@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import struct
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -87,9 +88,9 @@ class _Key:
 
 MAPPINGS = {
     *("collections.OrderedDict", "collections.Counter", "collections.defaultdict"),
-    *("builtins.dict", "__builtin__.dict", "types.MappingProxyType", "collections.UserDict"),
+    *("builtins.dict", "types.MappingProxyType", "collections.UserDict"),
     *("yacs.config.CfgNode", "fvcore.common.config.CfgNode", "detectron2.config.config.CfgNode"),
-    *("easydict.EasyDict", "addict.addict.Dict", "argparse.OrderedDict"),
+    *("easydict.EasyDict", "addict.addict.Dict"),
     *("mmengine.config.config.ConfigDict", "mmcv.utils.config.ConfigDict"),
     "pytorch_lightning.utilities.parsing.AttributeDict",
     "lightning.pytorch.utilities.parsing.AttributeDict",
@@ -99,9 +100,9 @@ MAPPINGS = {
 """Classes of mappings that are read as a dict."""
 
 _PLAIN = re.compile(
-    r"(builtins|__builtin__)\.(set|frozenset|bytes|bytearray|complex|slice|range|xrange|int|long|"
+    r"builtins\.(set|frozenset|bytes|bytearray|complex|slice|range|xrange|int|long|"
     r"float|str|unicode|bool|list|tuple|dict|object|NoneType|Ellipsis|NotImplemented)"
-    r"|_codecs\.encode|copy_?reg\._reconstructor|collections\.deque"
+    r"|_codecs\.encode|copyreg\._reconstructor|collections\.deque"
     r"|argparse\.Namespace|types\.(SimpleNamespace|NoneType)|typing\.\w+"
     r"|datetime\.(datetime|date|time|timedelta|timezone)|decimal\.Decimal|fractions\.Fraction"
     r"|uuid\.(UUID|SafeUUID)|re\._compile|zoneinfo\.ZoneInfo"
@@ -321,6 +322,9 @@ class Reader:
     def _name(self, module: Any, name: Any) -> None:
         if not (isinstance(module, str) and isinstance(name, str)):
             raise _Corrupt("a name that is no text")
+        module, name = NAME_MAPPING.get(
+            (module, name), (IMPORT_MAPPING.get(module, module), name)
+        )  # protocol 2 has the names of Python 2
         whole = f"{module}.{name}"
         if whole not in MAPPINGS and not _PLAIN.fullmatch(whole):
             raise _Refused(whole)
@@ -404,6 +408,8 @@ class Reader:
             return self._made(called.name, inner)
         if name.startswith("torch._utils._rebuild_") or name == "torch.Tensor":
             return OddTensor(kind)
+        if name == "_codecs.encode" and arguments and isinstance(arguments[0], str):
+            return arguments[0].encode("latin1", "backslashreplace")  # how protocol 2 has bytes
         return Inert(name.removeprefix("builtins."))
 
     def _mapping(self, arguments: tuple[Any, ...]) -> dict[Any, Any]:

@@ -17,13 +17,13 @@ import numpy as np
 
 from vit_common.files.containers.tensor import (
     DTYPES,
-    Behind,
     DataFile,
     Progress,
     Tensor,
     bad_shape,
     little_endian_bytes,
     no_progress,
+    written_behind,
 )
 from vit_common.files.texts import MAX_JSON_BYTES, parse_json
 
@@ -170,7 +170,7 @@ def write(
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     stream.write(len(text).to_bytes(8, "little") + text)
-    with Behind(stream) as behind:
+    with written_behind(stream) as write_on:
         for tensor in ordered:
-            behind.write(little_endian_bytes(tensor))
+            write_on(little_endian_bytes(tensor))
             progress(tensor.nbytes)

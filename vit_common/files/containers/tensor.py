@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import queue
 import stat
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
 
 from vit_common.errors import CheckpointError, InputError, MissingFileError
-from vit_common.files.texts import reason
+from vit_common.files.texts import cut, reason
 
 _TILE = 256
 """Side of the tiles a transposed array is copied in: 256 kB of float32, which a cache holds."""
@@ -162,7 +163,7 @@ class DataFile:
         self.close()
 
     def fail(self, text: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {text}")
+        return CheckpointError(f"{self.path}: {cut(text)}")
 
     def read(self, offset: int, count: int) -> bytes:
         """At most `count` bytes from `offset`; fewer only at the end of the file."""
@@ -289,47 +290,34 @@ def no_progress(nbytes: int) -> None:
     """The `Progress` of a writer that nobody watches."""
 
 
-class Behind:
-    """A stream that is written to by a thread, while the next tensor is being read and turned.
+Write = Callable[[bytes | memoryview], object]
 
-    To enter and leave; all is written when it is left. Holds a tensor or two that wait.
+_WAITING = 3
+"""Pieces that wait to be written: a tensor, with its header before and behind it."""
 
-    Args:
-        stream: what to write to.
+
+@contextlib.contextmanager
+def written_behind(stream: BinaryIO) -> Iterator[Write]:
+    """A function that hands bytes to a thread, which writes them while the next tensor is read.
+
+    All is written when the block is left; what a write raised is raised by a later one, or there.
     """
+    waiting: deque[Future] = deque()
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=4)
-        self._error: BaseException | None = None
-        self._given_up = False
-        self._thread = threading.Thread(target=self._work, name="vit-write", daemon=True)
+    def write(data: bytes | memoryview) -> None:
+        waiting.append(thread.submit(stream.write, data))
+        del data
+        while len(waiting) > _WAITING:
+            waiting.popleft().result()
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Hand over bytes; raises what an earlier write raised."""
-        if self._error is not None:
-            raise self._error
-        self._queue.put(data)
-
-    def _work(self) -> None:
-        while (data := self._queue.get()) is not None:
-            if self._error is None and not self._given_up:
-                try:
-                    self._stream.write(data)
-                except BaseException as error:
-                    self._error = error
-            del data
-
-    def __enter__(self) -> Behind:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._given_up = kind is not None
-        self._queue.put(None)
-        self._thread.join()
-        if kind is None and self._error is not None:
-            raise self._error
+    with ThreadPoolExecutor(1, "vit-write") as thread:
+        try:
+            yield write
+            while waiting:
+                waiting.popleft().result()
+        except BaseException:
+            thread.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def little_endian_bytes(tensor: Tensor) -> memoryview:

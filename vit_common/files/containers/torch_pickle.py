@@ -171,8 +171,9 @@ def _read_legacy(file: DataFile) -> tuple[Any, dict[str, tuple[int, int]], bool]
         size = storage.count * _item_size(file, storage)
         if stated != storage.count or position + 8 + size > file.size:
             raise file.fail(
-                f"truncated or corrupt: storage {key[:40]!r} holds {storage.count} numbers; the "
-                f"file has {stated} at byte {position}, and ends at byte {file.size}."
+                f"not a readable torch file, or truncated: storage {key[:40]!r} holds "
+                f"{storage.count} numbers; the file has {stated} at byte {position}, and ends at "
+                f"byte {file.size}."
             )
         places[key] = position + 8, size
         position += 8 + size

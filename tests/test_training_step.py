@@ -1,0 +1,271 @@
+"""One training step beside PyTorch's: the same network, loss and optimizer, step by step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import transformers
+from flax.traverse_util import flatten_dict
+from networks import flax_tree, flax_twin, make_config, random_weights
+
+from vit_common.errors import InputError
+from vit_flax import FlaxViTForImageClassification
+from vit_flax.int8 import quantize
+from vit_flax.training import cross_entropy, init_state, make_step
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIZES |= {"intermediate_size": 24, "image_size": 8, "patch_size": 4}
+STEPS = 5
+# name -> optax's optimizer, torch's with the same arguments
+OPTIMIZERS = {
+    "SGD with momentum": (
+        optax.sgd(0.1, momentum=0.9),
+        lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9),
+    ),
+    "AdamW": (
+        optax.adamw(1e-2, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.1),
+        lambda parameters: torch.optim.AdamW(
+            parameters, 1e-2, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1
+        ),
+    ),
+}
+
+
+def batches(count=STEPS, dtype=np.float64):
+    rng = np.random.default_rng(3)
+    return [
+        {
+            "pixel_values": rng.normal(size=(4, 3, 8, 8)).astype(dtype),
+            "labels": rng.integers(0, 5, 4),
+        }
+        for _ in range(count)
+    ]
+
+
+def pair(dtype):
+    """Our model, and Transformers' with the same weights."""
+    config = make_config(**SIZES)
+    weights = random_weights(config, "classifier")
+    reference = transformers.ViTForImageClassification(
+        transformers.ViTConfig(**config.to_dict())
+    ).to(torch.float64)
+    reference.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
+    ours = flax_twin(FlaxViTForImageClassification, config, weights, dtype)
+    return ours, reference
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_steps_are_those_of_torch(name, smoothing):
+    """Parameters, losses and norms of gradients, in float64."""
+    ours, theirs = OPTIMIZERS[name]
+    with jax.enable_x64(True):
+        model, reference = pair(jnp.float64)
+        optimizer = theirs(reference.parameters())
+        step = make_step(model, cross_entropy(smoothing), ours)
+        first = flatten_dict(jax.tree.map(np.asarray, model.params))
+        params, state = jax.tree.map(jnp.copy, model.params), init_state(ours, model.params)
+        for batch in batches():
+            logits = reference(torch.tensor(batch["pixel_values"])).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits, torch.tensor(batch["labels"]), label_smoothing=smoothing
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), float("inf"))
+            optimizer.step()
+            params, state, metrics = step(params, state, batch, None)
+            assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-10)
+            assert metrics["gradient_norm"] == pytest.approx(norm.item(), rel=1e-10)
+        after = {name: each.detach().numpy() for name, each in reference.named_parameters()}
+        wanted = flatten_dict(flax_tree(after, jnp.float64))
+        for path, value in flatten_dict(params).items():
+            np.testing.assert_allclose(value, wanted[path], rtol=0, atol=1e-10, err_msg=path)
+            assert path[-2] == "key" or np.abs(value - first[path]).max() > 1e-3
+        assert step._cache_size() == 1
+
+
+def test_a_module_takes_the_same_step():
+    """A `flax.linen.Module`, which has no parameters of its own; images with channels last."""
+    model, _ = pair(jnp.float32)
+    optimizer = optax.sgd(0.1)
+    found = []
+    for network, axes in ((model, (0, 1, 2, 3)), (model.module, (0, 2, 3, 1))):
+        step = make_step(network, cross_entropy(), optimizer, donate=False)
+        batch = batches(1, np.float32)[0]
+        batch["pixel_values"] = batch["pixel_values"].transpose(axes)
+        found.append(step(model.params, init_state(optimizer, model.params), batch, None)[0])
+    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+
+
+class Half(nn.Module):
+    """Dropout at a rate of one half, on one number per image."""
+
+    @nn.compact
+    def __call__(self, x, deterministic):
+        weight = self.param("weight", nn.initializers.ones, (1,))
+        return nn.Dropout(0.5, deterministic=deterministic)(x * weight)
+
+
+def test_dropout_is_on_and_its_key_decides():
+    step = make_step(Half(), lambda outputs, batch: outputs.sum(), optax.sgd(1.0), donate=False)
+    params = {"weight": jnp.ones(1)}
+    batch = {"pixel_values": jnp.ones((64, 1))}
+
+    def lost(key):
+        return float(step(params, optax.sgd(1.0).init({}), batch, key)[2]["loss"])
+
+    key = jax.random.key(0)
+    assert lost(jax.random.fold_in(key, 1)) == lost(jax.random.fold_in(key, 1)) != 64
+    assert len({lost(jax.random.fold_in(key, i)) for i in range(8)}) > 2
+    # As Flax itself drops them with this key.
+    kept = Half().apply({"params": params}, batch["pixel_values"], False, rngs={"dropout": key})
+    assert lost(key) == float(kept.sum())
+
+
+def test_moments_of_half_parameters_are_float32():
+    model, _ = pair(jnp.bfloat16)
+    optimizer = optax.adamw(1e-2)
+    state = init_state(optimizer, model.params)
+    step = make_step(model, cross_entropy(), optimizer)
+    params, state, metrics = step(model.params, state, batches(1, np.float32)[0], None)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+    moments = {leaf.dtype.name for leaf in jax.tree.leaves((state[0].mu, state[0].nu))}
+    assert moments == {"float32"}
+    assert {value.dtype.name for value in metrics.values()} == {"float32"}
+
+
+def test_the_old_state_gives_its_memory():
+    model, _ = pair(jnp.float32)
+    optimizer = optax.adamw(1e-2)
+    params = jax.tree.map(jnp.copy, model.params)
+    state = init_state(optimizer, params)
+    step = make_step(model, cross_entropy(), optimizer)
+    step(params, state, batches(1, np.float32)[0], None)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, state[0].mu, state[0].nu)))
+
+
+def test_labels_may_be_probabilities_and_a_loss_may_tell_more():
+    """Mixed labels, as torch takes them."""
+    logits = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    targets = np.random.default_rng(1).dirichlet(np.ones(5), 4).astype(np.float32)
+
+    class Logits(nn.Module):
+        @nn.compact
+        def __call__(self, x, deterministic):
+            self.param("unused", nn.initializers.ones, (1,))
+            return transformers.modeling_flax_outputs.FlaxSequenceClassifierOutput(logits=x)
+
+    def loss(outputs, batch):
+        return cross_entropy(0.2)(outputs, batch), {"largest": outputs.logits.max()}
+
+    step = make_step(Logits(), loss, optax.sgd(1.0), donate=False)
+    batch = {"pixel_values": logits, "labels": targets}
+    metrics = step({"unused": jnp.ones(1)}, optax.sgd(1.0).init({}), batch, None)[2]
+    wanted = torch.nn.functional.cross_entropy(
+        torch.tensor(logits), torch.tensor(targets), label_smoothing=0.2
+    )
+    assert metrics["loss"] == pytest.approx(wanted.item(), rel=1e-6)
+    assert metrics["largest"] == logits.max()
+    assert metrics["gradient_norm"] == 0.0
+
+
+def test_what_cannot_be_trained():
+    model, _ = pair(jnp.float32)
+    optimizer = optax.sgd(0.1)
+    step = make_step(model, cross_entropy(), optimizer)
+    with pytest.raises(InputError, match=r"kernel is int8, which cannot be trained"):
+        step(quantize(model.params), optax.sgd(1.0).init({}), batches(1, np.float32)[0], None)
+    step = make_step(model, lambda outputs, batch: outputs.logits, optimizer)
+    with pytest.raises(InputError, match=r"one number for the batch; given shape \(4, 5\)"):
+        step(model.params, optax.sgd(1.0).init({}), batches(1, np.float32)[0], None)
+
+
+SHARDED = """
+import json, sys
+import jax, numpy as np, optax
+from flax.traverse_util import flatten_dict
+from test_training_step import batches, pair
+from vit_flax.sharding import TRAINING_AXES, batch_sharding, make_mesh, tree_shardings
+from vit_flax.training import cross_entropy, init_state, make_step
+
+model, _ = pair("float32")
+optimizer = optax.adamw(1e-2, weight_decay=0.1)
+mesh = make_mesh(json.loads(sys.argv[1]), model.config, TRAINING_AXES)
+params = jax.device_put(model.params, tree_shardings(mesh, model.params))
+state = init_state(optimizer, params)
+state = jax.device_put(state, tree_shardings(mesh, state))
+step = make_step(model, cross_entropy(), optimizer, mesh=mesh)
+losses = []
+for batch in batches(dtype=np.float32):
+    batch = jax.device_put(batch, batch_sharding(mesh))
+    params, state, metrics = step(params, state, batch, None)
+    losses.append(float(metrics["loss"]))
+held = lambda tree: max(
+    sum(shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards
+        if shard.device == device) for device in mesh.devices.flat)
+whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+np.savez(sys.argv[2], **{"/".join(k): np.asarray(v) for k, v in flatten_dict(params).items()})
+print(json.dumps([losses, held(params) / whole, held(state[0].mu) / whole, step._cache_size()]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("mesh", "share"),
+    [
+        ({"data": 1, "fsdp": 2, "model": 2}, 0.5),
+        pytest.param({"data": 4}, 1.0, marks=pytest.mark.slow),
+        pytest.param({"data": 2, "fsdp": 2}, 0.7, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 4}, 0.5, marks=pytest.mark.slow),
+    ],
+)
+def test_several_devices_take_the_same_steps(tmp_path, mesh, share):
+    """As torch takes them; each device holds its part of parameters and moments."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED, json.dumps(mesh), str(tmp_path / "after.npz")],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(
+                [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+            ),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
+            + " --xla_force_host_platform_device_count=4",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses, params, moments, compiled = json.loads(done.stdout)
+    assert compiled == 1
+    assert params <= share
+    assert moments <= share
+    _, reference = pair(jnp.float32)
+    optimizer = torch.optim.AdamW(reference.parameters(), 1e-2, weight_decay=0.1)
+    for batch, found in zip(batches(), losses, strict=True):
+        logits = reference(torch.tensor(batch["pixel_values"])).logits
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(batch["labels"]))
+        assert found == pytest.approx(loss.item(), rel=1e-4)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = {name: each.detach().numpy() for name, each in reference.named_parameters()}
+    wanted = flatten_dict(flax_tree(after, jnp.float32), sep="/")
+    with np.load(tmp_path / "after.npz") as found:
+        for name, value in wanted.items():
+            # Key biases have no gradient but rounding, which Adam scales up to its full rate.
+            if not name.endswith("key/bias"):
+                np.testing.assert_allclose(found[name], value, rtol=0, atol=2e-3, err_msg=name)
