@@ -15,7 +15,7 @@ from vit_common.config import CONFIG_NAME, OURS, ViTConfig, as_config, is_timm
 from vit_common.errors import CheckpointError, ConfigError, some
 from vit_common.families import CONFIG_CLASSES, AutoConfig, config_class
 from vit_common.files.checkpoint import Checkpoint, open_checkpoint
-from vit_common.files.hub import ModelFiles, find_file
+from vit_common.files.hub import AbsentFileError, ModelFiles, find_file
 from vit_common.files.texts import parse_json, read_json
 from vit_common.images.auto import AutoImageProcessor
 from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor
@@ -232,7 +232,13 @@ def open_source(
         notes = [Note(name, given[name], "given") for name in given if name not in left_over]
         if settled is None:
             if read.table.files.described:
-                files.need(CONFIG_NAME)  # raises, saying where it looked
+                try:
+                    files.need(CONFIG_NAME)
+                except AbsentFileError as error:
+                    raise AbsentFileError(
+                        f"{error} Pass `config=` with the configuration of these weights: tools "
+                        "such as Transformers' `Trainer` save none."
+                    ) from error
                 raise CheckpointError("there is no config.json, which this format needs.")
             known = {name for cls in CONFIG_CLASSES.values() for name in cls.fields}
             left_over = {n: v for n, v in given.items() if n not in known and n != "num_labels"}

@@ -225,6 +225,9 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
         if "attn_implementation" in arguments:  # the constructor of a subclass need not take it
             config = copy.copy(config)
             config._attn_implementation = check_implementation(arguments.pop("attn_implementation"))
+        elif not source.config_given and config._attn_implementation is None:
+            config = copy.copy(config)  # it says what runs, as in Transformers
+            config._attn_implementation = "sdpa"
         # A subclass may compute with what it builds, so that is built on a real device.
         place = contextlib.nullcontext() if cls._is_customized() else torch.device("meta")
         with place:
