@@ -6,7 +6,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := vit_common convert vit_flax vit_torch vit_cli tests benchmarks examples setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-docs mutants test-online test-current-hub test-tpu lint format types \
+.PHONY: help demo test test-slow fuzz test-docs mutants test-online test-current-hub test-tpu lint format types \
     wheel wheel-3.12 wheel-3.13 wheel-lowest docs check bench clean
 
 help:  ## list the targets
@@ -39,6 +39,10 @@ test-slow: $(VENV)/.test  ## the tests that take minutes or gigabytes
 
 test-docs: $(VENV)/.test  ## everything that README, docs/ and the notebook show is run and compared
 	$(BIN)/python -m pytest -n 2 -m docs
+
+SECONDS ?= 60
+fuzz: $(VENV)/.test  ## bent files for every reader; SECONDS=60
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)
 
 test-online: $(VENV)/.test  ## the tests that need the real Hub
 	$(BIN)/python -m pytest -m online

@@ -56,7 +56,9 @@ class AutoModelBase:
                 )
             table = config.to_dict()
             config = config_class(table.get("model_type")).from_dict(table)
-        return cls.class_for(config)(config, **kwargs)
+        kwargs.pop("trust_remote_code", None)  # no code of a repository is ever run
+        model = cls.class_for(config)
+        return getattr(model, "_from_config", model)(config, **kwargs)
 
     @classmethod
     def from_pretrained(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ _CANONICAL = "embeddings.patch_embeddings.projection.weight"
 # What the patch projection's kernel is called, in any of the formats. What stands before it is what
 # the file puts before every name of the network.
 _PROJECTIONS = {
-    name
+    name: any(t.prefixed for t in FORMATS if t.rule_for_foreign(name))
     for table in FORMATS
     if (hit := table.rule_for_canonical(_CANONICAL)) is not None
     for name in hit[0].foreign_names
@@ -34,7 +35,10 @@ _COPIES = (
 )
 _MOMENTUM = r"(.*[/.])?(momentum_encoder|momentum_backbone|encoder_k)[/.].*"
 # Names between those places and the network's own.
-_INNER = r"((module|backbone|_orig_mod|encoder|img|visual|vit|model|base_encoder|timm_model)[/.])*"
+_INNER = (
+    r"((module|backbone|_orig_mod|encoder|img|visual|model|base_encoder|timm_model|net|network|"
+    rf"{'|'.join(PREFIXES)})[/.])*"
+)
 _ELSEWHERE = (
     (
         r"(.*[/.])?(opt|optimi[sz]er|opt_state|state|lr_scheduler|scaler|grad_scaler)[/.].*",
@@ -94,7 +98,9 @@ def find_root(tensors: Mapping[str, TensorLike] | Iterable[str]) -> Root:
     roots: dict[str, str] = {}  # path -> path with the prefix of a family
     for key in keys:
         if match := _PROJECTION.search(key):
-            roots[_without_family(key[: match.start()])] = key[: match.start()]
+            before = key[: match.start()]
+            # Only some formats put the family there by themselves.
+            roots[_without_family(before) if _PROJECTIONS[match[0]] else before] = before
     if not roots:
         raise CheckpointError(_not_a_network(keys))
     ranked = sorted(roots, key=lambda path: (_rank(path), len(path)))
@@ -152,8 +158,8 @@ def _reason(key: str, more: tuple[tuple[str, str], ...] = ()) -> str | None:
 
 
 def _is_number(tensor: TensorLike) -> bool:
-    """Whether it is a scalar or holds integers: no weight, whatever it is."""
-    return not tensor.shape or tensor.dtype.kind in "iub"
+    """Whether it is one number, or holds integers: no weight, whatever it is."""
+    return math.prod(tensor.shape) <= 1 or tensor.dtype.kind in "iub"
 
 
 def _not_a_network(keys: list[str]) -> str:
@@ -288,4 +294,4 @@ def _prefer(
         return _prefer([table for table in tables if table.name == name], keys, hints, also)
     if "model_type" in hints and len({id(table.rules) for table in tables}) == 1:
         return tables[:1]  # the configuration says what the weights do not
-    return [table for table in tables if table.candidate]
+    return [table for table in tables if table.candidate] or tables

@@ -38,6 +38,9 @@ PUBLISHED: tuple[Published, ...] = (
     Published("ViT-So400m", 1152, 27, 4304, 16),
     Published("DINOv2 ViT-giant", 1536, 40, 4096, 24),
     Published("ViT-G", 1664, 48, 8192, 16),
+    # Of these names in timm 1.0.31; no weights of the second were published.
+    Published("vit_base_patch16_siglip_gap_224", 768, 12, 3072, 12, class_token=False),
+    Published("vit_base_patch16_gap_224", 768, 12, 3072, 16, class_token=False),
     *dict.fromkeys(row for table in FORMATS for row in table.published),
 )
 """Published networks whose files do not say their number of heads; the presets' sources are there.

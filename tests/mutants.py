@@ -22,6 +22,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("vit_common", "convert", "vit_flax", "vit_torch", "vit_cli", "tests", "pyproject.toml")
 FLAX, TORCH = "vit_flax/model.py", "vit_torch/model.py"
+NORM = "vit_flax/norm.py"
 FLAX_ATTENTION, TORCH_ATTENTION = "vit_flax/attention/__init__.py", "vit_torch/attention.py"
 TPU_ATTENTION, STACKING = "vit_flax/attention/tpu.py", "vit_flax/stacked.py"
 
@@ -87,7 +88,20 @@ MUTANTS = [
         f"{_PARITY}activations[float64-quick_gelu]",
     ),
     Mutant("eps", FLAX, "epsilon=part.config.layer_norm_eps", "epsilon=1e-6", STAGES),
-    Mutant("variance", FLAX, "use_fast_variance=False", "use_fast_variance=True", OFFSET),
+    Mutant(
+        "variance",
+        NORM,
+        "variance = jnp.square(wide - mean).mean(-1, keepdims=True)",
+        "variance = jnp.square(wide).mean(-1, keepdims=True) - jnp.square(mean)",
+        OFFSET,
+    ),
+    Mutant(
+        "derivative of the norm",
+        NORM,
+        "factor * (dx - dx.mean(-1, keepdims=True) - unit * along)",
+        "factor * (dx - dx.mean(-1, keepdims=True))",
+        "tests/test_norm.py",
+    ),
     Mutant("scale of the query", FLAX_ATTENTION, "query.shape[-1] ** -0.5", "1.0", STAGES),
     Mutant(
         "scale by the width",

@@ -133,10 +133,6 @@ _NOT_YET = {
     "vit_convert.formats.timm -> vit_convert.rules",
     "vit_cli.main -> vit_cli.options -> vit_cli.commands.features -> vit_cli.runs.job -> "
     "vit_cli.runs.supervise -> vit_cli.main",
-    "vit_common.files.hub: stacklevel=4",
-    "vit_common.files.hub: stacklevel=5",
-    "vit_convert.load: stacklevel=4",
-    "vit_convert.load: stacklevel=5",
 }
 
 
@@ -207,15 +203,21 @@ def test_stacklevel_is_never_counted_by_hand():
 
 def test_public_names_of_vit_flax():
     assert vit_flax.__all__ == [
+        "CONFIG_MAPPING",
         "AutoConfig",
+        "AutoFeatureExtractor",
         "AutoImageProcessor",
+        "BatchFeature",
         "BeitConfig",
         "BeitFeatureExtractor",
         "BeitImageProcessor",
+        "BeitImageProcessorFast",
         "BitImageProcessor",
+        "BitImageProcessorFast",
         "DeiTConfig",
         "DeiTFeatureExtractor",
         "DeiTImageProcessor",
+        "DeiTImageProcessorFast",
         "Dinov2Config",
         "Dinov2WithRegistersConfig",
         "FlaxAutoModel",
@@ -255,6 +257,8 @@ def test_public_names_of_vit_flax():
         "ViTConfig",
         "ViTFeatureExtractor",
         "ViTImageProcessor",
+        "ViTImageProcessorFast",
+        "load_image",
         "stack_layers",
         "unstack_layers",
     ]
@@ -263,21 +267,26 @@ def test_public_names_of_vit_flax():
 
 def test_public_names_of_vit_torch():
     assert vit_torch.__all__ == [
+        "CONFIG_MAPPING",
         "AutoConfig",
+        "AutoFeatureExtractor",
         "AutoImageProcessor",
         "AutoModel",
         "AutoModelForImageClassification",
         "AutoModelForMaskedImageModeling",
         "BaseModelOutput",
         "BaseModelOutputWithPooling",
+        "BatchFeature",
         "BeitConfig",
         "BeitFeatureExtractor",
         "BeitForImageClassification",
         "BeitForMaskedImageModeling",
         "BeitImageProcessor",
+        "BeitImageProcessorFast",
         "BeitModel",
         "BeitPreTrainedModel",
         "BitImageProcessor",
+        "BitImageProcessorFast",
         "DeiTConfig",
         "DeiTFeatureExtractor",
         "DeiTForImageClassification",
@@ -285,6 +294,7 @@ def test_public_names_of_vit_torch():
         "DeiTForImageClassificationWithTeacherOutput",
         "DeiTForMaskedImageModeling",
         "DeiTImageProcessor",
+        "DeiTImageProcessorFast",
         "DeiTModel",
         "DeiTPreTrainedModel",
         "Dinov2Config",
@@ -303,7 +313,9 @@ def test_public_names_of_vit_torch():
         "ViTForImageClassification",
         "ViTForMaskedImageModeling",
         "ViTImageProcessor",
+        "ViTImageProcessorFast",
         "ViTModel",
         "ViTPreTrainedModel",
+        "load_image",
     ]
     assert all(hasattr(vit_torch, name) for name in vit_torch.__all__)

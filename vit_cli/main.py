@@ -18,6 +18,7 @@ from vit_cli.terminal.exit_codes import DONE
 from vit_cli.terminal.guard import guarded, prepare_streams
 from vit_cli.terminal.interrupt import exits_at_once
 from vit_cli.terminal.messages import show_warning
+from vit_common.errors import DeviceError, ViTError
 
 _COMMANDS = {
     "predict": "classify images",
@@ -70,10 +71,29 @@ def _parse(arguments: Sequence[str]) -> Callable[[], int]:
         return lambda: DONE
 
     def run() -> int:
-        with pixels_limited(options):
-            return command.run(options)
+        try:
+            with pixels_limited(options):
+                return command.run(options)
+        except Exception as error:
+            out_of_memory = _out_of_memory(parser, error)
+            if out_of_memory is None:
+                raise
+            raise out_of_memory from error
 
     return run
+
+
+def _out_of_memory(parser: Parser, error: Exception) -> DeviceError | None:
+    """An error that advises the option this command has, if memory was what ran out."""
+    from vit_flax.last_words import is_out_of_memory
+
+    if isinstance(error, ViTError) or not is_out_of_memory(error):
+        return None
+    batch = (name for name in ("--batch-size", "--batch-sizes", "--batch") if parser.has(name))
+    advice = next(
+        (f"try a smaller {name}" for name in batch), "try a smaller model or --image-size"
+    )
+    return DeviceError(f"out of memory; {advice}.")
 
 
 def _top(arguments: Sequence[str]) -> Callable[[], int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import re
 import sys
@@ -75,6 +76,10 @@ class Parser(argparse.ArgumentParser):
         for check in self.checks:
             check(options)
         return options
+
+    def has(self, option: str) -> bool:
+        """Whether there is such an option."""
+        return option in self._option_string_actions
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message.rstrip('.')}; see `{self.prog} --help`.")
@@ -150,6 +155,13 @@ def _field(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not (equals and name.isidentifier()):
         raise InputError(f"--set must be FIELD=VALUE; given {text!r}.")
+    from vit_common.config import CONFIG_CLASSES  # only here: it loads numpy
+
+    known = {"num_labels": 0, **{n: 0 for cls in CONFIG_CLASSES.values() for n in cls.fields}}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 3)
+        meant = f"; did you mean {' or '.join(near)}?" if near else "; see a model's config.json."
+        raise InputError(f"--set: no configuration has a field {name!r}{meant}")
     try:
         return name, json.loads(value)
     except ValueError:
@@ -173,7 +185,7 @@ def add_model(parser: Parser) -> None:
 
 
 def add_reading(
-    parser: Parser, *, image_size: str = "image size, if not in the files or to override it"
+    parser: Parser, *, image_size: str = "image size the model was trained at, if not in the files"
 ) -> None:
     """What the files of a model do not say by themselves, and where on the Hub they are.
 

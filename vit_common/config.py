@@ -28,6 +28,7 @@ from vit_common.config_fields import (
     Fields,
     Pooling,
     PositionTokens,
+    check_depth,
     integer,
     refusal,
 )
@@ -80,6 +81,7 @@ class ViTConfig:
 
     model_type: ClassVar[str] = "vit"
     fields: ClassVar[Fields] = VIT_FIELDS
+    __signature__: ClassVar[Any]  # of the constructor, made from the fields
 
     extended_type: ClassVar[str] = "vit_extended"
     """`model_type` in files of networks that Transformers' ViT cannot hold, so that it refuses them
@@ -147,7 +149,7 @@ class ViTConfig:
             _FAMILIES[cls.model_type] = cls
             _describe(cls)
         elif "__init__" in vars(cls):
-            cls.__signature__ = None  # type: ignore[attr-defined]  # its own
+            cls.__signature__ = None  # its own
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if len(args) > len(self.fields):
@@ -192,7 +194,7 @@ class ViTConfig:
 
     def _set_unknown(self, name: str, value: Any) -> None:
         """Keep a key that is no field of this family."""
-        _check_depth(name, value)
+        check_depth(name, value)
         taken = getattr(type(self), name, None)
         if isinstance(taken, property) or name in _RUNTIME or name.startswith("_attn_impl"):
             # The network has it from other fields, or it was about one process; a file may say it.
@@ -575,7 +577,7 @@ class ViTConfig:
             used.setdefault("dtype", used.pop("torch_dtype"))
         config = cls(**{**table, **used})
         for name, value in ignored.items():
-            _check_depth(name, value)
+            check_depth(name, value)
             config._ignored[name] = value
         return (config, unused) if return_unused else config
 
@@ -706,24 +708,6 @@ _KNOWN = (
     "attn_implementation",
 )
 
-_DEEPEST = 100
-"""Levels of lists and mappings that a value may have; far fewer than Python's recursion bears."""
-
-
-def _check_depth(name: str, value: Any) -> None:
-    """Refuse a value nested so deep that copying, comparing or writing it would fail."""
-    level, depth = [value], 0
-    while level:
-        level = [
-            inner
-            for each in level
-            if isinstance(each, (Mapping, list, tuple))
-            for inner in (each.values() if isinstance(each, Mapping) else each)
-        ]
-        depth += 1
-        if depth > _DEEPEST:
-            raise refusal(name, f"nested at most {_DEEPEST} levels deep", value)
-
 
 def _kernel_name(value: Any, before: str | None) -> str | None:
     """The name of an attention kernel; Transformers' mapping has that of the whole model as ""."""
@@ -773,7 +757,7 @@ def _describe(cls: type[ViTConfig]) -> None:
         for name, row in cls.fields.items()
     ]
     unknown = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
-    cls.__signature__ = inspect.Signature([*parameters, unknown])  # type: ignore[attr-defined]
+    cls.__signature__ = inspect.Signature([*parameters, unknown])
 
 
 _FAMILIES: dict[str, type[ViTConfig]] = {

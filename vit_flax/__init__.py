@@ -12,20 +12,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vit_common.config import ViTConfig
     from vit_common.families import (
+        CONFIG_MAPPING,
         AutoConfig,
         BeitConfig,
         DeiTConfig,
         Dinov2Config,
         Dinov2WithRegistersConfig,
     )
-    from vit_common.images.auto import AutoImageProcessor
-    from vit_common.images.processor import ViTFeatureExtractor, ViTImageProcessor
+    from vit_common.images.auto import AutoFeatureExtractor, AutoImageProcessor
+    from vit_common.images.pictures import load_image
+    from vit_common.images.processor import (
+        BatchFeature,
+        ViTFeatureExtractor,
+        ViTImageProcessor,
+        ViTImageProcessorFast,
+    )
     from vit_common.images.processors import (
         BeitFeatureExtractor,
         BeitImageProcessor,
+        BeitImageProcessorFast,
         BitImageProcessor,
+        BitImageProcessorFast,
         DeiTFeatureExtractor,
         DeiTImageProcessor,
+        DeiTImageProcessorFast,
     )
     from vit_flax.auto import (
         FlaxAutoModel,
@@ -74,15 +84,21 @@ if TYPE_CHECKING:
     from vit_flax.stacked import stack_layers, unstack_layers
 
 __all__ = [
+    "CONFIG_MAPPING",
     "AutoConfig",
+    "AutoFeatureExtractor",
     "AutoImageProcessor",
+    "BatchFeature",
     "BeitConfig",
     "BeitFeatureExtractor",
     "BeitImageProcessor",
+    "BeitImageProcessorFast",
     "BitImageProcessor",
+    "BitImageProcessorFast",
     "DeiTConfig",
     "DeiTFeatureExtractor",
     "DeiTImageProcessor",
+    "DeiTImageProcessorFast",
     "Dinov2Config",
     "Dinov2WithRegistersConfig",
     "FlaxAutoModel",
@@ -122,6 +138,8 @@ __all__ = [
     "ViTConfig",
     "ViTFeatureExtractor",
     "ViTImageProcessor",
+    "ViTImageProcessorFast",
+    "load_image",
     "stack_layers",
     "unstack_layers",
 ]
@@ -132,6 +150,7 @@ _HOMES = (
     "vit_common.images.processor",
     "vit_common.images.processors",
     "vit_common.images.auto",
+    "vit_common.images.pictures",
     "vit_flax.outputs",
     "vit_flax.model",
     "vit_flax.pretrained",

@@ -35,6 +35,7 @@ from vit_common.positions import relative_distances, relative_position_index, re
 from vit_flax.attention import attention
 from vit_flax.int8 import Dense
 from vit_flax.layout import row_major
+from vit_flax.norm import LayerNorm
 from vit_flax.outputs import (
     FlaxBaseModelOutput,
     FlaxBaseModelOutputWithPooling,
@@ -169,15 +170,11 @@ def convolution(
     )
 
 
-def layer_norm(part: FlaxViTPart) -> nn.LayerNorm:
-    return nn.LayerNorm(
+def layer_norm(part: FlaxViTPart) -> LayerNorm:
+    return LayerNorm(
         epsilon=part.config.layer_norm_eps,
         dtype=part.dtype,
         param_dtype=part.param_dtype,
-        use_bias=True,
-        use_scale=True,
-        use_fast_variance=False,
-        force_float32_reductions=True,
     )
 
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import flax.linen as nn
@@ -34,12 +32,11 @@ from vit_common.checks import (
 from vit_common.config import ViTConfig, as_config
 from vit_common.errors import InputError
 from vit_common.files.containers.tensor import as_tensor
-from vit_common.files.hub import PUSH_OPTIONS, push_folder, push_if_asked
 from vit_common.parameters import Head, head_tokens, initial_value, parameter_shapes
 from vit_convert.formats import TREE
 from vit_convert.load import Loadable, is_finite, load_parameters, warn_if_not_finite
 from vit_convert.rules import Mapped, MappedTensor, to_canonical, to_foreign, unprefixed
-from vit_convert.save import SaveFormat, check_save_keywords, save_parameters
+from vit_convert.save import Savable, SaveFormat
 from vit_convert.source import Source
 from vit_flax.attention import check_implementation
 from vit_flax.model import (
@@ -64,7 +61,7 @@ _TORCH_FILES = (
 )
 
 
-class FlaxViTPreTrainedModel(Loadable):
+class FlaxViTPreTrainedModel(Loadable, Savable):
     """Base of the models: a module, its parameters, and their files.
 
     Args:
@@ -92,6 +89,7 @@ class FlaxViTPreTrainedModel(Loadable):
     main_input_name: ClassVar[str] = "pixel_values"
     module_class: ClassVar[type[nn.Module] | None] = None
     head: ClassVar[Head | None] = None
+    _saving_keywords: ClassVar = ("params", *Savable._saving_keywords)
     _preferred_files: ClassVar = ("from_pt", _TORCH_FILES)
 
     def __init__(
@@ -377,6 +375,7 @@ class FlaxViTPreTrainedModel(Loadable):
         ignore_mismatched_sizes: bool = False,
         allow_missing: bool = False,
         ignore: Iterable[str] = (),
+        output_loading_info: bool = False,
         format: str | None = None,
         from_pt: bool = False,
         _do_init: bool = True,
@@ -398,6 +397,8 @@ class FlaxViTPreTrainedModel(Loadable):
             ignore: regular expressions of names in the file that may be left over. Without it,
                 tensors of the network that the model has no place for are an error, and so is a
                 trained head while one is drawn anew: see `vit_convert.leftovers`.
+            output_loading_info: return `(model, info)`, `info` with the lists of names
+                `missing_keys`, `unexpected_keys`, `mismatched_keys`, and with `error_msgs`.
             format: of the weights ("timm", "google", ...; see docs/convert.md), where their names
                 do not tell it.
             from_pt: prefer weights in PyTorch's layout where there are both. (Both are read
@@ -412,7 +413,8 @@ class FlaxViTPreTrainedModel(Loadable):
                 constructor.
 
         Returns:
-            The model; with `_do_init=False`, the model and its parameters.
+            The model; with `_do_init=False`, `(model, params)`. With `output_loading_info=True`
+            the information comes last: `(model, info)` or `(model, params, info)`.
 
         Warns:
             UserWarning: parameters are newly drawn or left aside, or hold NaN.
@@ -434,6 +436,7 @@ class FlaxViTPreTrainedModel(Loadable):
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 allow_missing=allow_missing,
                 ignore=ignore,
+                output_loading_info=output_loading_info,
                 _do_init=_do_init,
                 param_dtype=param_dtype,
                 shardings=shardings,
@@ -448,6 +451,7 @@ class FlaxViTPreTrainedModel(Loadable):
         ignore_mismatched_sizes: bool = False,
         allow_missing: bool = False,
         ignore: Iterable[str] = (),
+        output_loading_info: bool = False,
         _do_init: bool = True,
         param_dtype: Any = None,
         shardings: Callable[[tuple[str, ...]], jax.sharding.Sharding] | None = None,
@@ -457,8 +461,8 @@ class FlaxViTPreTrainedModel(Loadable):
 
         Args:
             source: what `vit_convert.source.open_source` gives.
-            dtype, *model_args, ignore_mismatched_sizes, allow_missing, ignore, _do_init,
-                param_dtype, shardings: as `from_pretrained`.
+            dtype, *model_args, ignore_mismatched_sizes, allow_missing, ignore,
+                output_loading_info, _do_init, param_dtype, shardings: as `from_pretrained`.
             **kwargs: arguments of the constructor, beside those that `source` holds.
 
         Returns, Warns, Raises: as `from_pretrained`.
@@ -495,11 +499,12 @@ class FlaxViTPreTrainedModel(Loadable):
                 not_finite.append(name)
         warn_if_not_finite(source.path, not_finite)
         params = model.init_weights(model.key, params=unflatten_dict(flat))
+        info = (loaded.info,) if output_loading_info else ()
         if not _do_init:
-            return model, params
+            return model, params, *info
         model._is_initialized = True
         model._params = params
-        return model
+        return (model, *info) if info else model
 
     def save_pretrained(
         self,
@@ -536,18 +541,14 @@ class FlaxViTPreTrainedModel(Loadable):
         mapped = canonical(params)
         if mapped.unused:
             raise InputError(f"`params` hold what no file can: {', '.join(mapped.unused)}.")
-        keywords = inspect.signature(self.save_pretrained).parameters
-        check_save_keywords(f"{type(self).__name__}.save_pretrained", kwargs, keywords)
-        written = save_parameters(
+        self._check_save_keywords(kwargs)
+        self._save(
             save_directory,
-            self.config,
             {name: mapped.tensors[unprefixed(name)] for name in self._canonical_shapes()},
             to=to or ("hub" if safe_serialization else "flax"),
-            architecture=type(self).__name__.removeprefix("Flax"),
             max_shard_size=max_shard_size,
+            upload={**kwargs, "push_to_hub": push_to_hub, "token": token},
         )
-        options = {**kwargs, "push_to_hub": push_to_hub, "token": token}
-        push_if_asked(Path(save_directory), options, files=[path.name for path in written])
 
     def push_to_hub(self, repo_id: str, params: Params | None = None, **kwargs: Any) -> str:
         """Save into a temporary directory and upload it to the Hub.
@@ -555,22 +556,11 @@ class FlaxViTPreTrainedModel(Loadable):
         Args:
             repo_id: "owner/name"; made if it is not there.
             params: parameters to write; None means the model's own.
-            **kwargs: `token`, `private`, `commit_message`, `revision`, `create_pr` for the Hub;
-                `max_shard_size`, `safe_serialization`, `to` as `save_pretrained`.
+            **kwargs: as `vit_convert.save.Savable.push_to_hub`.
 
-        Returns:
-            The address of the upload.
-
-        Raises:
-            MissingFileError: the Hub refuses or cannot be reached.
+        Returns, Raises: as there.
         """
-        names = ("max_shard_size", "safe_serialization", "to")
-        saving = {name: kwargs.pop(name) for name in names if name in kwargs}
-        check_save_keywords(f"{type(self).__name__}.push_to_hub", kwargs, names)
-        with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(directory, params=params, **saving)
-            options = {name: value for name, value in kwargs.items() if name in PUSH_OPTIONS}
-            return push_folder(directory, repo_id, **options)
+        return super().push_to_hub(repo_id, params=params, **kwargs)
 
     # -- dtypes and memory
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vit_common.errors import ConfigError, InputError, ViTError
+from vit_common.errors import ConfigError, InputError, ViTError, shown
 from vit_common.files.hub import AbsentFileError, find_file, split_hub_options
 from vit_common.files.texts import read_json
 from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor, ViTImageProcessor
@@ -40,9 +40,8 @@ class AutoImageProcessor:
     """The processor that a model's files name; made by `from_pretrained` alone."""
 
     def __init__(self) -> None:
-        raise InputError(
-            "`AutoImageProcessor` is not made itself; call `AutoImageProcessor.from_pretrained`."
-        )
+        name = type(self).__name__
+        raise InputError(f"`{name}` is not made itself; call `{name}.from_pretrained`.")
 
     @classmethod
     def from_pretrained(
@@ -81,6 +80,10 @@ class AutoImageProcessor:
         return chosen._from_file(path, table, overrides)
 
 
+class AutoFeatureExtractor(AutoImageProcessor):
+    """The older name of `AutoImageProcessor`."""
+
+
 def processor_from_dict(table: Mapping[str, Any], path: Path) -> BaseImageProcessor:
     """The processor whose `to_dict` gave a table; it names its class.
 
@@ -108,11 +111,12 @@ def _named_class(table: Mapping[str, Any], path: Path) -> type[BaseImageProcesso
         name = table.get(key)
         if name is None:
             continue
-        plain = str(name).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
+        plain = name if isinstance(name, str) else ""
+        plain = plain.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
         if plain not in _CLASSES:
             raise ConfigError(
                 f"{path}: `{key}` must be one of {', '.join(_CLASSES)}, or its older or fast face; "
-                f"given {name!r}. Process such images with the library that wrote the file."
+                f"given {shown(name)}. Process such images with the library that wrote the file."
             )
         return _CLASSES[plain]
     return None
@@ -150,5 +154,5 @@ def _class_by_config(
     if chosen is None and isinstance(config.get("model_type"), str):
         chosen = _CLASS_OF_MODEL.get(config["model_type"])
     if chosen is None:
-        raise ConfigError(f"{wanted}; its `model_type` is {config.get('model_type')!r}.")
+        raise ConfigError(f"{wanted}; its `model_type` is {shown(config.get('model_type'))}.")
     return chosen

@@ -47,9 +47,5 @@ def imagenet_labels() -> tuple[str, ...]:
     """The 1000 names; the index is the class. Read at the first call."""
     from importlib.resources import files
 
-    text = (
-        files("vit_common.images.pictures")
-        .joinpath("imagenet_labels.txt")
-        .read_text(encoding="utf-8")
-    )
+    text = files("vit_common.images").joinpath("imagenet_labels.txt").read_text(encoding="utf-8")
     return tuple(text.splitlines())

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import PIL.Image
 
-from vit_common.errors import ImageError, InputError, MissingFileError, ViTError
+from vit_common.errors import ImageError, InputError, MissingFileError, ViTError, shown
 from vit_common.files.texts import reason
 from vit_common.images import kinds
 
@@ -129,20 +129,33 @@ _TRANSPOSE = {  # EXIF orientation -> what puts the image upright
     8: PIL.Image.Transpose.ROTATE_90,
 }
 _ORIENTATION_TAG = 0x0112
+_WITH_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+
+
+def is_image_file(source: Any) -> bool:
+    """Whether a value is the content of an image file, as bytes or open for reading."""
+    return isinstance(source, (bytes, bytearray, memoryview)) or (
+        hasattr(source, "read") and not isinstance(source, (PIL.Image.Image, np.ndarray))
+    )
 
 
 def load_image(
-    source: str | os.PathLike | BinaryIO, *, at_least: tuple[int, int] | None = None
+    source: str | os.PathLike | bytes | BinaryIO | PIL.Image.Image,
+    *,
+    at_least: tuple[int, int] | None = None,
 ) -> PIL.Image.Image:
-    """Read one image file: decoded in full, upright, of mode L, LA, RGB or RGBA.
+    """Read one image: decoded in full, upright, of mode L, LA, RGB or RGBA.
 
-    16-bit grey is scaled to 8 bits as in `convert_mode`; palettes, CMYK and other colour spaces
-    become RGB, or RGBA if they have transparency. The first frame of an animation is taken.
+    The commands read their images so; `Image.open` alone leaves an image as the camera held it,
+    whatever its EXIF orientation says. 16-bit grey is scaled to 8 bits as in `convert_mode`;
+    palettes, CMYK and other colour spaces become RGB, or RGBA if they have transparency; the
+    processors make of that what their model takes. The first frame of an animation is taken.
     Pillow's limit on pixels holds: it refuses images beyond twice `PIL.Image.MAX_IMAGE_PIXELS`,
     and nothing is said about those between once and twice.
 
     Args:
-        source: path of the file, or a binary file that can seek; it is left open.
+        source: path of the file; its content, as bytes or as a binary file that can seek, which is
+            left open; or a PIL image.
         at_least: (height, width); a JPEG that is larger is decoded at a half, a quarter or an
             eighth of its size if that holds as much. Several times as fast for a photo of many
             megapixels, and not the same pixels after a resize as without it.
@@ -150,19 +163,31 @@ def load_image(
     Raises:
         MissingFileError: the file is not there or cannot be opened.
         ImageError: it is empty, no image, truncated, corrupt or too large. One line.
+        InputError: `source` is none of these.
+
+    Example:
+        >>> image = load_image("photo.jpg")
+        >>> inputs = processor(image, return_tensors="np")
     """
+    if isinstance(source, PIL.Image.Image):
+        given = getattr(source, "filename", "")
+        return _plain(source, given if isinstance(given, str) and given else "the given image")
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _decode(io.BytesIO(source), f"{len(source)} bytes", at_least)
     if isinstance(source, (str, os.PathLike)):
         name = os.fsdecode(source)  # a name may be of bytes
         try:
             stream = Path(name).open("rb", buffering=_BLOCK)  # noqa: SIM115  # closed below
         except (OSError, ValueError) as error:
-            raise MissingFileError(f"{name}: cannot be opened ({reason(error)}).") from error
+            raise MissingFileError(
+                f"{name if len(name) < 4096 else shown(name)}: cannot be opened ({reason(error)})."
+            ) from error
         with stream:
             return _decode(stream, name, at_least)
-    if not hasattr(source, "read"):
+    if not is_image_file(source):
         raise InputError(
-            "`load_image` takes a path or a file open for reading in binary; given "
-            f"{type(source).__name__}."
+            "`load_image` takes a path or a file open for reading in binary, the bytes of a file, "
+            f"or a PIL image; given {type(source).__name__}."
         )
     given = getattr(source, "name", None)
     return _decode(source, given if isinstance(given, str) else "the given file", at_least)
@@ -183,8 +208,22 @@ def _decode(
         if at_least is not None:
             height, width = max(at_least), max(at_least)  # it may have to be turned
             image.draft(None, (width, height))  # does nothing to other kinds of file
+    except MemoryError:
+        raise
+    except PIL.Image.DecompressionBombError as error:
+        raise ImageError(_too_large(name, error)) from error
+    except PIL.UnidentifiedImageError as error:
+        raise ImageError(f"{name}: {_why_unidentified(stream)}.") from error
+    except Exception as error:  # Pillow's readers raise whatever broken data led them to
+        raise ImageError(f"{name}: the image cannot be decoded ({reason(error)}).") from error
+    return _plain(image, name)
+
+
+def _plain(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    """An opened image: decoded, upright, of one of `PLAIN_MODES`."""
+    try:
         image.load()
-        image = _upright(image)
+        image = upright(image)
         if image.mode in PLAIN_MODES:
             return image
         plain = eight_bit(image)
@@ -196,14 +235,16 @@ def _decode(
     except ViTError as error:
         raise ImageError(f"{name}: {error}") from error
     except PIL.Image.DecompressionBombError as error:
-        raise ImageError(
-            f"{name}: too large: {reason(error).rstrip('.')}. If you trust the file, raise "
-            "`PIL.Image.MAX_IMAGE_PIXELS`; in a command, --max-pixels."
-        ) from error
-    except PIL.UnidentifiedImageError as error:
-        raise ImageError(f"{name}: {_why_unidentified(stream)}.") from error
-    except Exception as error:  # Pillow's readers raise whatever broken data led them to
+        raise ImageError(_too_large(name, error)) from error
+    except Exception as error:
         raise ImageError(f"{name}: the image cannot be decoded ({reason(error)}).") from error
+
+
+def _too_large(name: str, error: Exception) -> str:
+    return (
+        f"{name}: too large: {reason(error).rstrip('.')}. If you trust the file, raise "
+        "`PIL.Image.MAX_IMAGE_PIXELS`; in a command, --max-pixels."
+    )
 
 
 def _head(stream: BinaryIO) -> bytes:
@@ -237,9 +278,22 @@ def _why_unidentified(stream: BinaryIO) -> str:
     return "not an image, or of a kind that Pillow does not read" if head else "the file is empty"
 
 
-def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An image as it was seen, where its EXIF says that the camera was turned; else itself.
+
+    Raises:
+        ImageError: the file behind the image cannot be decoded.
+    """
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except Exception:  # broken metadata say nothing, and the pixels are there
         return image
-    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+    if orientation not in _TRANSPOSE:
+        return image
+    try:
+        turned = image.transpose(_TRANSPOSE[orientation])
+    except (ValueError, OSError, SyntaxError) as error:
+        raise ImageError(f"the image cannot be decoded ({reason(error)}).") from error
+    for key in _WITH_ORIENTATION:  # or whoever asks next turns it again
+        turned.info.pop(key, None)
+    return turned

@@ -13,7 +13,7 @@ import PIL.Image
 
 from vit_common.config import ViTConfig
 from vit_common.errors import ConfigError, ImageError, ViTError
-from vit_common.images.pictures import convert_mode, load_image
+from vit_common.images.pictures import convert_mode, is_image_file, load_image, upright
 from vit_common.images.processor import BaseImageProcessor, ViTImageProcessor
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -57,7 +57,8 @@ def prepare_image(
     """One image as a network takes it.
 
     Args:
-        source: name of a file, PIL image, or array as the processor takes it.
+        source: image file (its name, its bytes, or open for reading), PIL image, or array as the
+            processor takes it.
         image_processor: what prepares it.
         shape: (C, H, W) that the network takes.
         at_least: see `load_image`.
@@ -68,10 +69,12 @@ def prepare_image(
             names the file.
     """
     try:
-        named = isinstance(source, (str, os.PathLike))
+        named = isinstance(source, (str, os.PathLike)) or is_image_file(source)
         image = load_image(source, at_least=at_least) if named else source
-        if isinstance(image, PIL.Image.Image) and shape[0] in PIL_MODES:
-            image = convert_mode(image, shape[0])
+        if isinstance(image, PIL.Image.Image):
+            image = upright(image)  # one photo has one answer, whoever opened it
+            if shape[0] in PIL_MODES:
+                image = convert_mode(image, shape[0])
         found = image_processor(image, return_tensors="np", **options)["pixel_values"]
         if found.shape != (1, *shape):
             raise ImageError(
