@@ -230,11 +230,10 @@ def _outputs(model: Any, output: str, params: Any, pixel_values: Any) -> jax.Arr
     )
     if output == "logits":
         return found.logits.astype(jnp.float32)  # (B, K)
+    from vit_flax.inference.encoder import pooled  # not above: `load` runs without Flax
+
     hidden = found.last_hidden_state.astype(jnp.float32)  # (B, S, D)
-    config = model.config
-    if config.use_cls_token:
-        return hidden[:, 0]  # (B, D)
-    return jnp.mean(hidden[:, config.num_prefix_tokens :], axis=1)  # (B, D)
+    return pooled(hidden, "auto", model.config)  # (B, D)
 
 
 @contextmanager
