@@ -100,7 +100,7 @@ class Hosts:
             )
         except ValueError as error:
             raise InputError(
-                "JAX finds no cluster here; give the address of the first process with --coordinator "
+                "JAX finds no cluster here; give the first process's address with --coordinator "
                 f"HOST:PORT, and the number of this one with --process I/N ({reason(error)})."
             ) from error
         except RuntimeError as error:

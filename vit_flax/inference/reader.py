@@ -1,5 +1,5 @@
-"""Reads images ahead of the network: threads decode and prepare them, in order, and a bounded number
-of batches is in memory at a time."""
+"""Reads images ahead of the network: threads decode and prepare them, in order, with a bounded
+number of batches in memory."""
 
 from __future__ import annotations
 
