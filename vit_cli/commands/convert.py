@@ -58,13 +58,6 @@ def add_options(parser: Parser) -> None:
         "with a crop (imagenet:0.95)",
     )
     parser.add_argument(
-        "--ignore",
-        metavar="PATTERN",
-        action="append",
-        default=[],
-        help="regular expression of tensor names in the source to leave out; may be repeated",
-    )
-    parser.add_argument(
         "--max-shard-size",
         metavar="SIZE",
         default="10GB",
@@ -104,7 +97,7 @@ def run(options: Options) -> int:
                 num_labels=options.num_labels,
                 labels=labels,
                 image_size=options.image_size,
-                ignore=options.ignore,
+                ignore=reading.ignore,
                 overrides=reading.overrides,
                 preprocessing=options.preprocessing,
                 dry_run=options.dry_run,

@@ -17,7 +17,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from vit_common.errors import CheckpointError, InputError, MissingFileError, some
+from vit_common.errors import CheckpointError, InputError, MissingFileError, shown, some
 from vit_common.files.containers import (
     flax_msgpack,
     numpy_zip,
@@ -27,7 +27,7 @@ from vit_common.files.containers import (
 )
 from vit_common.files.containers.tensor import DataFile, Progress, Tensor, as_tensor, no_progress
 from vit_common.files.replace import make_directory, replace_files, write_text
-from vit_common.files.texts import LFS_POINTER, cut, lfs_pointer, read_json, shown
+from vit_common.files.texts import LFS_POINTER, cut, lfs_pointer, read_json
 
 __all__ = [
     "Checkpoint",
