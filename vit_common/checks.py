@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -131,7 +132,7 @@ def check_labels(labels: Any, problem_type: str, batch: int, num_labels: int) ->
                 f"`labels` must be class indices, of an integer dtype; given {labels.dtype}. For "
                 "several labels per image, set `problem_type` to 'multi_label_classification'."
             )
-        if int(np.prod(shape)) != batch:
+        if math.prod(shape) != batch:
             raise InputError(
                 f"`labels` must hold one class index per image, shape ({batch},); given {shape}."
             )
@@ -143,7 +144,7 @@ def check_labels(labels: Any, problem_type: str, batch: int, num_labels: int) ->
                     f"{bad.reshape(-1)[0]}."
                 )
     elif num_labels == 1 and problem_type == "regression":
-        if int(np.prod(shape)) != batch:
+        if math.prod(shape) != batch:
             raise InputError(
                 f"`labels` must hold one number per image, shape ({batch},); given {shape}."
             )

@@ -776,8 +776,9 @@ OURS = "vit_flax"
 
 
 def is_timm(table: Mapping[str, Any] | None) -> bool:
-    """Whether a `config.json` is timm's own."""
-    return table is not None and "architecture" in table and "model_type" not in table
+    """Whether a `config.json` is timm's own, also as Transformers wraps it (`timm_wrapper`)."""
+    wrapped = (None, "timm_wrapper")
+    return table is not None and "architecture" in table and table.get("model_type") in wrapped
 
 
 def without_timm(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import io
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -90,7 +91,7 @@ def eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:
                 f"{low} to {high}. Scale it to 8 bits before."
             )
         if high <= 1:
-            return PIL.Image.fromarray(np.rint(values * 255).astype(np.uint8))
+            return _by_rows(values, lambda rows: np.rint(rows * 255))
         return image.convert("L")
     if image.mode in ("P", "PA"):
         if not image.has_transparency_data:
@@ -106,8 +107,18 @@ def eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:
     return image
 
 
+def _by_rows(values: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> PIL.Image.Image:
+    """A grey image of what `change` makes of an array, some rows at a time: of an image of many
+    megapixels the numbers in between would take several times its own memory."""
+    out = np.empty(values.shape, np.uint8)
+    count = max(1, _BLOCK // max(1, values.shape[1]))
+    for start in range(0, len(values), count):
+        out[start : start + count] = change(values[start : start + count])
+    return PIL.Image.fromarray(out)
+
+
 def _from_sixteen_bit(values: np.ndarray) -> PIL.Image.Image:
-    return PIL.Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    return _by_rows(values, lambda rows: (rows.astype(np.uint32) + 128) // 257)
 
 
 def value_range(values: np.ndarray) -> tuple[Any, Any]:
@@ -137,6 +148,18 @@ def is_image_file(source: Any) -> bool:
     return isinstance(source, (bytes, bytearray, memoryview)) or (
         hasattr(source, "read") and not isinstance(source, (PIL.Image.Image, np.ndarray))
     )
+
+
+class _File(io.BufferedReader):
+    """A file that is asked for no more bytes than it has.
+
+    Pillow asks for as many as a chunk states, and Python makes room for them first.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _BLOCK:
+            size = min(size, max(0, os.fstat(self.fileno()).st_size - self.tell()))
+        return super().read(size)
 
 
 def load_image(
@@ -177,7 +200,7 @@ def load_image(
     if isinstance(source, (str, os.PathLike)):
         name = os.fsdecode(source)  # a name may be of bytes
         try:
-            stream = Path(name).open("rb", buffering=_BLOCK)  # noqa: SIM115  # closed below
+            stream = _File(io.FileIO(Path(name)), _BLOCK)  # closed below
         except (OSError, ValueError) as error:
             raise MissingFileError(
                 f"{name if len(name) < 4096 else shown(name)}: cannot be opened ({reason(error)})."

@@ -39,6 +39,7 @@ from vit_common.files.replace import check_target, staged
 from vit_common.images.predictions import Prediction
 from vit_common.images.processor import BaseImageProcessor
 from vit_common.versions import PACKAGE
+from vit_flax.attention import compiled_for
 from vit_flax.export.read import (
     CHECK,
     CONFIG,
@@ -133,7 +134,7 @@ def export(
 
     started = time.perf_counter()
     rows = jax_export.symbolic_shape("b")[0] if batch == DYNAMIC else batch
-    with _without_paths():
+    with _without_paths(), compiled_for(*platforms):
         exported = jax_export.export(
             jax.jit(run), platforms=platforms, disabled_checks=disabled_checks()
         )(
