@@ -180,7 +180,8 @@ def resize_positions(
     height, width = (int(side) for side in source_grid)
     if not _is_int(num_prefix_tokens) or num_prefix_tokens < 0:
         raise InputError(
-            f"`num_prefix_tokens` must be an integer of at least 0; given {shown(num_prefix_tokens)}."
+            "`num_prefix_tokens` must be an integer of at least 0; given "
+            f"{shown(num_prefix_tokens)}."
         )
     positions = np.asarray(positions)
     tokens = num_prefix_tokens + height * width
@@ -405,5 +406,6 @@ def _check_grid(name: str, value: Any) -> tuple[int, int]:
         if _is_int(height) and _is_int(width) and min(height, width) > 0:
             return int(height), int(width)
     raise InputError(
-        f"`{name}` must be a pair (height, width) of positive numbers of patches; given {shown(value)}."
+        f"`{name}` must be a pair (height, width) of positive numbers of patches; given "
+        f"{shown(value)}."
     )
