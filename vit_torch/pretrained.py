@@ -240,7 +240,8 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
             ignore=ignore,
         )
         if wanted is None:
-            first = next(iter(loaded.tensors.values()), None)
+            floating = (tensor for name, tensor in loaded.tensors.items() if name not in own)
+            first = next(floating, None)
             wanted = torch.float32 if first is None else getattr(torch, first.dtype.name)
         state, not_finite = {}, []
         for name, tensor in loaded.tensors.items():
