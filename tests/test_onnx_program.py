@@ -146,9 +146,7 @@ def test_nothing_of_anybody_else_is_overwritten(made, tmp_path, capsys):
     folder, _, _ = made
     target = tmp_path / "m_onnx.py"
     target.write_text("print('mine')\n")
-    with pytest.raises(
-        ExistingFileError, match=r"m_onnx\.py: already there, and not a program"
-    ):
+    with pytest.raises(ExistingFileError, match=r"m_onnx\.py: already there, and not a program"):
         vit_torch.export.write_program(tmp_path / "m.onnx")
     assert main(["export", str(folder / "theirs"), str(tmp_path / "m.onnx"), "--force"]) == 2
     assert "Move it, or choose another name" in capsys.readouterr().err
