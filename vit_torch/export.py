@@ -65,9 +65,9 @@ def export(
     Args:
         model: a PyTorch model in float32; left as it is.
         path: the file to write.
-        image_processor: what prepares images; None means the Hub's defaults for a ViT. It decides
+        image_processor: prepares the images; None means the Hub's defaults for a ViT. It decides
             the image size where the family takes any.
-        batch: images a call takes; "dynamic" for any number.
+        batch: number of images in a call; "dynamic" for any number.
         output: "logits" of a classifier; "features" of a base network: the class token after the
             final norm, or the mean of the patches where there is no such token.
         check: run the file by onnxruntime and compare it with the model, on random pixels.
