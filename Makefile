@@ -6,8 +6,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := vit_common convert vit_flax vit_torch vit_cli tests benchmarks examples setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz test-docs mutants test-online test-current-hub test-tpu lint format types \
-    wheel wheel-3.12 wheel-3.13 wheel-lowest docs check bench clean
+.PHONY: help demo test test-slow test-docs fuzz mutants test-online test-current-hub test-tpu lint format \
+    types wheel wheel-3.12 wheel-3.13 wheel-lowest docs check bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9.-]+):.*## /\1\t/' | expand -t 20

@@ -86,6 +86,7 @@ def compile_one(platform: str, size: str, scanned: bool) -> dict[str, Any]:
     import jax
 
     from vit_common.presets import preset
+    from vit_flax.attention import compiled_for
     from vit_flax.tpu_check import libtpu_environment
 
     config = preset(size, num_labels=1000)
@@ -95,7 +96,7 @@ def compile_one(platform: str, size: str, scanned: bool) -> dict[str, Any]:
     def forward(params, pixel_values):
         return model(pixel_values, params=params).logits
 
-    with libtpu_environment():
+    with libtpu_environment(), compiled_for(platform):
         jitted = jax.jit(forward, **(on_chip() if platform == "tpu" else {}))
         arguments = model.params_shape_tree, pixels_of(config, batch, dtype)
         compiled, seconds = stages(jitted, *arguments)
@@ -115,6 +116,7 @@ def memory_one(policy: str, scanned: bool) -> dict[str, Any]:
     import optax
 
     from vit_common.presets import preset
+    from vit_flax.attention import compiled_for
     from vit_flax.tpu_check import libtpu_environment
     from vit_flax.training import cross_entropy, init_state, make_step
 
@@ -127,7 +129,7 @@ def memory_one(policy: str, scanned: bool) -> dict[str, Any]:
     optimizer = optax.sgd(0.1)
     step = make_step(model, cross_entropy(), optimizer)
     params = model.params_shape_tree
-    with libtpu_environment():
+    with libtpu_environment(), compiled_for("tpu"):
         place = on_chip()["in_shardings"]
         batch = {
             "pixel_values": pixels_of(config, MEMORY_BATCH, "bfloat16"),

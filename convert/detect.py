@@ -1,4 +1,4 @@
-"""Which format is this? Told from the names and shapes of the whole file, never from one key."""
+"""Which format is this? Decided by the names and shapes of the whole file, never by one key."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ _INNER = (
 )
 _ELSEWHERE = (
     (
-        r"(.*[/.])?(opt|optimi[sz]er|opt_state|state|lr_scheduler|scaler|grad_scaler)[/.].*",
+        r"(.*[/.])?(optim?|optimi[sz]ers?|opt_state|optimizer_states|state|lr_schedulers?|"
+        r"(grad_|amp_)?scaler)[/.].*",
         "state of the optimizer",
     ),
     (
@@ -50,6 +51,8 @@ _ELSEWHERE = (
     ),
     (r"student[/.].*", "the student of DINO's training; the teacher is taken"),
     (_MOMENTUM, "the momentum copy of a pretraining; the base encoder is taken"),
+    (r"(.*[/.])?(criterion|loss|loss_fn|loss_func)[/.].*", "of the loss of a training"),
+    (r"(callbacks|loops|hyper_parameters|rng_state|args|config)[/.].*", "of a training's progress"),
     (r"(.*[/.])?(predictor|queue|queue_ptr)([/.].*)?", "a predictor or queue of pretraining"),
     (r"(.*[/.])?(t|txt|text|contrastive)[/.].*", "of a text tower"),
     (
@@ -92,7 +95,7 @@ def find_root(tensors: Mapping[str, TensorLike] | Iterable[str]) -> Root:
         tensors: the tensors by name, or their names alone.
 
     Raises:
-        CheckpointError: there is no network, or several and no telling which is meant.
+        CheckpointError: there is no network, or there are several and nothing says which is meant.
     """
     keys = list(tensors)
     roots: dict[str, str] = {}  # path -> path with the prefix of a family
@@ -189,8 +192,8 @@ def detect_format(
         name: the format, where the caller knows it.
         hints: what else is known: "root", the path in the file; "suffix" of the file's name;
             "model_type" or "architecture" of a config beside it.
-        shapes: the tensors by name, to tell tables apart that have the same names.
-        also: names in the file that are not the network's, and tell what wrote it.
+        shapes: the tensors by name, to distinguish tables with the same names.
+        also: names in the file that are not the network's, and show what wrote it.
 
     Raises:
         CheckpointError: the network is none of those here; or no table fits, or several do: the

@@ -75,8 +75,8 @@ def infer_config(
         overrides: fields that the caller knows better.
 
     Raises:
-        CheckpointError: blocks are missing, or a size cannot be told; the message says which option
-            tells it.
+        CheckpointError: blocks are missing, or a size is not in the weights; the message says which
+            option gives it.
         ConfigError: timm's file has a keyword that changes the network and is not understood.
     """
     shapes = {name: tensor.shape for name, tensor in mapped.tensors.items()}
@@ -244,7 +244,7 @@ def _heads(shapes, source, mapped, timm, note) -> None:
     class_token = "embeddings.cls_token" in shapes
     rows = [row for row in PUBLISHED if (row.width, row.depth, row.inner) == sizes]
     rows = [row for row in rows if row.class_token == class_token]
-    chosen = _told_by_positions(rows, mapped)
+    chosen = _by_positions(rows, mapped)
     if len({row.heads for row in chosen}) == 1:
         (row, *_) = chosen
         note(
@@ -266,17 +266,17 @@ def _heads(shapes, source, mapped, timm, note) -> None:
     raise CheckpointError(
         "the number of attention heads is not in these weights, and no published model that is "
         f"known here has their width of {width}, {depth} blocks and MLPs of {second[1]} (and a "
-        f"class token); say it: {ask}."
+        f"class token); give it: {ask}."
     )
 
 
-_NEAR, _FAR = 0.3, 0.7
+_NEAR, _FAR = 0.3, 0.8
 _TRAINED = (14, 14)
 
 
-def _told_by_positions(rows: list[Published], mapped: Mapped) -> list[Published]:
-    """Of published networks of the same sizes, those that these positions leave: networks with
-    fixed positions are left out where these are far from them, and alone are left where near.
+def _by_positions(rows: list[Published], mapped: Mapped) -> list[Published]:
+    """Those of several published networks that the positions in a file do not rule out: a network
+    with fixed positions is ruled out if they are far from these, and the only one if they are near.
 
     Fine-tuning may move positions a little; learned ones are about as far from fixed ones as these
     are from zero.
@@ -287,7 +287,7 @@ def _told_by_positions(rows: list[Published], mapped: Mapped) -> list[Published]
     side = 0 if tensor is None else math.isqrt(tensor.shape[1])
     if tensor is None or side * side not in (tensor.shape[1], tensor.shape[1] - 1):
         return rows
-    given = np.asarray(tensor.read(), np.float64)[0, -side * side :]
+    given = _centred(np.asarray(tensor.read(), np.float64)[0, -side * side :])
     left, near = [], []
     for row in rows:
         if row.positions is None:
@@ -295,13 +295,18 @@ def _told_by_positions(rows: list[Published], mapped: Mapped) -> list[Published]
             continue
         distance = min(
             float(np.linalg.norm(given - fixed) / np.linalg.norm(fixed))
-            for fixed in _at_size(row, (side, side))
+            for fixed in map(_centred, _at_size(row, (side, side)))
         )
         if distance < _NEAR:
             near.append(row)
         elif not distance > _FAR:
             left.append(row)
     return near or left
+
+
+def _centred(positions: np.ndarray) -> np.ndarray:
+    """Without the mean of each channel, which fixed positions of different kinds share."""
+    return positions - positions.mean(axis=0)
 
 
 def _at_size(row: Published, grid: tuple[int, int]) -> list[np.ndarray]:
@@ -387,6 +392,6 @@ def _sides(height: int, width: int) -> Any:
 
 def _ask_for_size(why: str) -> str:
     return (
-        f"the image size is not in these weights ({why}); say it: `image_size=` in Python, or a "
-        "config.json beside the file."
+        f"the image size is not in these weights ({why}); give it: `--set image_size=N` of the "
+        "command, `image_size=` in Python, or a config.json beside the file."
     )

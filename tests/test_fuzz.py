@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import tracemalloc
+
 import fuzz
+import numpy as np
+import PIL.Image
 import pytest
 
 from vit_common.errors import CheckpointError
 from vit_common.files import checkpoint
+from vit_common.images.pictures import convert_mode, load_image
 
 # The whole file and bent ones of it; readers that start slowly get fewer.
 INPUTS = dict.fromkeys(fuzz.READERS, 60) | {"exported": 15}
@@ -60,3 +66,30 @@ def test_time_memory_and_long_errors_are_faults(tmp_path, monkeypatch):
     assert outcome(long) == "FAILED: an error of 5000 characters"
     assert outcome(lambda folder: None) == "loads"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_is_not_given_the_memory_that_a_chunk_states(tmp_path):
+    """A PNG of 100 bytes whose pixels are said to take 4 GB of the file."""
+    stream = io.BytesIO()
+    PIL.Image.new("LA", (9, 12)).save(stream, "png")
+    data = stream.getvalue()
+    at = data.index(b"IDAT") - 4
+    (tmp_path / "a.png").write_bytes(data[:at] + (2**32 - 4096).to_bytes(4, "big") + data[at + 4 :])
+    with fuzz.bounded():
+        assert load_image(tmp_path / "a.png").size == (9, 12)
+
+
+def test_deep_images_take_little_more_memory_than_they_are_large(tmp_path):
+    """As 8 bits, 16-bit and float images were computed in several arrays of 32 and 64 bits."""
+    count = 12_000_000
+    for values in (np.full((3000, 4000), 500, np.uint16), np.full((3000, 4000), 0.5, np.float32)):
+        image = PIL.Image.fromarray(values)
+        tracemalloc.start()
+        try:
+            plain = convert_mode(image, 1)
+            taken = tracemalloc.get_traced_memory()[1]
+            assert taken < 2 * (values.nbytes + count)
+        finally:
+            tracemalloc.stop()
+        wanted = round(500 / 257) if values.dtype == np.uint16 else round(0.5 * 255)
+        assert np.asarray(plain).max() == np.asarray(plain).min() == wanted

@@ -1,7 +1,7 @@
 """Resampling of position embeddings to another grid, as matrices both twins apply alike.
 
 Every family resamples in its own way, and the ways are not close to each other (see `ResizeRule`).
-All are linear and separable, so each is a pair of small matrices, one an axis, computed here
+All are linear and separable, so each is a pair of small matrices, one per axis, computed here
 once in float64. Both twins and the converter apply the same arrays:
 `einsum("Hh,Ww,hwd->HWd", rows, columns, grid)`.
 """

@@ -1,4 +1,4 @@
-"""Named model sizes, one row a model.
+"""Named model sizes, one row per model.
 
 Sources: tiny and small are DeiT-Ti and DeiT-S (Touvron et al. 2021, arXiv:2012.12877, table 1);
 base, large and huge are ViT-B, ViT-L and ViT-H (Dosovitskiy et al. 2021, arXiv:2010.11929,

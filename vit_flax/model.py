@@ -32,7 +32,7 @@ from vit_common.checks import (
 from vit_common.config import ViTConfig
 from vit_common.errors import InputError
 from vit_common.positions import relative_distances, relative_position_index, resize_matrices
-from vit_flax.attention import attention
+from vit_flax.attention import attention, needs_no_kernel
 from vit_flax.int8 import Dense
 from vit_flax.layout import row_major
 from vit_flax.norm import LayerNorm
@@ -355,6 +355,7 @@ class FlaxViTSelfAttention(FlaxViTPart):
             output_attentions=output_attentions,
             implementation=self.attn_implementation,
             precision=self.precision,
+            inline=needs_no_kernel(self.attn_implementation),
         )
         return context.reshape(B, F, D), probabilities  # (B, F, D), (B, A, F, S)
 

@@ -38,7 +38,7 @@ from vit_convert.load import Loadable, is_finite, load_parameters, warn_if_not_f
 from vit_convert.rules import Mapped, MappedTensor, to_canonical, to_foreign, unprefixed
 from vit_convert.save import Savable, SaveFormat
 from vit_convert.source import Source
-from vit_flax.attention import check_implementation
+from vit_flax.attention import check_implementation, targets
 from vit_flax.model import (
     REMAT_POLICIES,
     FlaxViTForImageClassificationModule,
@@ -325,7 +325,9 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
         if "_jitted" not in vars(self):
             module, shapes = self._module, self._shapes
 
-            def run(params, pixel_values, dropout_rng, arrays, deterministic, flags, interpolate):
+            def run(
+                params, pixel_values, dropout_rng, arrays, deterministic, flags, interpolate, _
+            ):
                 return module.apply(
                     # Names and shapes are known while tracing: later calls do not pay for this.
                     {"params": check_params(params, shapes)},
@@ -337,7 +339,7 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
                     **arrays,
                 )
 
-            self._jitted = jax.jit(run, static_argnums=(4, 5, 6))
+            self._jitted = jax.jit(run, static_argnums=(4, 5, 6, 7))
         return self._jitted
 
     def _call(self, pixel_values, params, dropout_rng, train, flags, interpolate, arrays) -> Any:
@@ -361,6 +363,7 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
             not train,
             self.config.resolve_flags(*flags),
             bool(interpolate),
+            targets(),  # a program for another platform is traced anew
         )
 
     # -- files
@@ -388,25 +391,25 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
         Args:
             pretrained_model_name_or_path: directory, weights file (with `config.json` beside it
                 or `config=`), or "owner/name" on the Hub.
-            dtype: of the computation.
+            dtype: compute dtype.
             *model_args: further positional arguments of the constructor (`input_shape`, `seed`).
             config: configuration, or where to read it, if not beside the weights.
-            ignore_mismatched_sizes: draw parameters anew whose shape does not match.
-            allow_missing: draw parameters of the network anew that the file does not have; without
-                it only those of a head may be missing.
+            ignore_mismatched_sizes: draw parameters anew that have another shape in the file.
+            allow_missing: draw parameters of the network anew that the file lacks; without it only
+                those of a head may be missing.
             ignore: regular expressions of names in the file that may be left over. Without it,
                 tensors of the network that the model has no place for are an error, and so is a
                 trained head while one is drawn anew: see `vit_convert.leftovers`.
             output_loading_info: return `(model, info)`, `info` with the lists of names
                 `missing_keys`, `unexpected_keys`, `mismatched_keys`, and with `error_msgs`.
-            format: of the weights ("timm", "google", ...; see docs/convert.md), where their names
-                do not tell it.
+            format: the weights' format ("timm", "google", ...; see docs/convert.md), if it cannot
+                be detected.
             from_pt: prefer weights in PyTorch's layout where there are both. (Both are read
                 without it.)
             _do_init: False returns `(model, params)`, the model without parameters.
             param_dtype: dtype of the parameters; None keeps the file's.
-            shardings: from the path of a parameter, such as ("vit", "layernorm", "bias"), to where
-                it is to lie; each device's part is read by itself where the file allows it. None is
+            shardings: function from the path of a parameter, such as ("vit", "layernorm", "bias"),
+                to its sharding; each device reads only its own part if the file allows it. None is
                 JAX's default device.
             **kwargs: options of the Hub (`revision`, `subfolder`, `token`, `cache_dir`,
                 `local_files_only`, `force_download`), fields of the config, arguments of the
@@ -423,6 +426,10 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
             MissingFileError: there is nothing of that name, or it cannot be reached.
             ConfigError: the configuration is not of this architecture.
             CheckpointError: the weights are corrupt, incomplete or do not fit.
+
+        Example:
+            >>> model = FlaxViTForImageClassification.from_pretrained("google/vit-base-patch16-224")
+            >>> model(pixel_values).logits.shape
         """
         options = {**kwargs, "config": config, "format": format, "from_pt": from_pt}
         source, _ = cls.open_pretrained(

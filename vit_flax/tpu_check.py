@@ -32,6 +32,7 @@ from vit_common.parameters import Head
 from vit_common.presets import PRESETS, preset
 from vit_common.versions import versions as installed
 from vit_convert.source import config_from_dict, open_source, read_config_file
+from vit_flax.attention import compiled_for
 from vit_flax.auto import FlaxAutoModelForImageClassification
 from vit_flax.hlo import (
     collectives,
@@ -435,7 +436,8 @@ def check_program(
         chip, name, batch: for the report.
         dtype: of matrix products; with "float32" those may be float32.
     """
-    lowered = jitted.lower(*arguments)
+    with compiled_for("tpu"):
+        lowered = jitted.lower(*arguments)
     start = time.perf_counter()
     try:
         compiled = lowered.compile()

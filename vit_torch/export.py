@@ -28,6 +28,7 @@ from vit_common.exports import (
     random_pixels,
     versions,
 )
+from vit_common.features import pooled_tokens
 from vit_common.files.replace import check_target, staged
 from vit_common.images.predictions import (
     check_processor,
@@ -229,10 +230,7 @@ class Network(nn.Module):
         )
         if self.output == "logits":
             return found.logits  # (B, K)
-        hidden, config = found.last_hidden_state, self.model.config  # (B, S, D)
-        if config.use_cls_token:
-            return hidden[:, 0]  # (B, D)
-        return hidden[:, config.num_prefix_tokens :].mean(dim=1)  # (B, D)
+        return pooled_tokens(found.last_hidden_state, self.model.config)  # (B, D)
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -51,6 +51,12 @@ POOLING = "timm's global_pool"
 TRANSFORM = "timm's pretrained_cfg"
 """What says a field, in a report."""
 
+# Keys of Transformers' `timm_wrapper` around timm's file.
+_OF_WRAPPER = (
+    "model_type", "architectures", "do_pooling", "dtype", "torch_dtype", "initializer_range",
+    "transformers_version",
+)  # fmt: skip
+
 _FAMILIES = {"vit": "vit", "deit": "deit", "beit": "beit"}
 
 
@@ -63,7 +69,7 @@ def timm_config(config: ViTConfig, timm: Mapping[str, Any] | None, processor: An
         processor: what prepares images, if that is known.
     """
     height, width = config.image_height_width
-    table: dict[str, Any] = dict(timm or {})
+    table = {name: value for name, value in (timm or {}).items() if name not in _OF_WRAPPER}
     args = dict(table.get("model_args") or {})
     if timm is None:
         table["architecture"], args = _architecture(config)

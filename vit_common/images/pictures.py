@@ -11,6 +11,7 @@ import io
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -90,7 +91,7 @@ def eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:
                 f"{low} to {high}. Scale it to 8 bits before."
             )
         if high <= 1:
-            return PIL.Image.fromarray(np.rint(values * 255).astype(np.uint8))
+            return _by_rows(values, lambda rows: np.rint(rows * 255))
         return image.convert("L")
     if image.mode in ("P", "PA"):
         if not image.has_transparency_data:
@@ -106,8 +107,18 @@ def eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:
     return image
 
 
+def _by_rows(values: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> PIL.Image.Image:
+    """A grey image of what `change` makes of an array, some rows at a time: of an image of many
+    megapixels the numbers in between would take several times its own memory."""
+    out = np.empty(values.shape, np.uint8)
+    count = max(1, _BLOCK // max(1, values.shape[1]))
+    for start in range(0, len(values), count):
+        out[start : start + count] = change(values[start : start + count])
+    return PIL.Image.fromarray(out)
+
+
 def _from_sixteen_bit(values: np.ndarray) -> PIL.Image.Image:
-    return PIL.Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    return _by_rows(values, lambda rows: (rows.astype(np.uint32) + 128) // 257)
 
 
 def value_range(values: np.ndarray) -> tuple[Any, Any]:
@@ -139,6 +150,18 @@ def is_image_file(source: Any) -> bool:
     )
 
 
+class _File(io.BufferedReader):
+    """A file that is asked for no more bytes than it has.
+
+    Pillow asks for as many as a chunk states, and Python makes room for them first.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _BLOCK:
+            size = min(size, max(0, os.fstat(self.fileno()).st_size - self.tell()))
+        return super().read(size)
+
+
 def load_image(
     source: str | os.PathLike | bytes | BinaryIO | PIL.Image.Image,
     *,
@@ -146,8 +169,8 @@ def load_image(
 ) -> PIL.Image.Image:
     """Read one image: decoded in full, upright, of mode L, LA, RGB or RGBA.
 
-    The commands read their images so; `Image.open` alone leaves an image as the camera held it,
-    whatever its EXIF orientation says. 16-bit grey is scaled to 8 bits as in `convert_mode`;
+    The commands read images this way. `Image.open` alone ignores the EXIF orientation, so a photo
+    may lie on its side. 16-bit grey is scaled to 8 bits as in `convert_mode`;
     palettes, CMYK and other colour spaces become RGB, or RGBA if they have transparency; the
     processors make of that what their model takes. The first frame of an animation is taken.
     Pillow's limit on pixels holds: it refuses images beyond twice `PIL.Image.MAX_IMAGE_PIXELS`,
@@ -158,11 +181,11 @@ def load_image(
             left open; or a PIL image.
         at_least: (height, width); a JPEG that is larger is decoded at a half, a quarter or an
             eighth of its size if that holds as much. Several times as fast for a photo of many
-            megapixels, and not the same pixels after a resize as without it.
+            megapixels; after a resize the pixels differ slightly.
 
     Raises:
-        MissingFileError: the file is not there or cannot be opened.
-        ImageError: it is empty, no image, truncated, corrupt or too large. One line.
+        MissingFileError: the file does not exist or cannot be opened.
+        ImageError: the file is empty, no image, truncated, corrupt or too large.
         InputError: `source` is none of these.
 
     Example:
@@ -177,7 +200,7 @@ def load_image(
     if isinstance(source, (str, os.PathLike)):
         name = os.fsdecode(source)  # a name may be of bytes
         try:
-            stream = Path(name).open("rb", buffering=_BLOCK)  # noqa: SIM115  # closed below
+            stream = _File(io.FileIO(Path(name)), _BLOCK)  # closed below
         except (OSError, ValueError) as error:
             raise MissingFileError(
                 f"{name if len(name) < 4096 else shown(name)}: cannot be opened ({reason(error)})."
@@ -294,6 +317,6 @@ def upright(image: PIL.Image.Image) -> PIL.Image.Image:
         turned = image.transpose(_TRANSPOSE[orientation])
     except (ValueError, OSError, SyntaxError) as error:
         raise ImageError(f"the image cannot be decoded ({reason(error)}).") from error
-    for key in _WITH_ORIENTATION:  # or whoever asks next turns it again
+    for key in _WITH_ORIENTATION:  # or the next call turns it again
         turned.info.pop(key, None)
     return turned

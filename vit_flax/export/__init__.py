@@ -32,12 +32,14 @@ from vit_common.exports import (
     random_pixels,
     versions,
 )
+from vit_common.features import features_pool, pooled_tokens
 from vit_common.files.containers import safetensors_file
 from vit_common.files.containers.tensor import as_tensor
 from vit_common.files.replace import check_target, staged
 from vit_common.images.predictions import Prediction
 from vit_common.images.processor import BaseImageProcessor
 from vit_common.versions import PACKAGE
+from vit_flax.attention import compiled_for
 from vit_flax.export.read import (
     CHECK,
     CONFIG,
@@ -138,7 +140,7 @@ def export(
 
     started = time.perf_counter()
     rows = jax_export.symbolic_shape("b")[0] if batch == DYNAMIC else batch
-    with _without_paths():
+    with _without_paths(), compiled_for(*platforms):
         exported = jax_export.export(
             jax.jit(run), platforms=platforms, disabled_checks=disabled_checks()
         )(
@@ -225,7 +227,7 @@ def _program(model: Any, output: str, processor: BaseImageProcessor | None) -> C
 
 def _outputs(model: Any, output: str, params: Any, pixel_values: Any) -> jax.Array:
     front = model.head_tokens
-    if output == "features" and not model.config.use_cls_token:
+    if output == "features" and features_pool(model.config) == "mean":
         front = None  # the mean of the patches
     found = model.with_front_tokens(front)(
         pixel_values,
@@ -236,10 +238,8 @@ def _outputs(model: Any, output: str, params: Any, pixel_values: Any) -> jax.Arr
     )
     if output == "logits":
         return found.logits.astype(jnp.float32)  # (B, K)
-    from vit_flax.inference.encoder import pooled  # not above: `load` runs without Flax
-
     hidden = found.last_hidden_state.astype(jnp.float32)  # (B, S, D)
-    return pooled(hidden, "auto", model.config)  # (B, D)
+    return pooled_tokens(hidden, model.config)  # (B, D)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ The file is a zip archive without compression, so that nothing unpacks to more t
 
 from __future__ import annotations
 
-import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -28,7 +27,8 @@ from vit_common.checks import check_positive
 from vit_common.errors import CheckpointError, ConfigError, ImageError, InputError, MissingFileError
 from vit_common.files.containers import safetensors_file
 from vit_common.files.containers.tensor import DataFile
-from vit_common.files.texts import MAX_JSON_BYTES, parse_json, reason
+from vit_common.files.containers.zips import data_offset
+from vit_common.files.texts import MAX_JSON_BYTES, cut, parse_json, reason, shown
 from vit_common.images.auto import processor_from_dict
 from vit_common.images.predictions import (
     AS_IN_A_PICTURE,
@@ -113,7 +113,7 @@ class ExportedModel:
         self.check = None if check is None else dict(check)
         self.config = dict(config)
         self.image_processor = image_processor
-        self.labels: list[str] = [str(label) for label in metadata["labels"]]
+        self.labels: list[str] = list(metadata["labels"])
         self.parameters = dict(parameters)
         self.device = device
         self._run = jax.jit(program.call)
@@ -269,7 +269,7 @@ def load(path: str | PathLike, *, device: jax.Device | None = None) -> ExportedM
         try:
             image_processor = processor_from_dict(archive.json(PROCESSOR), path / PROCESSOR)
         except ConfigError as error:
-            raise CheckpointError(str(error)) from error
+            raise CheckpointError(cut(str(error))) from error
         check = archive.json(CHECK) if CHECK in archive.names else None
         config = archive.json(CONFIG)
     return ExportedModel(
@@ -300,8 +300,8 @@ def _check_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
         raise _wrong(path)
     if metadata.get("version") != VERSION:
         raise CheckpointError(
-            f"{path}: is of version {metadata.get('version')!r} of this kind of file; this package "
-            f"reads version {VERSION}. Install the {PACKAGE} that wrote it "
+            f"{path}: is of version {shown(metadata.get('version'))} of this kind of file; this "
+            f"package reads version {VERSION}. Install the {PACKAGE} that wrote it "
             f"({_versions(metadata, PACKAGE, 'vit-flax')}), or export it again."
         )
     for name, is_proper in _FIELDS.items():
@@ -437,16 +437,11 @@ class _Member(DataFile):
 
     def __init__(self, path: Path, member: zipfile.ZipInfo) -> None:
         super().__init__(path)
-        # The lengths of the name and of the extra field here need not be those of the directory.
-        header = super().read(member.header_offset, 30)
-        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        try:
+            self._start = data_offset(self, member)
+        except BaseException:
             self.close()
-            raise self.fail("corrupt: a member of the archive is not where its directory says.")
-        name, extra = struct.unpack("<HH", header[26:30])
-        self._start = member.header_offset + 30 + name + extra
-        if self._start + member.file_size > self.size:
-            self.close()
-            raise self.fail("truncated.")
+            raise
         self.size = member.file_size
 
     def _read_into(self, buffer: memoryview, offset: int) -> int:
