@@ -104,8 +104,8 @@ def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
 
 @jax.jit
 def _quantize(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(..., in, out) -> integers of that shape, factors (..., out). A value that is not finite gives
-    a factor that is not."""
+    """(..., in, out) -> integers of that shape, factors (..., out). A column with a value that is
+    not finite has a factor that is not."""
     kernel = kernel.astype(jnp.float32)
     scale = jnp.max(jnp.abs(kernel), axis=-2) / _LARGEST  # (..., out)
     # A column of zeros has any factor; 1 keeps it from being 0 / 0.
