@@ -393,6 +393,6 @@ def _sides(height: int, width: int) -> Any:
 def _ask_for_size(why: str) -> str:
     return (
         f"the image size is not in these weights ({why}); give it: `--set "
-        "image_size=[height,width]` of the command, `image_size=` in Python, or a config.json beside "
-        "the file."
+        "image_size=[height,width]` of the command, `image_size=` in Python, or a config.json "
+        "beside the file."
     )
