@@ -237,8 +237,12 @@ class _Fit:
         found = dict(source.mapped.tensors)
         by_itself = {name for name in self.own if name in source.checkpoint}
         if by_itself:  # what the format makes of such a name is not meant
+            names = {n: source.names_in_file(n) for n in found}
             found = {
-                n: t for n, t in found.items() if by_itself.isdisjoint(source.names_in_file(n))
+                n: tensor
+                for n, tensor in found.items()
+                if by_itself.isdisjoint(names[n])
+                and (names[n] or not n.startswith("classifier."))  # found under another name
             }
         self.tensors: dict[str, Any] = {}
         self.missing: list[str] = []

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vit_common.config import ViTConfig
-from vit_common.errors import InputError
+from vit_common.errors import InputError, shown
 
 
 def as_integer(value: Any) -> int | None:
@@ -27,7 +27,7 @@ def check_positive(name: str, value: Any) -> int:
     """The value as an int; raises InputError unless it is a positive integer."""
     number = as_integer(value)
     if number is None or number < 1:
-        raise InputError(f"`{name}` must be a positive integer; given {value!r}.")
+        raise InputError(f"`{name}` must be a positive integer; given {shown(value)}.")
     return number
 
 

@@ -490,6 +490,7 @@ class ViTConfig:
         table["id2label"] = {str(index): label for index, label in table["id2label"].items()}
         ordered = {name: table[name] for name in sorted(table)}
         try:
+            json.dumps(ordered, ensure_ascii=False).encode()  # half a surrogate pair is no text
             return json.dumps(ordered, indent=2, allow_nan=False) + "\n"
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"config: a value cannot be written as JSON ({error}).") from error

@@ -30,6 +30,7 @@ from vit_common.errors import InputError
 from vit_common.flops import forward_flops
 from vit_common.parameters import Head
 from vit_common.presets import PRESETS, preset
+from vit_common.versions import versions as installed
 from vit_convert.source import config_from_dict, open_source, read_config_file
 from vit_flax.attention import compiled_for
 from vit_flax.auto import FlaxAutoModelForImageClassification
@@ -145,13 +146,13 @@ class TPUReport:
     Attributes:
         model: name of the model.
         dtype: compute dtype; parameters are float32.
-        versions: of jax, jaxlib, flax and libtpu.
+        versions: versions of jax, jaxlib, flax and libtpu.
         programs: one for each chip and kind.
     """
 
     model: str
     dtype: str
-    versions: dict[str, str]
+    versions: dict[str, str | None]
     programs: tuple[Program, ...]
 
     @property
@@ -251,9 +252,9 @@ def require_compiler(training: bool = False) -> None:
         )
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, str | None]:
     """Versions of the packages that decide what is compiled."""
-    return {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "libtpu")}
+    return installed("jax", "jaxlib", "flax", "libtpu")
 
 
 def network(

@@ -91,8 +91,8 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
         )
 
     def _shapes(self) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
-        """Name -> shape of all that files hold of this model; and which of these names are of parts
-        that a subclass, or whoever has assigned to an attribute, brought along."""
+        """Name -> shape of every tensor in this model's files, and the names among them that belong
+        to parts of a subclass or to modules assigned to an attribute."""
         shapes = self._canonical_shapes()
         state = self.state_dict()
         if state.keys() == shapes.keys() and not self._is_customized():
@@ -109,7 +109,7 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
 
     @classmethod
     def _is_customized(cls) -> bool:
-        """Whether this is a subclass that somebody else has written."""
+        """Whether this is a subclass written outside this package."""
         return not cls.__module__.startswith("vit_torch.")
 
     @classmethod
@@ -244,7 +244,8 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
             ignore=ignore,
         )
         if wanted is None:
-            first = next(iter(loaded.tensors.values()), None)
+            floating = (tensor for name, tensor in loaded.tensors.items() if name not in own)
+            first = next(floating, None)
             wanted = torch.float32 if first is None else getattr(torch, first.dtype.name)
         state, not_finite = {}, []
         for name, tensor in loaded.tensors.items():
@@ -444,7 +445,7 @@ def parse_device(device_map: DeviceMap) -> torch.device:
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:
-    """A torch tensor of what a checkpoint's tensor read, with no more copies than needed.
+    """A torch tensor from a checkpoint's array, copied only where needed.
 
     What a file reader gives is fresh memory unless it is marked read-only.
     """
@@ -456,13 +457,13 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
 
 
 def lazily(name: str, tensor: torch.Tensor) -> Tensor:
-    """A torch tensor, as the converter wants to see it."""
+    """A torch tensor as the converter's `Tensor`, converted when it is read."""
     dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")]
     return Tensor(name, tuple(tensor.shape), dtype, lambda: to_numpy(tensor))
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A numpy array of the same bits; bfloat16 as the type of `ml_dtypes`."""
+    """A numpy array of the same bits; bfloat16 has the dtype of `ml_dtypes`."""
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         import ml_dtypes

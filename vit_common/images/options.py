@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL.Image import Resampling
 
-from vit_common.errors import ImageError, InputError, shown
+from vit_common.errors import ImageError, InputError, shown, some
 
 FIRST, LAST = "channels_first", "channels_last"
 FRAMEWORKS = {"np": "NumPy", "pt": "PyTorch", "jax": "JAX", "tf": "TensorFlow"}
@@ -199,7 +199,7 @@ def refuse_unsupported(keys: Mapping[str, Any]) -> None:
     ]
     if named:
         raise InputError(
-            f"options that change pixels and are not supported here: {', '.join(named)}. Set them "
+            f"options that change pixels and are not supported here: {some(named, 5)}. Set them "
             "to None or False if the model can do without."
         )
 

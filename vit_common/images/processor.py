@@ -521,6 +521,7 @@ class BaseImageProcessor:
             k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in self.to_dict().items()
         }
         try:
+            json.dumps(table, ensure_ascii=False).encode()  # half a surrogate pair is no text
             return json.dumps(table, indent=2, sort_keys=True, allow_nan=False) + "\n"
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(

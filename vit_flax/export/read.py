@@ -1,5 +1,5 @@
-"""Exported models: one file with a program for several platforms, its parameters, what prepares its
-images and names its classes. Reading one needs JAX (with flatbuffers), numpy and Pillow, not Flax.
+"""Exported models: one file with a program for several platforms, its parameters, preprocessing and
+labels. Reading one needs JAX (with flatbuffers), numpy and Pillow, not Flax.
 
 The file is a zip archive without compression, so that nothing unpacks to more than it is:
 

@@ -126,8 +126,8 @@ class ImageEncoder:
 
         Args:
             name_or_path: directory, weights file, or "owner/name" on the Hub.
-            dtype: of the computation: float32, bfloat16 or float16. Statistics of norms and softmax
-                are float32 in each, and so is what comes out.
+            dtype: compute dtype: float32, bfloat16 or float16. Statistics of norms, softmax and
+                results are float32 in each.
             mesh: as for the class; weights are read from a safetensors file as they lie on the
                 devices, each part by itself.
             weights: "int8" holds the kernels of the blocks as 8-bit integers, in a quarter of
