@@ -139,9 +139,7 @@ def test_a_classifier_with_and_without_a_bias(where, bias, tmp_path):
 def test_a_matrix_in_a_block_is_no_classifier(tmp_path):
     state = {**timm_backbone().state_dict(), "blocks.1.mlp.linear.weight": torch.ones(5, 48)}
     torch.save(state, tmp_path / "file.pth")
-    with pytest.raises(
-        CheckpointError, match=r"mlp\.linear\.weight: nothing here knows"
-    ):
+    with pytest.raises(CheckpointError, match=r"mlp\.linear\.weight: nothing here knows"):
         convert(tmp_path / "file.pth", tmp_path / "out", from_="timm", overrides=HEADS)
 
 
