@@ -91,10 +91,8 @@ docs: $(VENV)-docs/.done  ## the site, into site/; a warning is an error
 
 check: test lint types docs test-docs wheel  ## what CI checks
 
-bench: $(VENV)/.test  ## every benchmark, beside its peers; writes benchmarks/results
-	$(BIN)/python benchmarks/startup.py
-	$(BIN)/python benchmarks/parity.py
-	$(BIN)/python benchmarks/conversion.py
+bench: $(VENV)/.test  ## every benchmark, beside its peers; writes benchmarks/results (QUICK=1: a try)
+	$(BIN)/python benchmarks/all.py $(if $(QUICK),--quick)
 
 clean:  ## remove the environments
 	rm -rf $(VENV) $(VENV)-hub $(VENV)-tpu $(VENV)-docs site

@@ -66,7 +66,7 @@ class AutoModelBase:
     ) -> Any:
         """Load a model of the family that its configuration, or else its weights, name.
 
-        Arguments as `from_pretrained` of the models.
+        Arguments as `from_pretrained` of the models; the checkpoint is opened once.
 
         Raises:
             MissingFileError: there is nothing of that name, or it cannot be reached.

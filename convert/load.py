@@ -180,7 +180,7 @@ def load_parameters(
         model: name of the model's class, for messages.
         config: the model's, held against what the format implies.
         allow_missing: take a file that lacks parameters of the network itself.
-        ignore_mismatched_sizes: leave out parameters whose shape differs, as if missing.
+        ignore_mismatched_sizes: draw parameters anew that have another shape in the file.
         ignore: regular expressions of names in the file that may be left over.
         own: names of `shapes` that are of a subclass's own parts: they are read under the same
             names, and may be missing.
@@ -237,8 +237,12 @@ class _Fit:
         found = dict(source.mapped.tensors)
         by_itself = {name for name in self.own if name in source.checkpoint}
         if by_itself:  # what the format makes of such a name is not meant
+            names = {n: source.names_in_file(n) for n in found}
             found = {
-                n: t for n, t in found.items() if by_itself.isdisjoint(source.names_in_file(n))
+                n: tensor
+                for n, tensor in found.items()
+                if by_itself.isdisjoint(names[n])
+                and (names[n] or not n.startswith("classifier."))  # found under another name
             }
         self.tensors: dict[str, Any] = {}
         self.missing: list[str] = []
@@ -332,10 +336,15 @@ class _Fit:
             if kind == "network" and not cut and not self._is_ignored(name):
                 over.append(name)
         if over:
+            over = [
+                f"{name} ({source.parts[name]})" if name in source.parts else name
+                for name in sorted(over)
+            ]
             raise CheckpointError(
                 f"{len(over)} tensors of the network in this file have no place in {self.model}, "
-                f"so its outputs would be wrong: {some(sorted(over), 12)}. If they may be left "
-                "out, pass `ignore=` with regular expressions of their names; if the "
+                f"so its outputs would be wrong: {some(over, 12)}. If they may be left "
+                "out, pass `ignore=` (in a command, --ignore) with regular expressions of their "
+                "names; if the "
                 "configuration is not that of these weights, give the right one."
             )
 
@@ -370,8 +379,8 @@ class _Fit:
         joined = "this file holds what looks like a trained head" if drawn else "of the head here"
         raise CheckpointError(
             f"{self.model} {what} {joined}: {names}. {hint} To leave it aside, pass "
-            "`num_labels=` of a new task, `ignore_mismatched_sizes=True`, or `ignore=` with "
-            "regular expressions of these names."
+            "`num_labels=` of a new task, `ignore_mismatched_sizes=True`, or `ignore=` (in a "
+            "command, --ignore) with regular expressions of these names."
         )
 
     def _mismatches(self) -> list[str]:
@@ -394,6 +403,8 @@ class _Fit:
             parts.append(
                 f"not in the checkpoint and newly initialized, so train them: {some(fresh, _SHOWN)}"
             )
+        if self.source.classifier and "classifier.weight" in self.tensors:
+            parts.append(f"taken as the classifier: {self.source.classifier}")
         left = [name for name in sorted(self.left) if not self._is_ignored(name)]
         if left:
             parts.append(f"in the checkpoint and not used: {some(left, _SHOWN)}")

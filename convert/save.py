@@ -17,8 +17,8 @@ from vit_common.files.hub import PUSH_OPTIONS, push_folder, push_if_asked
 from vit_convert.formats import DESCRIBED, FILES, table_for
 from vit_convert.rules import TensorLike, to_foreign
 
-# Keywords of Transformers 4.57.6 that change nothing here: files are always written by this project
-# and through a temporary place.
+# Keywords of Transformers 4.57.6 without effect here: files are always written by this project and
+# through a temporary folder.
 _WITHOUT_EFFECT = ("save_function", "use_temp_dir", "variant", "save_peft_format")
 
 SaveFormat = Literal["hub", "flax", "flax-safetensors"]

@@ -3,6 +3,7 @@
 import errno
 import importlib.metadata
 import os
+import signal
 
 import pytest
 
@@ -31,6 +32,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # A script that starts pytest with `&` has it ignore Ctrl-C, and the processes of tests would
+    # inherit that; commands leave it so, as under nohup, and the tests of Ctrl-C would wait.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     device = config.getoption("--device")
     # Read by JAX when it starts; tests of the CPU's numbers are to run on the CPU everywhere.
     os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}[device]

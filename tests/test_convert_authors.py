@@ -4,6 +4,8 @@ torchvision, timm and Transformers, and Google's written out. Every parameter is
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +295,19 @@ def test_fixed_positions_of_big_vision(cls, tmp_path):
     assert_close(run_flax(load_flax(path, image_size=32), x), want, FLOAT32)
 
 
+@pytest.mark.parametrize("size", [48, 16])
+def test_fixed_positions_are_computed_for_another_size(size, tmp_path):
+    """As big_vision does, whose code makes them for whatever grid an image has."""
+    weights = google_weights(big_vision=True, cls=False)
+    del weights["pos_embedding"]
+    np.savez(tmp_path / "s16.npz", **weights)
+    convert(tmp_path / "s16.npz", tmp_path / "hub", overrides={"image_size": 32}, image_size=size)
+    weights["pos_embedding"] = sincos2d(size // 8, size // 8, 48)
+    x = pixels((size, size))
+    want = google_forward(weights, x.transpose(0, 2, 3, 1), big_vision=True, pool="gap")
+    assert_close(run_torch(tmp_path / "hub", x), want, 1e-6)
+
+
 def test_fixed_positions_are_of_the_published_size_where_nothing_says_it(tmp_path):
     weights = google_weights(big_vision=True, cls=False)
     del weights["pos_embedding"]
@@ -383,3 +398,95 @@ def test_vit_mae_by_the_names_of_transformers(names, tmp_path):
                 place, dtype=torch.float64, add_pooling_layer=False
             ).eval()
             assert_close(ours(torch.tensor(x)).last_hidden_state.numpy(), want, 1e-6)
+
+
+@pytest.mark.parametrize("prefix", ["", "timm_model."])
+def test_timm_wrapper_folders_are_timms(prefix, tmp_path, monkeypatch):
+    """As Transformers saves what it loads through timm, which lies where it does not see it."""
+    monkeypatch.setattr(transformers.utils.import_utils, "_timm_available", True)
+    wrapper = "transformers.models.timm_wrapper"
+    modules = [f"{wrapper}.{kind}_timm_wrapper" for kind in ("configuration", "modeling")]
+    for module in modules:
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    configuration, modeling = map(importlib.import_module, modules)
+    config = configuration.TimmWrapperConfig.from_dict(
+        {
+            "architecture": "test_vit",
+            "num_classes": 7,
+            "label_names": list("abcdefg"),
+            "model_args": {"img_size": 32},
+            "pretrained_cfg": {
+                "input_size": [3, 32, 32],
+                "mean": [0.4, 0.5, 0.6],
+                "std": [0.1, 0.2, 0.3],
+                "interpolation": "bicubic",
+                "crop_pct": 0.95,
+                "crop_mode": "center",
+            },
+        }
+    )
+    model = randomise(modeling.TimmWrapperForImageClassification(config))
+    place = tmp_path / "wrapped"
+    model.save_pretrained(place)
+    if prefix:
+        from safetensors.torch import load_file, save_file
+
+        state = load_file(place / "model.safetensors")
+        named = {prefix + name: value for name, value in state.items()}
+        save_file(named, place / "model.safetensors", {"format": "pt"})
+    report = convert(place, tmp_path / "hub")
+    assert (report.format_from, report.preprocessing) == ("timm", "timm's pretrained_cfg")
+    x = pixels()
+    with torch.no_grad():
+        want = model.double()(torch.tensor(x)).logits.numpy()
+    assert_reads(place, tmp_path / "hub", want, x)
+    ours = vit_torch.AutoModelForImageClassification.from_pretrained(place)
+    assert list(ours.config.id2label.values()) == list("abcdefg")
+    convert(place, tmp_path / "timm", to="timm")
+    again = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).double().eval()
+    assert_close(run_peer(again, x), want, FLOAT64)
+
+
+# -- Orbax
+
+
+@pytest.mark.parametrize("saved", ["params", "state", "steps"])
+def test_orbax_folders(saved, tmp_path):
+    """As the library itself writes them: parameters alone, a training state, a manager's step."""
+    ocp = pytest.importorskip("orbax.checkpoint")
+    weights = google_weights()
+    tree = nested(linen(weights))
+    folder = tmp_path / "orbax"
+    if saved == "params":
+        ocp.PyTreeCheckpointer().save(folder, tree)
+    elif saved == "state":
+        moments = nested({name: value + 1 for name, value in linen(weights).items()})
+        ocp.PyTreeCheckpointer().save(
+            folder, {"params": tree, "opt_state": {"mu": moments}, "step": 7}
+        )
+    else:
+        with ocp.CheckpointManager(folder) as manager:
+            manager.save(3, args=ocp.args.StandardSave({"params": tree}))
+    report = convert(folder, tmp_path / "hub")
+    assert report.format_from == "google"
+    x = pixels()
+    want = google_forward(weights, x.transpose(0, 2, 3, 1), big_vision=False, pool="tok")
+    assert_reads(folder, tmp_path / "hub", want, x)
+
+
+def test_orbax_folders_are_named_where_orbax_is_not_installed(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "_METADATA").write_text("{}")
+    monkeypatch.setitem(sys.modules, "orbax", None)
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    message = r"written by Orbax(.|\n)*\.restore\(folder\)\n.*to_bytes"
+    with pytest.raises(CheckpointError, match=message):
+        convert(tmp_path / "a", tmp_path / "out")
+
+
+def test_several_orbax_folders_are_named(tmp_path):
+    for step in ("1", "2"):
+        (tmp_path / "a" / step).mkdir(parents=True)
+        (tmp_path / "a" / step / "_METADATA").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"several Orbax checkpoints \(1, 2\)"):
+        convert(tmp_path / "a", tmp_path / "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from peers import (
 from timm_models import timm
 from torch import nn
 
+import vit_convert
 import vit_torch
 from vit_common.errors import CheckpointError
 from vit_convert.convert import convert
-from vit_convert.formats import FORMATS, mae, moco, timm_models
+from vit_convert.formats import FORMATS, NAMES, mae, moco, timm_models
 from vit_convert.infer import PUBLISHED
 from vit_convert.source import open_source
 
@@ -74,6 +76,7 @@ CASES = [
     ("model", ("linear",)),
     ("vit", ("head", "1")),  # nn.Sequential(nn.Dropout(), nn.Linear())
     ("net", ("mlp_head",)),
+    ("backbone", ("predictor",)),
 ]
 
 
@@ -90,9 +93,11 @@ def test_a_classifier_beside_a_backbone_of_timm(inner, names, tmp_path):
     x = pixels()
     want = run_peer(model.double(), x)
     assert want.shape == (2, 5)
-    assert_close(run_torch(path, x, **options), want, FLOAT64)
+    with pytest.warns(UserWarning, match=rf"taken as the classifier: .*{'.'.join(names)}"):
+        assert_close(run_torch(path, x, **options), want, FLOAT64)
+    with pytest.warns(UserWarning, match="taken as the classifier"):
+        assert_close(run_flax(load_flax(path, **options), x), want, FLOAT32)
     assert_close(run_torch(tmp_path / "hub", x), want, FLOAT64)
-    assert_close(run_flax(load_flax(path, **options), x), want, FLOAT32)
 
 
 @pytest.mark.parametrize(("inner", "names"), CASES[:3])
@@ -105,8 +110,10 @@ def test_a_classifier_beside_a_backbone_of_transformers(inner, names, tmp_path):
     transformers.ViTConfig(**SIZES).save_pretrained(place)
     x = pixels()
     want = run_peer(model.double(), x)
-    assert_close(run_torch(place, x), want, FLOAT64)
-    assert_close(run_flax(load_flax(place), x), want, FLOAT32)
+    with pytest.warns(UserWarning, match="taken as the classifier"):
+        assert_close(run_torch(place, x), want, FLOAT64)
+    with pytest.warns(UserWarning, match="taken as the classifier"):
+        assert_close(run_flax(load_flax(place), x), want, FLOAT32)
     report = convert(place, tmp_path / "hub")
     assert any(note.field == "classifier" for note in report.set)
     assert_close(run_torch(tmp_path / "hub", x), want, FLOAT64)
@@ -122,6 +129,17 @@ def test_what_could_be_a_classifier_and_is_not_alone_is_named(tmp_path):
         convert(tmp_path / "two.pth", tmp_path / "out", from_="timm", overrides=HEADS)
 
 
+@pytest.mark.parametrize("name", ["head.mlp.0.weight", "head.mlp.weight"])
+def test_a_head_of_ones_own_is_no_head_of_a_pretraining(name, tmp_path):
+    """DINO's has a last layer too."""
+    for prefix in ("", "backbone."):
+        state = {f"{prefix}{n}": v for n, v in timm_backbone().state_dict().items()}
+        state |= {name: torch.ones(48, 48), "head.out.weight": torch.ones(5, 48)}
+        torch.save(state, tmp_path / "file.pth")
+        with pytest.raises(CheckpointError, match=f"{name}: nothing here knows"):
+            convert(tmp_path / "file.pth", tmp_path / "out", from_="timm", overrides=HEADS)
+
+
 @pytest.mark.parametrize("name", ["projector.weight", "fc.weight"])
 def test_tensors_beside_a_known_prefix_are_not_dropped(name, tmp_path):
     """A projection of another name, or a classifier of another width."""
@@ -134,6 +152,33 @@ def test_tensors_beside_a_known_prefix_are_not_dropped(name, tmp_path):
         tmp_path / "file.pth", tmp_path / "out", from_="timm", overrides=HEADS, ignore=[name]
     )
     assert report.ignored[name] == "given up by the caller"
+
+
+def test_a_checkpoint_of_lightning_is_its_network(tmp_path):
+    """A prefix of the module's own, a loss with weights of the classes, and the rest."""
+    model = randomise(Wrapped(timm_backbone(), "backbone", ("classifier",)))
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    state |= {"criterion.weight": torch.ones(5), "train_acc.tp": torch.arange(5)}
+    moments = {"exp_avg": torch.ones(5, 48), "step": torch.tensor(3.0)}
+    torch.save(
+        {
+            "state_dict": state,
+            "optimizer_states": [{"state": {0: moments}, "param_groups": [{"lr": 0.1}]}],
+            "lr_schedulers": [{"base_lrs": [0.1]}],
+            "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.9)}},
+            "epoch": 3,
+        },
+        tmp_path / "last.ckpt",
+    )
+    report = convert(tmp_path / "last.ckpt", tmp_path / "hub", from_="timm", overrides=HEADS)
+    assert set(report.ignored.values()) <= {
+        "of the loss of a training",
+        "state of the optimizer",
+        "of a training's progress",
+        "outside 'state_dict/model.backbone.', where the network is",
+    }
+    x = pixels()
+    assert_close(run_torch(tmp_path / "hub", x), run_peer(model.double(), x), FLOAT64)
 
 
 def test_counters_beside_the_network_are_no_weights(tmp_path):
@@ -262,7 +307,7 @@ def test_fixed_positions_tell_twins_apart(sizes, positions, heads, tmp_path):
     assert heads_found(state_of(*sizes, fixed), tmp_path / "file.pth") == heads
 
 
-@pytest.mark.parametrize(("noise", "heads"), [(0.1, 12), (2.0, 6)])
+@pytest.mark.parametrize(("noise", "heads"), [(0.05, 12), (2.0, 6)])
 def test_fine_tuning_may_move_positions_a_little(noise, heads, tmp_path):
     fixed = moco.sines_and_cosines((14, 14), 384)
     drawn = np.random.default_rng(0).normal(size=fixed.shape) * noise * fixed.std()
@@ -300,3 +345,26 @@ def test_the_published_moco_small_runs_with_twelve_heads(tmp_path):
     x = torch.tensor(pixels((224, 224), 1), dtype=torch.float32)
     with torch.no_grad():
         assert_close(ours(x).last_hidden_state[:, 0].numpy(), model(x).numpy(), FLOAT32)
+
+
+# -- one place for what is known of formats
+
+
+def test_no_code_outside_the_formats_compares_their_names():
+    """But for the arguments of saving, and the help of a command, which loads nothing."""
+    root = Path(vit_convert.__file__).parent
+    # Names of families and of libraries too.
+    own = set(NAMES) - {"flax", "deit", "beit", "dinov2", "timm"}
+    for file in root.glob("*.py"):
+        if file.name == "save.py":
+            continue
+        tree = ast.parse(file.read_text())
+        found = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        assert not own & {text for text in found if isinstance(text, str)}, file
+
+
+def test_formats_import_only_layouts_and_each_other():
+    for file in (Path(vit_convert.__file__).parent / "formats").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("vit_convert"):
+                assert str(node.module).startswith(("vit_convert.layouts", "vit_convert.formats"))

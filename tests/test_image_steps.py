@@ -153,7 +153,7 @@ def test_steps_refuse_by_name():
         (lambda: ours.center_crop(pixels(2, 9, 9, 3), 4), ImageError, "one image with 3 axes"),
         (lambda: ours.center_crop(pixels(9, 9, 3), 65_535), ImageError, "at most 268435456"),
         (lambda: ours.resize(pixels(9, 9, 3), 40_000), ImageError, f"at most {MOST_PIXELS}"),
-        (lambda: ours.resize(pixels(9, 9, 3), 2**31), InputError, "at most 65535 pixels a side"),
+        (lambda: ours.resize(pixels(9, 9, 3), 2**31), InputError, "at most 65535 pixels per side"),
     ):
         with pytest.raises(error, match=match):
             call()

@@ -16,10 +16,12 @@ import pytest
 import torch
 import transformers
 from networks import randomize
+from timm_models import timm
 
 import vit_torch.export
 from vit_cli.main import main
 from vit_common.errors import ExistingFileError
+from vit_common.images.timm import processor_from_timm
 from vit_torch import AutoModelForImageClassification, ViTImageProcessor
 
 OTHERS = ["vit_common", "vit_convert", "convert", "vit_flax", "vit_torch", "vit_cli"]
@@ -112,8 +114,19 @@ def test_pixels_are_those_of_transformers(made, tmp_path):
                 table = json.loads(entry.value) | processor.to_dict()
                 entry.value = json.dumps(table, default=str)
         onnx.save(graph, tmp_path / f"{name}.onnx")
-    (tmp_path / "paths.json").write_text(json.dumps([f"{name}.onnx" for name in PROCESSORS]))
+    cfg = {"input_size": (3, 16, 16), "crop_pct": 0.95, "interpolation": "bicubic"}
+    for entry in graph.metadata_props:
+        if entry.key == "preprocessing":
+            entry.value = processor_from_timm(cfg).to_json_string()
+    onnx.save(graph, tmp_path / "timm.onnx")
+    paths = [f"{name}.onnx" for name in (*PROCESSORS, "timm")]
+    (tmp_path / "paths.json").write_text(json.dumps(paths))
     alone(PREPARE, tmp_path)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(cfg))
+    with np.load(tmp_path / "timm.onnx.npz") as found:
+        for file, image in seen.items():
+            wanted = transform(image).numpy()
+            np.testing.assert_allclose(found[file], wanted, rtol=0, atol=3e-6, err_msg=file)
     for name, processor in PROCESSORS.items():
         with np.load(tmp_path / f"{name}.onnx.npz") as found:
             for file, image in seen.items():
@@ -146,9 +159,7 @@ def test_nothing_of_anybody_else_is_overwritten(made, tmp_path, capsys):
     folder, _, _ = made
     target = tmp_path / "m_onnx.py"
     target.write_text("print('mine')\n")
-    with pytest.raises(
-        ExistingFileError, match=r"m_onnx\.py: already there, and not a program"
-    ):
+    with pytest.raises(ExistingFileError, match=r"m_onnx\.py: already there, and not a program"):
         vit_torch.export.write_program(tmp_path / "m.onnx")
     assert main(["export", str(folder / "theirs"), str(tmp_path / "m.onnx"), "--force"]) == 2
     assert "Move it, or choose another name" in capsys.readouterr().err
@@ -158,6 +169,7 @@ def test_nothing_of_anybody_else_is_overwritten(made, tmp_path, capsys):
     assert vit_torch.export.write_program(tmp_path / "m.onnx") == target
 
 
+@pytest.mark.slow
 def test_a_fixed_number_of_images(made, tmp_path):
     """Fewer are padded, more are cut."""
     folder, model, seen = made

@@ -103,6 +103,7 @@ def test_what_is_advised_can_be_given(place, command, capsys):
     assert "--set must be FIELD=VALUE" in said("--set", "hidden_act")
 
 
+@pytest.mark.filterwarnings("default")
 def test_features(place, tmp_path, capsys):
     target = tmp_path / "f.npz"
     arguments = [place / "a.png", "--model", place / "backbone.pth", "--output", target]
@@ -119,15 +120,15 @@ def test_features(place, tmp_path, capsys):
     assert made_with["format"] == "dino"
     assert made_with["num_attention_heads"] == 4
     # A run is resumed with what it was begun with, these options among it.
-    (tmp_path / "g.npz.partial").write_text(
-        json.dumps({"run": made_with}) + '\n{"file": "x", "error": ""}\n'
-    )
+    rows = [{"run": made_with}, {"file": "x", "error": "broken"}]
+    (tmp_path / "g.npz.partial").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments[-1] = tmp_path / "g.npz"
     code, _, err = run(capsys, "features", *arguments, "--from", "dino", "--heads", 8, "--resume")
     assert code == 2
     assert "num_attention_heads 4, now 8" in err
 
 
+@pytest.mark.filterwarnings("default")
 def test_predict(place, capsys):
     arguments = [place / "a.png", "--model", place / "classifier.pth", "--from", "timm"]
     code, out, _ = run(capsys, "predict", *arguments, "--heads", 4, "--json")
@@ -169,9 +170,30 @@ def test_bench(place, capsys, monkeypatch):
     assert options["image_size"] == (32, 48)
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("command", ["predict", "features", "export", "verify"])
+def test_what_may_be_left_out(place, tmp_path, command, capsys):
+    """Tensors that change the network are an error that names the option."""
+    weights = torch.load(place / "classifier.pth")
+    torch.save({**weights, "attn_pool.q.weight": torch.ones(48, 48)}, tmp_path / "more.pth")
+    model, given = tmp_path / "more.pth", ["--from", "timm", "--heads", 4]
+    arguments = {
+        "predict": [place / "a.png", "--model", model, "--json"],
+        "features": [place / "a.png", "--model", model, "--output", tmp_path / "f.npz"],
+        "export": [model, tmp_path / "m.jaxexport", "--platforms", "cpu", "--no-check"],
+        "verify": [model],
+    }[command]
+    code, _, err = run(capsys, command, *arguments, *given)
+    assert code == 2
+    assert "attn_pool" in err
+    assert "--ignore" in err
+    assert run(capsys, command, *arguments, *given, "--ignore", "attn_pool.*")[0] == 0
+
+
 def test_errors_advise_no_option_that_the_command_lacks(capsys):
     """Every option that an error of reading a model names is one of every such command."""
     for command in ("predict", "features", "attention", "bench", "export", "verify", "info"):
         assert main([command, "--help"]) == 0
         options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
         assert {"--from", "--heads", "--image-size", "--set", "--revision"} <= options
+        assert ("--ignore" in options) is (command != "info")

@@ -65,8 +65,9 @@ def pair(dtype):
     return ours, reference
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("name", "smoothing"), [("SGD with momentum", 0.1), ("AdamW", 0.0)], ids=[*OPTIMIZERS]
+)
 def test_steps_are_those_of_torch(name, smoothing):
     """Parameters, losses and norms of gradients, in float64."""
     ours, theirs = OPTIMIZERS[name]

@@ -90,10 +90,7 @@ def _out_of_memory(parser: Parser, error: Exception) -> DeviceError | None:
     if isinstance(error, ViTError) or not is_out_of_memory(error):
         return None
     batch = (name for name in ("--batch-size", "--batch-sizes", "--batch") if parser.has(name))
-    advice = next(
-        (f"try a smaller {name}" for name in batch), "try a smaller model or --image-size"
-    )
-    return DeviceError(f"out of memory; {advice}.")
+    return DeviceError(f"out of memory; try a smaller {next(batch, 'model')}.")
 
 
 def _top(arguments: Sequence[str]) -> Callable[[], int]:

@@ -185,12 +185,16 @@ def add_model(parser: Parser) -> None:
 
 
 def add_reading(
-    parser: Parser, *, image_size: str = "image size the model was trained at, if not in the files"
+    parser: Parser,
+    *,
+    image_size: str = "image size the model was trained at, if not in the files",
+    loads: bool = True,
 ) -> None:
     """What the files of a model do not say by themselves, and where on the Hub they are.
 
     Args:
         image_size: help of --image-size.
+        loads: whether the command loads the weights, so that it may have to leave some out.
     """
     group = parser.add_argument_group("reading a model's files")
     group.add_argument(
@@ -213,6 +217,14 @@ def add_reading(
         default=[],
         help="override a field of the configuration, such as hidden_act=gelu; may be repeated",
     )
+    if loads:
+        group.add_argument(
+            "--ignore",
+            metavar="PATTERN",
+            action="append",
+            default=[],
+            help="regular expression of tensor names to leave out; may be repeated",
+        )
     add_hub(parser)
 
 
@@ -236,11 +248,13 @@ class Reading:
         format: of the weights; None detects it.
         overrides: fields of the configuration.
         hub: `revision`, `subfolder` and `local_files_only`, those that were given.
+        ignore: regular expressions of names of tensors that may be left out.
     """
 
     format: str | None = None
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     hub: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ignore: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, options: Options, *, resized: bool = False) -> Self:
@@ -252,13 +266,14 @@ class Reading:
             overrides["image_size"] = options.image_size
         named = ("revision", "subfolder", "local_files_only")
         hub = {name: getattr(options, name) for name in named if getattr(options, name)}
-        return cls(options.format, overrides, hub)
+        return cls(options.format, overrides, hub, tuple(getattr(options, "ignore", ())))
 
     @property
     def keywords(self) -> dict[str, Any]:
         """As `from_pretrained` takes them."""
-        format = {} if self.format is None else {"format": self.format}
-        return {**format, **self.overrides, **self.hub}
+        named = {"format": self.format, "ignore": self.ignore}
+        given = {name: value for name, value in named.items() if value}
+        return {**given, **self.overrides, **self.hub}
 
     @property
     def for_source(self) -> dict[str, Any]:
@@ -469,14 +484,15 @@ class StreamOptions:
     def settings(self) -> dict[str, Any]:
         """What results depend on, whatever is made of the images, and which images are meant: a run
         can be resumed only with the same."""
-        format = {} if self.reading.format is None else {"format": self.reading.format}
+        named = {"format": self.reading.format, "ignore": [*self.reading.ignore]}
+        read = {name: value for name, value in named.items() if value}
         return {
             "model": self.model,
             "revision": self.reading.hub.get("revision"),
             "subfolder": self.reading.hub.get("subfolder"),
             "dtype": self.dtype,
             **self.precision,
-            **format,
+            **read,
             **self.reading.overrides,
             "shard": None if self.shard is None else f"{self.shard[0] + 1}/{self.shard[1]}",
         }

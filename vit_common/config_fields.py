@@ -169,6 +169,9 @@ def _label2id(name: str, value: Any) -> dict[str, Any]:
     # Values are left as they are: some fine-tuned checkpoints hold them as strings.
     if not isinstance(value, Mapping):
         raise refusal(name, "a mapping of label to class index", value)
+    for index in value.values():
+        if isinstance(index, (Mapping, list, tuple)):
+            raise refusal(name, "a mapping of label to class index, which is a number", index)
     return dict(value)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_common.errors import CheckpointError, InputError
+from vit_common.errors import CheckpointError, InputError, shown
 from vit_common.images.processor import BaseImageProcessor
 from vit_common.parameters import Head
 from vit_common.versions import versions as installed
@@ -60,13 +60,15 @@ class Export:
 def check_batch(batch: Any) -> None:
     """Raise InputError unless it is a positive integer or `DYNAMIC`."""
     if batch != DYNAMIC and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
-        raise InputError(f"`batch` must be a positive integer or {DYNAMIC!r}; given {batch!r}.")
+        raise InputError(
+            f"`batch` must be a positive integer or {DYNAMIC!r}; given {shown(batch)}."
+        )
 
 
 def check_output(model: str, head: Head | None, output: str) -> None:
     """Raise InputError unless a model with that head gives that output."""
     if output not in ("logits", "features"):
-        raise InputError(f"`output` must be 'logits' or 'features'; given {output!r}.")
+        raise InputError(f"`output` must be 'logits' or 'features'; given {shown(output)}.")
     if output == "logits" and head not in ("classifier", "teacher"):
         raise InputError(
             f"{model} has no classifier, so there are no logits to export; export its features "

@@ -38,14 +38,18 @@ if TYPE_CHECKING:
         DeiTImageProcessorFast,
     )
     from vit_flax.auto import (
+        FLAX_MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+        FLAX_MODEL_MAPPING,
         FlaxAutoModel,
         FlaxAutoModelForImageClassification,
         FlaxAutoModelForMaskedImageModeling,
     )
     from vit_flax.families import (
         FlaxBeitForImageClassification,
+        FlaxBeitForImageClassificationModule,
         FlaxBeitForMaskedImageModeling,
         FlaxBeitModel,
+        FlaxBeitModule,
         FlaxBeitPreTrainedModel,
         FlaxDeiTForImageClassification,
         FlaxDeiTForImageClassificationWithTeacher,
@@ -53,7 +57,9 @@ if TYPE_CHECKING:
         FlaxDeiTModel,
         FlaxDeiTPreTrainedModel,
         FlaxDinov2ForImageClassification,
+        FlaxDinov2ForImageClassificationModule,
         FlaxDinov2Model,
+        FlaxDinov2Module,
         FlaxDinov2PreTrainedModel,
         FlaxDinov2WithRegistersForImageClassification,
         FlaxDinov2WithRegistersModel,
@@ -76,15 +82,19 @@ if TYPE_CHECKING:
         FlaxSequenceClassifierOutput,
     )
     from vit_flax.pretrained import (
+        FlaxPreTrainedModel,
         FlaxViTForImageClassification,
         FlaxViTForMaskedImageModeling,
         FlaxViTModel,
         FlaxViTPreTrainedModel,
     )
     from vit_flax.stacked import stack_layers, unstack_layers
+    from vit_flax.trees import from_transformers_tree, to_transformers_tree
 
 __all__ = [
     "CONFIG_MAPPING",
+    "FLAX_MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "FLAX_MODEL_MAPPING",
     "AutoConfig",
     "AutoFeatureExtractor",
     "AutoImageProcessor",
@@ -107,10 +117,12 @@ __all__ = [
     "FlaxBaseModelOutput",
     "FlaxBaseModelOutputWithPooling",
     "FlaxBeitForImageClassification",
+    "FlaxBeitForImageClassificationModule",
     "FlaxBeitForMaskedImageModeling",
     "FlaxBeitForMaskedImageModelingModule",
     "FlaxBeitModel",
     "FlaxBeitModelOutputWithPooling",
+    "FlaxBeitModule",
     "FlaxBeitPreTrainedModel",
     "FlaxDeiTForImageClassification",
     "FlaxDeiTForImageClassificationWithTeacher",
@@ -120,13 +132,16 @@ __all__ = [
     "FlaxDeiTModel",
     "FlaxDeiTPreTrainedModel",
     "FlaxDinov2ForImageClassification",
+    "FlaxDinov2ForImageClassificationModule",
     "FlaxDinov2Model",
+    "FlaxDinov2Module",
     "FlaxDinov2PreTrainedModel",
     "FlaxDinov2WithRegistersForImageClassification",
     "FlaxDinov2WithRegistersModel",
     "FlaxDinov2WithRegistersPreTrainedModel",
     "FlaxMaskedImageModelingOutput",
     "FlaxMaskedLMOutput",
+    "FlaxPreTrainedModel",
     "FlaxSequenceClassifierOutput",
     "FlaxViTForImageClassification",
     "FlaxViTForImageClassificationModule",
@@ -139,8 +154,10 @@ __all__ = [
     "ViTFeatureExtractor",
     "ViTImageProcessor",
     "ViTImageProcessorFast",
+    "from_transformers_tree",
     "load_image",
     "stack_layers",
+    "to_transformers_tree",
     "unstack_layers",
 ]
 
@@ -157,6 +174,7 @@ _HOMES = (
     "vit_flax.families",
     "vit_flax.auto",
     "vit_flax.stacked",
+    "vit_flax.trees",
 )
 _MODULES = ("attention", "auto", "families", "model", "outputs", "pretrained")
 

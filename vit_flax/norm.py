@@ -9,12 +9,18 @@ closed form has two reductions side by side.
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+
+def _plain(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    mean, _, factor = _statistics(x, epsilon)
+    return (x - mean) * (factor * scale) + bias
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -29,8 +35,7 @@ def normalized(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
     Returns:
         (..., D), in float32 or the widest dtype of the arguments.
     """
-    mean, _, factor = _statistics(x, epsilon)
-    return (x - mean) * (factor * scale) + bias
+    return _plain(x, scale, bias, epsilon)
 
 
 def _statistics(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -72,4 +77,7 @@ class LayerNorm(nn.Module):
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
-        return normalized(x, scale, bias, self.epsilon).astype(self.dtype)
+        # `jax.experimental.jet` (JAX 0.10) fails on custom derivatives, so a process that has
+        # imported it gets JAX's own: the same numbers, more slowly in training.
+        run = _plain if "jax.experimental.jet" in sys.modules else normalized
+        return run(x, scale, bias, self.epsilon).astype(self.dtype)

@@ -30,7 +30,9 @@ from vit_common.errors import InputError
 from vit_common.flops import forward_flops
 from vit_common.parameters import Head
 from vit_common.presets import PRESETS, preset
+from vit_common.versions import versions as installed
 from vit_convert.source import config_from_dict, open_source, read_config_file
+from vit_flax.attention import compiled_for
 from vit_flax.auto import FlaxAutoModelForImageClassification
 from vit_flax.hlo import (
     collectives,
@@ -45,7 +47,7 @@ from vit_flax.sharding import DATA, batch_sharding, replicated
 from vit_flax.training import cross_entropy, init_state, make_step
 
 FLOPS_BOUND = 0.03
-"""How far the matrix products of a program may be from the analytic count, as a share of it."""
+"""Largest difference of a program's matrix products from the analytic count, as a share of it."""
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -65,12 +67,12 @@ CHIPS: dict[str, Chip] = {
     "v5p": Chip("v5p:2x2x1", 95, 459, 2765, "https://cloud.google.com/tpu/docs/v5p"),
     "v6e": Chip("v6e:2x2", 32, 918, 1640, "https://cloud.google.com/tpu/docs/v6e"),
 }
-"""The chips by name; peak figures as Google publishes them, GB being 10^9 bytes here."""
+"""The chips by name, with the peak figures that Google publishes; a GB is 10^9 bytes here."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One assertion, whether it holds, and what was seen."""
+    """One assertion: its name, whether it holds, and what was found."""
 
     name: str
     passed: bool
@@ -86,7 +88,7 @@ class Program:
         name: "forward" or "training step".
         batch: images on each chip.
         devices: chips of the mesh.
-        seconds: what compiling took.
+        seconds: time of compiling.
         analytic_flops: two for each multiply-add of `vit_common.flops`, on one chip.
         product_flops: of the matrix products in the optimized program, and those that the package's
             kernels say they do, less what they compute anew; None where another kernel hides some.
@@ -142,15 +144,15 @@ class TPUReport:
     """What `check` found.
 
     Attributes:
-        model: what was asked for.
-        dtype: of the computation; parameters are float32.
-        versions: of jax, jaxlib, flax and libtpu.
+        model: name of the model.
+        dtype: compute dtype; parameters are float32.
+        versions: versions of jax, jaxlib, flax and libtpu.
         programs: one for each chip and kind.
     """
 
     model: str
     dtype: str
-    versions: dict[str, str]
+    versions: dict[str, str | None]
     programs: tuple[Program, ...]
 
     @property
@@ -200,11 +202,11 @@ def check(
             where no file has that name.
         chips: keys of `CHIPS`.
         batch: images on each chip.
-        dtype: of the computation, one of `DTYPES`.
+        dtype: compute dtype, one of `DTYPES`.
         training: whether to compile the training step too; needs optax.
-        format: of the weights, where the network must be told from them.
+        format: format of the weights, where the network must be detected from them.
         hub: options of the Hub.
-        progress: told, before each program, what is compiled.
+        progress: called with a line of text before each program is compiled.
 
     Raises:
         InputError: libtpu or optax is missing, or an argument does not fit.
@@ -250,9 +252,9 @@ def require_compiler(training: bool = False) -> None:
         )
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that decide what is compiled."""
-    return {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "libtpu")}
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that decide what is compiled."""
+    return installed("jax", "jaxlib", "flax", "libtpu")
 
 
 def network(
@@ -261,8 +263,8 @@ def network(
     format: str | None = None,
     hub: Mapping[str, Any] | None = None,
 ) -> tuple[ViTConfig, bool]:
-    """A configuration, and whether there are a distilled DeiT's two classifiers. Of a model on the
-    Hub no weights are fetched if its `config.json` says what it is."""
+    """The configuration of a model, and whether it has a distilled DeiT's two classifiers. For a
+    model on the Hub, weights are fetched only if its `config.json` does not say what it is."""
     if isinstance(config_or_source, ViTConfig):
         return config_or_source, _has_teacher(config_or_source)
     source = os.fspath(config_or_source)
@@ -329,7 +331,7 @@ def chip_mesh(chip: str, devices: int | None = None) -> jax.sharding.Mesh:
 
 
 class Built(NamedTuple):
-    """A function, what it is called with, and its matrix products' operations on one chip."""
+    """A jitted function, its arguments, and the operations of its matrix products on one chip."""
 
     jitted: Any
     arguments: tuple[Any, ...]
@@ -434,7 +436,8 @@ def check_program(
         chip, name, batch: for the report.
         dtype: of matrix products; with "float32" those may be float32.
     """
-    lowered = jitted.lower(*arguments)
+    with compiled_for("tpu"):
+        lowered = jitted.lower(*arguments)
     start = time.perf_counter()
     try:
         compiled = lowered.compile()

@@ -1,5 +1,5 @@
-"""`export`: a model as an ONNX file, through `torch.onnx`; labels, preprocessing and what was
-measured are in its metadata."""
+"""`export`: a model as an ONNX file, through `torch.onnx`, with labels, preprocessing and
+measurements in its metadata."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from vit_common.exports import (
     random_pixels,
     versions,
 )
+from vit_common.features import pooled_tokens
 from vit_common.files.replace import check_target, staged
 from vit_common.images.predictions import (
     check_processor,
@@ -65,9 +66,9 @@ def export(
     Args:
         model: a PyTorch model in float32; left as it is.
         path: the file to write.
-        image_processor: what prepares images; None means the Hub's defaults for a ViT. It decides
-            the image size where the family takes any.
-        batch: images a call takes; "dynamic" for any number.
+        image_processor: preprocessing of the images; None means the Hub's defaults for a ViT. It
+            decides the image size where the family takes any.
+        batch: number of images per call; "dynamic" for any number.
         output: "logits" of a classifier; "features" of a base network: the class token after the
             final norm, or the mean of the patches where there is no such token.
         check: run the file by onnxruntime and compare it with the model, on random pixels.
@@ -78,7 +79,7 @@ def export(
         ConfigError: model and preprocessing contradict each other.
         ExistingFileError: the file is there already.
         MissingFileError: it cannot be written.
-        CheckpointError: the exported program gives other numbers; nothing was written.
+        CheckpointError: the exported program's outputs differ; nothing was written.
     """
     path = Path(path)
     check_batch(batch)
@@ -229,10 +230,7 @@ class Network(nn.Module):
         )
         if self.output == "logits":
             return found.logits  # (B, K)
-        hidden, config = found.last_hidden_state, self.model.config  # (B, S, D)
-        if config.use_cls_token:
-            return hidden[:, 0]  # (B, D)
-        return hidden[:, config.num_prefix_tokens :].mean(dim=1)  # (B, D)
+        return pooled_tokens(found.last_hidden_state, self.model.config)  # (B, D)
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -279,8 +277,8 @@ def _strip(graph: Any) -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep back what torch says about its own insides: deprecations, and operators of packages that
-    are not used here."""
+    """Silence torch's warnings about its own deprecations and about packages that are not used
+    here."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -337,6 +337,16 @@ class ViTSelfOutput(ViTPart):
         return self.dropout(hidden_states)
 
 
+def with_probabilities(hidden_states, probabilities, output_attentions: bool, part: ViTPart):
+    """What a block and its attention return: hidden states (B, S, D), with probabilities a pair.
+
+    Without them too BEiT's return a tuple in Transformers 4.57.6, and hooks expect what they do.
+    """
+    if output_attentions:
+        return hidden_states, probabilities
+    return (hidden_states,) if part.config.model_type == "beit" else hidden_states
+
+
 class ViTAttention(ViTPart):
     """Self-attention and the projection after it."""
 
@@ -353,12 +363,11 @@ class ViTAttention(ViTPart):
         output_attentions: bool = False,
         grid: tuple[int, int] | None = None,
     ):
-        """(B, S, D); with `output_attentions`, a pair of that and the probabilities."""
+        """As `ViTLayer`."""
         context, probabilities = self.attention(
             hidden_states, head_mask, bias, output_attentions, grid
         )
-        context = self.output(context)
-        return (context, probabilities) if output_attentions else context
+        return with_probabilities(self.output(context), probabilities, output_attentions, self)
 
 
 class ViTIntermediate(ViTPart):
@@ -433,7 +442,8 @@ class ViTLayer(ViTPart):
         output_attentions: bool = False,
         grid: tuple[int, int] | None = None,
     ):
-        """(B, S, D); with `output_attentions`, a pair of that and the probabilities.
+        """Hidden states (B, S, D); with `output_attentions`, a pair of these and the probabilities;
+        of BEiT a tuple in any case.
 
         Args:
             hidden_states: (B, S, D).
@@ -446,8 +456,9 @@ class ViTLayer(ViTPart):
             self.layernorm_before(hidden_states), head_mask, bias, output_attentions, grid
         )
         probabilities = None
-        if output_attentions:
-            attention_output, probabilities = attention_output
+        if isinstance(attention_output, tuple):
+            attention_output, *rest = attention_output
+            probabilities = rest[0] if rest else None
         if self.config.has_layer_scale:
             attention_output = attention_output * self.lambda_1
         attention_output = self.drop_path(attention_output)
@@ -458,7 +469,17 @@ class ViTLayer(ViTPart):
             mlp_output = mlp_output * self.lambda_2
         mlp_output = self.drop_path(mlp_output)
         hidden_states = mlp_output + hidden_states
-        return (hidden_states, probabilities) if output_attentions else hidden_states
+        return with_probabilities(hidden_states, probabilities, output_attentions, self)
+
+    @property
+    def norm1(self) -> nn.Module:
+        """The norm before attention, under DINOv2's name."""
+        return self.layernorm_before
+
+    @property
+    def norm2(self) -> nn.Module:
+        """The norm before the MLP, under DINOv2's name."""
+        return self.layernorm_after
 
 
 class ViTEncoder(ViTPart):
@@ -503,9 +524,9 @@ class ViTEncoder(ViTPart):
                 hidden_states = checkpoint(layer, *inputs, **self.gradient_checkpointing_kwargs)
             else:
                 hidden_states = layer(*inputs)
-            if output_attentions:
-                hidden_states, probabilities = hidden_states
-                all_attentions.append(probabilities)
+            if isinstance(hidden_states, tuple):
+                hidden_states, *probabilities = hidden_states
+                all_attentions += probabilities
             all_hidden_states.append(hidden_states)
         return BaseModelOutput(
             last_hidden_state=hidden_states,

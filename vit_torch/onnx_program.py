@@ -42,7 +42,8 @@ class Model:
         """Name of a file, open file or PIL image -> float32 (C, H, W)."""
         how, (channels, height, width) = self.how, self.shape
         if not isinstance(image, PIL.Image.Image):
-            image = PIL.ImageOps.exif_transpose(PIL.Image.open(image))
+            image = PIL.Image.open(image)
+        image = PIL.ImageOps.exif_transpose(image)  # upright
         image = in_mode(image, {1: "L", 3: "RGB", 4: "RGBA"}[channels])
         if how.get("do_convert_rgb"):
             image = in_mode(image, "RGB")

@@ -91,8 +91,8 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
         )
 
     def _shapes(self) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
-        """Name -> shape of all that files hold of this model; and which of these names are of parts
-        that a subclass, or whoever has assigned to an attribute, brought along."""
+        """Name -> shape of every tensor in this model's files, and the names among them that belong
+        to parts of a subclass or to modules assigned to an attribute."""
         shapes = self._canonical_shapes()
         state = self.state_dict()
         if state.keys() == shapes.keys() and not self._is_customized():
@@ -109,7 +109,7 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
 
     @classmethod
     def _is_customized(cls) -> bool:
-        """Whether this is a subclass that somebody else has written."""
+        """Whether this is a subclass written outside this package."""
         return not cls.__module__.startswith("vit_torch.")
 
     @classmethod
@@ -144,9 +144,9 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
             *model_args: further positional arguments of the constructor.
             config: configuration, or where to read it, if not beside the weights.
             dtype, torch_dtype: dtype of the parameters, "auto" for the file's; None is float32.
-            ignore_mismatched_sizes: draw parameters anew whose shape does not match.
-            allow_missing: draw parameters of the network anew that the file does not have; without
-                it only those of a head may be missing.
+            ignore_mismatched_sizes: draw parameters anew that have another shape in the file.
+            allow_missing: draw parameters of the network anew that the file lacks; without it only
+                those of a head may be missing.
             ignore: regular expressions of names in the file that may be left over. Without it,
                 tensors of the network that the model has no place for are an error, and so is a
                 trained head while one is drawn anew: see `vit_convert.leftovers`.
@@ -155,8 +155,8 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
             device_map: device to load onto: a name, number or `torch.device`; `{"": device}`; or
                 "auto", the first GPU if there is one. None is torch's default device. A model is
                 not split over several devices.
-            format: of the weights ("timm", "google", ...; see docs/convert.md), where their names
-                do not tell it.
+            format: the weights' format ("timm", "google", ...; see docs/convert.md), if it cannot
+                be detected.
             from_flax: prefer weights in Flax's layout where there are both. (Both are read
                 without it.)
             **kwargs: options of the Hub (`revision`, `subfolder`, `token`, `cache_dir`,
@@ -170,6 +170,10 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
             MissingFileError: there is nothing of that name, or it cannot be reached.
             ConfigError: the configuration is not of this architecture.
             CheckpointError: the weights are corrupt, incomplete or do not fit.
+
+        Example:
+            >>> model = ViTForImageClassification.from_pretrained("google/vit-base-patch16-224")
+            >>> model(pixel_values).logits.shape
         """
         options = {**kwargs, "config": config, "format": format, "from_flax": from_flax}
         source, loading = cls.open_pretrained(
@@ -221,6 +225,9 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
         if "attn_implementation" in arguments:  # the constructor of a subclass need not take it
             config = copy.copy(config)
             config._attn_implementation = check_implementation(arguments.pop("attn_implementation"))
+        elif not source.config_given and config._attn_implementation is None:
+            config = copy.copy(config)  # it says what runs, as in Transformers
+            config._attn_implementation = "sdpa"
         # A subclass may compute with what it builds, so that is built on a real device.
         place = contextlib.nullcontext() if cls._is_customized() else torch.device("meta")
         with place:
@@ -237,7 +244,8 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
             ignore=ignore,
         )
         if wanted is None:
-            first = next(iter(loaded.tensors.values()), None)
+            floating = (tensor for name, tensor in loaded.tensors.items() if name not in own)
+            first = next(floating, None)
             wanted = torch.float32 if first is None else getattr(torch, first.dtype.name)
         state, not_finite = {}, []
         for name, tensor in loaded.tensors.items():
@@ -437,7 +445,7 @@ def parse_device(device_map: DeviceMap) -> torch.device:
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:
-    """A torch tensor of what a checkpoint's tensor read, with no more copies than needed.
+    """A torch tensor from a checkpoint's array, copied only where needed.
 
     What a file reader gives is fresh memory unless it is marked read-only.
     """
@@ -449,13 +457,13 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
 
 
 def lazily(name: str, tensor: torch.Tensor) -> Tensor:
-    """A torch tensor, as the converter wants to see it."""
+    """A torch tensor as the converter's `Tensor`, converted when it is read."""
     dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")]
     return Tensor(name, tuple(tensor.shape), dtype, lambda: to_numpy(tensor))
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A numpy array of the same bits; bfloat16 as the type of `ml_dtypes`."""
+    """A numpy array of the same bits; bfloat16 has the dtype of `ml_dtypes`."""
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         import ml_dtypes

@@ -8,7 +8,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vit_cli.options import DTYPES, Options, Parser, Reading, add_reading, positive, some_of
 from vit_cli.terminal import interrupt
@@ -17,7 +17,6 @@ from vit_cli.terminal.messages import one_line, say
 from vit_common.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
-    from vit_common.config import ViTConfig
     from vit_common.exports import Export
     from vit_common.images.processor import BaseImageProcessor
 
@@ -153,26 +152,19 @@ def _export_jax(name: str, path: Path, options: Options) -> Export:
     if options.check:
         check_place(platforms)
     enable_cache()
-    weights, config, processor, table = _open(name, options)
+    found = _open(name, options)
 
     from vit_flax.auto import FlaxAutoModel, FlaxAutoModelForImageClassification
 
-    model = _load(
-        FlaxAutoModelForImageClassification,
-        FlaxAutoModel,
-        options.output,
-        weights,
-        config=config,
-        format=table,
-        dtype=options.dtype or "float32",
-    )
+    classes = FlaxAutoModelForImageClassification, FlaxAutoModel
+    model = found.load(*classes, dtype=options.dtype or "float32")
     references = {}
     if options.check and importlib.util.find_spec("torch") is not None:
-        references["PyTorch"] = _torch_answers(weights, config, table, options.output)
+        references["PyTorch"] = _torch_answers(found)
     return export(
         model,
         path,
-        image_processor=processor,
+        image_processor=found.processor,
         references=references,
         platforms=platforms,
         input_dtype=options.input or "float32",
@@ -191,16 +183,34 @@ def _export_onnx(name: str, path: Path, options: Options) -> Export:
     require(options.check)
     if path.suffix.lower() == ".onnx":
         check_program(path)
-    weights, config, processor, table = _open(name, options)
-    model = _torch_model(weights, config, table, options.output)
-    report = export(model, path, image_processor=processor, **_common(options))
+    found = _open(name, options)
+    report = export(_torch_model(found), path, image_processor=found.processor, **_common(options))
     if path.suffix.lower() == ".onnx":
         report.program = write_program(path)
     return report
 
 
-def _open(name: str, options: Options) -> tuple[Path, ViTConfig, BaseImageProcessor | None, str]:
-    """The weights file, the configuration, what prepares images, and the format's name."""
+class _Found(NamedTuple):
+    """What is to be exported: the weights file, how to load it, what prepares images, and whether
+    logits or features come out."""
+
+    weights: Path
+    loading: dict[str, Any]
+    processor: BaseImageProcessor | None
+    output: str
+
+    def load(self, classifier: Any, base: Any, **options: Any) -> Any:
+        """The model, of one of two classes."""
+        options |= self.loading
+        if self.output == "logits":
+            return classifier.from_pretrained(self.weights, **options)
+        with warnings.catch_warnings():
+            # That a head or a pooler of the file is left aside is what was asked for.
+            warnings.filterwarnings("ignore", category=UserWarning, message=".*not used.*")
+            return base.from_pretrained(self.weights, add_pooling_layer=False, **options)
+
+
+def _open(name: str, options: Options) -> _Found:
     from vit_convert.source import find_processor, open_source
 
     reading = Reading.of(options)
@@ -221,30 +231,23 @@ def _open(name: str, options: Options) -> tuple[Path, ViTConfig, BaseImageProces
                 UserWarning,
                 stacklevel=2,
             )
-        return source.path, source.config, found[0] if found else None, source.table.name
+        loading = {
+            "config": source.config,
+            "format": source.table.name,
+            "ignore": reading.ignore,
+        }
+        return _Found(source.path, loading, found[0] if found else None, options.output)
 
 
-def _load(classifier: Any, base: Any, output: str, weights: Path, **options: Any) -> Any:
-    if output == "logits":
-        return classifier.from_pretrained(weights, **options)
-    with warnings.catch_warnings():
-        # That a head or a pooler of the file is left aside is what was asked for.
-        warnings.filterwarnings("ignore", category=UserWarning, message=".*not used.*")
-        return base.from_pretrained(weights, add_pooling_layer=False, **options)
-
-
-def _torch_model(weights: Path, config: ViTConfig, table: str, output: str) -> Any:
+def _torch_model(found: _Found) -> Any:
     import torch
 
     from vit_torch.auto import AutoModel, AutoModelForImageClassification
 
-    model = _load(
-        AutoModelForImageClassification, AutoModel, output, weights, config=config, format=table
-    )
-    return model.to(torch.float32).eval()
+    return found.load(AutoModelForImageClassification, AutoModel).to(torch.float32).eval()
 
 
-def _torch_answers(weights: Path, config: ViTConfig, table: str, output: str) -> Any:
+def _torch_answers(found: _Found) -> Any:
     """What the PyTorch twin makes of pixels, in float32; loaded when it is asked."""
 
     def run(pixel_values: Any) -> Any:
@@ -252,7 +255,7 @@ def _torch_answers(weights: Path, config: ViTConfig, table: str, output: str) ->
 
         from vit_torch.export import Network
 
-        network = Network(_torch_model(weights, config, table, output), output).eval()
+        network = Network(_torch_model(found), found.output).eval()
         with torch.no_grad():
             return network(torch.from_numpy(pixel_values)).numpy()
 

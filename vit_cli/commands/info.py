@@ -53,7 +53,7 @@ def add_options(parser: Parser) -> None:
         default="float32",
         help="compute dtype of that attention kernel (default: float32)",
     )
-    add_reading(parser)
+    add_reading(parser, loads=False)
 
 
 def run(options: Options) -> int:

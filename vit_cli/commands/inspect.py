@@ -37,7 +37,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object, with every tensor"
     )
-    add_reading(parser)
+    add_reading(parser, loads=False)
 
 
 def run(options: Options) -> int:

@@ -91,7 +91,7 @@ def run(options: Options) -> int:
             "--gradients": options.gradients,
             "--image-size": options.image_size is not None,
             "--images": options.images is not None,
-            "--heads or --set": bool(reading.overrides),
+            "--heads, --set or --ignore": bool(reading.overrides or reading.ignore),
             "more than one --dtype": len(dtypes or ()) > 1,
         }
         if any(given.values()):
@@ -133,7 +133,8 @@ def run(options: Options) -> int:
         image_size=(side, side) if isinstance(side, int) else side,
         batch=options.batch,
         gradients=options.gradients,
-        **reading.keywords,
+        ignore=reading.ignore,
+        **reading.for_source,
     )
     from vit_cli.commands import verify_report
 

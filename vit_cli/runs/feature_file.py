@@ -79,14 +79,14 @@ class FeatureFile(RowFile):
 
         def whole(row: dict[str, Any]) -> bool:
             nonlocal count
-            if isinstance(row.get("error"), str):
-                return True
-            shape = row.get("shape")
-            if not isinstance(shape, list) or not all(isinstance(n, int) and n > 0 for n in shape):
+            if [*row] != ["file", "shape", "row"] or type(row["row"]) is not int:
+                return False
+            shape = row["shape"]
+            if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
                 return False
             one = math.prod(shape) * self.dtype.itemsize
             known = self.shape in ((0,), tuple(shape))
-            if row.get("row") != count or not known or (count + 1) * one > size:
+            if row["row"] != count or not known or (count + 1) * one > size:
                 return False
             self.shape, count = tuple(shape), count + 1
             return True
@@ -116,6 +116,11 @@ class FeatureFile(RowFile):
             )
             self.fail(file, str(error))
             return error
+        if self.shape not in ((0,), vector.shape):
+            raise InputError(
+                f"{self._partial}: its vectors are of shape {self.shape}, and this model's of "
+                f"{vector.shape}. Pass --force to begin anew."
+            )
         self.shape = vector.shape
         self._beside[0].write(vector.data)
         self._row({"file": file, "shape": vector.shape, "row": self._own})

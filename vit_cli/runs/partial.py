@@ -275,14 +275,12 @@ def json_line(row: Mapping[str, Any]) -> bytes:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The JSON object of a line that was written to its end, or None."""
-    if not line.endswith(b"\n"):
-        return None
+    """The row of a line, or None if it is not byte for byte what `json_line` writes."""
     try:
         row = json.loads(line)
-    except ValueError:
+        return row if isinstance(row, dict) and json_line(row) == line else None
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) else None
 
 
 def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -31,7 +32,9 @@ class Journal(RowFile):
     what = "rows"
 
     def _whole(self, partial: Path) -> Callable[[dict[str, Any]], bool]:
-        return lambda row: "error" in row or "predictions" in row
+        return lambda row: (
+            [*row] == ["file", "predictions"] and _are_predictions(row["predictions"])
+        )
 
     def write(self, file: str, value: Sequence[Prediction]) -> None:
         """The row of an image."""
@@ -89,3 +92,21 @@ class Journal(RowFile):
                     for row in batch
                 ]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+
+def _are_predictions(values: Any) -> bool:
+    """Whether a value in a row is what `as_row` writes: different classes, the likeliest first."""
+    if not (isinstance(values, list) and values and all(map(_is_prediction, values))):
+        return False
+    pairs = pairwise(each["probability"] for each in values)
+    different = len({each["index"] for each in values}) == len(values)
+    return different and not any(first < second for first, second in pairs)
+
+
+def _is_prediction(value: Any) -> bool:
+    """Whether a value in a row is a class as `as_row` writes it."""
+    if not isinstance(value, dict) or [*value] != ["label", "index", "probability"]:
+        return False
+    label, index, probability = value.values()
+    known = isinstance(label, str) and type(index) is int and type(probability) is float
+    return known and index >= 0 and not (probability < 0 or probability > 1)  # it may be NaN

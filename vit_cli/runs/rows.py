@@ -107,24 +107,32 @@ class RowFile:
     # -- rows
 
     def _whole(self, partial: Path) -> Callable[[dict[str, Any]], bool]:
-        """Tells of each row of a partial file, in turn, whether all that it needs is there."""
+        """A function that says of each row of a partial file that holds no error, in turn, whether
+        it is one of ours and all that it needs is there."""
         raise NotImplementedError
 
     def _whole_rows(self, partial: Path) -> Iterator[tuple[dict[str, Any], int, int]]:
-        """What the run was, and the rows after it up to one that is not whole; each with where its
-        line begins and ends."""
+        """What the run was, and the rows after it up to one that is not whole, or of an image that
+        has a row already; each with where its line begins and ends."""
         position = 0
         whole = self._whole(partial)
+        seen: set[str] = set()
         with told(partial, "read"), open(partial, "rb") as stream:
             for line in stream:
                 row = parse_line(line)
                 if row is None:
                     return
                 if position == 0:
-                    if not isinstance(row.get("run"), dict):
+                    if [*row] != ["run"] or not isinstance(row["run"], dict):
                         return
-                elif not (isinstance(row.get("file"), str) and whole(row)):
-                    return
+                else:
+                    file = row.get("file")
+                    if not isinstance(file, str) or file in seen:
+                        return
+                    failed = [*row] == ["file", "error"] and isinstance(row["error"], str)
+                    if not (failed or whole(row)):
+                        return
+                    seen.add(file)
                 yield row, position, position + len(line)
                 position += len(line)
 

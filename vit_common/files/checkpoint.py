@@ -17,11 +17,17 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from vit_common.errors import CheckpointError, InputError, MissingFileError, some
-from vit_common.files.containers import flax_msgpack, numpy_zip, safetensors_file, torch_pickle
+from vit_common.errors import CheckpointError, InputError, MissingFileError, shown, some
+from vit_common.files.containers import (
+    flax_msgpack,
+    numpy_zip,
+    orbax_folder,
+    safetensors_file,
+    torch_pickle,
+)
 from vit_common.files.containers.tensor import DataFile, Progress, Tensor, as_tensor, no_progress
 from vit_common.files.replace import make_directory, replace_files, write_text
-from vit_common.files.texts import LFS_POINTER, cut, lfs_pointer, read_json, shown
+from vit_common.files.texts import LFS_POINTER, cut, lfs_pointer, read_json
 
 __all__ = [
     "Checkpoint",
@@ -36,7 +42,7 @@ __all__ = [
     "write_text",
 ]
 
-Container = Literal["safetensors", "msgpack", "npz", "torch"]
+Container = Literal["safetensors", "msgpack", "npz", "torch", "orbax"]
 
 _EXTENSIONS: dict[str, Container] = {
     ".safetensors": "safetensors",
@@ -118,6 +124,10 @@ def open_checkpoint(path: str | PathLike) -> Checkpoint:
     path = Path(path)
     if path.name.endswith(INDEX_SUFFIX):
         return _open_shards(path)
+    if path.is_dir() and (folder := orbax_folder.find(path)) is not None:
+        checkpoint = Checkpoint(path, "orbax", orbax_folder.read(folder), {}, [])
+        checkpoint.files = sorted(file for file in folder.rglob("*") if file.is_file())
+        return checkpoint
     file = DataFile(path)
     try:
         container = _container_of(file)

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from vit_common.errors import CheckpointError, MissingFileError
+from vit_common.errors import CheckpointError, MissingFileError, shown
 
 MAX_JSON_BYTES = 100_000_000
 """Longest JSON text that is read: the bound safetensors sets for its header."""
@@ -26,12 +26,6 @@ def cut(text: str) -> str:
     if len(text) <= _LONGEST:
         return text
     return f"{text[: _LONGEST - 150]} [...] {text[-150:]}"
-
-
-def shown(value: object, most: int = 100) -> str:
-    """A value for a message: as Python writes it, and cut where it is long."""
-    text = repr(value[: 2 * most]) if isinstance(value, (str, bytes, list)) else repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def reason(error: BaseException) -> str:

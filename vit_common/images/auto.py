@@ -1,4 +1,4 @@
-"""Which image processor a model's files ask for."""
+"""Choice of the image processor by a model's files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _CLASS_OF_MODEL: dict[str, type[BaseImageProcessor]] = {
 
 
 class AutoImageProcessor:
-    """The processor that a model's files name; made by `from_pretrained` alone."""
+    """The processor that a model's files name; only `from_pretrained` makes one."""
 
     def __init__(self) -> None:
         name = type(self).__name__
@@ -51,9 +51,9 @@ class AutoImageProcessor:
 
         The class is what `image_processor_type`, or `feature_extractor_type` in older files,
         names: that of ViT, DeiT, BEiT or BiT. A "...Fast" name counts as the one without, and the
-        arithmetic is always that of PIL and numpy. Where the file names none, `config.json` tells,
-        by the same keys or by its `model_type`; where there is only timm's `config.json`, its
-        `pretrained_cfg` does.
+        arithmetic is always that of PIL and numpy. Where the file names none, `config.json`
+        decides, by the same keys or by its `model_type`; where there is only timm's `config.json`,
+        its `pretrained_cfg` decides.
 
         Args:
             pretrained_model_name_or_path: directory, JSON file, or "owner/name".
@@ -115,7 +115,7 @@ def _named_class(table: Mapping[str, Any], path: Path) -> type[BaseImageProcesso
         plain = plain.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
         if plain not in _CLASSES:
             raise ConfigError(
-                f"{path}: `{key}` must be one of {', '.join(_CLASSES)}, or its older or fast face; "
+                f"{path}: `{key}` must be one of {', '.join(_CLASSES)}, or its older or fast name; "
                 f"given {shown(name)}. Process such images with the library that wrote the file."
             )
         return _CLASSES[plain]
@@ -137,7 +137,7 @@ def _timm_table(name_or_path: str | os.PathLike, hub: Any) -> dict[str, Any] | N
 def _class_by_config(
     name_or_path: str | os.PathLike, path: Path, hub: Mapping[str, Any]
 ) -> type[BaseImageProcessor]:
-    """The class that the `config.json` of the same model tells."""
+    """The class that follows from the `config.json` of the same model."""
     wanted = (
         f"{path}: names no `image_processor_type`; wanted one of {', '.join(_CLASSES)} there, or a "
         f"`model_type` in config.json out of {', '.join(_CLASS_OF_MODEL)}"

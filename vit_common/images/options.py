@@ -14,11 +14,11 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL.Image import Resampling
 
-from vit_common.errors import ImageError, InputError, shown
+from vit_common.errors import ImageError, InputError, shown, some
 
 FIRST, LAST = "channels_first", "channels_last"
 FRAMEWORKS = {"np": "NumPy", "pt": "PyTorch", "jax": "JAX", "tf": "TensorFlow"}
-"""What `return_tensors` may be, beside None."""
+"""Values of `return_tensors`, beside None."""
 
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -65,7 +65,7 @@ def _pixels(name: str, value: Any) -> int:
     if not isinstance(number, int) or number < 1:
         _fail(name, "made of positive integers", value)
     if number > MOST_SIDE:
-        _fail(name, f"at most {MOST_SIDE} pixels a side", value)
+        _fail(name, f"at most {MOST_SIDE} pixels per side", value)
     return number
 
 
@@ -92,9 +92,9 @@ def _crop_size(name: str, value: Any) -> dict[str, int]:
 
 
 def _resample(name: str, value: Any) -> Resampling:
-    with contextlib.suppress(ValueError):
-        if not isinstance(value, (bool, np.bool_)):
-            return Resampling(value)
+    with contextlib.suppress(ValueError, OverflowError):
+        if isinstance(value, (int, float, np.integer)) and not isinstance(value, bool):
+            return Resampling(int(value) if value == int(value) else -1)
     filters = ", ".join(f"{each.value} ({each.name})" for each in sorted(Resampling))
     _fail(name, f"one of Pillow's filters {filters}", value)
 
@@ -110,11 +110,11 @@ def _channel_values(name: str, value: Any) -> int | float | list[int | float]:
     if isinstance(value, (list, tuple, np.ndarray)):
         numbers = [_plain_number(each) for each in value]
         if not numbers or None in numbers:
-            _fail(name, "a finite number, or a list of one a channel", value)
+            _fail(name, "a finite number, or a list with one per channel", value)
         return numbers  # type: ignore[return-value]  # None was refused
     number = _plain_number(value)
     if number is None:
-        _fail(name, "a finite number, or a list of one a channel", value)
+        _fail(name, "a finite number, or a list with one per channel", value)
     return number
 
 
@@ -199,7 +199,7 @@ def refuse_unsupported(keys: Mapping[str, Any]) -> None:
     ]
     if named:
         raise InputError(
-            f"options that change pixels and are not supported here: {', '.join(named)}. Set them "
+            f"options that change pixels and are not supported here: {some(named, 5)}. Set them "
             "to None or False if the model can do without."
         )
 
@@ -240,12 +240,12 @@ class Recipe:
 
     @property
     def channels(self) -> int | None:
-        """How many channels the arithmetic demands; None where any number will do."""
+        """Number of channels that the arithmetic needs; None where any number will do."""
         return self._counts[0] if self.do_normalize and self._counts else None
 
     @property
     def usual_channels(self) -> int:
-        """How many channels the model has, as far as the options tell."""
+        """Number of channels of the model, as far as the options show."""
         return self._counts[0] if self._counts else 3
 
     @property

@@ -169,8 +169,8 @@ def load_image(
 ) -> PIL.Image.Image:
     """Read one image: decoded in full, upright, of mode L, LA, RGB or RGBA.
 
-    The commands read their images so; `Image.open` alone leaves an image as the camera held it,
-    whatever its EXIF orientation says. 16-bit grey is scaled to 8 bits as in `convert_mode`;
+    The commands read images this way. `Image.open` alone ignores the EXIF orientation, so a photo
+    may lie on its side. 16-bit grey is scaled to 8 bits as in `convert_mode`;
     palettes, CMYK and other colour spaces become RGB, or RGBA if they have transparency; the
     processors make of that what their model takes. The first frame of an animation is taken.
     Pillow's limit on pixels holds: it refuses images beyond twice `PIL.Image.MAX_IMAGE_PIXELS`,
@@ -181,11 +181,11 @@ def load_image(
             left open; or a PIL image.
         at_least: (height, width); a JPEG that is larger is decoded at a half, a quarter or an
             eighth of its size if that holds as much. Several times as fast for a photo of many
-            megapixels, and not the same pixels after a resize as without it.
+            megapixels; after a resize the pixels differ slightly.
 
     Raises:
-        MissingFileError: the file is not there or cannot be opened.
-        ImageError: it is empty, no image, truncated, corrupt or too large. One line.
+        MissingFileError: the file does not exist or cannot be opened.
+        ImageError: the file is empty, no image, truncated, corrupt or too large.
         InputError: `source` is none of these.
 
     Example:
@@ -317,6 +317,6 @@ def upright(image: PIL.Image.Image) -> PIL.Image.Image:
         turned = image.transpose(_TRANSPOSE[orientation])
     except (ValueError, OSError, SyntaxError) as error:
         raise ImageError(f"the image cannot be decoded ({reason(error)}).") from error
-    for key in _WITH_ORIENTATION:  # or whoever asks next turns it again
+    for key in _WITH_ORIENTATION:  # or the next call turns it again
         turned.info.pop(key, None)
     return turned

@@ -89,7 +89,7 @@ def as_array(image: Any) -> np.ndarray:
 
 
 def _find_layout(shape: tuple[int, ...], recipe: Recipe) -> str | None:
-    """Which axis of a 3-D array is the channel; None if both could be.
+    """The axis of a 3-D array that is the channel; None if both ends could be.
 
     Transformers looks for 1 or 3 channels. The number of means, where it counts, is asked first,
     and 4 channels come last: four in front may as well be four grey images, as may three in front
@@ -275,7 +275,7 @@ def _choose_mode(image: PIL.Image.Image, recipe: Recipe) -> PIL.Image.Image:
     """The image in a mode that the model can take.
 
     Transformers takes images with three bands as they are, and others as they are where it is
-    told the layout and the means allow it; so those stay.
+    given the layout and the means allow it; so those stay.
     """
     bands = len(image.getbands())
     if recipe.do_convert_rgb:
@@ -289,7 +289,7 @@ def _choose_mode(image: PIL.Image.Image, recipe: Recipe) -> PIL.Image.Image:
 
 
 def _target_channels(image: np.ndarray, count: int, recipe: Recipe) -> int | None:
-    """How many channels an array should be given, or None for those it has."""
+    """Number of channels to give an array, or None to keep those it has."""
     if recipe.do_convert_rgb is False:
         return None
     if recipe.channels is not None:
@@ -301,7 +301,7 @@ def _target_channels(image: np.ndarray, count: int, recipe: Recipe) -> int | Non
 
 
 def _check_values(values: np.ndarray) -> bool:
-    """Refuse NaN and infinity; whether the values look rescaled already, as 4.57.6 tells it."""
+    """Refuse NaN and infinity; whether the values look rescaled already, by the test of 4.57.6."""
     if values.dtype == np.uint8:
         return False
     low, high = value_range(values)

@@ -1,10 +1,9 @@
 """`ViTImageProcessor`: from images to the `pixel_values` both twins take.
 
 The arithmetic, the option names and the files are those of Transformers 4.57.6's processor on PIL
-and numpy (`models/vit/image_processing_vit.py`), to the bit wherever that one works. Where it stops
-with an error about something else, or guesses, this one does what the caller meant or says what
-to pass. One pipeline (`image_pipeline.py`) serves every processor of the family; a processor is
-its defaults.
+and numpy (`models/vit/image_processing_vit.py`), to the bit wherever that one works. Where it fails
+with an unrelated error, or guesses, this one does what the caller meant or says what to pass.
+One pipeline (`pipeline.py`) serves every processor of the family; a processor is its defaults.
 
 Numpy and Pillow only; a framework is imported where `return_tensors` asks for it.
 """
@@ -27,6 +26,8 @@ from PIL.Image import Resampling
 
 from vit_common.config_fields import check_depth
 from vit_common.errors import ConfigError, ImageError, InputError, shown, warn
+from vit_common.files.hub import find_file, push_if_asked, split_hub_options
+from vit_common.files.replace import make_directory, write_text
 from vit_common.files.texts import read_json, reason
 from vit_common.images.options import (
     FIRST,
@@ -104,7 +105,7 @@ def _converter(framework: str) -> Callable[[Any], Any]:
 
 
 class BatchFeature(UserDict):
-    """What a processor returns: a mapping with `pixel_values` that also has them as attributes.
+    """Result of a processor: a mapping with `pixel_values`, which are attributes too.
 
     Args:
         data: the mapping.
@@ -256,6 +257,7 @@ class BaseImageProcessor:
 
     def _set(self, name: str, value: Any) -> None:
         """Set an option, or keep a key that is none."""
+        check_depth(name, value, InputError)
         if name in OPTIONS:
             setattr(self, name, value)
             return
@@ -265,10 +267,10 @@ class BaseImageProcessor:
                 self.__dict__[name] = value  # kept for the file; the property stays what it is
                 return
             if name != "model_input_names":
+                kind = "a method" if callable(taken) else "an attribute"
                 raise InputError(
-                    f"`{shown(name)[1:-1]}` is a method of {type(self).__name__}, not an option."
+                    f"`{shown(name)[1:-1]}` is {kind} of {type(self).__name__}, not an option."
                 )
-        check_depth(name, value, InputError)
         setattr(self, name, copy.deepcopy(value))
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -429,7 +431,7 @@ class BaseImageProcessor:
 
         Args:
             image: (H, W, C) or (C, H, W), or a batch of these.
-            mean, std: one number a channel, or one for all.
+            mean, std: one number per channel, or one for all.
             data_format: layout of the result; by default that of the image.
             input_data_format: layout of the image; by default found in its shape.
 
@@ -438,7 +440,7 @@ class BaseImageProcessor:
 
         Raises:
             ImageError: the image or its layout cannot be taken.
-            InputError: an option is wrong, or not one number a channel.
+            InputError: an option is wrong, or not one number per channel.
         """
         values, layout, wanted = self._one(_as_image_array(image), data_format, input_data_format)
         values = channels_last(values, layout)
@@ -450,7 +452,7 @@ class BaseImageProcessor:
             each = self._checked(name, value)
             if isinstance(each, list) and len(each) != count:
                 raise InputError(
-                    f"`{name.removeprefix('image_')}` must have {count} values, one a channel; "
+                    f"`{name.removeprefix('image_')}` must have {count} values, one per channel; "
                     f"given {len(each)}."
                 )
             numbers.append(np.array(each, dtype=values.dtype))
@@ -519,6 +521,7 @@ class BaseImageProcessor:
             k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in self.to_dict().items()
         }
         try:
+            json.dumps(table, ensure_ascii=False).encode()  # half a surrogate pair is no text
             return json.dumps(table, indent=2, sort_keys=True, allow_nan=False) + "\n"
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(
@@ -527,8 +530,6 @@ class BaseImageProcessor:
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write `to_json_string()`; the old file survives a failure."""
-        from vit_common.files.checkpoint import write_text
-
         write_text(json_file_path, self.to_json_string())
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> list[str]:
@@ -542,9 +543,6 @@ class BaseImageProcessor:
         Raises:
             MissingFileError: the directory cannot be made or written.
         """
-        from vit_common.files.checkpoint import make_directory
-        from vit_common.files.hub import push_if_asked
-
         directory = make_directory(save_directory)
         self.to_json_file(directory / PROCESSOR_NAME)
         push_if_asked(directory, kwargs, files=[PROCESSOR_NAME])
@@ -563,8 +561,6 @@ class BaseImageProcessor:
         Raises:
             MissingFileError: the Hub cannot be reached or refuses.
         """
-        from vit_common.files.hub import push_if_asked
-
         with tempfile.TemporaryDirectory() as directory:
             self.to_json_file(Path(directory) / PROCESSOR_NAME)
             options = {**kwargs, "push_to_hub": True, "repo_id": repo_id}
@@ -629,8 +625,6 @@ class BaseImageProcessor:
             MissingFileError: nothing is there.
             ConfigError: an option in the file is refused.
         """
-        from vit_common.files.hub import find_file, split_hub_options
-
         hub, overrides = split_hub_options(kwargs)
         path = find_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub)
         return cls._from_file(path, read_json(path), overrides)
@@ -649,8 +643,6 @@ class BaseImageProcessor:
             MissingFileError: nothing is there.
             CheckpointError: the file is not a JSON object.
         """
-        from vit_common.files.hub import find_file, split_hub_options
-
         hub, rest = split_hub_options(kwargs)
         return read_json(find_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub)), rest
 
@@ -713,7 +705,7 @@ class ViTImageProcessor(BaseImageProcessor):
         do_rescale: multiply by `rescale_factor`.
         rescale_factor: 1/255 by default.
         do_normalize: subtract `image_mean` and divide by `image_std`.
-        image_mean, image_std: one number a channel (their count says what the model takes: 1 is
+        image_mean, image_std: one number per channel (their count says what the model takes: 1 is
             grey, 3 RGB, 4 RGBA), or one for all; 0.5 by default.
         do_convert_rgb: True makes every PIL image RGB; None makes them, and arrays that can only
             be grey or RGBA, what the means say; False changes no number of channels.
@@ -734,7 +726,7 @@ class ViTImageProcessor(BaseImageProcessor):
 
 
 class ViTFeatureExtractor(ViTImageProcessor):
-    """The older face of `ViTImageProcessor`: the same, but a pair as `size` is (width, height).
+    """The older name of `ViTImageProcessor`: the same, but a pair as `size` is (width, height).
 
     What it saves names `ViTImageProcessor`, which every version of Transformers can read.
     """

@@ -2,8 +2,8 @@
 
 Each is `BaseImageProcessor` with the defaults, and the order of arguments, of the class of that
 name in Transformers 4.57.6 (`models/deit`, `models/beit` and `models/bit`; DINOv2 repositories name
-the processor of BiT), which works on PIL and numpy; its pixels are the same to the bit. Options
-mean what `ViTImageProcessor` says of them; all of these crop as well.
+the processor of BiT), which works on PIL and numpy; its pixels are the same to the bit. The options
+are those of `ViTImageProcessor`; all of these crop as well.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class DeiTImageProcessor(BaseImageProcessor):
 
 
 class DeiTFeatureExtractor(DeiTImageProcessor):
-    """The older face of `DeiTImageProcessor`: the same, but a pair as a size is (width, height)."""
+    """The older name of `DeiTImageProcessor`: the same, but a pair as a size is (width, height)."""
 
     _pairs_are_width_height = True
 
@@ -109,7 +109,7 @@ class BeitImageProcessor(BaseImageProcessor):
 
 
 class BeitFeatureExtractor(BeitImageProcessor):
-    """The older face of `BeitImageProcessor`: the same, but a pair as a size is (width, height)."""
+    """The older name of `BeitImageProcessor`: the same, but a pair as a size is (width, height)."""
 
     _pairs_are_width_height = True
 

@@ -55,7 +55,7 @@ def processor_from_timm(pretrained_cfg: Mapping[str, Any]) -> BitImageProcessor:
     if max(height, width) / crop_pct > MOST_SIDE:
         _fail(
             "crop_pct",
-            f"such that the image is resized to at most {MOST_SIDE} pixels a side",
+            f"such that the image is resized to at most {MOST_SIDE} pixels per side",
             crop_pct,
         )
 
@@ -109,7 +109,7 @@ def _input_size(value: Any) -> tuple[int, int, int]:
         _fail("input_size", wanted, value)
     channels, height, width = value
     if max(height, width) > MOST_SIDE:
-        _fail("input_size", f"of at most {MOST_SIDE} pixels a side", value)
+        _fail("input_size", f"of at most {MOST_SIDE} pixels per side", value)
     if channels not in (1, 3, 4):
         _fail("input_size", "of 1, 3 or 4 channels, as those of images are", value)
     return channels, height, width

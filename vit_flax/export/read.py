@@ -1,5 +1,5 @@
-"""Exported models: one file with a program for several platforms, its parameters, what prepares its
-images and names its classes. Reading one needs JAX (with flatbuffers), numpy and Pillow, not Flax.
+"""Exported models: one file with a program for several platforms, its parameters, preprocessing and
+labels. Reading one needs JAX (with flatbuffers), numpy and Pillow, not Flax.
 
 The file is a zip archive without compression, so that nothing unpacks to more than it is:
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ import numpy as np
 
 from vit_common.checks import check_positive
 from vit_common.errors import CheckpointError, ConfigError, ImageError, InputError, MissingFileError
-from vit_common.exports import DYNAMIC
 from vit_common.files.containers import safetensors_file
 from vit_common.files.containers.tensor import DataFile
 from vit_common.files.containers.zips import data_offset
@@ -49,21 +48,36 @@ CONFIG, PROCESSOR, CHECK = "config.json", "preprocessor_config.json", "check.jso
 
 _NEEDED = (PROGRAM, PARAMETERS, METADATA, CONFIG, PROCESSOR)
 _BATCH = 32
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "input_shape": list,
-    "input_dtype": str,
-    "output": str,
-    "batch": (int, str),
-    "platforms": list,
-    "calling_convention_version": int,
-    "labels": list,
-    "several": bool,
-    "versions": dict,
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(kind, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+# field of the metadata -> whether a value is one that `export` writes
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "input_shape": lambda value: _are(lambda n: _is_number(n) and n > 0)(value) and len(value) == 3,
+    "input_dtype": lambda value: value in ("float32", "uint8"),
+    "output": lambda value: value in ("logits", "features"),
+    "batch": lambda value: value == "dynamic" or (_is_number(value) and value > 0),
+    "platforms": _are(_is_text),
+    "calling_convention_version": _is_number,
+    "labels": _are(_is_text),
+    "several": lambda value: isinstance(value, bool),
+    "versions": lambda value: isinstance(value, dict),
 }
 
 
 def platform_of(device: jax.Device) -> str:
-    """The name `jax.export` has for what a device is one of."""
+    """The name of a device's platform in `jax.export`: "cpu", "cuda", "rocm" or "tpu"."""
     if device.platform != "gpu":
         return device.platform
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
@@ -74,13 +88,13 @@ class ExportedModel:
 
     Attributes:
         path: the file.
-        metadata: what its `metadata.json` says.
-        check: what was measured when it was exported; None if nothing was.
+        metadata: content of its `metadata.json`.
+        check: the comparison made at export; None if there was none.
         config: the model's `config.json`, a dict.
-        image_processor: what prepares images.
+        image_processor: prepares images.
         labels: name of each class; empty where the output is features.
         parameters: name -> array, on `device`.
-        device: where it runs.
+        device: the device it runs on.
     """
 
     def __init__(
@@ -106,12 +120,12 @@ class ExportedModel:
 
     @property
     def batch(self) -> int | str:
-        """Images a call takes: their number, or "dynamic" for any."""
+        """Number of images in a call, or "dynamic" for any number."""
         return self.metadata["batch"]
 
     @property
     def platforms(self) -> tuple[str, ...]:
-        """What it was exported for."""
+        """Platforms it was exported for."""
         return tuple(self.metadata["platforms"])
 
     @property
@@ -159,7 +173,8 @@ class ExportedModel:
         """One image as the program takes it, (C, H, W).
 
         Args:
-            image: name of a file, PIL image, or array as the image processor takes it.
+            image: an image file (its name, its bytes, or open for reading), PIL image, or array as
+                the image processor takes it.
 
         Raises:
             ImageError, MissingFileError: it cannot be read or taken.
@@ -178,8 +193,8 @@ class ExportedModel:
         """Classify one image or a list of images.
 
         Args:
-            images: name of a file, PIL image or array; or a list of these, or an array
-                (B, H, W, C) or (B, C, H, W).
+            images: an image file (its name, its bytes, or open for reading), PIL image or array; or
+                a list of these, or an array (B, H, W, C) or (B, C, H, W).
             top_k: how many classes to return; all if there are fewer.
 
         Returns:
@@ -220,7 +235,7 @@ class ExportedModel:
 
 
 def load(path: str | PathLike, *, device: jax.Device | None = None) -> ExportedModel:
-    """Load what `export` wrote.
+    """Load a file that `export` wrote.
 
     Args:
         path: the file.
@@ -250,6 +265,7 @@ def load(path: str | PathLike, *, device: jax.Device | None = None) -> ExportedM
             name: jax.device_put(array, device) for name, array in archive.parameters().items()
         }
         _check_parameters(path, program, parameters)
+        _check_outputs(path, program, metadata)
         try:
             image_processor = processor_from_dict(archive.json(PROCESSOR), path / PROCESSOR)
         except ConfigError as error:
@@ -288,20 +304,8 @@ def _check_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
             f"package reads version {VERSION}. Install the {PACKAGE} that wrote it "
             f"({_versions(metadata, PACKAGE, 'vit-flax')}), or export it again."
         )
-    for name, kind in _FIELDS.items():
-        if not isinstance(metadata.get(name), kind):
-            raise CheckpointError(f"{path}: corrupt: {METADATA} has no proper {name!r}.")
-    batch, shape = metadata["batch"], metadata["input_shape"]
-    proper = {
-        "input_shape": len(shape) == 3 and all(type(n) is int and n > 0 for n in shape),
-        "input_dtype": metadata["input_dtype"] in ("float32", "uint8"),
-        "output": metadata["output"] in ("logits", "features"),
-        "batch": batch == DYNAMIC or (type(batch) is int and batch > 0),
-        "platforms": all(isinstance(name, str) for name in metadata["platforms"]),
-        "labels": all(isinstance(label, str) for label in metadata["labels"]),
-    }
-    for name, fine in proper.items():
-        if not fine:
+    for name, is_proper in _FIELDS.items():
+        if name not in metadata or not is_proper(metadata[name]):
             raise CheckpointError(f"{path}: corrupt: {METADATA} has no proper {name!r}.")
 
 
@@ -343,6 +347,17 @@ def _check_parameters(path: Path, program: Any, parameters: Mapping[str, Any]) -
             f"{path}: corrupt: its program and its parameters do not fit each other at "
             f"{', '.join(wrong[:5])}."
         )
+
+
+def _check_outputs(path: Path, program: Any, metadata: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless the program takes and gives what the metadata say."""
+    images = program.in_avals[-1]  # after the parameters
+    shape, dtype = [*images.shape[1:]], images.dtype.name
+    outputs = [aval.shape for aval in program.out_avals]
+    labels = len(metadata["labels"])
+    named = metadata["output"] != "logits" or [shape[1:] for shape in outputs] == [(labels,)]
+    if [shape, dtype] != [metadata["input_shape"], metadata["input_dtype"]] or not named:
+        raise CheckpointError(f"{path}: corrupt: its program and {METADATA} do not fit each other.")
 
 
 def _wrong(path: Path) -> CheckpointError:

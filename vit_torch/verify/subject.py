@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,17 @@ from vit_convert.source import find_processor, open_source
 class Subject:
     """A checkpoint, and its models when asked for."""
 
-    def __init__(self, name: Any, format: str | None, hub: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        name: Any,
+        format: str | None,
+        hub: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None = None,
+        ignore: Iterable[str] = (),
+    ) -> None:
+        self.ignore = tuple(ignore)
         self.name, self.format, self.hub = name, format, dict(hub)
-        with open_source(name, format=format, **hub) as source:
+        with open_source(name, format=format, overrides=overrides, **hub) as source:
             self.config: ViTConfig = source.config
             self.head = source.head
             self.pooled = any(key.startswith("pooler.") for key in source.mapped.tensors)
@@ -79,7 +87,8 @@ class Subject:
 
     def _options(self) -> dict[str, Any]:
         plain = self.head is None and self.config.model_type in ("vit", "deit")
-        return {"add_pooling_layer": self.pooled, "use_mask_token": self.masked} if plain else {}
+        parts = {"add_pooling_layer": self.pooled, "use_mask_token": self.masked} if plain else {}
+        return {**parts, "ignore": self.ignore}
 
     def torch(self, dtype: str, attn_implementation: str = "eager") -> Any:
         """The PyTorch twin."""
