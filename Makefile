@@ -6,8 +6,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := vit_common convert vit_flax vit_torch vit_cli tests benchmarks examples setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-docs mutants test-online test-current-hub test-tpu lint format types \
-    wheel wheel-3.12 wheel-3.13 wheel-lowest docs check bench clean
+.PHONY: help demo test test-slow test-docs fuzz mutants test-online test-current-hub test-tpu lint format \
+    types wheel wheel-3.12 wheel-3.13 wheel-lowest docs check bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9.-]+):.*## /\1\t/' | expand -t 20
@@ -39,6 +39,10 @@ test-slow: $(VENV)/.test  ## the tests that take minutes or gigabytes
 
 test-docs: $(VENV)/.test  ## everything that README, docs/ and the notebook show is run and compared
 	$(BIN)/python -m pytest -n 2 -m docs
+
+SECONDS ?= 60
+fuzz: $(VENV)/.test  ## bent files for every reader; SECONDS=60
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)
 
 test-online: $(VENV)/.test  ## the tests that need the real Hub
 	$(BIN)/python -m pytest -m online
@@ -87,10 +91,8 @@ docs: $(VENV)-docs/.done  ## the site, into site/; a warning is an error
 
 check: test lint types docs test-docs wheel  ## what CI checks
 
-bench: $(VENV)/.test  ## every benchmark, beside its peers; writes benchmarks/results
-	$(BIN)/python benchmarks/startup.py
-	$(BIN)/python benchmarks/parity.py
-	$(BIN)/python benchmarks/conversion.py
+bench: $(VENV)/.test  ## every benchmark, beside its peers; writes benchmarks/results (QUICK=1: a try)
+	$(BIN)/python benchmarks/all.py $(if $(QUICK),--quick)
 
 clean:  ## remove the environments
 	rm -rf $(VENV) $(VENV)-hub $(VENV)-tpu $(VENV)-docs site

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -37,6 +39,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "processor": processor(),
+        "instructions": instructions(),
         "cores": os.cpu_count(),
         "versions": versions,
         "commit": commit or "unknown",
@@ -97,7 +100,66 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     return spread([b / a for a, b in zip(ours, theirs, strict=True)])
 
 
+def parse(parser: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
+    """The options of a benchmark, all of which take `--quick`: a small network, few rounds, and
+    nothing written, to see that the benchmark works.
+
+    Args:
+        parser: with the benchmark's own options.
+        **quick: what `--quick` sets them to.
+    """
+    parser.add_argument(
+        "--quick", action="store_true", help="a small network, few rounds; writes nothing"
+    )
+    arguments = parser.parse_args()
+    if arguments.quick:
+        vars(arguments).update(quick)
+    return arguments
+
+
+def machine(device: str = "cpu") -> str:
+    """The kind of machine, for names of files: the processor and its widest instructions, such as
+    "intel-xeon-platinum-8481c-avx512"; or the GPU."""
+    if device == "gpu":
+        try:
+            query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+            found = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+            return slug(found.splitlines()[0])
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            return "gpu"
+    return slug(f"{processor()} {instructions()}")
+
+
+def slug(name: str) -> str:
+    """A name in small letters, digits and dashes, without the marks that makers add."""
+    name = re.sub(r"\((r|tm|c)\)|@.*?GHz|\b(cpu|processor)\b", " ", name, flags=re.IGNORECASE)
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def instructions() -> str:
+    """The widest vector instructions that the processor has; "" where nobody says."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    flags = set(found[1].split()) if found else set()
+    known = (
+        ("amx_bf16", "amx"),
+        ("avx512_bf16", "avx512-bf16"),
+        ("avx512f", "avx512"),
+        ("avx2", "avx2"),
+        ("sve", "sve"),
+        ("asimd", "neon"),
+    )
+    return next((name for flag, name in known if flag in flags), "")
+
+
 def write_result(name: str, result: dict[str, Any]) -> Path:
+    """Write `benchmarks/results/{name}-{machine}.json`, which runs on other kinds of machine leave
+    as it is. The machine is that of the result's "device", the processor if it has none."""
+    return write_file(f"{name}-{machine(result.get('device', 'cpu'))}", result)
+
+
+def write_file(name: str, result: dict[str, Any]) -> Path:
     """Write `benchmarks/results/{name}.json`."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"

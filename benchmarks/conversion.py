@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import ratio, run_process, spread, write_result
+from common import parse, ratio, run_process, spread, write_result
 
 START = """
 import json, time
@@ -66,7 +66,7 @@ import numpy as np
 from vit_common.parameters import parameter_shapes
 from vit_common.presets import preset
 from pathlib import Path
-config = preset("base")
+config = preset({model!r})
 config.architectures = ["ViTModel"]
 config.dtype = "float32"
 rng = np.random.default_rng(0)
@@ -102,14 +102,15 @@ THEIRS = "Transformers FlaxViTModel"
 
 
 def main() -> None:
-    """Run and write `results/conversion.json`."""
+    """Run and write `results/conversion-MACHINE.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="counted runs of each contender")
-    arguments = parser.parse_args()
+    parser.add_argument("--model", default="base", help="the network's size")
+    arguments = parse(parser, rounds=1, model="tiny")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "source")
         source.mkdir()
-        run_process([sys.executable, "-c", MAKE.format(path=str(source))])
+        run_process([sys.executable, "-c", MAKE.format(path=str(source), model=arguments.model)])
         bodies = {
             OURS: CONVERT.replace("{verify}", "False"),
             COPIED: COPY.replace("{flush}", ""),
@@ -166,7 +167,8 @@ def main() -> None:
         },
         "ratios": ratios,
     }
-    write_result("conversion", result)
+    if not arguments.quick:
+        write_result("conversion", result)
     for name in commands:
         kinds = ("work", "cpu", "process", "peak_mb")
         work, cpu, process, peak = (result[kind][name] for kind in kinds)

@@ -10,6 +10,7 @@ export XLA_PYTHON_CLIENT_PREALLOCATE="${XLA_PYTHON_CLIENT_PREALLOCATE:-false}"
 device="${DEVICE:-gpu}"
 results=benchmarks/results
 mkdir -p "$results"
+kind="$(cd benchmarks && python -c 'import sys, common; print(common.machine(sys.argv[1]))' "$device")"
 failed=0
 
 step() {
@@ -20,7 +21,7 @@ step() {
 step python -m vit_cli info --json
 step python benchmarks/parity.py --devices "$device"
 step python -m vit_cli verify vit_common/digits --device "$device" \
-    --dtype float32,bfloat16,float16 --gradients --report "$results/verify-$device.json"
+    --dtype float32,bfloat16,float16 --gradients --report "$results/verify-$device-$kind.json"
 # The tests that need no Transformers 4.57.6, which a machine for GPUs need not have.
 step python -m pytest -q --device "$device" tests/test_suite.py tests/test_training_parity.py \
     tests/test_attention.py tests/test_engine.py tests/test_verify.py

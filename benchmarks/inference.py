@@ -8,7 +8,7 @@ forward pass each a round, and their probabilities are compared before anything 
 products" does as many operations as the network, in products as wide as its MLP, and is what the
 device can do. `--python` gives a contender another environment, such as one with Transformers 5:
 `--python "Transformers torch, sdpa=/path/to/python"`. Writes `results/inference-MODEL-DTYPE-
-DEVICE.json`.
+DEVICE-MACHINE.json`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import ROOT, ratio, require_agreement, run_process, spread, write_result
+from common import ROOT, parse, ratio, require_agreement, run_process, spread, write_result
 from contender import KINDS
 
 OURS, LIMIT = "vit_flax", "matrix products"
@@ -96,7 +96,8 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--python", nargs="+", default=[], metavar="NAME=PATH")
-    arguments = parser.parse_args()
+    peers = ["Transformers FlaxViT", "Transformers torch, sdpa"]
+    arguments = parse(parser, model="tiny", batches=[1, 2], rounds=1, only=peers)
     pythons = dict(pair.split("=", 1) for pair in arguments.python)
     with tempfile.TemporaryDirectory() as path:
         make = MAKE.format(model=arguments.model, path=path)
@@ -156,7 +157,9 @@ def main() -> None:
             for batch, seconds in rows.items()
         },
     }
-    write_result(f"inference-{arguments.model}-{arguments.dtype}-{arguments.device}", result)
+    if not arguments.quick:
+        name = f"inference-{arguments.model}-{arguments.dtype}-{arguments.device}"
+        write_result(name, result)
 
 
 def report(batch: int, seconds: dict[str, list[float]]) -> None:

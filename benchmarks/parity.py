@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from common import RESULTS, ROOT, environment
+from common import RESULTS, ROOT, environment, machine, parse
 
 import vit_torch
 from vit_common.embedded import embedded_checkpoint
@@ -109,6 +109,7 @@ def measure(family: str, device: str, dtypes: list[str]) -> list[dict[str, Any]]
                 "family": family,
                 "device": row.device,
                 "platform": device,
+                "machine": machine(device),
                 "dtype": row.dtype,
                 "precision": row.precision,
                 "stage": worst.stage.name,
@@ -128,6 +129,9 @@ def measure(family: str, device: str, dtypes: list[str]) -> list[dict[str, Any]]
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
+    kinds: dict[str, set[str | None]] = {}
+    for row in rows:
+        kinds.setdefault(row["platform"], set()).add(row.get("machine"))
     lines = [
         "| family | device | dtype | precision | max abs error | closest to its bound | value "
         "| bound | to Transformers (torch, float64) | jax, torch |",
@@ -138,8 +142,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         times = "" if row["rule"] == "absolute" else " x"
         form = ".1e" if row["rule"] == "absolute" else ".2f"
         mark = "" if row["passed"] else " **outside**"
+        several = len(kinds[row["platform"]]) > 1  # machines that measured on this platform
+        where = f" ({row.get('machine') or 'unnamed'})" if several else ""
         lines.append(
-            f"| {row['family']} | {row['device']} | {row['dtype']} | {row['precision']} "
+            f"| {row['family']} | {row['device']}{where} | {row['dtype']} | {row['precision']} "
             f"| {row['max_abs']:.1e} | {row['stage']} | {row['value']:{form}}{times}{mark} "
             f"| {row['bound']:{form}}{times} | {row['transformers_float64']:.1e} "
             f"| {versions.get('jax')}, {versions.get('torch')} |"
@@ -151,7 +157,8 @@ def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str
     """Old rows, those measured again replaced, in the order of families, devices and dtypes."""
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["family"], row["platform"], row["dtype"], row["precision"]
+        kind = row["family"], row["platform"], row["dtype"], row["precision"]
+        return *kind, row.get("machine")
 
     rows = {key(row): row for row in (*old, *new)}
     platforms = ("cpu", "gpu", "tpu")
@@ -162,6 +169,7 @@ def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str
             platforms.index(row["platform"]),
             DTYPES.index(row["dtype"]),
             row["precision"] != "highest",
+            row.get("machine") or "",
         ),
     )
 
@@ -172,7 +180,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--devices", nargs="+", choices=("cpu", "gpu", "tpu"), default=["cpu"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    arguments = parser.parse_args()
+    arguments = parse(parser, families=["digits"], dtypes=["float32"])
     transformers.logging.set_verbosity_error()
     rows = []
     for family in arguments.families:
@@ -187,6 +195,8 @@ def main() -> None:
     failed = [
         f"{row['family']} {row['device']} {row['dtype']}" for row in rows if not row["passed"]
     ]
+    if arguments.quick:
+        sys.exit(f"outside bounds: {', '.join(failed)}" if failed else 0)
     rows = merge([row for row in old if "platform" in row], rows)
     text = json.dumps({"question": __doc__.splitlines()[0], "rows": rows}, indent=2) + "\n"
     path.write_text(text)

@@ -10,20 +10,21 @@ too shows in the seconds by the clock; those of the processor, over all cores, a
 figure. `speed` runs ViT-B on the CPU, after comparing what both give.
 
 The compiler's own count of operations and bytes takes the body of a loop once, whatever the number
-of rounds: of a scanned network only its memory is reported. Writes `results/scan.json`; parts that
-are not run stay as they are.
+of rounds: of a scanned network only its memory is reported. Writes `results/scan-MACHINE.json`;
+parts that are not run stay as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
 import time
 from typing import Any
 
-from common import RESULTS, environment, ratio, run_process, spread, write_result
+from common import RESULTS, environment, machine, parse, ratio, run_process, spread, write_result
 
 CHIP = "v5e"
 TPU_BATCH, CPU_BATCH, SPEED_BATCHES = 64, 8, (1, 8)
@@ -85,6 +86,7 @@ def compile_one(platform: str, size: str, scanned: bool) -> dict[str, Any]:
     import jax
 
     from vit_common.presets import preset
+    from vit_flax.attention import compiled_for
     from vit_flax.tpu_check import libtpu_environment
 
     config = preset(size, num_labels=1000)
@@ -94,7 +96,7 @@ def compile_one(platform: str, size: str, scanned: bool) -> dict[str, Any]:
     def forward(params, pixel_values):
         return model(pixel_values, params=params).logits
 
-    with libtpu_environment():
+    with libtpu_environment(), compiled_for(platform):
         jitted = jax.jit(forward, **(on_chip() if platform == "tpu" else {}))
         arguments = model.params_shape_tree, pixels_of(config, batch, dtype)
         compiled, seconds = stages(jitted, *arguments)
@@ -109,38 +111,48 @@ def compile_one(platform: str, size: str, scanned: bool) -> dict[str, Any]:
 
 
 def memory_one(policy: str, scanned: bool) -> dict[str, Any]:
-    """Compile the gradients of a loss."""
+    """Compile a training step."""
     import jax
+    import optax
 
     from vit_common.presets import preset
+    from vit_flax.attention import compiled_for
     from vit_flax.tpu_check import libtpu_environment
+    from vit_flax.training import cross_entropy, init_state, make_step
 
     config = preset("large", num_labels=1000, num_hidden_layers=MEMORY_LAYERS)
     model = model_of(config, scanned, "bfloat16")
     if policy != NO_REMAT:
         model.enable_gradient_checkpointing(policy)
 
-    def loss(params, pixel_values):
-        labels = jax.numpy.zeros(MEMORY_BATCH, int)
-        return model(pixel_values, params=params, labels=labels).loss
-
-    with libtpu_environment():
-        jitted = jax.jit(jax.grad(loss), **on_chip())
-        arguments = model.params_shape_tree, pixels_of(config, MEMORY_BATCH, "bfloat16")
-        compiled, seconds = stages(jitted, *arguments)
+    # Plain gradient descent keeps nothing between steps: what is measured are the activations.
+    optimizer = optax.sgd(0.1)
+    step = make_step(model, cross_entropy(), optimizer)
+    params = model.params_shape_tree
+    with libtpu_environment(), compiled_for("tpu"):
+        place = on_chip()["in_shardings"]
+        batch = {
+            "pixel_values": pixels_of(config, MEMORY_BATCH, "bfloat16"),
+            "labels": jax.ShapeDtypeStruct((MEMORY_BATCH,), "int32"),
+        }
+        arguments = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            (params, jax.eval_shape(lambda p: init_state(optimizer, p), params), batch),
+        )
+        compiled, seconds = stages(step, *arguments, None)
     memory = compiled.memory_analysis()
     return {"temporary_bytes": memory.temp_size_in_bytes, "seconds": seconds}
 
 
-def speed(rounds: int) -> list[dict[str, Any]]:
-    """ViT-B on the CPU, both ways in turn, in one process."""
+def speed(model: str, rounds: int) -> list[dict[str, Any]]:
+    """A network on the CPU, both ways in turn, in one process."""
     import jax
     import numpy as np
 
     from vit_common.presets import preset
     from vit_flax import stack_layers
 
-    config = preset("base", num_labels=1000)
+    config = preset(model, num_labels=1000)
     models = {scanned: model_of(config, scanned, "float32") for scanned in (False, True)}
     params = {False: models[False].init_weights(jax.random.key(0))}
     params[True] = stack_layers(params[False])
@@ -164,7 +176,7 @@ def speed(rounds: int) -> list[dict[str, Any]]:
                 run(scanned)
                 samples["clock"][scanned].append(time.perf_counter() - start[0])
                 samples["processor"][scanned].append(time.process_time() - start[1])
-        row: dict[str, Any] = {"model": "base", "batch": batch, "difference": difference}
+        row: dict[str, Any] = {"model": model, "batch": batch, "difference": difference}
         for kind, found in samples.items():
             row[kind] = {
                 "unscanned": spread(found[False]),
@@ -211,14 +223,16 @@ def compiling(platform: str, models: list[str], rounds: int) -> list[dict[str, A
 
 
 def main() -> None:
-    """Run and write `results/scan.json`."""
+    """Run and write `results/scan-MACHINE.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--policies", nargs="+", default=POLICIES)
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse(
+        parser, models=["tiny"], rounds=1, policies=["nothing_saveable"], parts=quick_parts()
+    )
     if options.one:
         kind, *job = options.one
         job, scanned = job[:-1], job[-1] == "scanned"
@@ -228,7 +242,8 @@ def main() -> None:
     rows: list[dict[str, Any]]
     for part in options.parts:
         if part == "speed":
-            write(part, speed(max(options.rounds, 10)))
+            rounds = options.rounds if options.quick else max(options.rounds, 10)
+            write(part, speed("tiny" if options.quick else "base", rounds), options.quick)
         elif part == "memory":
             rows = []
             for policy in options.policies:
@@ -239,17 +254,25 @@ def main() -> None:
                 }
                 for name in ("unscanned", "scanned"):
                     row[name] = child("memory", policy, name)
-                write(part, rows := [*rows, row])
+                write(part, rows := [*rows, row], options.quick)
         else:
             rows = []
             for size in options.models:
                 rows += compiling(part, [size], options.rounds)
-                write(part, rows)
+                write(part, rows, options.quick)
 
 
-def write(part: str, rows: list[dict[str, Any]]) -> None:
-    """Put one part into `results/scan.json`; the others stay."""
-    path = RESULTS / "scan.json"
+def quick_parts() -> list[str]:
+    """What runs without XLA's TPU compiler, and with it if it is here."""
+    with_compiler = importlib.util.find_spec("libtpu") is not None
+    return [*PARTS] if with_compiler else ["cpu", "speed"]
+
+
+def write(part: str, rows: list[dict[str, Any]], quick: bool) -> None:
+    """Put one part into this machine's `results/scan-MACHINE.json`; the others stay."""
+    if quick:
+        return
+    path = RESULTS / f"scan-{machine()}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     known = {name: value for name, value in known.items() if name in PARTS}
     # Parts are run in different environments: each has its own.

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from common import ratio, require_agreement, run_process, spread, write_result
+from common import parse, ratio, require_agreement, run_process, spread, write_result
 
 FLAX_TAIL = """
 import numpy as np
@@ -72,17 +72,18 @@ import torch
 from vit_common.presets import preset
 from vit_torch import ViTForImageClassification
 torch.manual_seed(0)
-ViTForImageClassification(preset("base", num_labels=1000)).save_pretrained({path!r})
+ViTForImageClassification(preset({model!r}, num_labels=1000)).save_pretrained({path!r})
 """
 
 
 def main() -> None:
-    """Run and write `results/startup.json`."""
+    """Run and write `results/startup-MACHINE.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="counted runs of each contender")
-    arguments = parser.parse_args()
+    parser.add_argument("--model", default="base", help="the network's size")
+    arguments = parse(parser, rounds=1, model="tiny")
     with tempfile.TemporaryDirectory() as path:
-        run_process([sys.executable, "-c", MAKE.format(path=path)])
+        run_process([sys.executable, "-c", MAKE.format(path=path, model=arguments.model)])
         commands = {
             name: [sys.executable, "-c", START + body.format(cls=cls, path=path) + END]
             for name, (body, cls) in CONTENDERS.items()
@@ -132,7 +133,8 @@ def main() -> None:
             )
         },
     }
-    write_result("startup", result)
+    if not arguments.quick:
+        write_result("startup", result)
     for name in [*commands, *IMPORTS]:
         row = result["seconds"][name]
         peak = f"{result['peak_mb'][name]['median']:6.0f} MB" if name in commands else ""

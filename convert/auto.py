@@ -56,7 +56,9 @@ class AutoModelBase:
                 )
             table = config.to_dict()
             config = config_class(table.get("model_type")).from_dict(table)
-        return cls.class_for(config)(config, **kwargs)
+        kwargs.pop("trust_remote_code", None)  # no code of a repository is ever run
+        model = cls.class_for(config)
+        return getattr(model, "_from_config", model)(config, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -64,7 +66,7 @@ class AutoModelBase:
     ) -> Any:
         """Load a model of the family that its configuration, or else its weights, name.
 
-        Arguments as `from_pretrained` of the models.
+        Arguments as `from_pretrained` of the models; the checkpoint is opened once.
 
         Raises:
             MissingFileError: there is nothing of that name, or it cannot be reached.

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from vit_common.checks import check_keywords
-from vit_common.config import FLOATS
+from vit_common.config import FLOATS, ViTConfig
 from vit_common.errors import CheckpointError, ConfigError, InputError
 from vit_common.files.hub import HUB_OPTIONS
 from vit_common.images.auto import AutoImageProcessor
+from vit_common.images.processor import BaseImageProcessor
+from vit_common.images.usual import is_usual, usual_processor
 from vit_convert.plan import Plan, is_file, refuse_to_overwrite, stale_weights, target_format
 from vit_convert.report import Report
 from vit_convert.source import find_processor, open_source
@@ -43,19 +45,20 @@ def convert(
 
     Args:
         source: directory, weights file, index of shards, or "owner/name" on the Hub.
-        target: a file, whose suffix tells the container, or a directory, which also gets
+        target: a file, whose suffix decides the container, or a directory, which also gets
             `config.json` and `preprocessor_config.json`.
         to: the format to write, one of `vit_convert.formats.WRITTEN`; None takes what the suffix
             says, and "hub" for a directory.
-        from_: the source's format, where its names do not tell.
+        from_: the source's format, if it is not detected.
         dtype: of the target: "float32", "bfloat16", "float16" or "float64"; None keeps it.
         num_labels: number of classes; must be that of the head.
         labels: names of the classes, in order.
         image_size: resample the positions to images of this size, with the family's own rule.
         ignore: regular expressions of names in the source to leave aside.
         overrides: fields of the configuration that win over what the source implies.
-        preprocessing: `preprocessor_config.json`, or a model that has one, to write instead of
-            what the source has or implies.
+        preprocessing: how images are prepared, instead of what the source says or implies:
+            `preprocessor_config.json`, a model that has one, or "imagenet", "inception" or "clip"
+            (`vit_common.images.usual`), with another crop as in "imagenet:0.95".
         dry_run: do all but writing.
         verify: read the result again and compare it, and run source and target on one image.
         force: overwrite files of the target.
@@ -91,8 +94,7 @@ def convert(
         if preprocessing is None:
             processor = find_processor(opened)
         else:
-            found = AutoImageProcessor.from_pretrained(preprocessing)
-            processor = found, f"{preprocessing} (given)"
+            processor = _given(preprocessing, plan.config), f"{preprocessing} (given)"
         beside = plan.beside(target, processor, report)
         stale = [] if is_file(target) else stale_weights(target)
         if not force:
@@ -105,3 +107,15 @@ def convert(
         else:
             report.seconds = time.perf_counter() - started
     return report
+
+
+def _given(preprocessing: str | os.PathLike, config: ViTConfig) -> BaseImageProcessor:
+    """The image processor that the caller names."""
+    if not is_usual(preprocessing) or Path(preprocessing).exists():
+        return AutoImageProcessor.from_pretrained(preprocessing)
+    if config.num_channels != 3:
+        raise InputError(
+            f"preprocessing {preprocessing!r} is for images of 3 channels; this network takes "
+            f"{config.num_channels}."
+        )
+    return usual_processor(str(preprocessing), config.image_height_width)

@@ -1,7 +1,8 @@
-"""Which format is this? Told from the names and shapes of the whole file, never from one key."""
+"""Which format is this? Decided by the names and shapes of the whole file, never by one key."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ _CANONICAL = "embeddings.patch_embeddings.projection.weight"
 # What the patch projection's kernel is called, in any of the formats. What stands before it is what
 # the file puts before every name of the network.
 _PROJECTIONS = {
-    name
+    name: any(t.prefixed for t in FORMATS if t.rule_for_foreign(name))
     for table in FORMATS
     if (hit := table.rule_for_canonical(_CANONICAL)) is not None
     for name in hit[0].foreign_names
@@ -34,10 +35,14 @@ _COPIES = (
 )
 _MOMENTUM = r"(.*[/.])?(momentum_encoder|momentum_backbone|encoder_k)[/.].*"
 # Names between those places and the network's own.
-_INNER = r"((module|backbone|_orig_mod|encoder|img|visual|vit|model|base_encoder|timm_model)[/.])*"
+_INNER = (
+    r"((module|backbone|_orig_mod|encoder|img|visual|model|base_encoder|timm_model|net|network|"
+    rf"{'|'.join(PREFIXES)})[/.])*"
+)
 _ELSEWHERE = (
     (
-        r"(.*[/.])?(opt|optimi[sz]er|opt_state|state|lr_scheduler|scaler|grad_scaler)[/.].*",
+        r"(.*[/.])?(opt|optim|optimi[sz]ers?|opt_state|optimizer_states|state|lr_schedulers?|"
+        r"(grad_|amp_)?scaler)[/.].*",
         "state of the optimizer",
     ),
     (
@@ -46,18 +51,26 @@ _ELSEWHERE = (
     ),
     (r"student[/.].*", "the student of DINO's training; the teacher is taken"),
     (_MOMENTUM, "the momentum copy of a pretraining; the base encoder is taken"),
-    (r"(.*[/.])?(predictor|queue|queue_ptr)([/.].*)?", "a predictor or queue of pretraining"),
+    (r"(.*[/.])?(criterion|loss|loss_fn|loss_func)[/.].*", "of the loss of a training"),
+    (r"(callbacks|loops|hyper_parameters|rng_state|args|config)[/.].*", "of a training's progress"),
     (r"(.*[/.])?(t|txt|text|contrastive)[/.].*", "of a text tower"),
-    (
-        r"(.*[/.])?(dino_loss|dino_head|ibot_head|(proj_)?head[/.](mlp|last_layer|last_norm)\d?)"
-        r"[/.].*",
-        "a head or loss of pretraining",
-    ),
     (r"(.*[/.])?(epoch|step|steps|iteration|global_step|count)", "a counter of training"),
 )
-_REST_OF_TUPLE = (
-    (r"1/.*", "state of the optimizer"),
-    (r"2", "a counter of training"),
+# (what else is in the file, names that then are not the network's, why): a classifier of one's own
+# can have such a name too.
+_THEN_ELSEWHERE = (
+    (r"0/.*", r"1/.*", "state of the optimizer"),
+    (r"0/.*", r"2", "a counter of training"),
+    (
+        r"(.*[/.])?(base_encoder|momentum_encoder|momentum_backbone|encoder_k)[/.].*",
+        r"(.*[/.])?(predictor|queue|queue_ptr)([/.].*)?",
+        "a predictor or queue of pretraining",
+    ),
+    (
+        r"(.*[/.])?(dino_head|ibot_head|last_layer\d?)[/.].*",
+        r"(.*[/.])?(dino_loss|dino_head|ibot_head|head[/.](mlp|last_layer|last_norm)\d?)[/.].*",
+        "a head or loss of pretraining",
+    ),
 )
 
 _HEAD_BESIDE = re.compile(r"(.*?)((?:head|head_dist|fc_norm)\.(?:weight|bias))")
@@ -88,13 +101,15 @@ def find_root(tensors: Mapping[str, TensorLike] | Iterable[str]) -> Root:
         tensors: the tensors by name, or their names alone.
 
     Raises:
-        CheckpointError: there is no network, or several and no telling which is meant.
+        CheckpointError: there is no network, or there are several and nothing says which is meant.
     """
     keys = list(tensors)
     roots: dict[str, str] = {}  # path -> path with the prefix of a family
     for key in keys:
         if match := _PROJECTION.search(key):
-            roots[_without_family(key[: match.start()])] = key[: match.start()]
+            before = key[: match.start()]
+            # Only some formats put the family there by themselves.
+            roots[_without_family(before) if _PROJECTIONS[match[0]] else before] = before
     if not roots:
         raise CheckpointError(_not_a_network(keys))
     ranked = sorted(roots, key=lambda path: (_rank(path), len(path)))
@@ -108,6 +123,11 @@ def find_root(tensors: Mapping[str, TensorLike] | Iterable[str]) -> Root:
             "the one you mean in a file of its own."
         )
     inside = {key[len(path) :]: key for key in keys if key.startswith(path)}
+    more = tuple(
+        (pattern, why)
+        for sign, pattern, why in _THEN_ELSEWHERE
+        if any(re.fullmatch(sign, key) for key in keys)
+    )
     ignored, beside = {}, []
     for key in keys:
         if key.startswith(path):
@@ -115,10 +135,10 @@ def find_root(tensors: Mapping[str, TensorLike] | Iterable[str]) -> Root:
         head = _HEAD_BESIDE.fullmatch(key)
         if head and path.startswith(head[1]):
             inside[head[2]] = key  # a classifier beside the backbone it stands on
-        elif why := _reason(key, _REST_OF_TUPLE if path == "0/" else ()):
+        elif why := _reason(key, more):
             ignored[key] = why
         elif isinstance(tensors, Mapping) and _is_number(tensors[key]):
-            ignored[key] = "a number outside the network, no weight"
+            ignored[key] = f"outside {path!r}, where the network is"
         else:
             beside.append(key)
     if path == "":
@@ -152,8 +172,8 @@ def _reason(key: str, more: tuple[tuple[str, str], ...] = ()) -> str | None:
 
 
 def _is_number(tensor: TensorLike) -> bool:
-    """Whether it is a scalar or holds integers: no weight, whatever it is."""
-    return not tensor.shape or tensor.dtype.kind in "iub"
+    """Whether it is one number, or holds integers: no weight, whatever it is."""
+    return math.prod(tensor.shape) <= 1 or tensor.dtype.kind in "iub"
 
 
 def _not_a_network(keys: list[str]) -> str:
@@ -163,8 +183,8 @@ def _not_a_network(keys: list[str]) -> str:
     first = ", ".join(map(repr, sorted(keys)[:4])) or "no keys"
     known = "; ".join(dict.fromkeys(f"{t.name}: {t.describes}" for t in FORMATS))
     return (
-        "these are not the weights of a Vision Transformer in a format known here: it begins with "
-        f"{first} ({len(keys)} keys). Known formats: {known}."
+        "these are not the weights of a Vision Transformer in a known format: the first of "
+        f"{len(keys)} names are {first}. Known formats: {known}."
     )
 
 
@@ -183,8 +203,8 @@ def detect_format(
         name: the format, where the caller knows it.
         hints: what else is known: "root", the path in the file; "suffix" of the file's name;
             "model_type" or "architecture" of a config beside it.
-        shapes: the tensors by name, to tell tables apart that have the same names.
-        also: names in the file that are not the network's, and tell what wrote it.
+        shapes: the tensors by name, to distinguish tables with the same names.
+        also: names in the file that are not the network's, and show what wrote it.
 
     Raises:
         CheckpointError: the network is none of those here; or no table fits, or several do: the
@@ -235,7 +255,7 @@ def detect_format(
     if len(best) > 1:
         described = " and ".join(dict.fromkeys(f"{t.name} ({t.describes})" for t in best))
         what = (
-            "the names of these weights fit {} equally well, and each leaves {} of them unknown"
+            "the names of these weights fit {} equally well; each leaves {} names unexplained"
             if fewest
             else "the names of these weights fit {} equally well, and the networks differ in what "
             "no weight shows (here: how positions are resampled to another image size)"
@@ -254,7 +274,7 @@ def _rank_differs(rule, tensor) -> bool:
 
 
 def _same_family(tables: list[Format], hints: Mapping[str, str]) -> list[Format]:
-    """Leave out tables of another family than the config beside the file names."""
+    """Only tables of the family that the config beside the file names, if there are any."""
     family = hints.get("model_type", "").replace("vit_extended", "vit").replace("vit_mae", "vit")
     named = [table for table in tables if family in table.families]
     return named or tables
@@ -263,7 +283,7 @@ def _same_family(tables: list[Format], hints: Mapping[str, str]) -> list[Format]
 def _prefer(
     tables: list[Format], keys: list[str], hints: Mapping[str, str], also: tuple[str, ...]
 ) -> list[Format]:
-    """Decide between tables that know the same keys, by what only one of them would have."""
+    """Decide between tables that know the same keys, by their clues."""
     if len({id(table.rules) for table in tables}) == 1 and len({t.name for t in tables}) == 1:
         return tables[:1]
     if len({t.name for t in tables}) == 1 or all(t.files.described for t in tables):
@@ -288,4 +308,4 @@ def _prefer(
         return _prefer([table for table in tables if table.name == name], keys, hints, also)
     if "model_type" in hints and len({id(table.rules) for table in tables}) == 1:
         return tables[:1]  # the configuration says what the weights do not
-    return [table for table in tables if table.candidate]
+    return [table for table in tables if table.candidate] or tables

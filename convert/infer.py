@@ -38,6 +38,9 @@ PUBLISHED: tuple[Published, ...] = (
     Published("ViT-So400m", 1152, 27, 4304, 16),
     Published("DINOv2 ViT-giant", 1536, 40, 4096, 24),
     Published("ViT-G", 1664, 48, 8192, 16),
+    # Of these names in timm 1.0.31; no weights of the second were published.
+    Published("vit_base_patch16_siglip_gap_224", 768, 12, 3072, 12, class_token=False),
+    Published("vit_base_patch16_gap_224", 768, 12, 3072, 16, class_token=False),
     *dict.fromkeys(row for table in FORMATS for row in table.published),
 )
 """Published networks whose files do not say their number of heads; the presets' sources are there.
@@ -72,8 +75,8 @@ def infer_config(
         overrides: fields that the caller knows better.
 
     Raises:
-        CheckpointError: blocks are missing, or a size cannot be told; the message says which option
-            tells it.
+        CheckpointError: blocks are missing, or a size is not in the weights; the message says which
+            option gives it.
         ConfigError: timm's file has a keyword that changes the network and is not understood.
     """
     shapes = {name: tensor.shape for name, tensor in mapped.tensors.items()}
@@ -105,7 +108,7 @@ def infer_config(
             fields.pop("num_labels")
         elif labels == IMAGENET_CLASSES and (table.imagenet or timm is not None):
             note(
-                "the order of ImageNet-1k, which a head of 1000 has",
+                "ImageNet-1k, for a head of 1000 classes",
                 id2label=dict(enumerate(imagenet_labels())),
             )
             fields.pop("num_labels")
@@ -134,7 +137,7 @@ def infer_config(
 
 
 def _rank(name: str) -> int:
-    """How many axes a parameter has."""
+    """Number of axes of a parameter."""
     if name.endswith(("projection.weight", "decoder.0.weight")):
         return 4
     if name.startswith("embeddings.") and "projection" not in name:
@@ -241,7 +244,7 @@ def _heads(shapes, source, mapped, timm, note) -> None:
     class_token = "embeddings.cls_token" in shapes
     rows = [row for row in PUBLISHED if (row.width, row.depth, row.inner) == sizes]
     rows = [row for row in rows if row.class_token == class_token]
-    chosen = _told_by_positions(rows, mapped)
+    chosen = _by_positions(rows, mapped)
     if len({row.heads for row in chosen}) == 1:
         (row, *_) = chosen
         note(
@@ -257,23 +260,23 @@ def _heads(shapes, source, mapped, timm, note) -> None:
     if chosen:
         twins = " and ".join(f"{row.name} ({row.heads} heads)" for row in chosen)
         raise CheckpointError(
-            "the number of attention heads is not in these weights, and published models that "
-            f"differ in it have these sizes: {twins}. Say which: {ask}."
+            "the number of attention heads is not in these weights, and published models of these "
+            f"sizes differ in it: {twins}. Say which it is: {ask}."
         )
     raise CheckpointError(
-        "the number of attention heads is not in these weights, and no published model that is "
-        f"known here has their width of {width}, {depth} blocks and MLPs of {second[1]} (and a "
-        f"class token); say it: {ask}."
+        "the number of attention heads is not in these weights, and no published model known here "
+        f"has a width of {width}, {depth} blocks, MLPs of {second[1]} "
+        f"and {'a' if class_token else 'no'} class token; give it: {ask}."
     )
 
 
-_NEAR, _FAR = 0.3, 0.7
+_NEAR, _FAR = 0.3, 0.8
 _TRAINED = (14, 14)
 
 
-def _told_by_positions(rows: list[Published], mapped: Mapped) -> list[Published]:
-    """Of published networks of the same sizes, those that these positions leave: networks with
-    fixed positions are left out where these are far from them, and alone are left where near.
+def _by_positions(rows: list[Published], mapped: Mapped) -> list[Published]:
+    """Those of several published networks that the positions in a file do not rule out: a network
+    with fixed positions is ruled out if they are far from these, and the only one if they are near.
 
     Fine-tuning may move positions a little; learned ones are about as far from fixed ones as these
     are from zero.
@@ -284,7 +287,7 @@ def _told_by_positions(rows: list[Published], mapped: Mapped) -> list[Published]
     side = 0 if tensor is None else math.isqrt(tensor.shape[1])
     if tensor is None or side * side not in (tensor.shape[1], tensor.shape[1] - 1):
         return rows
-    given = np.asarray(tensor.read(), np.float64)[0, -side * side :]
+    given = _centred(np.asarray(tensor.read(), np.float64)[0, -side * side :])
     left, near = [], []
     for row in rows:
         if row.positions is None:
@@ -292,13 +295,18 @@ def _told_by_positions(rows: list[Published], mapped: Mapped) -> list[Published]
             continue
         distance = min(
             float(np.linalg.norm(given - fixed) / np.linalg.norm(fixed))
-            for fixed in _at_size(row, (side, side))
+            for fixed in map(_centred, _at_size(row, (side, side)))
         )
         if distance < _NEAR:
             near.append(row)
         elif not distance > _FAR:
             left.append(row)
     return near or left
+
+
+def _centred(positions: np.ndarray) -> np.ndarray:
+    """Without the mean of each channel, which fixed positions of different kinds share."""
+    return positions - positions.mean(axis=0)
 
 
 def _at_size(row: Published, grid: tuple[int, int]) -> list[np.ndarray]:
@@ -374,7 +382,7 @@ def _image_size(table: Format, shapes, known, given, family: str, note: Any) -> 
             "resample with `vit convert --image-size`."
         )
     raise CheckpointError(
-        _ask_for_size(f"{rows} positions are those of no square image with patches of {patch}")
+        _ask_for_size(f"{rows} positions do not make a square image with patches of {patch}")
     )
 
 
@@ -384,6 +392,7 @@ def _sides(height: int, width: int) -> Any:
 
 def _ask_for_size(why: str) -> str:
     return (
-        f"the image size is not in these weights ({why}); say it: `image_size=` in Python, or a "
-        "config.json beside the file."
+        f"the image size is not in these weights ({why}); give it: `--set "
+        "image_size=[height,width]` of the command, `image_size=` in Python, or a config.json "
+        "beside the file."
     )

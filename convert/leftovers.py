@@ -19,7 +19,7 @@ model has been looked for, is of one of these kinds:
 
 What may be missing of a file is the head (a checkpoint of the base network into a model with a
 head, as Transformers has it), the pooler and the mask token: drawn anew, and named. Anything else
-is drawn with `allow_missing=True` alone.
+is drawn only with `allow_missing=True`.
 """  # noqa: E501  # a table
 
 from __future__ import annotations

@@ -52,11 +52,11 @@ class Loaded:
     @property
     def info(self) -> dict[str, list]:
         """What `output_loading_info=True` gives, as Transformers 4.57.6 names it."""
-        other = {name for name, *_ in self.mismatched}
+        other = [name for name, *_ in self.mismatched]
         return {
             "missing_keys": [name for name in self.missing if name not in other],
             "unexpected_keys": self.unexpected,
-            "mismatched_keys": self.mismatched,
+            "mismatched_keys": other,
             "error_msgs": [],
         }
 
@@ -169,6 +169,7 @@ def load_parameters(
     allow_missing: bool = False,
     ignore_mismatched_sizes: bool = False,
     ignore: Iterable[str] = (),
+    own: Iterable[str] = (),
 ) -> Loaded:
     """Fit the weights of a source to a model; see `vit_convert.leftovers` for what may be left
     over and what may be missing.
@@ -179,8 +180,10 @@ def load_parameters(
         model: name of the model's class, for messages.
         config: the model's, held against what the format implies.
         allow_missing: take a file that lacks parameters of the network itself.
-        ignore_mismatched_sizes: leave out parameters whose shape differs, as if missing.
+        ignore_mismatched_sizes: draw parameters anew that have another shape in the file.
         ignore: regular expressions of names in the file that may be left over.
+        own: names of `shapes` that are of a subclass's own parts: they are read under the same
+            names, and may be missing.
 
     Warns:
         UserWarning: once, naming what is newly drawn, left aside or not matching, and fields of
@@ -193,7 +196,7 @@ def load_parameters(
         InputError: `ignore` holds what is no regular expression.
     """
     path = source.path
-    fit = _Fit(source, shapes, model, allow_missing, ignore_mismatched_sizes, ignore)
+    fit = _Fit(source, shapes, model, allow_missing, ignore_mismatched_sizes, ignore, own)
     try:
         loaded = fit.check()
     except CheckpointError as error:
@@ -224,31 +227,50 @@ class _Fit:
         allow_missing: bool,
         ignore_mismatched_sizes: bool,
         ignore: Iterable[str],
+        own: Iterable[str] = (),
     ) -> None:
         self.source, self.shapes, self.model = source, shapes, model
+        self.own = frozenset(own)
         self.allow_missing = allow_missing
         self.ignore_mismatched_sizes = ignore_mismatched_sizes
         self.ignore = check_patterns(ignore)
         found = dict(source.mapped.tensors)
-        self.tensors: dict[str, MappedTensor] = {}
+        by_itself = {name for name in self.own if name in source.checkpoint}
+        if by_itself:  # what the format makes of such a name is not meant
+            names = {n: source.names_in_file(n) for n in found}
+            found = {
+                n: tensor
+                for n, tensor in found.items()
+                if by_itself.isdisjoint(names[n])
+                and (names[n] or not n.startswith("classifier."))  # found under another name
+            }
+        self.tensors: dict[str, Any] = {}
         self.missing: list[str] = []
         self.mismatched: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
-            tensor = found.pop(unprefixed(name), None)
-            if tensor is not None and tensor.shape == tuple(shape):
+            tensor: Any
+            if name in self.own:
+                tensor = source.checkpoint[name] if name in by_itself else None
+            else:
+                tensor = found.pop(unprefixed(name), None)
+            if tensor is not None and tuple(tensor.shape) == tuple(shape):
                 self.tensors[name] = tensor
                 continue
             self.missing.append(name)
             if tensor is not None:
-                self.mismatched[name] = tensor.shape
+                self.mismatched[name] = tuple(tensor.shape)
         self.left: dict[str, Kind] = {
             name: kind_of(name, tensor, canonical=True) for name, tensor in found.items()
         }
-        for name in source.unexplained:
+        unexplained = [name for name in source.unexplained if name not in by_itself]
+        for name in unexplained:
             outside = not name.startswith(source.prefix)
             self.left[name] = kind_of(name, source.checkpoint[name], outside=outside)
         self.names = {name: (name, *source.names_in_file(name)) for name in found}
-        self.left_tensors = {**found, **{n: source.checkpoint[n] for n in source.unexplained}}
+        self.left_tensors: dict[str, Any] = {
+            **found,
+            **{n: source.checkpoint[n] for n in unexplained},
+        }
 
     def _is_ignored(self, name: str) -> bool:
         return is_ignored(self.ignore, *self.names.get(name, (name,)))
@@ -265,7 +287,9 @@ class _Fit:
         network = [
             name
             for name in self.missing
-            if not unprefixed(name).startswith(HEAD_PARAMETERS) and name not in self.mismatched
+            if not unprefixed(name).startswith(HEAD_PARAMETERS)
+            and name not in self.mismatched
+            and (name not in self.own or not self.tensors)
         ]
         if network and not self.allow_missing:
             raise CheckpointError(
@@ -289,7 +313,11 @@ class _Fit:
                 f"these weights have a distillation token, which {self.model} does not. "
                 + DeiTConfig.use_instead()
             )
-        wrong = [n for n, tensor in self.tensors.items() if tensor.dtype.name not in FLOATS]
+        wrong = [
+            name
+            for name, tensor in self.tensors.items()
+            if tensor.dtype.name not in FLOATS and name not in self.own  # buffers can hold counts
+        ]
         if wrong:
             dtypes = sorted({str(self.tensors[name].dtype) for name in wrong})
             raise CheckpointError(
@@ -308,9 +336,13 @@ class _Fit:
             if kind == "network" and not cut and not self._is_ignored(name):
                 over.append(name)
         if over:
+            over = [
+                f"{name} ({source.parts[name]})" if name in source.parts else name
+                for name in sorted(over)
+            ]
             raise CheckpointError(
                 f"{len(over)} tensors of the network in this file have no place in {self.model}, "
-                f"so its outputs would be wrong: {some(sorted(over), 12)}. If they may be left "
+                f"so its outputs would be wrong: {some(over, 12)}. If they may be left "
                 "out, pass `ignore=` (in a command, --ignore) with regular expressions of their "
                 "names; if the "
                 "configuration is not that of these weights, give the right one."
@@ -318,7 +350,7 @@ class _Fit:
 
     def _check_heads(self) -> None:
         """Raise CheckpointError if a trained head is left over where a classifier is wanted."""
-        wanted = [name for name in self.shapes if name.startswith(CLASSIFIERS)]
+        wanted = [n for n in self.shapes if n.startswith(CLASSIFIERS) and n not in self.own]
         drawn = [name for name in wanted if name in self.missing and name not in self.mismatched]
         heads = {
             name: self.left_tensors[name]
@@ -371,6 +403,8 @@ class _Fit:
             parts.append(
                 f"not in the checkpoint and newly initialized, so train them: {some(fresh, _SHOWN)}"
             )
+        if self.source.classifier and "classifier.weight" in self.tensors:
+            parts.append(f"taken as the classifier: {self.source.classifier}")
         left = [name for name in sorted(self.left) if not self._is_ignored(name)]
         if left:
             parts.append(f"in the checkpoint and not used: {some(left, _SHOWN)}")

@@ -15,12 +15,14 @@ import numpy as np
 from vit_common.config import CONFIG_NAME, FLOATS, ViTConfig
 from vit_common.errors import CheckpointError, ConfigError, ExistingFileError, InputError
 from vit_common.files.containers.tensor import DTYPES, Tensor
-from vit_common.images.processor import PROCESSOR_NAME
+from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor
+from vit_common.images.usual import USUAL
 from vit_common.parameters import class_name, parameter_shapes
 from vit_common.positions import relative_distances, resize_positions, resize_relative_positions
 from vit_convert.formats import DEFAULT, FILES, check_format, table_for
 from vit_convert.infer import Note, infer_config
 from vit_convert.leftovers import check_patterns, is_ignored
+from vit_convert.read import fixed_positions
 from vit_convert.report import Report
 from vit_convert.rules import Mapped, TensorLike, to_foreign, unprefixed
 from vit_convert.source import Source
@@ -40,7 +42,7 @@ def target_format(target: Path, to: str | None) -> str:
     """The format to write: the one asked for, or else what the target says.
 
     Raises:
-        InputError: there is no such format to write, or the suffix does not tell.
+        InputError: there is no such format to write, or the suffix does not decide it.
     """
     if to is not None:
         check_format(to)
@@ -50,7 +52,7 @@ def target_format(target: Path, to: str | None) -> str:
     if target.suffix in PICKLES:
         raise InputError(
             f"{target}: say which format to write with `to` (`--to` of the command); a "
-            f"{target.suffix} file can have several."
+            f"{target.suffix} file can hold several."
         )
     return SUFFIXES[target.suffix]
 
@@ -119,7 +121,7 @@ class Plan:
         self.written = self._foreign(tensors)
 
     def _refuse_what_readers_drop(self) -> None:
-        """Raise InputError where the format has names for what its own library leaves out."""
+        """Raise InputError if the format's own library would drop part of this network."""
         why = self.table.cannot_hold and self.table.cannot_hold(self.config)
         if why:
             raise InputError(f"the format {self.to!r} cannot hold this network: {why}.")
@@ -151,7 +153,7 @@ class Plan:
         self.notes.append(Note("id2label", self.config.id2label, "given"))
 
     def _ignore(self, patterns: tuple[str, ...]) -> list[str]:
-        """Move what the caller gave up to what is ignored; the names left that nothing explains."""
+        """The unexplained names that are left when those the caller gave up are ignored."""
         left = []
         patterns = check_patterns(patterns)
         self.given_up = lambda name: is_ignored(patterns, name, *self.source.names_in_file(name))
@@ -163,7 +165,7 @@ class Plan:
         return left
 
     def _account(self, unexplained: list[str]) -> dict[str, TensorLike]:
-        """Every tensor of the source used once or given up, every one of the network filled."""
+        """The tensors of the network, each once; all others are ignored or refused."""
         found: dict[str, TensorLike] = dict(self.source.mapped.tensors)
         if self.config.num_hidden_layers > len(found):  # a file can claim any number
             raise CheckpointError(
@@ -241,15 +243,19 @@ class Plan:
         new, rule, k = self.config.grid_size, family.position_resize, family.num_prefix_positions
         self.notes = [note for note in self.notes if note.field != "image_size"]
         tables = any(name.endswith("relative_position_bias_table") for name in tensors)
-        by = [f"positions by {rule}"] * ("embeddings.position_embeddings" in tensors)
+        how = f"by {rule}" if self.source.table.positions is None else "computed anew"
+        by = [f"positions {how}"] * ("embeddings.position_embeddings" in tensors)
         relative = self.source.table.relative_resize
         by += [f"relative positions by {relative}"] * tables
         self.notes.append(Note("image_size", self.config.image_size, "; ".join(["given", *by])))
         out = dict(tensors)
         for name, tensor in tensors.items():
             if name == "embeddings.position_embeddings":
-                load = partial(_resized, tensor, resize_positions, old, new, rule, k)
                 shape: tuple[int, ...] = (1, k + new[0] * new[1], tensor.shape[2])
+                if (fixed := self.source.table.positions) is None:
+                    load = partial(_resized, tensor, resize_positions, old, new, rule, k)
+                else:  # the authors' own code computes them for any size
+                    load = partial(fixed_positions, fixed, new, tensor)
             elif name.endswith("relative_position_bias_table"):
                 load = partial(_resized, tensor, resize_relative_positions, old, new, relative)
                 shape = (relative_distances(new), tensor.shape[1])
@@ -307,7 +313,7 @@ class Plan:
                 + (
                     "it needs a config.json beside it to be read"
                     if needs
-                    else "whoever reads it has to infer one"
+                    else "it is inferred from the weights when the file is read"
                 )
                 + ". Give a folder as the target to have one written."
             )
@@ -339,7 +345,7 @@ class Plan:
         )
 
     def _differences(self, target: Path) -> list[str]:
-        """What the files do not say, and their readers would have otherwise."""
+        """Fields of the configuration that readers of the files alone would get wrong."""
         said = []
         given = {note.field for note in self.notes}
         odd = {
@@ -378,21 +384,56 @@ class Plan:
                 )
         return said
 
-    def beside(self, target: Path, processor: Any, report: Report) -> dict[str, str]:
-        """The small files of a directory: name -> text."""
+    def beside(
+        self, target: Path, processor: tuple[BaseImageProcessor, str] | None, report: Report
+    ) -> dict[str, str]:
+        """The small files of a directory: name -> text. What images need, and no file says, is
+        said in the report."""
+        found, origin = processor or (None, "")
+        if found is not None and self.config.grid_size != self.source.config.grid_size:
+            found = _at_size(found, self.source.config, self.config)
         if is_file(target):
+            report.warnings += self._preprocessing_lost(target, found, origin)
             return {}
         beside = {CONFIG_NAME: self.config.to_json_string()}
         if self.table.files.config is not None:
-            found = None if processor is None else processor[0]
             beside[CONFIG_NAME] = self.table.files.config(self.config, self.source.timm, found)
-        if processor is not None:
-            found, origin = processor
-            if self.config.grid_size != self.source.config.grid_size:
-                found = _at_size(found, self.source.config, self.config)
+        if found is not None:
             beside[PROCESSOR_NAME] = found.to_json_string()
             report.preprocessing = origin
+        elif self.config.num_channels == 3:
+            report.warnings.append(
+                "nothing in the source says how images are prepared, so no "
+                f"{PROCESSOR_NAME} is written, and commands will use mean and deviation 0.5. "
+                + _ASK_FOR_PREPROCESSING
+            )
         return beside
+
+    def _preprocessing_lost(
+        self, target: Path, found: BaseImageProcessor | None, origin: str
+    ) -> list[str]:
+        """What the readers of one file do not know of images, if they would do anything else."""
+        if found is None:
+            return []
+        implied = self.table.preprocessing and self.table.preprocessing(self.config)
+        if implied and _pixels(implied[0]) == _pixels(found):
+            return []
+        return [
+            f"a {target.suffix} file cannot hold the image preprocessing ({origin}): put a "
+            f"{PROCESSOR_NAME} beside it, or give a folder as the target."
+        ]
+
+
+_ASK_FOR_PREPROCESSING = (
+    "Give it with `--preprocessing` (in Python `preprocessing=`): a preprocessor_config.json, a "
+    f"model that has one, or one of {', '.join(USUAL)}."
+)
+
+
+def _pixels(processor: BaseImageProcessor) -> dict[str, Any]:
+    """What of a processor decides pixels."""
+    names = ("image_processor_type", "processor_class", "feature_extractor_type")
+    return {name: value for name, value in processor.to_dict().items() if name not in names}
 
 
 def _cast(name: str, tensor: TensorLike, dtype: np.dtype) -> TensorLike:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,17 @@ from vit_convert.formats import PREPARED
 from vit_convert.formats.format import Format
 from vit_convert.infer import Note
 from vit_convert.leftovers import kind_of
-from vit_convert.rules import Mapped, as_mapped, to_canonical
+from vit_convert.rules import Mapped, TensorLike, as_mapped, to_canonical
 
 POSITIONS = "embeddings.position_embeddings"
 _PROJECTION = "embeddings.patch_embeddings.projection.weight"
 _MATRIX = re.compile(r"(?P<stem>.*?)(?P<leaf>[./]?(?:weight|kernel))")
 # Part of the name of a module that is a classifier: fc, head, classifier.1, linear, lin_cls, ...
 _CLASSIFIER = re.compile(r"fc|head|class|linear|\blin\b|cls|clf|logit|output|probe|predict")
+
+
+# A matrix in a block belongs to the block, whatever it is called.
+_IN_BLOCK = re.compile(r"(block|layer)s?[._/]?_?\d", re.IGNORECASE)
 
 
 @dataclass
@@ -39,7 +43,8 @@ class Read:
         unexplained: names in the file that nothing here knows.
         parts: some of those -> what in the network they belong to, which no model here has.
         notes: what was done to tensors, and what says so.
-        labels: classes of a classifier that was found under a name of the caller's own; else None.
+        classifier: the tensors that were taken for it, and why, where their names do not say it.
+        labels: its number of classes then; else None.
     """
 
     root: Root
@@ -50,6 +55,7 @@ class Read:
     unexplained: list[str]
     parts: dict[str, str]
     notes: list[Note]
+    classifier: str = ""
     labels: int | None = None
 
     def complete(self, config: ViTConfig) -> None:
@@ -60,14 +66,20 @@ class Read:
         grid, width = config.grid_size, config.hidden_size
         if config.num_prefix_positions:
             return
-        dtype = self.mapped.tensors[_PROJECTION].dtype
-
-        def load() -> np.ndarray:
-            return made(grid, width)[None].astype(dtype)
-
-        tensor = Tensor(POSITIONS, (1, grid[0] * grid[1], width), dtype, load)
+        shape, dtype = (1, grid[0] * grid[1], width), self.mapped.tensors[_PROJECTION].dtype
+        tensor = Tensor(POSITIONS, shape, dtype, lambda: fixed_positions(made, grid, tensor))
         self.mapped.tensors[POSITIONS] = as_mapped(tensor)
         self.notes.append(Note("positions", "sines and cosines", "none in the file"))
+
+
+def fixed_positions(
+    positions: Callable[[tuple[int, int], int], np.ndarray],
+    grid: tuple[int, int],
+    like: TensorLike,
+) -> np.ndarray:
+    """The positions (1, N, D) that a format's networks have for a grid of patches, of the width and
+    dtype of a tensor."""
+    return positions(grid, like.shape[2])[None].astype(like.dtype)
 
 
 def read_tensors(
@@ -141,9 +153,11 @@ def _find_classifier(read: Read, checkpoint: Mapping[str, Tensor]) -> None:
     family = read.table.families[0]
     width = found[_PROJECTION].shape[0] * (2 if family.startswith("dinov2") else 1)
     own = stem.removeprefix(read.root.path)
-    if rest or inputs != width or not _CLASSIFIER.search(own.lower()):
+    if rest or inputs != width or not _CLASSIFIER.search(own.lower()) or _IN_BLOCK.search(own):
         return
-    if bias is None or bias.shape != (labels,) or bias.dtype != matrix.dtype:
+    if bias is None:
+        bias = Tensor("", (labels,), matrix.dtype, lambda: np.zeros(labels, matrix.dtype))
+    if bias.shape != (labels,) or bias.dtype != matrix.dtype:
         return
 
     def load() -> np.ndarray:
@@ -153,10 +167,11 @@ def _find_classifier(read: Read, checkpoint: Mapping[str, Tensor]) -> None:
     found["classifier.weight"], found["classifier.bias"] = as_mapped(weight), as_mapped(bias)
     read.unexplained.clear()
     read.labels = labels
-    said = f"{stem}*"
+    said = f"{matrices[0]} and {f'{stem}{leaf[:-6]}bias' if len(left) > 1 else 'no bias'}"
     why = "the one matrix of the network's width that nothing else explains"
     if "pooler.dense.weight" in found:
         why += (
             ", on the class token; if it stands on the pooler, say `use_representation_layer=True`"
         )
+    read.classifier = f"{said} ({why})"
     read.notes.append(Note("classifier", said, why))

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from vit_common.checks import check_keywords
 from vit_common.config import CONFIG_NAME, ViTConfig
 from vit_common.errors import CheckpointError, InputError
 from vit_common.files.checkpoint import make_directory, save_checkpoint
-from vit_common.files.hub import PUSH_OPTIONS
+from vit_common.files.hub import PUSH_OPTIONS, push_folder, push_if_asked
 from vit_convert.formats import DESCRIBED, FILES, table_for
 from vit_convert.rules import TensorLike, to_foreign
 
-# Keywords of Transformers 4.57.6 that change nothing here: files are always written by this project
-# and through a temporary place.
+# Keywords of Transformers 4.57.6 without effect here: files are always written by this project and
+# through a temporary folder.
 _WITHOUT_EFFECT = ("save_function", "use_temp_dir", "variant", "save_peft_format")
 
 SaveFormat = Literal["hub", "flax", "flax-safetensors"]
@@ -30,6 +32,7 @@ def save_parameters(
     to: SaveFormat = "hub",
     architecture: str,
     max_shard_size: int | str = "10GB",
+    own: Iterable[str] = (),
 ) -> list[Path]:
     """Write weights and `config.json` into a directory; an earlier save survives a failure.
 
@@ -43,6 +46,7 @@ def save_parameters(
             "flax-safetensors" (model.safetensors in Flax's layout, as Transformers 4.57.6 wrote).
         architecture: class name for `architectures`.
         max_shard_size: largest file, in bytes or as "5GB".
+        own: names of `tensors` that are of a subclass's own parts, written under the same names.
 
     Returns:
         The files written.
@@ -54,7 +58,15 @@ def save_parameters(
     if to not in DESCRIBED:
         raise InputError(f"`to` must be one of {', '.join(map(repr, DESCRIBED))}; given {to!r}.")
     files = FILES[to]
-    mapped = to_foreign(tensors, table_for(to, config))
+    own = frozenset(own)
+    if own and to != "hub":
+        raise InputError(
+            f"{architecture} has parts of its own ({', '.join(sorted(own)[:4])}), which only "
+            '`to="hub"` can hold.'
+        )
+    known = {name: tensor for name, tensor in tensors.items() if name not in own}
+    mapped = to_foreign(known, table_for(to, config))
+    mapped.tensors.update({name: tensors[name] for name in own})  # type: ignore[misc]
     if mapped.unused:
         raise CheckpointError(
             f"these parameters are not part of {architecture}: {', '.join(sorted(mapped.unused))}."
@@ -78,12 +90,77 @@ def save_parameters(
     )
 
 
-def check_save_keywords(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise InputError unless each keyword is known, of the Hub, or without effect here.
+class Savable:
+    """Saving and uploading, for the models of both twins: a model hands over its weights under
+    their canonical names.
 
-    Args:
-        what: the method, for the message.
-        given: keywords that the method's own signature did not take.
-        known: those of its signature, for the message.
+    Attributes:
+        _saving_keywords: keywords of `push_to_hub` that are those of `save_pretrained`.
     """
+
+    _saving_keywords: ClassVar[tuple[str, ...]] = ("max_shard_size", "safe_serialization", "to")
+
+    config: Any
+
+    def _check_save_keywords(self, given: Iterable[str]) -> None:
+        """Raise InputError if keywords of `save_pretrained` are nothing that it knows."""
+        known = list(inspect.signature(self.save_pretrained).parameters)
+        _check_keywords(f"{type(self).__name__}.save_pretrained", given, known)
+
+    def _save(
+        self,
+        directory: str | os.PathLike,
+        tensors: Mapping[str, TensorLike],
+        *,
+        to: SaveFormat,
+        max_shard_size: int | str,
+        upload: Mapping[str, Any],
+        own: Iterable[str] = (),
+    ) -> None:
+        """Write the weights and `config.json`; upload them where `push_to_hub` of `upload`, which
+        holds the other keywords of `save_pretrained`, asks for it. `own` as `save_parameters`."""
+        written = save_parameters(
+            directory,
+            self.config,
+            tensors,
+            to=to,
+            architecture=type(self).__name__.removeprefix("Flax"),
+            max_shard_size=max_shard_size,
+            own=own,
+        )
+        push_if_asked(Path(directory), dict(upload), files=[path.name for path in written])
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Write `config.json` and the weights into a directory."""
+        raise NotImplementedError
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Save into a temporary directory and upload it to the Hub.
+
+        Args:
+            repo_id: "owner/name"; made if it is not there.
+            **kwargs: `token`, `private`, `commit_message`, `revision`, `create_pr` for the Hub;
+                `max_shard_size`, `safe_serialization`, `to` (and in Flax `params`) as
+                `save_pretrained`.
+
+        Returns:
+            The address of the upload.
+
+        Raises:
+            InputError: a keyword is not known. MissingFileError: the Hub refuses or cannot be
+                reached.
+
+        Example:
+            >>> model.push_to_hub("me/my-vit", private=True)
+        """
+        saving = {name: kwargs.pop(name) for name in self._saving_keywords if name in kwargs}
+        _check_keywords(f"{type(self).__name__}.push_to_hub", kwargs, self._saving_keywords)
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory, **saving)
+            options = {name: value for name, value in kwargs.items() if name in PUSH_OPTIONS}
+            return push_folder(directory, repo_id, **options)
+
+
+def _check_keywords(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise InputError unless each keyword is known, of the Hub, or without effect here."""
     check_keywords(what, given, [*known, *PUSH_OPTIONS, *_WITHOUT_EFFECT])

@@ -15,7 +15,7 @@ from vit_common.config import CONFIG_NAME, OURS, ViTConfig, as_config, is_timm
 from vit_common.errors import CheckpointError, ConfigError, some
 from vit_common.families import CONFIG_CLASSES, AutoConfig, config_class
 from vit_common.files.checkpoint import Checkpoint, open_checkpoint
-from vit_common.files.hub import ModelFiles, find_file
+from vit_common.files.hub import AbsentFileError, ModelFiles, find_file
 from vit_common.files.texts import parse_json, read_json
 from vit_common.images.auto import AutoImageProcessor
 from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor
@@ -29,7 +29,7 @@ from vit_convert.read import Read, read_tensors
 from vit_convert.rules import Format, Mapped
 
 METADATA_KEY = "vit_config"
-"""Where a safetensors file that stands alone holds its configuration."""
+"""Key of the metadata of a safetensors file under which it carries its configuration."""
 
 
 @dataclass
@@ -43,8 +43,9 @@ class Source:
         root: where in the file the network lies.
         mapped: the tensors under canonical names, without the prefix of a model with a head.
         ignored: name in the file -> why it is left aside.
-        unexplained: names in the file that nothing here knows.
+        unexplained: names in the file that are not known here.
         parts: some of those -> what in the network they belong to, which no model here has.
+        classifier: the tensors that were taken for it, and why, where their names do not say it.
         config: what the network is.
         notes: what was set that no configuration said, and what says it.
         timm: timm's own `config.json`, if there was one.
@@ -65,6 +66,7 @@ class Source:
     config: ViTConfig
     files: ModelFiles
     parts: Mapping[str, str] = field(default_factory=dict)
+    classifier: str = ""
     notes: list[Note] = field(default_factory=list)
     timm: Mapping[str, Any] | None = None
     described: bool = False
@@ -74,7 +76,7 @@ class Source:
 
     @property
     def head(self) -> Head | None:
-        """What stands on the base network in this file."""
+        """The head in this file; None for a base network."""
         found = self.mapped.tensors
         if "cls_classifier.weight" in found and "distillation_classifier.weight" in found:
             return "teacher"
@@ -230,7 +232,13 @@ def open_source(
         notes = [Note(name, given[name], "given") for name in given if name not in left_over]
         if settled is None:
             if read.table.files.described:
-                files.need(CONFIG_NAME)  # raises, saying where it looked
+                try:
+                    files.need(CONFIG_NAME)
+                except AbsentFileError as error:
+                    raise AbsentFileError(
+                        f"{error} Pass `config=` with the configuration of these weights: tools "
+                        "such as Transformers' `Trainer` save none."
+                    ) from error
                 raise CheckpointError("there is no config.json, which this format needs.")
             known = {name for cls in CONFIG_CLASSES.values() for name in cls.fields}
             left_over = {n: v for n, v in given.items() if n not in known and n != "num_labels"}
@@ -239,7 +247,11 @@ def open_source(
             object.__setattr__(settled, "_name_or_path", place)
             settled = settled if wanted is None else _named(place, as_config, settled, wanted)
             accept(settled, left_over)
-        elif read.labels and not {"id2label", "num_labels"} & {*(table or {}), *given}:
+        elif (
+            read.labels
+            and config is None
+            and not {"id2label", "num_labels"} & {*(table or {}), *given}
+        ):
             settled.num_labels = read.labels
         read.complete(settled)
         notes += read.notes
@@ -260,6 +272,7 @@ def open_source(
         ignored=read.ignored,
         unexplained=read.unexplained,
         parts=read.parts,
+        classifier=read.classifier,
         config=settled,
         files=files,
         notes=notes,

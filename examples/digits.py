@@ -26,6 +26,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from vit_flax import FlaxViTForImageClassification, ViTConfig, ViTImageProcessor
+from vit_flax.training import cross_entropy, init_state, make_step
 
 BATCH_SIZE = 32
 LEARNING_RATE = 3e-3
@@ -58,6 +59,7 @@ def split(images, labels, test_size):
     return train_test_split(images, labels, test_size=test_size, random_state=0, stratify=labels)
 
 
+@jax.jit
 def augment(key, pixel_values):
     """Each image (B, 1, 8, 8) a little turned, scaled, sheared and shifted."""
     B, _, H, W = pixel_values.shape
@@ -95,29 +97,21 @@ def train(model, pixel_values, labels, epochs, seed):
         ),
     )
 
-    @jax.jit
-    def train_step(params, state, key, pixel_values, labels):
-        def loss(params):
-            logits = model(augment(key, pixel_values), params=params, train=True).logits
-            targets = jax.nn.one_hot(labels, model.config.num_labels)
-            targets = optax.smooth_labels(targets, LABEL_SMOOTHING)
-            return optax.softmax_cross_entropy(logits, targets).mean()
-
-        value, gradients = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    params, state = model.params, optimizer.init(model.params)
+    step = make_step(model, cross_entropy(LABEL_SMOOTHING), optimizer)
+    params, state = model.params, init_state(optimizer, model.params)
     shuffle, key = np.random.default_rng(seed), jax.random.key(seed)
     start = time.perf_counter()
     for epoch in range(1, epochs + 1):
         order = shuffle.permutation(len(labels))[: steps_per_epoch * BATCH_SIZE]
         for batch in order.reshape(steps_per_epoch, BATCH_SIZE):
             key, now = jax.random.split(key)
-            params, state, loss = train_step(params, state, now, pixel_values[batch], labels[batch])
+            images = augment(now, pixel_values[batch])
+            params, state, metrics = step(
+                params, state, {"pixel_values": images, "labels": labels[batch]}, None
+            )
         if epoch % 10 == 0 or epoch == epochs:
             seconds = time.perf_counter() - start
-            print(f"epoch {epoch}: loss {loss:.3f}, {seconds:.0f} s", file=sys.stderr)
+            print(f"epoch {epoch}: loss {metrics['loss']:.3f}, {seconds:.0f} s", file=sys.stderr)
     return params
 
 

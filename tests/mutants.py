@@ -22,7 +22,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("vit_common", "convert", "vit_flax", "vit_torch", "vit_cli", "tests", "pyproject.toml")
 FLAX, TORCH = "vit_flax/model.py", "vit_torch/model.py"
+NORM = "vit_flax/norm.py"
 FLAX_ATTENTION, TORCH_ATTENTION = "vit_flax/attention/__init__.py", "vit_torch/attention.py"
+FLAX_EAGER, FLAX_CHOICE = "vit_flax/attention/eager.py", "vit_flax/attention/choice.py"
+FLAX_PRIMITIVE = "vit_flax/attention/primitive.py"
 TPU_ATTENTION, STACKING = "vit_flax/attention/tpu.py", "vit_flax/stacked.py"
 
 # -- the tests, each of which takes seconds
@@ -87,8 +90,21 @@ MUTANTS = [
         f"{_PARITY}activations[float64-quick_gelu]",
     ),
     Mutant("eps", FLAX, "epsilon=part.config.layer_norm_eps", "epsilon=1e-6", STAGES),
-    Mutant("variance", FLAX, "use_fast_variance=False", "use_fast_variance=True", OFFSET),
-    Mutant("scale of the query", FLAX_ATTENTION, "query.shape[-1] ** -0.5", "1.0", STAGES),
+    Mutant(
+        "variance",
+        NORM,
+        "variance = jnp.square(wide - mean).mean(-1, keepdims=True)",
+        "variance = jnp.square(wide).mean(-1, keepdims=True) - jnp.square(mean)",
+        OFFSET,
+    ),
+    Mutant(
+        "derivative of the norm",
+        NORM,
+        "factor * (dx - dx.mean(-1, keepdims=True) - unit * along)",
+        "factor * (dx - dx.mean(-1, keepdims=True))",
+        "tests/test_norm.py",
+    ),
+    Mutant("scale of the query", FLAX_EAGER, "query.shape[-1] ** -0.5", "1.0", STAGES),
     Mutant(
         "scale by the width",
         TORCH_ATTENTION,
@@ -105,14 +121,14 @@ MUTANTS = [
     ),
     Mutant(
         "softmax in half precision",
-        FLAX_ATTENTION,
+        FLAX_EAGER,
         "statistics = jnp.promote_types(scores.dtype, jnp.float32)",
         "statistics = scores.dtype",
         SOFTMAX,
     ),
     Mutant(
         "query and key exchanged",
-        FLAX_ATTENTION,
+        FLAX_EAGER,
         '"bqad,bkad->baqk", query, key',
         '"bqad,bkad->baqk", key, query',
         STAGES,
@@ -133,14 +149,14 @@ MUTANTS = [
     ),
     Mutant(
         "axes that operands vary over forgotten",
-        FLAX_ATTENTION,
+        FLAX_PRIMITIVE,
         'kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma',
         "frozenset()",
         DEVICES,
     ),
     Mutant(
         "bias of other heads on each device",
-        FLAX_ATTENTION,
+        FLAX_PRIMITIVE,
         "        found = kernel(*local)\n        if not forward and shared",
         "        found = kernel(*local[:3], *(x[:, ::-1] for x in local[3:]))\n"
         "        if not forward and shared",
@@ -148,21 +164,21 @@ MUTANTS = [
     ),
     Mutant(
         "heads of a model axis left to the compiler",
-        FLAX_ATTENTION,
+        FLAX_PRIMITIVE,
         "    if not left:\n        return _unchecked(kernel)\n",
         "    if manual:\n        return None\n",
         SHARDED,
     ),
     Mutant(
         "gradient of a shared bias from one device",
-        FLAX_ATTENTION,
+        FLAX_PRIMITIVE,
         "if not forward and shared:",
         "if False:",
         DEVICES,
     ),
     Mutant(
         "head mask rounded up",
-        FLAX_ATTENTION,
+        FLAX_EAGER,
         "probabilities * head_mask.astype(probabilities.dtype)",
         "probabilities * jnp.sign(head_mask).astype(probabilities.dtype)",
         HEAD_MASK,
@@ -438,7 +454,7 @@ MUTANTS = [
     ),
     Mutant(
         "float64 in a kernel of float32",
-        FLAX_ATTENTION,
+        FLAX_CHOICE,
         "dtype not in (jnp.bfloat16, jnp.float32)",
         "dtype == jnp.float16",
         f"{_ATTENTION}float64_stays_float64[pallas]",

@@ -16,7 +16,7 @@ import torch
 
 from vit_common.errors import InputError
 from vit_flax import attention as module
-from vit_flax.attention import Choice, attention, choose
+from vit_flax.attention import Choice, attention, choose, primitive
 from vit_flax.attention import cpu as attention_cpu
 from vit_flax.attention import tpu as attention_tpu
 
@@ -371,8 +371,8 @@ for biased in (False, True):
     else:
         raise AssertionError("a result that varies was taken for one that does not")
 from jax._src.cudnn import fused_attention_stablehlo as private
-from vit_flax import attention as module
-private.check_cudnn_version, module.cudnn_missing = lambda: 91300, lambda: None
+from vit_flax.attention import primitive
+private.check_cudnn_version, primitive.cudnn_missing = lambda: 91300, lambda: None
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
 mapped = jax.shard_map(lambda q, b: attention(q, q, q, bias=b)[0], mesh=mesh, out_specs=P("data"),
                        in_specs=(P("data"), P()), axis_names={"data"})
@@ -559,7 +559,7 @@ def test_cudnn_is_traced_where_it_is(monkeypatch):
 
     assert module.cudnn_missing() == "cuDNN is not detected" or jax.default_backend() == "gpu"
     monkeypatch.setattr(private, "check_cudnn_version", lambda: 91300)
-    monkeypatch.setattr(module, "cudnn_missing", lambda: None)
+    monkeypatch.setattr(primitive, "cudnn_missing", lambda: None)
     assert "__cudnn$fmha" in lowered(("cuda",), jnp.bfloat16)
     for tokens in (197, 198):
         text = lowered(("cuda",), jnp.bfloat16, gradient=True, tokens=tokens)

@@ -93,3 +93,47 @@ def test_a_contender_that_does_not_start(load, missing, monkeypatch):
     else:
         inference.main()
         assert written[0]["left_out"] == {missing: "out of memory"}
+
+
+def test_every_benchmark_is_run_by_all(load):
+    """Every script that has a `main` and asks a question."""
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py")}
+    assert {*load("all").BENCHMARKS} == scripts - {"all", "common", "contender"}
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        (
+            "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz avx512",
+            "intel-xeon-platinum-8481c-avx512",
+        ),
+        ("AMD EPYC 7B13 64-Core Processor avx2", "amd-epyc-7b13-64-core-avx2"),
+        ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"),
+    ],
+)
+def test_kinds_of_machines(load, name, slug):
+    assert load("common").slug(name) == slug
+
+
+def test_one_kind_of_machine_never_overwrites_another(load, tmp_path, monkeypatch):
+    common, parity = load("common"), load("parity")
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    for each in ("avx2", "avx512"):
+        monkeypatch.setattr(common, "instructions", lambda each=each: each)
+        common.write_result("startup", {"seconds": each})
+    found = {json.loads(path.read_text())["seconds"] for path in tmp_path.iterdir()}
+    assert found == {"avx2", "avx512"}
+    kind = {"family": "vit", "platform": "cpu", "dtype": "float32", "precision": "highest"}
+    rows = [{**kind, "machine": each} for each in ("a", "b")]
+    assert parity.merge(rows, [{**rows[1], "new": True}]) == [rows[0], {**rows[1], "new": True}]
+
+
+@pytest.mark.parametrize("name", ["startup", "parity", "conversion", "inference", "scan", "tpu"])
+def test_a_quick_try_is_an_option_of_each(load, name, monkeypatch, capsys):
+    module = load(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "--quick" in capsys.readouterr().out

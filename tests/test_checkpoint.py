@@ -635,6 +635,43 @@ def test_a_bad_array_in_npz_is_refused(tmp_path: Path, case: str, method: int) -
     assert _peak(refused) < 8_000_000
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_texts_beside_arrays_in_npz_are_left_out_and_named(tmp_path: Path, compressed) -> None:
+    path = tmp_path / "x.npz"
+    extra = {
+        "labels": np.array(["a", "bc"]),
+        "bytes": np.array([b"a"]),
+        "when": np.array("2020-01-01", "datetime64[s]"),
+        "table": np.zeros(2, [("a", "<f4")]),
+    }
+    (np.savez_compressed if compressed else np.savez)(path, w=np.arange(3.0), **extra)
+    with open_checkpoint(path) as checkpoint, np.load(path) as peer:
+        assert list(checkpoint) == ["w"]
+        np.testing.assert_array_equal(checkpoint["w"].read(), peer["w"])
+        assert set(checkpoint.left_out) == set(peer) - {"w"}
+        assert "<U2" in checkpoint.left_out["labels"]
+
+
+def test_texts_beside_arrays_in_msgpack_are_left_out_and_named(tmp_path: Path) -> None:
+    tree = {
+        "params": {"w": np.arange(3.0, dtype=np.float32)},
+        "note": "text",
+        "blob": b"bytes",
+        "labels": np.array(["a", "bc"]),
+        "list": [1, ["a", {"b": np.ones(2)}]],
+        "last": np.float32(2),
+    }
+    path = tmp_path / "x.msgpack"
+    path.write_bytes(flax.serialization.msgpack_serialize(tree))
+    del tree["labels"]  # Flax writes it, and cannot read it
+    peer = flax.serialization.msgpack_restore(flax.serialization.msgpack_serialize(tree))
+    with open_checkpoint(path) as checkpoint:
+        assert list(checkpoint) == ["params/w", "last"]
+        np.testing.assert_array_equal(checkpoint["params/w"].read(), peer["params"]["w"])
+        assert checkpoint["last"].read() == peer["last"]
+        assert list(checkpoint.left_out) == ["note", "blob", "labels", "list"]
+
+
 def test_objects_in_npz_are_never_unpickled(tmp_path: Path) -> None:
     objects = np.array([_Code(tmp_path / "ran")], dtype=object)
     np.savez(tmp_path / "x.npz", objects=objects, allow_pickle=True)

@@ -568,7 +568,7 @@ WRONG_CALLS = {
     "too few labels": (
         "classifier",
         {"labels": torch.tensor([0])},
-        r"one class index an image, shape \(2,\); given \(1,\)",
+        r"one class index per image, shape \(2,\); given \(1,\)",
     ),
     "labels of several": (
         "classifier",

@@ -463,6 +463,16 @@ def test_bytes_that_are_changed(exported, loaded, tmp_path):
         ({"input_shape": [3, 16]}, "corrupt: metadata.json has no proper 'input_shape'"),
         ({"input_dtype": "int4"}, "corrupt: metadata.json has no proper 'input_dtype'"),
         ({"batch": None}, "corrupt: metadata.json has no proper 'batch'"),
+        ({"batch": True}, "corrupt: metadata.json has no proper 'batch'"),
+        ({"batch": -1}, "corrupt: metadata.json has no proper 'batch'"),
+        ({"labels": [1, 2, 3, 4, 5]}, "corrupt: metadata.json has no proper 'labels'"),
+        ({"labels": ["cat"]}, "corrupt: its program and metadata.json do not fit each other"),
+        ({"input_dtype": "uint8"}, "corrupt: its program and metadata.json do not fit each other"),
+        ({"input_shape": [3, 8, 8]}, "its program and metadata.json do not fit each other"),
+        ({"input_shape": [True] * 3}, "corrupt: metadata.json has no proper 'input_shape'"),
+        ({"platforms": [1, 2]}, "corrupt: metadata.json has no proper 'platforms'"),
+        ({"output": ["logits"]}, "corrupt: metadata.json has no proper 'output'"),
+        ({"calling_convention_version": 9.5}, "has no proper 'calling_convention_version'"),
     ],
 )
 def test_metadata_that_does_not_fit(members, said, exported, tmp_path):

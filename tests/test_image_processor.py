@@ -512,9 +512,14 @@ def test_grey_and_rgba_arrays_are_what_their_pil_images_are(dtype, do_resize):
         image = moded(mode)
         array = np.asarray(image).astype(dtype)
         theirs = transformers.ViTImageProcessor()(image.convert("RGB"), **call)["pixel_values"]
-        variants = [array, np.atleast_3d(array), np.atleast_3d(array).transpose(2, 0, 1)]
-        for variant in variants:
+        first = np.atleast_3d(array).transpose(2, 0, 1)
+        for variant in [array, np.atleast_3d(array)] + [first] * (mode == "L"):
             assert_equal_output(ViTImageProcessor()(variant, **call).pixel_values, theirs)
+        # Four channels first may be four grey images, so it has to be said.
+        ours = ViTImageProcessor()(
+            first, input_data_format="channels_first", do_convert_rgb=None, **call
+        )
+        assert_equal_output(ours.pixel_values, theirs)
 
 
 def test_colour_arrays_for_grey_models():

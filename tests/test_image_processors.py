@@ -426,10 +426,11 @@ def test_importing_the_processors_imports_no_framework():
 # -- timm
 
 
-def timm_transform(image, cfg, ties_to_even=True):
+def timm_transform(image, cfg):
     """timm's steps for evaluation, with Pillow and numpy: resize, crop, scale, normalise.
 
-    `ties_to_even` is how torchvision rounds where the crop starts; else halves are cut off.
+    Source: `transforms_imagenet_eval` of timm 1.0.31, and `resize` and `center_crop` of torchvision
+    0.28 (`transforms/functional.py`), which rounds where the crop starts.
     """
     _, height, width = cfg["input_size"]
     pct = cfg.get("crop_pct", 0.875)
@@ -442,14 +443,12 @@ def timm_transform(image, cfg, ties_to_even=True):
     else:
         new = (int(short * wide / high), short)
     image = image.resize(new, Resampling[cfg.get("interpolation", "bicubic").upper()])
-    to_int = round if ties_to_even else math.floor
-    left, top = to_int((new[0] - width) / 2), to_int((new[1] - height) / 2)
+    left, top = round((new[0] - width) / 2.0), round((new[1] - height) / 2.0)
     image = image.crop((left, top, left + width, top + height))
     values = np.asarray(image, np.float32).reshape(height, width, -1) / np.float32(255)
     mean = np.float32(cfg.get("mean", IMAGENET["image_mean"]))
     std = np.float32(cfg.get("std", IMAGENET["image_std"]))
-    values = ((values - mean) / std).transpose(2, 0, 1)
-    return values, any((have - want) % 4 == 3 for have, want in ((new[0], width), (new[1], height)))
+    return ((values - mean) / std).transpose(2, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -469,27 +468,38 @@ def timm_transform(image, cfg, ties_to_even=True):
 def test_timm(cfg):
     processor = processor_from_timm({"architecture": "vit", "num_classes": 10, **cfg})
     cfg = {k: v for k, v in cfg.items() if v is not None}
-    alike = 0
+    random = np.random.default_rng(0)
     images = [(60, 45), (45, 60), (50, 50), (20, 33), (90, 41), (64, 48), (41, 97), (33, 35)]
+    images += [tuple(size) for size in random.integers(8, 120, (40, 2)).tolist()]
     for seed, (width, height) in enumerate(images):
         image = photo(seed, width, height, "L" if cfg["input_size"][0] == 1 else "RGB")
-        expected, apart = timm_transform(image, cfg)
-        if apart:
-            expected, _ = timm_transform(image, cfg, ties_to_even=False)
+        expected = timm_transform(image, cfg)
         result = processor(image, return_tensors="np").pixel_values[0]
         assert result.shape == expected.shape == tuple(cfg["input_size"])
         np.testing.assert_array_equal(result, expected)
-        alike += not apart
-    assert alike >= 3
 
 
-def test_the_crop_starts_before_that_of_timm_where_the_sides_differ_by_3_modulo_4():
+def test_the_crop_starts_where_that_of_timm_starts_and_in_transformers_files_where_theirs_does():
     processor = processor_from_timm({"input_size": (3, 20, 20), "crop_pct": 0.87})  # 22 to 20
     assert processor.size == {"shortest_edge": 22}
     wide = photo(0, 23, 22)  # is 23 wide after the resize too: 3 more than the crop
-    result = processor(wide, return_tensors="np", do_rescale=False, do_normalize=False)
-    result = result.pixel_values[0].transpose(1, 2, 0)
-    np.testing.assert_array_equal(result, np.asarray(wide)[1:21, 1:21])  # torchvision: from 2 on
+    for rounding, left in (("half_to_even", 2), ("floor", 1)):
+        processor.crop_rounding = rounding
+        result = processor(wide, return_tensors="np", do_rescale=False, do_normalize=False)
+        result = result.pixel_values[0].transpose(1, 2, 0)
+        np.testing.assert_array_equal(result, np.asarray(wide)[1:21, left : left + 20])
+    with pytest.raises(InputError, match="`crop_rounding` must be None or one of 'floor', 'half_"):
+        processor.crop_rounding = "up"
+
+
+def test_how_the_crop_is_rounded_stands_in_files_and_transformers_reads_them(tmp_path):
+    processor = processor_from_timm({"input_size": (3, 20, 20)})
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / FILE).read_text())["crop_rounding"] == "half_to_even"
+    assert AutoImageProcessor.from_pretrained(tmp_path) == processor
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    assert theirs(photo(), return_tensors="np").pixel_values.shape == (1, 3, 20, 20)
+    assert "crop_rounding" not in BitImageProcessor().to_dict()
 
 
 def test_timm_options_of_models():

@@ -53,14 +53,14 @@ def test_other_lines_are_not_fatal(line):
     assert not last_words.is_fatal(line)
 
 
-# The CPU's was recorded (the same in 0.10.2 and 0.12.0.1); the others are those of XLA's sources.
+# Of the CPU (0.10.2, 0.12.0.1) and of the TPU compiler, recorded; the others after XLA's sources.
 @pytest.mark.parametrize(
     "text",
     [
         "RESOURCE_EXHAUSTED: Out of memory allocating 17592186044416 bytes.",
         "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8589934592 bytes.",
-        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
-        "hbm. Used 22.93G of 15.75G hbm. Exceeded hbm capacity by 7.18G.",
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (71.53G) exceeds available HBM (15.75G).",
         "INTERNAL: Failed to allocate: out of memory",
     ],
 )

@@ -154,51 +154,77 @@ def test_integers_are_not_trained(tmp_path, reference):
 # -- heads
 
 
-def wrapped(state, network: str, head: str):
-    """The weights as a training script's own class has them."""
+def wrapped(state, network: str, head: str, layers: int = 1):
+    """The weights as a training script's own class has them; with a head of one layer or two."""
     out = {}
     for name, value in state.items():
+        leaf = name.partition("classifier")[2]
         if name.startswith("vit."):
             out[network + name.removeprefix("vit.")] = value
+        elif layers == 1:
+            out[head + leaf] = value
         else:
-            out[name.replace("classifier", head)] = value
+            out[f"{head}.2{leaf}"] = value
+            out[f"{head}.0{leaf}"] = torch.ones(48, 48) if value.ndim == 2 else torch.ones(48)
     return out
 
 
 HEADS = [
     ("backbone.", "my_probe"),
-    ("backbone.", "probe.layers.0"),
+    ("backbone.", "decoder.layers.0"),
     ("model.vit.", "model.top"),
     ("vit.", "score"),
     ("", "my_head.linear"),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*has no preprocessor_config.json")
 @pytest.mark.parametrize(("network", "head"), HEADS)
-def test_no_head_is_drawn_beside_a_trained_one(tmp_path, reference, network, head):
-    """Found and right, or an error that names it: never a random head, and never with a warning."""
+def test_a_trained_head_is_found_or_refused(tmp_path, reference, network, head):
+    """Under whatever name: right and said, or an error that names it; never drawn at random."""
     path = folder_of(tmp_path, reference, lambda state: wrapped(state, network, head))
     wanted = run(reference).logits
     for cls in CLASSIFIERS:
-        try:
-            model = cls.from_pretrained(path)
-        except CheckpointError as error:
-            said = str(error)
-        else:
+        with warnings.catch_warnings(record=True) as messages:
+            warnings.simplefilter("always")
+            try:
+                model = cls.from_pretrained(path)
+            except CheckpointError as error:
+                model, said = None, str(error)
+        if model is not None:
             np.testing.assert_allclose(np.asarray(run(model).logits), wanted, rtol=0, atol=2e-5)
-            continue
-        assert f"{head}.weight (5, 48)" in said
-        assert "num_labels=" in said
-    with pytest.raises(CheckpointError, match=rf"{head}\.weight|no classifier"):
-        ImageClassifier.from_pretrained(path)
-    with pytest.raises(CheckpointError, match=rf"{head}\.weight"):
-        convert(path, tmp_path / "out", to="hub")
+            (message,) = messages
+            said = str(message.message)
+            assert "taken as the classifier: " in said
+            assert head in said
+            assert model.config.num_labels == 5
+        else:
+            assert f"{head}.weight (5, 48)" in said
+            assert "num_labels=" in said
+    assert (model is None) == (head in ("decoder.layers.0", "model.top", "score"))
+    if model is None:
+        with pytest.raises(CheckpointError, match=rf"{head}\.weight|no classifier"):
+            ImageClassifier.from_pretrained(path)
+        with pytest.raises(CheckpointError, match=rf"{head}\.weight"):
+            convert(path, tmp_path / "out", to="hub")
 
 
 @pytest.mark.parametrize("cls", CLASSIFIERS)
-def test_a_head_of_its_own_name_may_be_left_aside_by_those_who_say_so(tmp_path, reference, cls):
-    path = folder_of(tmp_path, reference, lambda state: wrapped(state, "vit.", "probe"))
-    refused(cls, path, "probe.weight (5, 48)", num_labels=5)
+def test_the_callers_configuration_stays_as_it_is(tmp_path, reference, cls):
+    path = folder_of(tmp_path, reference, lambda state: wrapped(state, "backbone.", "fc"))
+    config = vit_flax.AutoConfig.from_pretrained(path, num_labels=2)
+    with pytest.raises(CheckpointError, match=r"\(5, 48\) in the checkpoint and \(2, 48\)"):
+        cls.from_pretrained(path, config=config)
+    assert config.num_labels == 2
+
+
+@pytest.mark.parametrize("cls", CLASSIFIERS)
+def test_a_head_that_no_model_has_may_be_left_aside_by_those_who_say_so(tmp_path, reference, cls):
+    path = folder_of(tmp_path, reference, lambda state: wrapped(state, "vit.", "probe", layers=2))
+    for options in ({}, {"num_labels": 5}, {"ignore": [r"probe\.0\..*"]}):
+        refused(cls, path, "probe.2.weight (5, 48)", "at random", **options)
+    with pytest.raises(CheckpointError, match=r"probe\.2\.weight"):
+        convert(path, tmp_path / "out", to="hub")
     for options, labels in (
         ({"num_labels": 3}, 3),
         ({"id2label": {0: "a", 1: "b", 2: "c"}}, 3),
@@ -211,17 +237,33 @@ def test_a_head_of_its_own_name_may_be_left_aside_by_those_who_say_so(tmp_path, 
             model = cls.from_pretrained(path, **options)
         assert weight(model, "classifier.weight").shape == (labels, 48)
         (message,) = [str(w.message) for w in said]
-        assert ("probe.weight" in message) == ("ignore" not in options)
+        assert ("probe.2.weight" in message) == ("ignore" not in options)
     with pytest.raises(InputError, match="`ignore` must hold regular expressions; given '\\['"):
         cls.from_pretrained(path, ignore=["["])
+
+
+@pytest.mark.parametrize("cls", CLASSIFIERS)
+def test_what_is_left_beside_a_head_that_was_found(tmp_path, reference, cls):
+    """A second layer before the classifier would be left out: its logits would be others."""
+
+    def change(state):
+        return {**state, "head_norm.weight": torch.ones(48), "head_norm.bias": torch.ones(48)}
+
+    path = folder_of(tmp_path, reference, change)
+    refused(cls, path, "head_norm.weight (48,)")
+    wanted = run(reference).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = cls.from_pretrained(path, ignore=["head_norm.*"])
+    np.testing.assert_allclose(np.asarray(run(model).logits), wanted, rtol=0, atol=2e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*has no preprocessor_config.json")
 @pytest.mark.parametrize("cls", BASES)
 def test_a_base_model_leaves_a_head_aside(tmp_path, reference, cls):
-    path = folder_of(tmp_path, reference, lambda state: wrapped(state, "vit.", "probe"))
+    path = folder_of(tmp_path, reference, lambda state: wrapped(state, "vit.", "probe", layers=2))
     wanted = run(reference.vit).last_hidden_state
-    with pytest.warns(UserWarning, match=r"not used: probe\.bias, probe\.weight\."):
+    with pytest.warns(UserWarning, match=r"not used: probe\.0\.bias, .*probe\.2\.weight\."):
         model = cls.from_pretrained(path, add_pooling_layer=False)
     np.testing.assert_allclose(np.asarray(run(model)[0]), wanted, rtol=0, atol=2e-5)
     encoder = ImageEncoder.from_pretrained(path)

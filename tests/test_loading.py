@@ -175,3 +175,114 @@ def test_a_repository_without_weights_says_what_there_is(hub, hub_folder, cls): 
     with pytest.raises(OSError, match=r"there is config\.json, tf_model\.h5\."):
         cls.from_pretrained("someone/tf")
     assert json.loads(files["config.json"])["model_type"] == "vit"
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_description_fetches_small_files_only(hub, hub_folder, tmp_path, shards):  # noqa: F811
+    from vit_cli.commands.info import describe_model
+    from vit_cli.options import Reading
+
+    model = transformers.ViTForImageClassification.from_pretrained(hub_folder)
+    model.save_pretrained(tmp_path, max_shard_size="60KB" if shards else "1GB")
+    serve(hub, "someone/vit", tmp_path)
+    said = describe_model("someone/vit", Reading())
+    assert said["parameters"] == model.num_parameters()
+    assert hub.asked("GET", ".safetensors") == hub.asked("HEAD", ".safetensors") == []
+    # What is here already is looked at, and nothing else is fetched.
+    vit_torch.AutoModelForImageClassification.from_pretrained("someone/vit")
+    count = len(hub.asked("GET", ".safetensors"))
+    assert count == (1 if not shards else 1 + len(list(tmp_path.glob("*-of-*"))))
+    again = describe_model("someone/vit", Reading())
+    assert again["weights"]
+    assert len(hub.asked("GET", ".safetensors")) == count
+
+
+# -- options of Transformers
+
+
+INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+HEADS = {None: "Model", "classifier": "ForImageClassification"}
+
+
+@pytest.mark.filterwarnings("ignore:.*newly initialized")
+@pytest.mark.filterwarnings("ignore:.*not used")
+@pytest.mark.parametrize(
+    ("of", "into", "options"),
+    [
+        ("classifier", "classifier", {}),
+        ("classifier", "classifier", {"num_labels": 3, "ignore_mismatched_sizes": True}),
+        ("classifier", None, {}),
+        (None, "classifier", {}),
+        (None, None, {"add_pooling_layer": False}),
+    ],
+)
+def test_what_loading_says_is_what_transformers_says(tmp_path, of, into, options):
+    config = transformers.ViTConfig(**make_config(num_hidden_layers=1).to_dict())
+    getattr(transformers, f"ViT{HEADS[of]}")(config).save_pretrained(tmp_path)
+    name = f"ViT{HEADS[into]}"
+    theirs = getattr(transformers, name)
+    _, want = theirs.from_pretrained(tmp_path, output_loading_info=True, **options)
+    for cls in (getattr(vit_torch, name), getattr(vit_flax, f"Flax{name}")):
+        model, info = cls.from_pretrained(tmp_path, output_loading_info=True, **options)
+        assert type(model) is cls
+        assert tuple(info) == INFO
+        for key in INFO:
+            got, wanted = (sorted(map(tuple_of, side[key])) for side in (info, want))
+            assert got == wanted, key
+    model, params, info = getattr(vit_flax, f"Flax{name}").from_pretrained(
+        tmp_path, output_loading_info=True, _do_init=False, **options
+    )
+    assert sorted(info) == sorted(INFO)
+    assert params
+
+
+def tuple_of(value):
+    return value if isinstance(value, str) else tuple(map(str, value))
+
+
+@pytest.mark.parametrize("auto", [vit_torch.AutoModel, vit_flax.FlaxAutoModel])
+def test_auto_classes_take_them_too(hub_folder, auto):
+    options = {"add_pooling_layer": False, "trust_remote_code": True, "torchscript": True}
+    with pytest.warns(UserWarning, match="not used: classifier"):
+        model, info = auto.from_pretrained(hub_folder, output_loading_info=True, **options)
+    assert info["unexpected_keys"] == ["classifier.bias", "classifier.weight"]
+    # `torchscript` asks for tuples, there and here.
+    theirs = transformers.ViTConfig.from_pretrained(hub_folder, torchscript=True)
+    assert model.config.use_return_dict == theirs.use_return_dict == False  # noqa: E712
+
+
+@pytest.mark.parametrize("where", ["cpu", torch.device("cpu"), {"": "cpu"}, "auto", None])
+def test_a_device_map_of_one_device(hub_folder, where):
+    options = {"low_cpu_mem_usage": True, "offload_folder": None}
+    auto = vit_torch.AutoModelForImageClassification
+    model = auto.from_pretrained(hub_folder, device_map=where, **options)
+    assert {p.device.type for p in model.parameters()} == {
+        "cuda" if where == "auto" and torch.cuda.is_available() else "cpu"
+    }
+    assert getattr(model, "hf_device_map", None) == (None if where is None else {"": model.device})
+
+
+@pytest.mark.parametrize("where", ["gpu!", -1, True, {"vit": "cpu", "classifier": "meta"}, {}])
+def test_a_device_map_that_is_none(hub_folder, where):
+    with pytest.raises(ValueError, match=r"`device_map` must .*; given"):
+        vit_torch.ViTForImageClassification.from_pretrained(hub_folder, device_map=where)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "float16"])
+def test_dtypes_of_new_models(dtype):
+    config = transformers.ViTConfig(**make_config(num_hidden_layers=1).to_dict())
+    for key in ("dtype", "torch_dtype"):
+        theirs = transformers.AutoModel.from_config(config, **{key: dtype})
+        model = vit_torch.AutoModel.from_config(config, trust_remote_code=False, **{key: dtype})
+        assert model.dtype is theirs.dtype
+    assert vit_flax.FlaxAutoModel.from_config(config, trust_remote_code=False).params
+
+
+@pytest.mark.parametrize("package", [vit_flax, vit_torch])
+def test_warnings_point_at_the_caller(hub_folder, package):
+    """However deep they are, and through whichever class."""
+    prefix = "Flax" if package is vit_flax else ""
+    for name in ("AutoModel", "ViTModel"):
+        with pytest.warns(UserWarning, match="newly initialized") as said:
+            getattr(package, prefix + name).from_pretrained(hub_folder)
+        assert [warning.filename for warning in said] == [__file__]

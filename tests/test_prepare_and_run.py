@@ -202,6 +202,55 @@ def test_pixels_are_prepared_without_network_or_device(made, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "pixels.npy"), pixels[:1])
 
 
+def given_as(kind, data, path):
+    """The content of an image file in each way that it can be handed over."""
+    path.write_bytes(data)
+    return {
+        "name": lambda: str(path),
+        "open file": lambda: open(path, "rb"),  # closed with the test
+        "BytesIO": lambda: io.BytesIO(data),
+        "bytes": lambda: data,
+        "bytearray": lambda: bytearray(data),
+        "memoryview": lambda: memoryview(data),
+        "PIL image": lambda: PIL.Image.open(io.BytesIO(data)),
+    }[kind]()
+
+
+KINDS = ["open file", "BytesIO", "bytes", "bytearray", "memoryview", "PIL image"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:unclosed file")
+def test_image_files_however_they_are_given(made, classify, tmp_path, kind):
+    """A photo that the camera held sideways, as what a server holds; upright, as by its name."""
+    _, pictures, _, _, _ = made
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    data = io.BytesIO()
+    pictures[0].transpose(PIL.Image.Transpose.ROTATE_90).save(data, "PNG", exif=exif)
+    wanted = classify(pictures[0])
+    give = lambda: given_as(kind, data.getvalue(), tmp_path / "a.png")  # noqa: E731
+    assert classify(give()) == wanted
+    assert classify([give(), give()]) == classify([pictures[0]] * 2)
+    assert next(classify.stream([give()])).predictions == wanted
+    np.testing.assert_array_equal(classify.features(give()), classify.features(pictures[0]))
+    np.testing.assert_array_equal(classify.prepare(give()), classify.prepare(pictures[0]))
+    assert classify.seen(give()).size == (32, 32)
+
+
+@pytest.mark.parametrize("kind", KINDS[:-1])
+@pytest.mark.filterwarnings("ignore:unclosed file")
+def test_errors_never_repeat_an_image(classify, tmp_path, kind):
+    data = b"no image at all" * 4000
+    for call in (classify, classify.features, classify.prepare, classify.attention, classify.seen):
+        with pytest.raises(ImageError) as caught:
+            call(given_as(kind, data, tmp_path / "a.png"))
+        assert len(str(caught.value)) < 300
+        assert "no image at all" not in str(caught.value)
+    (result,) = classify.stream([given_as(kind, data, tmp_path / "a.png")])
+    assert len(str(result.error)) < 300
+
+
 @pytest.mark.parametrize("kind", ["bytes", "file"])
 def test_one_image_is_no_stream(classify, kind):
     data = io.BytesIO()

@@ -21,6 +21,14 @@ from vit_common.presets import preset
 from vit_flax import tpu_check
 from vit_flax.attention import attention
 from vit_flax.auto import FlaxAutoModelForImageClassification
+from vit_flax.hlo import (
+    collectives,
+    custom_kernels,
+    float32_products,
+    float64_operations,
+    own_kernels,
+    product_flops,
+)
 from vit_flax.inference.engine import Engine
 from vit_flax.sharding import param_shardings
 from vit_flax.tpu_check import (
@@ -31,14 +39,8 @@ from vit_flax.tpu_check import (
     check,
     check_program,
     chip_mesh,
-    collectives,
-    custom_kernels,
-    float32_products,
-    float64_operations,
     libtpu_environment,
     network,
-    own_kernels,
-    product_flops,
 )
 
 needs_compiler = pytest.mark.skipif(

@@ -1,16 +1,16 @@
-"""Checks of arguments, most of which both twins make at the door of the network; each raises before
-any arithmetic."""
+"""Checks of the arguments of calls, shared by both twins; each raises before any arithmetic."""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from vit_common.config import ViTConfig
-from vit_common.errors import InputError
+from vit_common.errors import InputError, shown
 
 
 def as_integer(value: Any) -> int | None:
@@ -27,7 +27,7 @@ def check_positive(name: str, value: Any) -> int:
     """The value as an int; raises InputError unless it is a positive integer."""
     number = as_integer(value)
     if number is None or number < 1:
-        raise InputError(f"`{name}` must be a positive integer; given {value!r}.")
+        raise InputError(f"`{name}` must be a positive integer; given {shown(value)}.")
     return number
 
 
@@ -37,15 +37,32 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[
     return [(n, one.get(n), other.get(n)) for n in names if one.get(n) != other.get(n)]
 
 
+CROP = "crop"
+"""A value of `interpolate_pos_encoding`: other sizes are taken, and cut to whole patches."""
+
+Interpolate = bool | Literal["crop"] | None
+
+
 def check_image(
-    channels: int, height: int, width: int, config: ViTConfig, *, interpolate: bool
+    channels: int, height: int, width: int, config: ViTConfig, *, interpolate: Interpolate
 ) -> tuple[int, int]:
     """The grid (rows, columns) of patches of an image.
 
+    Args:
+        channels, height, width: the image's.
+        config: the model's.
+        interpolate: whether other sizes than the config's are taken; with "crop", also those that
+            hold no whole number of patches, of which the last rows and columns are left out.
+
     Raises:
-        InputError: the channels or the size are not the model's; with `interpolate`, the size
-            holds no whole number of patches.
+        InputError: the channels or the size are not the model's; the size holds no whole number of
+            patches; `interpolate` is none of its values.
     """
+    if interpolate not in (None, False, True, CROP):
+        raise InputError(
+            f"`interpolate_pos_encoding` must be True, False, None or {CROP!r}; given "
+            f"{interpolate!r}."
+        )
     if channels != config.num_channels:
         hint = ""
         if width == config.num_channels:
@@ -65,16 +82,22 @@ def check_image(
             "resample the position embeddings."
         )
     patch = config.patch_height_width
+    rows, columns = height // patch[0], width // patch[1]
+    if interpolate == CROP and rows and columns:
+        return rows, columns
     if height % patch[0] or width % patch[1] or not height or not width:
         raise InputError(
             f"`pixel_values` must hold whole patches of {patch[0]} x {patch[1]} pixels (height x "
-            f"width); given {height} x {width}."
+            f"width); given {height} x {width}. Resize or crop the image, for example to "
+            f"{max(rows, 1) * patch[0]} x {max(columns, 1) * patch[1]}; or pass "
+            f"`interpolate_pos_encoding={CROP!r}` to leave out the last rows and columns, as "
+            "Transformers does without saying so."
         )
-    return height // patch[0], width // patch[1]
+    return rows, columns
 
 
 def check_keywords(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise InputError, naming them all, if `what` was given keywords it does not know."""
+    """Raise InputError, naming them all, if `what` was given unknown keywords."""
     known = list(known)
     unknown = [name for name in given if name not in known]
     if unknown:
@@ -95,7 +118,7 @@ def check_rank(pixel_values: Any, layout: str) -> None:
 
 
 def check_mask(shape: tuple[int, ...], batch: int, patches: int) -> None:
-    """Raise InputError unless `bool_masked_pos` has one value a patch."""
+    """Raise InputError unless `bool_masked_pos` has one value per patch."""
     if tuple(shape) != (batch, patches):
         raise InputError(
             f"`bool_masked_pos` must have shape (batch, patches) = ({batch}, {patches}); given "
@@ -116,11 +139,11 @@ def check_head_mask(shape: tuple[int, ...], config: ViTConfig) -> None:
 
 
 def check_labels(labels: Any, problem_type: str, batch: int, num_labels: int) -> None:
-    """Raise InputError unless `labels` fits the loss. Values are looked at for class indices.
+    """Raise InputError unless `labels` fits the loss. The values of class indices are checked too.
 
     Args:
-        labels: numpy array, or anything with `.shape` where the values cannot be looked at.
-        problem_type: what `problem_type` resolved to.
+        labels: numpy array, or anything with `.shape` whose values cannot be read.
+        problem_type: result of `resolve_problem_type`.
         batch: number of images.
         num_labels: number K of classes.
     """
@@ -129,11 +152,11 @@ def check_labels(labels: Any, problem_type: str, batch: int, num_labels: int) ->
         if not _is_integer(labels):
             raise InputError(
                 f"`labels` must be class indices, of an integer dtype; given {labels.dtype}. For "
-                "several labels an image, set `problem_type` to 'multi_label_classification'."
+                "several labels per image, set `problem_type` to 'multi_label_classification'."
             )
-        if int(np.prod(shape)) != batch:
+        if math.prod(shape) != batch:
             raise InputError(
-                f"`labels` must hold one class index an image, shape ({batch},); given {shape}."
+                f"`labels` must hold one class index per image, shape ({batch},); given {shape}."
             )
         if isinstance(labels, np.ndarray):
             bad = labels[(labels != -100) & ((labels < 0) | (labels >= num_labels))]
@@ -143,9 +166,9 @@ def check_labels(labels: Any, problem_type: str, batch: int, num_labels: int) ->
                     f"{bad.reshape(-1)[0]}."
                 )
     elif num_labels == 1 and problem_type == "regression":
-        if int(np.prod(shape)) != batch:
+        if math.prod(shape) != batch:
             raise InputError(
-                f"`labels` must hold one number an image, shape ({batch},); given {shape}."
+                f"`labels` must hold one number per image, shape ({batch},); given {shape}."
             )
     elif shape != (batch, num_labels):
         raise InputError(
@@ -163,12 +186,14 @@ def check_token_labels(labels: Any, mask: Any, shape: tuple[int, ...]) -> None:
         shape: of the logits (B, N, vocab_size).
     """
     if mask is None:
-        raise InputError("`labels` need `bool_masked_pos`: the loss is that of the masked patches.")
+        raise InputError(
+            "`labels` need `bool_masked_pos`: the loss is computed on the masked patches."
+        )
     masked = int(np.asarray(mask != 0).sum()) if len(labels.shape) == 1 else None
     if not _is_integer(labels) or tuple(labels.shape) not in (tuple(shape[:2]), (masked,)):
         raise InputError(
             f"`labels` must be integers of shape (batch, patches) = {tuple(shape[:2])}, one visual "
-            "token a patch, or hold those of the masked patches alone; given "
+            "token per patch, or hold those of the masked patches alone; given "
             f"{labels.dtype} of shape {tuple(labels.shape)}."
         )
 
@@ -180,7 +205,7 @@ def _is_integer(labels: Any) -> bool:
 
 
 def resolve_problem_type(config: ViTConfig, integer_labels: bool) -> str:
-    """Which loss labels mean, without touching the config."""
+    """The loss that labels mean; the configuration stays as it is."""
     if config.problem_type is not None:
         return config.problem_type
     if config.num_labels == 1:
@@ -189,7 +214,7 @@ def resolve_problem_type(config: ViTConfig, integer_labels: bool) -> str:
 
 
 def check_stride(config: ViTConfig, height: int, width: int) -> None:
-    """Raise InputError unless the decoder gives back as many pixels as the image has."""
+    """Raise InputError unless the decoder restores as many pixels as the image has."""
     patch = config.patch_height_width
     if height % patch[0] or width % patch[1]:
         raise InputError(

@@ -1,4 +1,4 @@
-"""`ViTConfig`: the one schema both twins, the converter and the commands are built from.
+"""`ViTConfig`: the one schema for both twins, the converter and the commands.
 
 Field names and defaults are those of Transformers 4.57.6 (`models/vit/configuration_vit.py`), so a
 Hub `config.json` reads as it is. Every value is checked where it is set. Keys this project does
@@ -28,10 +28,14 @@ from vit_common.config_fields import (
     Fields,
     Pooling,
     PositionTokens,
+    check_depth,
     integer,
     refusal,
 )
 from vit_common.errors import ConfigError, shown
+from vit_common.files.hub import find_file, push_if_asked, split_hub_options
+from vit_common.files.replace import make_directory, write_text
+from vit_common.files.texts import read_json
 from vit_common.positions import ResizeRule
 
 __all__ = [
@@ -52,7 +56,7 @@ CONFIG_NAME = "config.json"
 
 
 class Flags(NamedTuple):
-    """What a call returns."""
+    """Flags of a call: what it returns."""
 
     output_attentions: bool
     output_hidden_states: bool
@@ -80,6 +84,7 @@ class ViTConfig:
 
     model_type: ClassVar[str] = "vit"
     fields: ClassVar[Fields] = VIT_FIELDS
+    __signature__: ClassVar[Any]  # of the constructor, made from the fields
 
     extended_type: ClassVar[str] = "vit_extended"
     """`model_type` in files of networks that Transformers' ViT cannot hold, so that it refuses them
@@ -147,7 +152,7 @@ class ViTConfig:
             _FAMILIES[cls.model_type] = cls
             _describe(cls)
         elif "__init__" in vars(cls):
-            cls.__signature__ = None  # type: ignore[attr-defined]  # its own
+            cls.__signature__ = None  # its own
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if len(args) > len(self.fields):
@@ -159,6 +164,8 @@ class ViTConfig:
                 raise ConfigError(f"config: `{name}` was given twice.")
             kwargs[name] = value
 
+        for name, value in kwargs.items():
+            check_depth(name, value)
         model_type = kwargs.pop("model_type", None)
         if model_type not in (None, "", self.model_type, self.extended_type):
             known = config_classes().get(model_type) if isinstance(model_type, str) else None
@@ -192,7 +199,6 @@ class ViTConfig:
 
     def _set_unknown(self, name: str, value: Any) -> None:
         """Keep a key that is no field of this family."""
-        _check_depth(name, value)
         taken = getattr(type(self), name, None)
         if isinstance(taken, property) or name in _RUNTIME or name.startswith("_attn_impl"):
             # The network has it from other fields, or it was about one process; a file may say it.
@@ -286,7 +292,7 @@ class ViTConfig:
 
     @classmethod
     def class_stem(cls) -> str:
-        """What the names of the family's classes begin with: "ViT", "DeiT", ...."""
+        """Prefix of the names of the family's classes: "ViT", "DeiT", ...."""
         return cls.__name__.removesuffix("Config")
 
     @classmethod
@@ -309,7 +315,7 @@ class ViTConfig:
 
     @property
     def base_model_prefix(self) -> str:
-        """What a model with a head calls the network under it; the start of its weights' names."""
+        """Name of the network inside a model with a head; the prefix of its weights' names."""
         return self.model_type
 
     @property
@@ -336,7 +342,7 @@ class ViTConfig:
 
     @property
     def has_layer_scale(self) -> bool:
-        """Whether both residual branches are multiplied by learned factors, one a channel."""
+        """Whether both residual branches are multiplied by learned factors, one per channel."""
         return self.layer_scale_init_value > 0
 
     @property
@@ -347,18 +353,18 @@ class ViTConfig:
 
     @property
     def pooler_type(self) -> Literal["dense", "norm", "token"]:
-        """What the pooler does with the class token or the mean of the patches: a dense layer with
-        `pooler_act`, a norm, or nothing."""
+        """Kind of the pooler on the class token or the mean of the patches: a dense layer with
+        `pooler_act`, a norm, or neither."""
         return "norm" if self.norm_after_pooling else "dense"
 
     @property
     def classifier_has_pooler(self) -> bool:
-        """Whether the classifier looks at the pooler's output."""
+        """Whether the input of the classifier is the pooler's output."""
         return self.norm_after_pooling or self.use_representation_layer
 
     @property
     def classifier_width(self) -> int:
-        """Inputs of the classifier."""
+        """Number of inputs of the classifier."""
         if self.pooling == "cls_mean":
             return 2 * self.hidden_size
         return self.pooler_output_size if self.use_representation_layer else self.hidden_size
@@ -484,14 +490,13 @@ class ViTConfig:
         table["id2label"] = {str(index): label for index, label in table["id2label"].items()}
         ordered = {name: table[name] for name in sorted(table)}
         try:
+            json.dumps(ordered, ensure_ascii=False).encode()  # half a surrogate pair is no text
             return json.dumps(ordered, indent=2, allow_nan=False) + "\n"
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"config: a value cannot be written as JSON ({error}).") from error
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
         """Write `to_json_string()` to a file; the old file survives a failure."""
-        from vit_common.files.checkpoint import write_text
-
         write_text(json_file_path, self.to_json_string())
 
     def save_pretrained(
@@ -508,9 +513,6 @@ class ViTConfig:
         Raises:
             MissingFileError: the directory cannot be made or written.
         """
-        from vit_common.files.checkpoint import make_directory
-        from vit_common.files.hub import push_if_asked
-
         directory = make_directory(save_directory)
         self.to_json_file(directory / CONFIG_NAME)
         push_if_asked(directory, {**kwargs, "push_to_hub": push_to_hub}, files=[CONFIG_NAME])
@@ -528,8 +530,6 @@ class ViTConfig:
         Raises:
             MissingFileError: the Hub cannot be reached or refuses.
         """
-        from vit_common.files.hub import push_if_asked
-
         with tempfile.TemporaryDirectory() as directory:
             self.to_json_file(Path(directory) / CONFIG_NAME)
             options = {**kwargs, "push_to_hub": True, "repo_id": repo_id}
@@ -575,7 +575,7 @@ class ViTConfig:
             used.setdefault("dtype", used.pop("torch_dtype"))
         config = cls(**{**table, **used})
         for name, value in ignored.items():
-            _check_depth(name, value)
+            check_depth(name, value)
             config._ignored[name] = value
         return (config, unused) if return_unused else config
 
@@ -591,8 +591,6 @@ class ViTConfig:
 
     @classmethod
     def _from_file(cls, json_file: str | os.PathLike, build: Callable) -> Any:
-        from vit_common.files.checkpoint import read_json
-
         return cls._named(json_file, build, read_json(json_file))
 
     @classmethod
@@ -624,18 +622,12 @@ class ViTConfig:
             MissingFileError: nothing is there.
             CheckpointError: the file is not a JSON object.
         """
-        from vit_common.files.checkpoint import read_json
-        from vit_common.files.hub import find_file, split_hub_options
-
         hub, rest = split_hub_options(kwargs)
         return read_json(find_file(pretrained_model_name_or_path, CONFIG_NAME, **hub)), rest
 
     @classmethod
     def _read(cls, place: str | os.PathLike, build: Callable, kwargs: Mapping[str, Any]):
         """The result of `build` for the `config.json` of a model."""
-        from vit_common.files.checkpoint import read_json
-        from vit_common.files.hub import find_file, split_hub_options
-
         hub, overrides = split_hub_options(kwargs)
         path = find_file(place, CONFIG_NAME, **hub)
         table = {**read_json(path), "_name_or_path": str(place)}
@@ -706,24 +698,6 @@ _KNOWN = (
     "attn_implementation",
 )
 
-_DEEPEST = 100
-"""Levels of lists and mappings that a value may have; far fewer than Python's recursion bears."""
-
-
-def _check_depth(name: str, value: Any) -> None:
-    """Refuse a value nested so deep that copying, comparing or writing it would fail."""
-    level, depth = [value], 0
-    while level:
-        level = [
-            inner
-            for each in level
-            if isinstance(each, (Mapping, list, tuple))
-            for inner in (each.values() if isinstance(each, Mapping) else each)
-        ]
-        depth += 1
-        if depth > _DEEPEST:
-            raise refusal(name, f"nested at most {_DEEPEST} levels deep", value)
-
 
 def _kernel_name(value: Any, before: str | None) -> str | None:
     """The name of an attention kernel; Transformers' mapping has that of the whole model as ""."""
@@ -773,7 +747,7 @@ def _describe(cls: type[ViTConfig]) -> None:
         for name, row in cls.fields.items()
     ]
     unknown = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
-    cls.__signature__ = inspect.Signature([*parameters, unknown])  # type: ignore[attr-defined]
+    cls.__signature__ = inspect.Signature([*parameters, unknown])
 
 
 _FAMILIES: dict[str, type[ViTConfig]] = {
@@ -802,8 +776,9 @@ OURS = "vit_flax"
 
 
 def is_timm(table: Mapping[str, Any] | None) -> bool:
-    """Whether a `config.json` is timm's own."""
-    return table is not None and "architecture" in table and "model_type" not in table
+    """Whether a `config.json` is timm's own, also as Transformers wraps it (`timm_wrapper`)."""
+    wrapped = (None, "timm_wrapper")
+    return table is not None and "architecture" in table and table.get("model_type") in wrapped
 
 
 def without_timm(table: Mapping[str, Any]) -> dict[str, Any]:

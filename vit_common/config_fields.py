@@ -42,6 +42,28 @@ def refusal(name: str, wanted: str, given: Any) -> ConfigError:
     return ConfigError(f"config: `{name}` must be {wanted}; given {shown(given)}.")
 
 
+_DEEPEST = 100
+"""Levels of lists and mappings that a value may have; far fewer than Python's recursion bears."""
+
+
+def check_depth(name: str, value: Any, error: type[ValueError] = ConfigError) -> None:
+    """Refuse a value nested so deep that copying, comparing or writing it would fail."""
+    level, depth = [value], 0
+    while level:
+        level = [
+            inner
+            for each in level
+            if isinstance(each, (Mapping, list, tuple))
+            for inner in (each.values() if isinstance(each, Mapping) else each)
+        ]
+        depth += 1
+        if depth > _DEEPEST:
+            raise error(
+                f"`{shown(name)[1:-1]}` must be nested at most {_DEEPEST} levels deep; given "
+                f"{shown(value)}."
+            )
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
 
@@ -147,6 +169,9 @@ def _label2id(name: str, value: Any) -> dict[str, Any]:
     # Values are left as they are: some fine-tuned checkpoints hold them as strings.
     if not isinstance(value, Mapping):
         raise refusal(name, "a mapping of label to class index", value)
+    for index in value.values():
+        if isinstance(index, (Mapping, list, tuple)):
+            raise refusal(name, "a mapping of label to class index, which is a number", index)
     return dict(value)
 
 

@@ -1,7 +1,7 @@
 """The checkpoint that ships with the package, and images to try it on.
 
 A ViT of 77,530 parameters for handwritten digits, 8 x 8 pixels in grey, trained by
-`examples/digits.py`; `digits/README.md` says on what, how, and how well it does.
+`examples/digits.py`; `digits/README.md` describes data, training and accuracy.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from vit_common.errors import MissingFileError
 
 
 def embedded_checkpoint() -> Path:
-    """The directory of the embedded checkpoint: what `from_pretrained` of both twins, of
-    `ViTConfig` and of `ViTImageProcessor` takes.
+    """The directory of the embedded checkpoint, for `from_pretrained` of both twins, `ViTConfig`
+    and `ViTImageProcessor`.
 
     Raises:
         MissingFileError: this installation lacks it.

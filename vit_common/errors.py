@@ -25,7 +25,7 @@ class InputError(ViTError, ValueError):
 
 
 class ImageError(ViTError, ValueError):
-    """An image that cannot be read or whose layout cannot be told."""
+    """An image that cannot be read, or whose layout is ambiguous."""
 
 
 class CheckpointError(ViTError, ValueError):
@@ -44,11 +44,11 @@ class DeviceError(ViTError):
 
 
 class HostError(ViTError):
-    """Another process of a run on several hosts did not come, is gone, or stopped."""
+    """Another process of a run on several hosts did not start, stopped, or is gone."""
 
 
 class ExistingFileError(ViTError, FileExistsError):
-    """A file that would have to be overwritten, which nobody asked for."""
+    """A file that exists already and must not be overwritten without being asked to."""
 
 
 def some(names: Iterable[str], most: int) -> str:
@@ -93,5 +93,5 @@ def shown(value: Any, most: int = _LONGEST) -> str:
     try:
         text = repr(value)
     except Exception:  # nested without end, an integer of too many digits, somebody's own class
-        return f"a {type(value).__name__}"
+        return f"a value of type {type(value).__name__}"
     return text if len(text) <= most else f"{text[: most // 2]}... ({len(text)} characters)"

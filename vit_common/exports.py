@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_common.errors import CheckpointError, InputError
+from vit_common.errors import CheckpointError, InputError, shown
 from vit_common.images.processor import BaseImageProcessor
 from vit_common.parameters import Head
 from vit_common.versions import versions as installed
@@ -35,6 +35,7 @@ class Export:
         metadata: what is in it about the program.
         check: what was measured; None if nothing was.
         seconds: name of a step -> how long it took.
+        program: a Python program beside the file that runs it; None if there is none.
     """
 
     path: Path
@@ -42,24 +43,32 @@ class Export:
     metadata: dict[str, Any]
     check: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    program: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it; of the labels their number."""
         metadata = {k: v for k, v in self.metadata.items() if k != "labels"}
         metadata["num_labels"] = len(self.metadata["labels"])
-        return {**asdict(self), "path": str(self.path), "metadata": metadata}
+        found = {**asdict(self), "path": str(self.path), "metadata": metadata}
+        if self.program is None:
+            del found["program"]
+        else:
+            found["program"] = str(self.program)
+        return found
 
 
 def check_batch(batch: Any) -> None:
     """Raise InputError unless it is a positive integer or `DYNAMIC`."""
     if batch != DYNAMIC and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
-        raise InputError(f"`batch` must be a positive integer or {DYNAMIC!r}; given {batch!r}.")
+        raise InputError(
+            f"`batch` must be a positive integer or {DYNAMIC!r}; given {shown(batch)}."
+        )
 
 
 def check_output(model: str, head: Head | None, output: str) -> None:
     """Raise InputError unless a model with that head gives that output."""
     if output not in ("logits", "features"):
-        raise InputError(f"`output` must be 'logits' or 'features'; given {output!r}.")
+        raise InputError(f"`output` must be 'logits' or 'features'; given {shown(output)}.")
     if output == "logits" and head not in ("classifier", "teacher"):
         raise InputError(
             f"{model} has no classifier, so there are no logits to export; export its features "

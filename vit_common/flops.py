@@ -1,4 +1,4 @@
-"""How much arithmetic an image costs, from the configuration alone."""
+"""Number of operations per image, from the configuration alone."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def multiply_adds(
     The pooler of the base network is not counted.
 
     Args:
-        config: the sizes.
+        config: sizes of the network.
         head: as in `parameter_shapes`; None leaves the head out.
-        front_tokens: of how many tokens the last block is computed; None means all.
+        front_tokens: number of tokens that the last block computes; None means all.
         image_size: (H, W) of the image in pixels; None means the native size.
     """
     D, inner = config.hidden_size, config.intermediate_size

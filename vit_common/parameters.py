@@ -13,8 +13,8 @@ from vit_common.config import ViTConfig
 from vit_common.positions import relative_distances
 
 Head = Literal["classifier", "teacher", "decoder", "tokens"]
-"""What stands on the base network: one classifier; DeiT's two, on the class and the distillation
-token; a decoder back to pixels; BEiT's prediction of visual tokens."""
+"""Head on the base network: one classifier; DeiT's two, on the class and the distillation token; a
+decoder back to pixels; BEiT's prediction of visual tokens."""
 
 _CLASSES: dict[Head | None, str] = {
     None: "Model",
@@ -33,12 +33,12 @@ def class_name(config: ViTConfig, head: Head | None) -> str:
 def head_tokens(
     config: ViTConfig, head: Head | None, *, add_pooling_layer: bool = True
 ) -> int | None:
-    """How many tokens, from the first, the head looks at; None where patches are among them.
+    """Number of leading tokens that the head uses; None where patches are among them.
 
     Args:
         config: the sizes.
-        head: as in `parameter_shapes`; of a base network it is the pooler that looks.
-        add_pooling_layer: whether a base network has one; without it nothing needs more than 1.
+        head: as in `parameter_shapes`; for a base network the pooler counts.
+        add_pooling_layer: whether a base network has a pooler; without one a token is enough.
     """
     if head == "teacher":
         return 2
@@ -82,7 +82,7 @@ def parameter_shapes(
     """Name and shape of every parameter, in the order of the network.
 
     Args:
-        config: the sizes, and what the network is made of.
+        config: sizes and parts of the network.
         head: None for the base network, else what stands on it. With a head the names of the
             network start with `config.base_model_prefix`, it has a pooler only if the classifier
             looks at it, and "decoder" has a mask token.

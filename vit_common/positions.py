@@ -1,7 +1,7 @@
 """Resampling of position embeddings to another grid, as matrices both twins apply alike.
 
 Every family resamples in its own way, and the ways are not close to each other (see `ResizeRule`).
-All are linear and separable, so each is a pair of small matrices, one an axis, computed here
+All are linear and separable, so each is a pair of small matrices, one per axis, computed here
 once in float64. Both twins and the converter apply the same arrays:
 `einsum("Hh,Ww,hwd->HWd", rows, columns, grid)`.
 """
@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from vit_common.errors import ConfigError, InputError
+from vit_common.errors import ConfigError, InputError, shown
 
 ResizeRule = Literal[
     "bicubic",
@@ -180,7 +180,8 @@ def resize_positions(
     height, width = (int(side) for side in source_grid)
     if not _is_int(num_prefix_tokens) or num_prefix_tokens < 0:
         raise InputError(
-            f"`num_prefix_tokens` must be an integer of at least 0; given {num_prefix_tokens!r}."
+            "`num_prefix_tokens` must be an integer of at least 0; given "
+            f"{shown(num_prefix_tokens)}."
         )
     positions = np.asarray(positions)
     tokens = num_prefix_tokens + height * width
@@ -249,7 +250,7 @@ def resize_relative_positions(
     """
     if rule not in get_args(RelativeRule):
         wanted = ", ".join(map(repr, get_args(RelativeRule)))
-        raise ConfigError(f"the `rule` of a table must be one of {wanted}; given {rule!r}.")
+        raise ConfigError(f"the `rule` of a table must be one of {wanted}; given {shown(rule)}.")
     source, target = ((2 * h - 1, 2 * w - 1) for h, w in (source_grid, target_grid))
     if source == target:
         return table.copy()
@@ -387,13 +388,15 @@ def _check_rule(rule: Any) -> Any:
     options = get_args(ResizeRule)
     if not isinstance(rule, str) or rule not in options:
         wanted = ", ".join(map(repr, options))
-        raise ConfigError(f"the position resize `rule` must be one of {wanted}; given {rule!r}.")
+        raise ConfigError(
+            f"the position resize `rule` must be one of {wanted}; given {shown(rule)}."
+        )
     return rule
 
 
 def _check_size(name: str, value: Any) -> int:
     if not _is_int(value) or value < 1:
-        raise InputError(f"`{name}` must be a positive number of patches; given {value!r}.")
+        raise InputError(f"`{name}` must be a positive number of patches; given {shown(value)}.")
     return int(value)
 
 
@@ -403,5 +406,6 @@ def _check_grid(name: str, value: Any) -> tuple[int, int]:
         if _is_int(height) and _is_int(width) and min(height, width) > 0:
             return int(height), int(width)
     raise InputError(
-        f"`{name}` must be a pair (height, width) of positive numbers of patches; given {value!r}."
+        f"`{name}` must be a pair (height, width) of positive numbers of patches; given "
+        f"{shown(value)}."
     )

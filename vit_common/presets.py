@@ -1,4 +1,4 @@
-"""Named model sizes, one row a model.
+"""Named model sizes, one row per model.
 
 Sources: tiny and small are DeiT-Ti and DeiT-S (Touvron et al. 2021, arXiv:2012.12877, table 1);
 base, large and huge are ViT-B, ViT-L and ViT-H (Dosovitskiy et al. 2021, arXiv:2010.11929,
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from vit_common.config import ViTConfig
-from vit_common.errors import ConfigError
+from vit_common.errors import ConfigError, shown
 
 #      name       width  depth  heads  MLP width  patch side
 PRESETS: dict[str, tuple[int, int, int, int, int]] = {
@@ -30,7 +30,9 @@ def preset(name: str, **overrides: Any) -> ViTConfig:
         ConfigError: no such name.
     """
     if name not in PRESETS:
-        raise ConfigError(f"preset: `name` must be one of {', '.join(PRESETS)}; given {name!r}.")
+        raise ConfigError(
+            f"preset: `name` must be one of {', '.join(PRESETS)}; given {shown(name)}."
+        )
     width, depth, heads, inner, patch = PRESETS[name]
     sizes = {
         "hidden_size": width,

@@ -12,30 +12,44 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vit_common.config import ViTConfig
     from vit_common.families import (
+        CONFIG_MAPPING,
         AutoConfig,
         BeitConfig,
         DeiTConfig,
         Dinov2Config,
         Dinov2WithRegistersConfig,
     )
-    from vit_common.images.auto import AutoImageProcessor
-    from vit_common.images.processor import ViTFeatureExtractor, ViTImageProcessor
+    from vit_common.images.auto import AutoFeatureExtractor, AutoImageProcessor
+    from vit_common.images.pictures import load_image
+    from vit_common.images.processor import (
+        BatchFeature,
+        ViTFeatureExtractor,
+        ViTImageProcessor,
+        ViTImageProcessorFast,
+    )
     from vit_common.images.processors import (
         BeitFeatureExtractor,
         BeitImageProcessor,
+        BeitImageProcessorFast,
         BitImageProcessor,
+        BitImageProcessorFast,
         DeiTFeatureExtractor,
         DeiTImageProcessor,
+        DeiTImageProcessorFast,
     )
     from vit_flax.auto import (
+        FLAX_MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+        FLAX_MODEL_MAPPING,
         FlaxAutoModel,
         FlaxAutoModelForImageClassification,
         FlaxAutoModelForMaskedImageModeling,
     )
     from vit_flax.families import (
         FlaxBeitForImageClassification,
+        FlaxBeitForImageClassificationModule,
         FlaxBeitForMaskedImageModeling,
         FlaxBeitModel,
+        FlaxBeitModule,
         FlaxBeitPreTrainedModel,
         FlaxDeiTForImageClassification,
         FlaxDeiTForImageClassificationWithTeacher,
@@ -43,7 +57,9 @@ if TYPE_CHECKING:
         FlaxDeiTModel,
         FlaxDeiTPreTrainedModel,
         FlaxDinov2ForImageClassification,
+        FlaxDinov2ForImageClassificationModule,
         FlaxDinov2Model,
+        FlaxDinov2Module,
         FlaxDinov2PreTrainedModel,
         FlaxDinov2WithRegistersForImageClassification,
         FlaxDinov2WithRegistersModel,
@@ -66,23 +82,33 @@ if TYPE_CHECKING:
         FlaxSequenceClassifierOutput,
     )
     from vit_flax.pretrained import (
+        FlaxPreTrainedModel,
         FlaxViTForImageClassification,
         FlaxViTForMaskedImageModeling,
         FlaxViTModel,
         FlaxViTPreTrainedModel,
     )
     from vit_flax.stacked import stack_layers, unstack_layers
+    from vit_flax.trees import from_transformers_tree, to_transformers_tree
 
 __all__ = [
+    "CONFIG_MAPPING",
+    "FLAX_MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "FLAX_MODEL_MAPPING",
     "AutoConfig",
+    "AutoFeatureExtractor",
     "AutoImageProcessor",
+    "BatchFeature",
     "BeitConfig",
     "BeitFeatureExtractor",
     "BeitImageProcessor",
+    "BeitImageProcessorFast",
     "BitImageProcessor",
+    "BitImageProcessorFast",
     "DeiTConfig",
     "DeiTFeatureExtractor",
     "DeiTImageProcessor",
+    "DeiTImageProcessorFast",
     "Dinov2Config",
     "Dinov2WithRegistersConfig",
     "FlaxAutoModel",
@@ -91,10 +117,12 @@ __all__ = [
     "FlaxBaseModelOutput",
     "FlaxBaseModelOutputWithPooling",
     "FlaxBeitForImageClassification",
+    "FlaxBeitForImageClassificationModule",
     "FlaxBeitForMaskedImageModeling",
     "FlaxBeitForMaskedImageModelingModule",
     "FlaxBeitModel",
     "FlaxBeitModelOutputWithPooling",
+    "FlaxBeitModule",
     "FlaxBeitPreTrainedModel",
     "FlaxDeiTForImageClassification",
     "FlaxDeiTForImageClassificationWithTeacher",
@@ -104,13 +132,16 @@ __all__ = [
     "FlaxDeiTModel",
     "FlaxDeiTPreTrainedModel",
     "FlaxDinov2ForImageClassification",
+    "FlaxDinov2ForImageClassificationModule",
     "FlaxDinov2Model",
+    "FlaxDinov2Module",
     "FlaxDinov2PreTrainedModel",
     "FlaxDinov2WithRegistersForImageClassification",
     "FlaxDinov2WithRegistersModel",
     "FlaxDinov2WithRegistersPreTrainedModel",
     "FlaxMaskedImageModelingOutput",
     "FlaxMaskedLMOutput",
+    "FlaxPreTrainedModel",
     "FlaxSequenceClassifierOutput",
     "FlaxViTForImageClassification",
     "FlaxViTForImageClassificationModule",
@@ -122,7 +153,11 @@ __all__ = [
     "ViTConfig",
     "ViTFeatureExtractor",
     "ViTImageProcessor",
+    "ViTImageProcessorFast",
+    "from_transformers_tree",
+    "load_image",
     "stack_layers",
+    "to_transformers_tree",
     "unstack_layers",
 ]
 
@@ -132,12 +167,14 @@ _HOMES = (
     "vit_common.images.processor",
     "vit_common.images.processors",
     "vit_common.images.auto",
+    "vit_common.images.pictures",
     "vit_flax.outputs",
     "vit_flax.model",
     "vit_flax.pretrained",
     "vit_flax.families",
     "vit_flax.auto",
     "vit_flax.stacked",
+    "vit_flax.trees",
 )
 _MODULES = ("attention", "auto", "families", "model", "outputs", "pretrained")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from vit_common.config import ViTConfig
+from vit_common.families import CONFIG_MAPPING
 from vit_convert.auto import AutoClassifierBase, AutoModelBase
 from vit_flax.families import (
     FlaxBeitForImageClassification,
@@ -57,3 +59,14 @@ class FlaxAutoModelForMaskedImageModeling(AutoModelBase):
         "vit": FlaxViTForMaskedImageModeling,
         "deit": FlaxDeiTForMaskedImageModeling,
     }
+
+
+def _by_config(auto: type[AutoModelBase]) -> dict[type[ViTConfig], Any]:
+    return {CONFIG_MAPPING[family]: model for family, model in auto.classes.items()}
+
+
+FLAX_MODEL_MAPPING = _by_config(FlaxAutoModel)
+"""Class of a configuration -> class of its base network."""
+
+FLAX_MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING = _by_config(FlaxAutoModelForImageClassification)
+"""Class of a configuration -> class of its classifier."""

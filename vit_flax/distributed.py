@@ -100,12 +100,12 @@ class Hosts:
             )
         except ValueError as error:
             raise InputError(
-                "JAX finds no cluster here; name the first process with --coordinator HOST:PORT, "
-                f"and this one with --process I/N ({reason(error)})."
+                "JAX finds no cluster here; give the first process's address with --coordinator "
+                f"HOST:PORT, and the number of this one with --process I/N ({reason(error)})."
             ) from error
         except RuntimeError as error:
             raise HostError(
-                f"{cluster.name}: the others cannot be met ({reason(error)})."
+                f"{cluster.name} cannot reach the other processes ({reason(error)})."
             ) from error
         from jax._src import distributed  # the runtime's own client has no public name
 
@@ -323,7 +323,7 @@ def explain(text: str, cluster: Cluster, advice: str = "") -> str:
     end = last_words.ending(text)
     if end.kind == "duplicate":
         return (
-            f"another process came as {cluster.name}, or as one that is there; each needs its own "
+            f"two processes were started as {cluster.name}, or as another one; each needs its own "
             "--process I/N."
         )
     if end.kind == "start":

@@ -11,12 +11,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_common.checks import check_rank, check_token_labels
+from vit_common.checks import Interpolate, check_rank, check_token_labels
 from vit_common.families import BeitConfig, DeiTConfig, Dinov2Config, Dinov2WithRegistersConfig
 from vit_flax.model import (
     FlaxBeitForMaskedImageModelingModule,
     FlaxDeiTForImageClassificationWithTeacherModule,
+    FlaxViTForImageClassificationModule,
+    FlaxViTModule,
 )
+from vit_flax.outputs import FlaxBeitModelOutputWithPooling
 from vit_flax.pretrained import (
     FlaxViTForImageClassification,
     FlaxViTForMaskedImageModeling,
@@ -58,7 +61,7 @@ class FlaxDeiTForImageClassificationWithTeacher(FlaxDeiTPreTrainedModel):
     module_class = FlaxDeiTForImageClassificationWithTeacherModule
     head = "teacher"
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         pixel_values: Any,
         params: Params | None = None,
@@ -69,7 +72,7 @@ class FlaxDeiTForImageClassificationWithTeacher(FlaxDeiTPreTrainedModel):
         return_dict: bool | None = None,
         *,
         head_mask: Any = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
     ) -> Any:
         """Run the network; arguments as `FlaxViTModel`.
 
@@ -102,9 +105,21 @@ class FlaxBeitPreTrainedModel(FlaxViTPreTrainedModel):
     base_model_prefix = "beit"
 
 
+class FlaxBeitModule(FlaxViTModule):
+    """The base network of BEiT; see `FlaxViTModule`."""
+
+    output_class = FlaxBeitModelOutputWithPooling
+
+
+class FlaxBeitForImageClassificationModule(FlaxViTForImageClassificationModule):
+    """BEiT and a classifier; see `FlaxViTForImageClassificationModule`."""
+
+
 class FlaxBeitModel(FlaxBeitPreTrainedModel, FlaxViTModel):
     """The base network of BEiT; its pooled output is the mean of the patches through a norm, or the
     class token. See `FlaxViTModel`; `bool_masked_pos` comes second, as in Transformers."""
+
+    module_class = FlaxBeitModule
 
     def __call__(  # type: ignore[override]
         self, pixel_values: Any, bool_masked_pos: Any = None, *args: Any, **kwargs: Any
@@ -117,6 +132,8 @@ class FlaxBeitModel(FlaxBeitPreTrainedModel, FlaxViTModel):
 
 class FlaxBeitForImageClassification(FlaxBeitPreTrainedModel, FlaxViTForImageClassification):
     """BEiT with a linear classifier on the pooled output; see `FlaxViTForImageClassification`."""
+
+    module_class = FlaxBeitForImageClassificationModule
 
     def __call__(  # type: ignore[override]
         self, pixel_values: Any, bool_masked_pos: None = None, *args: Any, **kwargs: Any
@@ -132,7 +149,7 @@ class FlaxBeitForMaskedImageModeling(FlaxBeitPreTrainedModel):
     module_class = FlaxBeitForMaskedImageModelingModule
     head = "tokens"
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         pixel_values: Any,
         bool_masked_pos: Any = None,
@@ -145,7 +162,7 @@ class FlaxBeitForMaskedImageModeling(FlaxBeitPreTrainedModel):
         *,
         head_mask: Any = None,
         labels: Any = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
     ) -> Any:
         """Run the network; arguments as `FlaxViTModel`, and
 
@@ -199,13 +216,25 @@ class FlaxDinov2PreTrainedModel(FlaxViTPreTrainedModel):
     base_model_prefix = "dinov2"
 
 
+class FlaxDinov2Module(FlaxViTModule):
+    """The base network of DINOv2; see `FlaxViTModule`."""
+
+
+class FlaxDinov2ForImageClassificationModule(FlaxViTForImageClassificationModule):
+    """DINOv2 and a classifier; see `FlaxViTForImageClassificationModule`."""
+
+
 class FlaxDinov2Model(FlaxDinov2PreTrainedModel, FlaxViTModel):
     """The base network of DINOv2; its pooled output is the class token. See `FlaxViTModel`."""
+
+    module_class = FlaxDinov2Module
 
 
 class FlaxDinov2ForImageClassification(FlaxDinov2PreTrainedModel, FlaxViTForImageClassification):
     """DINOv2 with a linear classifier on the class token joined with the mean of the patches; see
     `FlaxViTForImageClassification`."""
+
+    module_class = FlaxDinov2ForImageClassificationModule
 
 
 class FlaxDinov2WithRegistersPreTrainedModel(FlaxViTPreTrainedModel):

@@ -3,12 +3,12 @@
 The kernel of a dense layer of the blocks, (in, out), becomes integers from -127 to 127 and one
 float32 factor for each output channel, the largest magnitude of its column over 127 (symmetric, by
 channel, as in Jacob et al. 2018, arXiv:1712.05877, section 3, and Wu et al. 2020, arXiv:2004.09602,
-section 3). Activations stay in the dtype of the computation: the layer multiplies them by the
-integers, which that dtype holds exactly (bfloat16 up to 256), and the sums by the factors. So
-nothing is calibrated, and the only error is the rounding of the weights.
+section 3). Activations stay in the compute dtype: the layer multiplies them by the integers, which
+that dtype holds exactly (bfloat16 up to 256), and the sums by the factors. So nothing is
+calibrated, and the only error is the rounding of the weights.
 
-All else stays as it is: embeddings, norms, biases, and the heads, which together are a few percent
-of the bytes (docs/inference.md has what each costs).
+Embeddings, norms, biases and heads stay as they are; together they are a few percent of the bytes
+(docs/memory.md has measurements).
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ _LARGEST = 127
 
 
 class Dense(nn.Dense):
-    """`flax.linen.Dense` that also takes a kernel of 8-bit integers, with `kernel_scale` beside
-    it."""
+    """`flax.linen.Dense` whose kernel may be 8-bit integers with `kernel_scale` beside it."""
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         if not self.has_variable("params", SCALE):
@@ -68,9 +67,9 @@ class Dense(nn.Dense):
 
 
 def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of any model here with the kernels of its blocks as 8-bit integers.
+    """A model's parameters with the kernels of its blocks as 8-bit integers.
 
-    The models take them as they take any others; they cannot be trained, saved, or quantized again.
+    Models take them like any other parameters; they cannot be trained, saved, or quantized again.
 
     Args:
         params: nested dict of arrays; blocks may be stacked.
@@ -80,7 +79,10 @@ def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
         other parameters are the same arrays.
 
     Raises:
-        InputError: the parameters are held so already, or no block is among them.
+        InputError: the parameters are quantized already, or hold no block.
+
+    Example:
+        >>> model.params = quantize(model.params)
     """
     flat: dict[tuple[str, ...], Any] = {}
     found = False
@@ -102,8 +104,8 @@ def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
 
 @jax.jit
 def _quantize(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(..., in, out) -> integers of that shape, factors (..., out). What is not finite makes the
-    factor so."""
+    """(..., in, out) -> integers of that shape, factors (..., out). A column with a value that is
+    not finite has a factor that is not."""
     kernel = kernel.astype(jnp.float32)
     scale = jnp.max(jnp.abs(kernel), axis=-2) / _LARGEST  # (..., out)
     # A column of zeros has any factor; 1 keeps it from being 0 / 0.
@@ -113,7 +115,7 @@ def _quantize(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def is_quantized(params: Mapping[str, Any]) -> bool:
-    """Whether a kernel is held as 8-bit integers."""
+    """Whether the parameters hold kernels of 8-bit integers."""
     return any(path[-1] == SCALE for path in flatten_dict(dict(params)))
 
 
@@ -123,6 +125,6 @@ def parameter_bytes(params: Mapping[str, Any]) -> int:
 
 
 def check_weights(weights: Any) -> None:
-    """Raise InputError unless it is a way to hold weights."""
+    """Raise InputError unless `weights` is 'int8' or None."""
     if weights not in (None, "int8"):
         raise InputError(f"`weights` must be 'int8' or None; given {weights!r}.")

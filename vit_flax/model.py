@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_common.checks import (
+    Interpolate,
     check_head_mask,
     check_image,
     check_labels,
@@ -32,9 +33,10 @@ from vit_common.checks import (
 from vit_common.config import ViTConfig
 from vit_common.errors import InputError
 from vit_common.positions import relative_distances, relative_position_index, resize_matrices
-from vit_flax.attention import attention
+from vit_flax.attention import attention, needs_no_kernel
 from vit_flax.int8 import Dense
 from vit_flax.layout import row_major
+from vit_flax.norm import LayerNorm
 from vit_flax.outputs import (
     FlaxBaseModelOutput,
     FlaxBaseModelOutputWithPooling,
@@ -87,18 +89,18 @@ STACKED = "stacked"
 
 
 class FlaxViTPart(nn.Module):
-    """What every module here is told: sizes, dtypes, precision, kernel, and how blocks are run.
+    """Base of every module here: sizes, dtypes, precision, kernel, and how blocks are run.
 
     Attributes:
         config: the sizes.
-        dtype: of the computation and of the residual stream.
-        param_dtype: of parameters that are drawn anew.
-        precision: of every matrix product; None means JAX's default for the device.
+        dtype: compute dtype, also that of the residual stream.
+        param_dtype: dtype of newly drawn parameters.
+        precision: precision of every matrix product; None means JAX's default for the device.
         attn_implementation: the attention kernel, see `vit_flax.attention`.
         scan_layers: compile one block and run it L times, over stacked parameters.
         remat_policy: one of `REMAT_POLICIES`, for `config.gradient_checkpointing`.
-        front_tokens: how many tokens in front the last block gives, which is all that a head on
-            them needs; None means every token. With `scan_layers` it gives every token always.
+        front_tokens: number of tokens, from the first, that the last block computes, for heads that
+            use no others; None means all. `scan_layers` always computes all.
     """
 
     config: ViTConfig
@@ -112,7 +114,7 @@ class FlaxViTPart(nn.Module):
 
 
 def options(part: FlaxViTPart) -> dict[str, Any]:
-    """What a module hands on to the modules inside it."""
+    """Fields that a module passes on to the modules inside it."""
     return {
         "config": part.config,
         "dtype": part.dtype,
@@ -169,15 +171,11 @@ def convolution(
     )
 
 
-def layer_norm(part: FlaxViTPart) -> nn.LayerNorm:
-    return nn.LayerNorm(
+def layer_norm(part: FlaxViTPart) -> LayerNorm:
+    return LayerNorm(
         epsilon=part.config.layer_norm_eps,
         dtype=part.dtype,
         param_dtype=part.param_dtype,
-        use_bias=True,
-        use_scale=True,
-        use_fast_variance=False,
-        force_float32_reductions=True,
     )
 
 
@@ -231,7 +229,7 @@ class FlaxViTEmbeddings(FlaxViTPart):
         deterministic: bool = True,
         *,
         bool_masked_pos=None,
-        interpolate_pos_encoding: bool = False,
+        interpolate_pos_encoding: Interpolate = None,
     ):
         check_rank(pixel_values, "(batch, height, width, channels)")
         B, H, W, C = pixel_values.shape
@@ -330,15 +328,17 @@ class FlaxViTSelfAttention(FlaxViTPart):
     def __call__(
         self,
         hidden_states,
-        head_mask,
-        bias,
-        deterministic: bool,
-        output_attentions: bool,
-        grid: tuple[int, int],
+        deterministic: bool = True,
+        output_attentions: bool = False,
+        *,
+        head_mask=None,
+        bias=None,
+        grid: tuple[int, int] | None = None,
     ):
+        """The context (B, F, D), and the probabilities (B, A, F, S) or None: see `attention`."""
         B, S, D = hidden_states.shape
         if self.config.use_relative_position_bias:
-            own = self.relative_position_bias(grid)
+            own = self.relative_position_bias(grid or self.config.grid_size)
             bias = own if bias is None else bias + own  # (1, A, S, S)
         A = self.config.num_attention_heads
         front = hidden_states[:, : self.front_tokens]  # (B, F, D)
@@ -358,6 +358,7 @@ class FlaxViTSelfAttention(FlaxViTPart):
             output_attentions=output_attentions,
             implementation=self.attn_implementation,
             precision=self.precision,
+            inline=needs_no_kernel(self.attn_implementation),
         )
         return context.reshape(B, F, D), probabilities  # (B, F, D), (B, A, F, S)
 
@@ -373,7 +374,7 @@ class FlaxViTSelfOutput(FlaxViTPart):
         self.dense = dense(self, self.config.hidden_size)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
-    def __call__(self, hidden_states, deterministic: bool):
+    def __call__(self, hidden_states, deterministic: bool = True):
         hidden_states = self.dense(hidden_states)
         return self.dropout(hidden_states, deterministic=deterministic)
 
@@ -388,14 +389,21 @@ class FlaxViTAttention(FlaxViTPart):
     def __call__(
         self,
         hidden_states,
-        head_mask,
-        bias,
-        deterministic: bool,
-        output_attentions: bool,
-        grid: tuple[int, int],
+        deterministic: bool = True,
+        output_attentions: bool = False,
+        *,
+        head_mask=None,
+        bias=None,
+        grid: tuple[int, int] | None = None,
     ):
+        """(B, F, D), and the probabilities (B, A, F, S) or None."""
         context, probabilities = self.attention(
-            hidden_states, head_mask, bias, deterministic, output_attentions, grid
+            hidden_states,
+            deterministic,
+            output_attentions,
+            head_mask=head_mask,
+            bias=bias,
+            grid=grid,
         )
         return self.output(context, deterministic), probabilities
 
@@ -422,7 +430,7 @@ class FlaxViTOutput(FlaxViTPart):
         self.dense = dense(self, self.config.hidden_size)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
-    def __call__(self, hidden_states, deterministic: bool):
+    def __call__(self, hidden_states, deterministic: bool = True):
         hidden_states = self.dense(hidden_states)  # (B, S, D)
         return self.dropout(hidden_states, deterministic=deterministic)
 
@@ -460,22 +468,31 @@ class FlaxViTLayer(FlaxViTPart):
     def __call__(
         self,
         hidden_states,
-        head_mask,
-        bias,
-        drop_path_rate,
-        deterministic: bool,
-        output_attentions: bool,
-        grid: tuple[int, int],
+        deterministic: bool = True,
+        output_attentions: bool = False,
+        head_mask=None,
+        bias=None,
+        drop_path_rate=None,
+        grid: tuple[int, int] | None = None,
     ):
-        """Run the block; `drop_path_rate`, a number or None, says how often, in training, an image
-        goes around a branch."""
+        """(B, S, D), and the attention probabilities (B, A, S, S), None unless asked for.
+
+        Args:
+            hidden_states: (B, S, D).
+            deterministic: no dropout.
+            output_attentions: return the attention probabilities too.
+            head_mask: broadcasts against (B, A, S, S).
+            bias: added to the attention scores, as the one that all of BEiT's blocks share.
+            drop_path_rate: how often, in training, an image goes around a branch; None is never.
+            grid: rows and columns of patches, for BEiT's bias; None means those of the config.
+        """
         attention_output, probabilities = self.attention(
             self.layernorm_before(hidden_states),
-            head_mask,
-            bias,
             deterministic,
             output_attentions,
-            grid,
+            head_mask=head_mask,
+            bias=bias,
+            grid=grid,
         )
         if self.config.has_layer_scale:
             attention_output = attention_output * self.lambda_1.astype(self.dtype)
@@ -499,7 +516,7 @@ class FlaxViTLayerCollection(FlaxViTPart):
         if self.config.gradient_checkpointing:
             layer = nn.remat(
                 FlaxViTLayer,
-                static_argnums=(5, 6, 7),  # self is 0
+                static_argnums=(2, 3, 7),  # self is 0
                 prevent_cse=not self.scan_layers,  # a loop's body is not merged with another's
                 policy=getattr(jax.checkpoint_policies, self.remat_policy),
             )
@@ -512,16 +529,19 @@ class FlaxViTLayerCollection(FlaxViTPart):
     def __call__(
         self,
         hidden_states,
-        head_mask,
-        bias,
-        deterministic: bool,
-        output_attentions: bool,
-        output_hidden_states: bool,
-        grid: tuple[int, int],
+        deterministic: bool = True,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        *,
+        head_mask=None,
+        bias=None,
+        grid: tuple[int, int] | None = None,
     ):
+        """`FlaxBaseModelOutput` of the last block; `head_mask` is (L, 1, A, 1, 1) or None."""
+
         def run(layer, hidden_states, layer_mask, rate):
             hidden_states, probabilities = layer(
-                hidden_states, layer_mask, bias, rate, deterministic, output_attentions, grid
+                hidden_states, deterministic, output_attentions, layer_mask, bias, rate, grid
             )
             return hidden_states, (hidden_states if output_hidden_states else None, probabilities)
 
@@ -567,23 +587,33 @@ class FlaxViTEncoder(FlaxViTPart):
     def __call__(
         self,
         hidden_states,
-        head_mask,
-        deterministic: bool,
-        output_attentions: bool,
-        output_hidden_states: bool,
-        grid: tuple[int, int],
+        deterministic: bool = True,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        *,
+        head_mask=None,
+        grid: tuple[int, int] | None = None,
     ):
+        """`FlaxBaseModelOutput` of the last block, before the final norm.
+
+        Args:
+            hidden_states: (B, S, D).
+            deterministic: no dropout.
+            output_attentions, output_hidden_states: return those of every block too.
+            head_mask: (A,) or (L, A), multiplies the attention probabilities.
+            grid: rows and columns of patches, for BEiT's bias; None means those of the config.
+        """
         if head_mask is not None:
             head_mask = spread_head_mask(head_mask, self.config)
         shared = self.config.use_shared_relative_position_bias
         return self.layer(
             hidden_states,
-            head_mask,
-            self.relative_position_bias(grid) if shared else None,
             deterministic,
             output_attentions,
             output_hidden_states,
-            grid,
+            head_mask=head_mask,
+            bias=self.relative_position_bias(grid or self.config.grid_size) if shared else None,
+            grid=grid,
         )
 
 
@@ -631,6 +661,8 @@ class FlaxViTModule(FlaxViTPart):
         use_mask_token: whether there is a mask token, for `bool_masked_pos`.
     """
 
+    output_class = FlaxBaseModelOutputWithPooling  # no field: the family's own
+
     add_pooling_layer: bool = True
     use_mask_token: bool = False
 
@@ -653,7 +685,7 @@ class FlaxViTModule(FlaxViTPart):
         *,
         bool_masked_pos=None,
         head_mask=None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
     ):
         """Run the network; arguments as `FlaxViTModel`, but `pixel_values` is (B, H, W, C)."""
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
@@ -661,22 +693,22 @@ class FlaxViTModule(FlaxViTPart):
             pixel_values,
             deterministic,
             bool_masked_pos=bool_masked_pos,
-            interpolate_pos_encoding=bool(interpolate_pos_encoding),
+            interpolate_pos_encoding=interpolate_pos_encoding,
         )
         P = self.config.patch_height_width
         outputs = self.encoder(
             hidden_states,
-            head_mask,
             deterministic,
             flags.output_attentions,
             flags.output_hidden_states,
-            (pixel_values.shape[1] // P[0], pixel_values.shape[2] // P[1]),
+            head_mask=head_mask,
+            grid=(pixel_values.shape[1] // P[0], pixel_values.shape[2] // P[1]),
         )
         last_hidden_state = outputs.last_hidden_state  # (B, S, D)
         if not self.config.norm_after_pooling:
             last_hidden_state = self.layernorm(last_hidden_state)
         pooled = self.pooler(last_hidden_state) if self.add_pooling_layer else None
-        output = FlaxBaseModelOutputWithPooling(
+        output = self.output_class(
             last_hidden_state=last_hidden_state,
             pooler_output=pooled,
             hidden_states=outputs.hidden_states,
@@ -685,15 +717,22 @@ class FlaxViTModule(FlaxViTPart):
         return output if flags.return_dict else output.to_tuple()
 
 
+def add_network(part: FlaxViTPart, *, add_pooling_layer: bool = False, **fields: Any) -> None:
+    """Give a model with a head its base network, by the family's name for it: `vit`, `beit`, ..."""
+    network = FlaxViTModule(**options(part), add_pooling_layer=add_pooling_layer, **fields)
+    setattr(part, part.config.base_model_prefix, network)
+
+
+def network_of(part: FlaxViTPart) -> FlaxViTModule:
+    """The base network of a model with a head."""
+    return getattr(part, part.config.base_model_prefix)
+
+
 class FlaxViTForImageClassificationModule(FlaxViTPart):
     """The base network and a linear classifier on the class token, or on what `pooling` says."""
 
     def setup(self):
-        self.network = FlaxViTModule(
-            **options(self),
-            add_pooling_layer=self.config.classifier_has_pooler,
-            name=self.config.base_model_prefix,
-        )
+        add_network(self, add_pooling_layer=self.config.classifier_has_pooler)
         self.classifier = dense(self, self.config.num_labels)
 
     def __call__(
@@ -706,12 +745,12 @@ class FlaxViTForImageClassificationModule(FlaxViTPart):
         *,
         head_mask=None,
         labels=None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
     ):
         """Run the network; arguments as `FlaxViTForImageClassification`, but `pixel_values` is
         (B, H, W, C)."""
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
-        outputs = self.network(
+        outputs = network_of(self)(
             pixel_values,
             deterministic,
             flags.output_attentions,
@@ -771,9 +810,7 @@ class FlaxDeiTForImageClassificationWithTeacherModule(FlaxViTPart):
     are averaged."""
 
     def setup(self):
-        self.network = FlaxViTModule(
-            **options(self), add_pooling_layer=False, name=self.config.base_model_prefix
-        )
+        add_network(self)
         self.cls_classifier = dense(self, self.config.num_labels)
         self.distillation_classifier = dense(self, self.config.num_labels)
 
@@ -786,12 +823,12 @@ class FlaxDeiTForImageClassificationWithTeacherModule(FlaxViTPart):
         return_dict: bool | None = None,
         *,
         head_mask=None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
     ):
         """Run the network; arguments as `FlaxDeiTForImageClassificationWithTeacher`, but
         `pixel_values` is (B, H, W, C)."""
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
-        outputs = self.network(
+        outputs = network_of(self)(
             pixel_values,
             deterministic,
             flags.output_attentions,
@@ -816,9 +853,7 @@ class FlaxBeitForMaskedImageModelingModule(FlaxViTPart):
     """The base network and the prediction of a visual token for each patch."""
 
     def setup(self):
-        self.network = FlaxViTModule(
-            **options(self), add_pooling_layer=False, name=self.config.base_model_prefix
-        )
+        add_network(self)
         self.lm_layernorm = layer_norm(self)
         self.lm_head = dense(self, self.config.vocab_size)
 
@@ -833,12 +868,12 @@ class FlaxBeitForMaskedImageModelingModule(FlaxViTPart):
         bool_masked_pos=None,
         head_mask=None,
         labels=None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
     ):
         """Run the network; arguments as `FlaxBeitForMaskedImageModeling`, but `pixel_values` is
         (B, H, W, C)."""
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
-        outputs = self.network(
+        outputs = network_of(self)(
             pixel_values,
             deterministic,
             flags.output_attentions,
@@ -892,12 +927,7 @@ class FlaxViTForMaskedImageModelingModule(FlaxViTPart):
     """The base network and a decoder back to pixels (SimMIM, Xie et al. 2022, arXiv:2111.09886)."""
 
     def setup(self):
-        self.network = FlaxViTModule(
-            **options(self),
-            add_pooling_layer=False,
-            use_mask_token=True,
-            name=self.config.base_model_prefix,
-        )
+        add_network(self, use_mask_token=True)
         self.decoder = FlaxViTDecoder(**options(self))
 
     def __call__(
@@ -910,14 +940,14 @@ class FlaxViTForMaskedImageModelingModule(FlaxViTPart):
         *,
         bool_masked_pos=None,
         head_mask=None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
     ):
         """Run the network; arguments as `FlaxViTForMaskedImageModeling`, but `pixel_values` is
         (B, H, W, C). The reconstruction is (B, C, H, W)."""
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
         if bool_masked_pos is not None:
             check_stride(self.config, pixel_values.shape[1], pixel_values.shape[2])
-        outputs = self.network(
+        outputs = network_of(self)(
             pixel_values,
             deterministic,
             flags.output_attentions,

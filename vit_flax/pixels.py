@@ -1,4 +1,4 @@
-"""What a processor of images does last, as part of a program."""
+"""The last steps of an image processor, rescaling and normalising, as part of a program."""
 
 from __future__ import annotations
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import os
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from functools import cached_property, partial
+from typing import Any, ClassVar, NamedTuple, Self
 
 import flax.linen as nn
 import jax
@@ -25,6 +24,7 @@ from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_common.checks import (
+    Interpolate,
     check_keywords,
     check_labels,
     check_positive,
@@ -34,14 +34,20 @@ from vit_common.checks import (
 from vit_common.config import ViTConfig, as_config
 from vit_common.errors import InputError
 from vit_common.files.containers.tensor import as_tensor
-from vit_common.files.hub import PUSH_OPTIONS, push_folder, push_if_asked
 from vit_common.parameters import Head, head_tokens, initial_value, parameter_shapes
 from vit_convert.formats import TREE
 from vit_convert.load import Loadable, is_finite, load_parameters, warn_if_not_finite
-from vit_convert.rules import Mapped, MappedTensor, to_canonical, to_foreign, unprefixed
-from vit_convert.save import SaveFormat, check_save_keywords, save_parameters
+from vit_convert.rules import (
+    Mapped,
+    MappedTensor,
+    as_mapped,
+    to_canonical,
+    to_foreign,
+    unprefixed,
+)
+from vit_convert.save import Savable, SaveFormat
 from vit_convert.source import Source
-from vit_flax.attention import check_implementation
+from vit_flax.attention import check_implementation, targets
 from vit_flax.model import (
     REMAT_POLICIES,
     FlaxViTForImageClassificationModule,
@@ -51,6 +57,7 @@ from vit_flax.model import (
     initializer,
 )
 from vit_flax.stacked import is_stacked, stack_layers, stacked_shapes, unstack_layers
+from vit_flax.trees import rename, transformers_paths, tree_shapes
 
 Params = Mapping[str, Any]
 
@@ -64,7 +71,25 @@ _TORCH_FILES = (
 )
 
 
-class FlaxViTPreTrainedModel(Loadable):
+class Parameter(NamedTuple):
+    """A parameter of a subclass's own module.
+
+    Attributes:
+        path: where it is in the tree.
+        shape: shape in the tree.
+        canonical: shape in files, where matrices lie as PyTorch has them.
+        name: name in files.
+        own: whether no network here has such a parameter.
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    canonical: tuple[int, ...]
+    name: str
+    own: bool = False
+
+
+class FlaxViTPreTrainedModel(Loadable, Savable):
     """Base of the models: a module, its parameters, and their files.
 
     Args:
@@ -92,6 +117,7 @@ class FlaxViTPreTrainedModel(Loadable):
     main_input_name: ClassVar[str] = "pixel_values"
     module_class: ClassVar[type[nn.Module] | None] = None
     head: ClassVar[Head | None] = None
+    _saving_keywords: ClassVar = ("params", *Savable._saving_keywords)
     _preferred_files: ClassVar = ("from_pt", _TORCH_FILES)
 
     def __init__(
@@ -108,6 +134,7 @@ class FlaxViTPreTrainedModel(Loadable):
         scan_layers: bool = False,
         **kwargs: Any,
     ) -> None:
+        own = self._is_custom()
         if self.module_class is None:
             raise InputError(
                 f"{type(self).__name__} has no network of its own; use FlaxViTModel or one of the "
@@ -118,15 +145,17 @@ class FlaxViTPreTrainedModel(Loadable):
         self._config.validate()
         self.dtype = float_dtype("dtype", dtype)
         self.param_dtype = float_dtype("param_dtype", param_dtype)
-        self._module = self.module_class(
-            config=copy.deepcopy(self._config),
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=check_precision(precision),
-            attn_implementation=check_implementation(attn_implementation),
-            scan_layers=check_flag("scan_layers", scan_layers),
-            **kwargs,
-        )
+        settings = {
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "precision": check_precision(precision),
+            "attn_implementation": check_implementation(attn_implementation),
+            "scan_layers": check_flag("scan_layers", scan_layers),
+        }
+        if own:  # a module of the caller's own has the fields that it declares
+            declared = {field.name for field in fields(self.module_class)}
+            settings = {name: value for name, value in settings.items() if name in declared}
+        self._module = self.module_class(config=copy.deepcopy(self._config), **settings, **kwargs)
         C, (H, W) = self._config.num_channels, self._config.image_height_width
         self.input_shape = (1, H, W, C) if input_shape is None else tuple(input_shape)
         if len(self.input_shape) != 4 or self.input_shape[1:] != (H, W, C):
@@ -151,8 +180,16 @@ class FlaxViTPreTrainedModel(Loadable):
         own += inspect.signature(FlaxViTPreTrainedModel).parameters.values()
         names = [p.name for p in own if p.name != "config" and p.kind is not p.VAR_KEYWORD]
         common = {field.name for field in fields(FlaxViTPart)}
+        if cls._is_custom():
+            common = {"parent", "name", "config"}
         names += [f.name for f in fields(cls.module_class or FlaxViTPart) if f.name not in common]
         return list(dict.fromkeys(names))
+
+    @classmethod
+    def _is_custom(cls) -> bool:
+        """Whether the module is a subclass's own, and not one of this package."""
+        module = cls.module_class
+        return module is not None and module.__module__.partition(".")[0] != "vit_flax"
 
     # -- what the model is
 
@@ -169,7 +206,7 @@ class FlaxViTPreTrainedModel(Loadable):
     @property
     def scan_layers(self) -> bool:
         """Whether the blocks' parameters are stacked and one block is run for all of them."""
-        return self._module.scan_layers
+        return getattr(self._module, "scan_layers", False)
 
     @property
     def framework(self) -> str:
@@ -199,7 +236,7 @@ class FlaxViTPreTrainedModel(Loadable):
                 "`params` cannot be set: the model was made with `_do_init=False`. Keep them "
                 "yourself and pass `params=` to each call."
             )
-        self._params = check_params(params, self._shapes)
+        self._params = check_params(self._renamed(params), self._shapes)
 
     @property
     def required_params(self) -> set[tuple[str, ...]]:
@@ -218,6 +255,8 @@ class FlaxViTPreTrainedModel(Loadable):
 
     def _canonical_shapes(self) -> dict[str, tuple[int, ...]]:
         module = self._module
+        if self._is_custom():
+            return {name: each.canonical for name, each in self._custom_parameters.items()}
         return parameter_shapes(
             self._config,
             self.head,
@@ -226,13 +265,65 @@ class FlaxViTPreTrainedModel(Loadable):
         )
 
     def _flax_shapes(self) -> dict[tuple[str, ...], tuple[int, ...]]:
-        nothing = np.zeros((), np.float32)
-        shapes = {
-            name: as_tensor(name, np.broadcast_to(nothing, shape))
-            for name, shape in self._canonical_shapes().items()
-        }
-        tree = to_foreign(shapes, TREE).tensors
-        return {tuple(name.split("/")): tensor.shape for name, tensor in tree.items()}
+        if self._is_custom():
+            return {each.path: each.shape for each in self._custom_parameters.values()}
+        return tree_shapes(self._canonical_shapes(), TREE)
+
+    @cached_property
+    def _custom_parameters(self) -> dict[str, Parameter]:
+        """Parameters of a subclass's own module by their names in files: what it shares with the
+        networks here has the canonical name; parts of its own are named by their path."""
+        variables = jax.eval_shape(self._init_module, jax.random.PRNGKey(0))
+        shapes = {path: leaf.shape for path, leaf in flatten_dict(unfreeze(variables)).items()}
+        network = parameter_shapes(self._config, None, add_pooling_layer=True, use_mask_token=True)
+        prefix, known = self.base_model_prefix, {}
+        for (name, canonical), (path, shape) in zip(
+            network.items(), tree_shapes(network, TREE).items(), strict=True
+        ):
+            known[path] = Parameter(path, shape, canonical, name)
+            path, name = (prefix, *path), f"{prefix}.{name}"
+            known[path] = Parameter(path, shape, canonical, name)
+        head = parameter_shapes(self._config, "classifier")
+        for (name, canonical), (path, shape) in zip(
+            head.items(), tree_shapes(head, TREE).items(), strict=True
+        ):
+            known.setdefault(path, Parameter(path, shape, canonical, name))
+        found = {}
+        for path, shape in shapes.items():
+            parameter = known.get(path)
+            if parameter is None or parameter.shape != shape:
+                parameter = Parameter(path, shape, shape, ".".join(path), own=True)
+            found[parameter.name] = parameter
+        return found
+
+    def _own_parts(self) -> dict[str, tuple[str, ...]]:
+        """Name in files -> path, of parameters that only a subclass's own module has."""
+        if not self._is_custom():
+            return {}
+        return {name: each.path for name, each in self._custom_parameters.items() if each.own}
+
+    @cached_property
+    def _their_paths(self) -> dict[tuple[str, ...], tuple[str, ...]]:
+        """Path in Transformers' tree of this model -> path here."""
+        if self._is_custom():
+            return {}
+        return transformers_paths(self._config, self._canonical_shapes())
+
+    def _renamed(self, params: Any) -> Any:
+        """`params` under the names of this model, if they have those of Transformers 4.57.6."""
+        if not isinstance(params, Mapping) or not self._their_paths:
+            return params
+        flat = flatten_dict(unfreeze(params) if isinstance(params, FrozenDict) else dict(params))
+        if flat.keys() == self._their_paths.keys() and flat.keys() != self._single_shapes.keys():
+            params = rename(flat, self._their_paths, self._single_shapes)
+            return stack_layers(params) if self.scan_layers else params
+        return params
+
+    def _init_module(self, rng: jax.Array) -> Any:
+        """Parameters as the module itself draws them."""
+        rngs = dict(zip(("params", "dropout", "droppath"), jax.random.split(rng, 3), strict=True))
+        pixel_values = jnp.zeros(self.input_shape, self.dtype)
+        return self._module.init(rngs, pixel_values, return_dict=False)["params"]
 
     # -- random parameters
 
@@ -254,7 +345,10 @@ class FlaxViTPreTrainedModel(Loadable):
             truncated normal of standard deviation `initializer_range` (Transformers' PyTorch
             model; its Flax model drew them 28 times smaller), norms one, all else zero.
         """
-        flat = {} if params is None else flatten_dict(unstack_layers(params))
+        flat = {} if params is None else flatten_dict(unstack_layers(self._renamed(params)))
+        if self._is_custom():
+            drawn = flatten_dict(unfreeze(jax.jit(self._init_module)(rng)))
+            return unflatten_dict({path: flat.get(path, array) for path, array in drawn.items()})
         missing = [path for path in self._single_shapes if path not in flat]
         flat.update(self._draw(rng, missing))
         drawn = unflatten_dict({path: flat[path] for path in self._single_shapes})
@@ -320,27 +414,57 @@ class FlaxViTPreTrainedModel(Loadable):
         return model
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_jitted"}
+        unpickled = ("_jitted", "_their_paths", "_custom_parameters")  # made again when asked for
+        return {name: value for name, value in vars(self).items() if name not in unpickled}
 
     def _forward(self):
         """The jitted network; compiled once for each shape, dtype and set of flags."""
         if "_jitted" not in vars(self):
-            module, shapes = self._module, self._shapes
+            module, shapes, custom = self._module, self._shapes, self._is_custom()
+            renamed = self._renamed
 
-            def run(params, pixel_values, dropout_rng, arrays, deterministic, flags, interpolate):
+            def run(
+                params, pixel_values, dropout_rng, arrays, deterministic, flags, interpolate, _
+            ):
+                if not custom or interpolate:  # a subclass's own module may not know it
+                    arrays = {**arrays, "interpolate_pos_encoding": interpolate}
                 return module.apply(
                     # Names and shapes are known while tracing: later calls do not pay for this.
-                    {"params": check_params(params, shapes)},
+                    {"params": check_params(renamed(params), shapes)},
                     pixel_values.transpose(0, 2, 3, 1),  # (B, H, W, C)
                     deterministic,
                     *flags,
                     rngs=None if dropout_rng is None else {"dropout": dropout_rng},
-                    interpolate_pos_encoding=interpolate,
                     **arrays,
                 )
 
-            self._jitted = jax.jit(run, static_argnums=(4, 5, 6))
+            self._jitted = jax.jit(run, static_argnums=(4, 5, 6, 7))
         return self._jitted
+
+    def __call__(
+        self,
+        pixel_values: Any,
+        params: Params | None = None,
+        dropout_rng: jax.Array | None = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **arrays: Any,
+    ) -> Any:
+        """Run a subclass's own module.
+
+        Args:
+            pixel_values: (B, C, H, W); the module gets (B, H, W, C).
+            params, dropout_rng, train, output_attentions, output_hidden_states, return_dict: as
+                `FlaxViTModel`; the module gets `deterministic` (not `train`) and the three flags.
+            **arrays: further arguments of the module, by name.
+
+        Returns:
+            What the module returns.
+        """
+        flags = (output_attentions, output_hidden_states, return_dict)
+        return self._call(pixel_values, params, dropout_rng, train, flags, None, arrays)
 
     def _call(self, pixel_values, params, dropout_rng, train, flags, interpolate, arrays) -> Any:
         pixel_values = as_array("pixel_values", pixel_values)
@@ -351,7 +475,7 @@ class FlaxViTPreTrainedModel(Loadable):
             config.attention_probs_dropout_prob,
             *config.drop_path_rates,
         )
-        if train and max(rates) > 0.0 and dropout_rng is None:
+        if train and max(rates) > 0.0 and dropout_rng is None and not self._is_custom():
             raise InputError("`train=True` with dropout needs `dropout_rng`, a JAX random key.")
         if dropout_rng is not None:
             check_key("dropout_rng", dropout_rng)
@@ -362,7 +486,8 @@ class FlaxViTPreTrainedModel(Loadable):
             {name: as_array(name, value) for name, value in arrays.items() if value is not None},
             not train,
             self.config.resolve_flags(*flags),
-            bool(interpolate),
+            interpolate,
+            targets(),  # a program for another platform is traced anew
         )
 
     # -- files
@@ -377,6 +502,7 @@ class FlaxViTPreTrainedModel(Loadable):
         ignore_mismatched_sizes: bool = False,
         allow_missing: bool = False,
         ignore: Iterable[str] = (),
+        output_loading_info: bool = False,
         format: str | None = None,
         from_pt: bool = False,
         _do_init: bool = True,
@@ -389,30 +515,33 @@ class FlaxViTPreTrainedModel(Loadable):
         Args:
             pretrained_model_name_or_path: directory, weights file (with `config.json` beside it
                 or `config=`), or "owner/name" on the Hub.
-            dtype: of the computation.
+            dtype: compute dtype.
             *model_args: further positional arguments of the constructor (`input_shape`, `seed`).
             config: configuration, or where to read it, if not beside the weights.
-            ignore_mismatched_sizes: draw parameters anew whose shape does not match.
-            allow_missing: draw parameters of the network anew that the file does not have; without
-                it only those of a head may be missing.
+            ignore_mismatched_sizes: draw parameters anew that have another shape in the file.
+            allow_missing: draw parameters of the network anew that the file lacks; without it only
+                those of a head may be missing.
             ignore: regular expressions of names in the file that may be left over. Without it,
                 tensors of the network that the model has no place for are an error, and so is a
                 trained head while one is drawn anew: see `vit_convert.leftovers`.
-            format: of the weights ("timm", "google", ...; see docs/convert.md), where their names
-                do not tell it.
+            output_loading_info: return `(model, info)`, `info` with the lists of names
+                `missing_keys`, `unexpected_keys`, `mismatched_keys`, and with `error_msgs`.
+            format: the weights' format ("timm", "google", ...; see docs/convert.md), if it cannot
+                be detected.
             from_pt: prefer weights in PyTorch's layout where there are both. (Both are read
                 without it.)
             _do_init: False returns `(model, params)`, the model without parameters.
             param_dtype: dtype of the parameters; None keeps the file's.
-            shardings: from the path of a parameter, such as ("vit", "layernorm", "bias"), to where
-                it is to lie; each device's part is read by itself where the file allows it. None is
+            shardings: function from the path of a parameter, such as ("vit", "layernorm", "bias"),
+                to its sharding; each device reads only its own part if the file allows it. None is
                 JAX's default device.
             **kwargs: options of the Hub (`revision`, `subfolder`, `token`, `cache_dir`,
                 `local_files_only`, `force_download`), fields of the config, arguments of the
                 constructor.
 
         Returns:
-            The model; with `_do_init=False`, the model and its parameters.
+            The model; with `_do_init=False`, `(model, params)`. With `output_loading_info=True`
+            the information comes last: `(model, info)` or `(model, params, info)`.
 
         Warns:
             UserWarning: parameters are newly drawn or left aside, or hold NaN.
@@ -421,6 +550,10 @@ class FlaxViTPreTrainedModel(Loadable):
             MissingFileError: there is nothing of that name, or it cannot be reached.
             ConfigError: the configuration is not of this architecture.
             CheckpointError: the weights are corrupt, incomplete or do not fit.
+
+        Example:
+            >>> model = FlaxViTForImageClassification.from_pretrained("google/vit-base-patch16-224")
+            >>> model(pixel_values).logits.shape
         """
         options = {**kwargs, "config": config, "format": format, "from_pt": from_pt}
         source, _ = cls.open_pretrained(
@@ -434,6 +567,7 @@ class FlaxViTPreTrainedModel(Loadable):
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 allow_missing=allow_missing,
                 ignore=ignore,
+                output_loading_info=output_loading_info,
                 _do_init=_do_init,
                 param_dtype=param_dtype,
                 shardings=shardings,
@@ -448,6 +582,7 @@ class FlaxViTPreTrainedModel(Loadable):
         ignore_mismatched_sizes: bool = False,
         allow_missing: bool = False,
         ignore: Iterable[str] = (),
+        output_loading_info: bool = False,
         _do_init: bool = True,
         param_dtype: Any = None,
         shardings: Callable[[tuple[str, ...]], jax.sharding.Sharding] | None = None,
@@ -457,8 +592,8 @@ class FlaxViTPreTrainedModel(Loadable):
 
         Args:
             source: what `vit_convert.source.open_source` gives.
-            dtype, *model_args, ignore_mismatched_sizes, allow_missing, ignore, _do_init,
-                param_dtype, shardings: as `from_pretrained`.
+            dtype, *model_args, ignore_mismatched_sizes, allow_missing, ignore,
+                output_loading_info, _do_init, param_dtype, shardings: as `from_pretrained`.
             **kwargs: arguments of the constructor, beside those that `source` holds.
 
         Returns, Warns, Raises: as `from_pretrained`.
@@ -480,10 +615,16 @@ class FlaxViTPreTrainedModel(Loadable):
             allow_missing=allow_missing,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             ignore=ignore,
+            own=model._own_parts(),
         )
         flat, not_finite = {}, []
-        for name, tensor in to_foreign(loaded.tensors, TREE).tensors.items():
-            path = tuple(name.split("/"))
+        own = model._own_parts()
+        read = [(own[name], x) for name, x in loaded.tensors.items() if name in own]
+        known = {name: x for name, x in loaded.tensors.items() if name not in own}
+        for name, tensor in to_foreign(known, TREE).tensors.items():
+            read.append((tuple(name.split("/")), tensor))
+        for path, tensor in read:
+            name = "/".join(path)
             cast = None if param_dtype is None else model.param_dtype
             if shardings is None:
                 array = tensor.read()
@@ -495,11 +636,12 @@ class FlaxViTPreTrainedModel(Loadable):
                 not_finite.append(name)
         warn_if_not_finite(source.path, not_finite)
         params = model.init_weights(model.key, params=unflatten_dict(flat))
+        info = (loaded.info,) if output_loading_info else ()
         if not _do_init:
-            return model, params
+            return model, params, *info
         model._is_initialized = True
         model._params = params
-        return model
+        return (model, *info) if info else model
 
     def save_pretrained(
         self,
@@ -530,24 +672,33 @@ class FlaxViTPreTrainedModel(Loadable):
             MissingFileError: the directory or a file cannot be written.
             InputError: `params` do not fit, or a bad option.
         """
-        params = self.params if params is None else check_params(params, self._shapes)
+        given = self.params if params is None else self._renamed(params)
+        params = check_params(given, self._shapes)
         if self.scan_layers:  # on the host, where a block's part is a view
             params = unstack_layers(jax.device_get(params))
+        own = {name: read_path(params, path) for name, path in self._own_parts().items()}
+        if own:
+            flat = flatten_dict(params)
+            params = unflatten_dict(
+                {path: flat[path] for path in flat if path not in {*self._own_parts().values()}}
+            )
         mapped = canonical(params)
+        further = {name: as_mapped(as_tensor(name, array)) for name, array in own.items()}
+        mapped.tensors.update(further)
         if mapped.unused:
             raise InputError(f"`params` hold what no file can: {', '.join(mapped.unused)}.")
-        keywords = inspect.signature(self.save_pretrained).parameters
-        check_save_keywords(f"{type(self).__name__}.save_pretrained", kwargs, keywords)
-        written = save_parameters(
+        self._check_save_keywords(kwargs)
+        self._save(
             save_directory,
-            self.config,
-            {name: mapped.tensors[unprefixed(name)] for name in self._canonical_shapes()},
+            {
+                name: mapped.tensors[name if name in own else unprefixed(name)]
+                for name in self._canonical_shapes()
+            },
+            own=own,
             to=to or ("hub" if safe_serialization else "flax"),
-            architecture=type(self).__name__.removeprefix("Flax"),
             max_shard_size=max_shard_size,
+            upload={**kwargs, "push_to_hub": push_to_hub, "token": token},
         )
-        options = {**kwargs, "push_to_hub": push_to_hub, "token": token}
-        push_if_asked(Path(save_directory), options, files=[path.name for path in written])
 
     def push_to_hub(self, repo_id: str, params: Params | None = None, **kwargs: Any) -> str:
         """Save into a temporary directory and upload it to the Hub.
@@ -555,22 +706,48 @@ class FlaxViTPreTrainedModel(Loadable):
         Args:
             repo_id: "owner/name"; made if it is not there.
             params: parameters to write; None means the model's own.
-            **kwargs: `token`, `private`, `commit_message`, `revision`, `create_pr` for the Hub;
-                `max_shard_size`, `safe_serialization`, `to` as `save_pretrained`.
+            **kwargs: as `vit_convert.save.Savable.push_to_hub`.
 
-        Returns:
-            The address of the upload.
-
-        Raises:
-            MissingFileError: the Hub refuses or cannot be reached.
+        Returns, Raises: as there.
         """
-        names = ("max_shard_size", "safe_serialization", "to")
-        saving = {name: kwargs.pop(name) for name in names if name in kwargs}
-        check_save_keywords(f"{type(self).__name__}.push_to_hub", kwargs, names)
-        with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(directory, params=params, **saving)
-            options = {name: value for name, value in kwargs.items() if name in PUSH_OPTIONS}
-            return push_folder(directory, repo_id, **options)
+        return super().push_to_hub(repo_id, params=params, **kwargs)
+
+    # -- what scripts ask of a model of Transformers
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """False: there is no text to generate."""
+        return False
+
+    @classmethod
+    def _from_config(cls, config: ViTConfig, **kwargs: Any) -> Self:
+        """A model with new weights; `kwargs` as the constructor."""
+        make: Any = cls
+        return make(config, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: ViTConfig, **kwargs: Any) -> Self:
+        """A model with new weights; `kwargs` as the constructor. `trust_remote_code` is accepted
+        and has no effect."""
+        kwargs.pop("trust_remote_code", None)
+        return cls._from_config(config, **kwargs)
+
+    def num_parameters(self) -> int:
+        """Number of parameters."""
+        return sum(math.prod(shape) for shape in self._shapes.values())
+
+    def get_memory_footprint(self) -> int:
+        """Bytes of the parameters; of `param_dtype` where the model holds none."""
+        tree = self.params if self._is_initialized else self.params_shape_tree
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    model_tags: list[str] | None = None
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Add tags for the model card; those that are there already are left."""
+        tags = [tags] if isinstance(tags, str) else tags
+        known = self.model_tags or []
+        self.model_tags = [*known, *dict.fromkeys(tag for tag in tags if tag not in known)]
 
     # -- dtypes and memory
 
@@ -628,7 +805,7 @@ class FlaxViTModel(FlaxViTPreTrainedModel):
 
     module_class = FlaxViTModule
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         pixel_values: Any,
         params: Params | None = None,
@@ -640,7 +817,7 @@ class FlaxViTModel(FlaxViTPreTrainedModel):
         *,
         head_mask: Any = None,
         bool_masked_pos: Any = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
     ) -> Any:
         """Run the network.
 
@@ -652,7 +829,9 @@ class FlaxViTModel(FlaxViTPreTrainedModel):
             output_attentions, output_hidden_states, return_dict: None means the config's.
             head_mask: (A,) or (L, A), multiplies the attention probabilities.
             bool_masked_pos: (B, N), 1 where a patch is replaced by the mask token.
-            interpolate_pos_encoding: accept other image sizes, resampling the positions.
+            interpolate_pos_encoding: accept other image sizes, resampling the positions; with
+                "crop" also sizes that hold no whole number of patches: the last rows and columns
+                of pixels are left out.
 
         Returns:
             `FlaxBaseModelOutputWithPooling`, or its tuple with `return_dict=False`.
@@ -677,7 +856,7 @@ class FlaxViTForImageClassification(FlaxViTPreTrainedModel):
     module_class = FlaxViTForImageClassificationModule
     head = "classifier"
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         pixel_values: Any,
         params: Params | None = None,
@@ -689,7 +868,7 @@ class FlaxViTForImageClassification(FlaxViTPreTrainedModel):
         *,
         head_mask: Any = None,
         labels: Any = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
     ) -> Any:
         """Run the network; arguments as `FlaxViTModel`, and
 
@@ -728,7 +907,7 @@ class FlaxViTForMaskedImageModeling(FlaxViTPreTrainedModel):
     module_class = FlaxViTForMaskedImageModelingModule
     head = "decoder"
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         pixel_values: Any,
         params: Params | None = None,
@@ -740,7 +919,7 @@ class FlaxViTForMaskedImageModeling(FlaxViTPreTrainedModel):
         *,
         head_mask: Any = None,
         bool_masked_pos: Any = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
     ) -> Any:
         """Run the network; arguments as `FlaxViTModel`. With `bool_masked_pos`, `loss` is in the
         output.
@@ -761,6 +940,17 @@ class FlaxViTForMaskedImageModeling(FlaxViTPreTrainedModel):
             interpolate_pos_encoding,
             {"head_mask": head_mask, "bool_masked_pos": bool_masked_pos},
         )
+
+
+def read_path(tree: Any, path: tuple[str, ...]) -> Any:
+    """The leaf of a nested dict at a path."""
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+FlaxPreTrainedModel = FlaxViTPreTrainedModel
+"""The base of every model here, by the name of Transformers' base class."""
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))

@@ -234,7 +234,11 @@ def _check_divides(mesh: Mesh, config: ViTConfig) -> None:
 
 def param_shardings(mesh: Mesh, path: tuple[str, ...]) -> NamedSharding:
     """The sharding of a parameter on a mesh."""
-    return NamedSharding(mesh, partition_spec(path, mesh.axis_names))
+    # As short as XLA gives it back: arrays that come out of a program go into it again as they are.
+    spec = [*partition_spec(path, [name for name, size in mesh.shape.items() if size > 1])]
+    while spec and spec[-1] is None:
+        spec.pop()
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def place(params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:

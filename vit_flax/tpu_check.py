@@ -12,13 +12,11 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache, lru_cache
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,14 +30,24 @@ from vit_common.errors import InputError
 from vit_common.flops import forward_flops
 from vit_common.parameters import Head
 from vit_common.presets import PRESETS, preset
+from vit_common.versions import versions as installed
 from vit_convert.source import config_from_dict, open_source, read_config_file
-from vit_flax.attention.tpu import NEEDED
+from vit_flax.attention import compiled_for
 from vit_flax.auto import FlaxAutoModelForImageClassification
+from vit_flax.hlo import (
+    collectives,
+    custom_kernels,
+    float32_products,
+    float64_operations,
+    own_kernels,
+    product_flops,
+)
 from vit_flax.last_words import first_line, is_out_of_memory
 from vit_flax.sharding import DATA, batch_sharding, replicated
+from vit_flax.training import cross_entropy, init_state, make_step
 
 FLOPS_BOUND = 0.03
-"""How far the matrix products of a program may be from the analytic count, as a share of it."""
+"""Largest difference of a program's matrix products from the analytic count, as a share of it."""
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -59,12 +67,12 @@ CHIPS: dict[str, Chip] = {
     "v5p": Chip("v5p:2x2x1", 95, 459, 2765, "https://cloud.google.com/tpu/docs/v5p"),
     "v6e": Chip("v6e:2x2", 32, 918, 1640, "https://cloud.google.com/tpu/docs/v6e"),
 }
-"""The chips by name; peak figures as Google publishes them, GB being 10^9 bytes here."""
+"""The chips by name, with the peak figures that Google publishes; a GB is 10^9 bytes here."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One assertion, whether it holds, and what was seen."""
+    """One assertion: its name, whether it holds, and what was found."""
 
     name: str
     passed: bool
@@ -80,7 +88,7 @@ class Program:
         name: "forward" or "training step".
         batch: images on each chip.
         devices: chips of the mesh.
-        seconds: what compiling took.
+        seconds: time of compiling.
         analytic_flops: two for each multiply-add of `vit_common.flops`, on one chip.
         product_flops: of the matrix products in the optimized program, and those that the package's
             kernels say they do, less what they compute anew; None where another kernel hides some.
@@ -136,15 +144,15 @@ class TPUReport:
     """What `check` found.
 
     Attributes:
-        model: what was asked for.
-        dtype: of the computation; parameters are float32.
-        versions: of jax, jaxlib, flax and libtpu.
+        model: name of the model.
+        dtype: compute dtype; parameters are float32.
+        versions: versions of jax, jaxlib, flax and libtpu.
         programs: one for each chip and kind.
     """
 
     model: str
     dtype: str
-    versions: dict[str, str]
+    versions: dict[str, str | None]
     programs: tuple[Program, ...]
 
     @property
@@ -194,11 +202,11 @@ def check(
             where no file has that name.
         chips: keys of `CHIPS`.
         batch: images on each chip.
-        dtype: of the computation, one of `DTYPES`.
+        dtype: compute dtype, one of `DTYPES`.
         training: whether to compile the training step too; needs optax.
-        format: of the weights, where the network must be told from them.
+        format: format of the weights, where the network must be detected from them.
         hub: options of the Hub.
-        progress: told, before each program, what is compiled.
+        progress: called with a line of text before each program is compiled.
 
     Raises:
         InputError: libtpu or optax is missing, or an argument does not fit.
@@ -244,9 +252,9 @@ def require_compiler(training: bool = False) -> None:
         )
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that decide what is compiled."""
-    return {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "libtpu")}
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that decide what is compiled."""
+    return installed("jax", "jaxlib", "flax", "libtpu")
 
 
 def network(
@@ -255,8 +263,8 @@ def network(
     format: str | None = None,
     hub: Mapping[str, Any] | None = None,
 ) -> tuple[ViTConfig, bool]:
-    """A configuration, and whether there are a distilled DeiT's two classifiers. Of a model on the
-    Hub no weights are fetched if its `config.json` says what it is."""
+    """The configuration of a model, and whether it has a distilled DeiT's two classifiers. For a
+    model on the Hub, weights are fetched only if its `config.json` does not say what it is."""
     if isinstance(config_or_source, ViTConfig):
         return config_or_source, _has_teacher(config_or_source)
     source = os.fspath(config_or_source)
@@ -323,7 +331,7 @@ def chip_mesh(chip: str, devices: int | None = None) -> jax.sharding.Mesh:
 
 
 class Built(NamedTuple):
-    """A function, what it is called with, and its matrix products' operations on one chip."""
+    """A jitted function, its arguments, and the operations of its matrix products on one chip."""
 
     jitted: Any
     arguments: tuple[Any, ...]
@@ -382,39 +390,27 @@ def training_step(
     everywhere, split = replicated(mesh), batch_sharding(mesh)
     model = _model(config, dtype, teacher, attn_implementation)
     optimizer = optax.adamw(1e-3)
-
-    def step(state, pixel_values, labels, key):
-        params, moments = state
-
-        def loss(params):
-            logits = model(
-                pixel_values, params=params, dropout_rng=key, train=True, return_dict=True
-            ).logits
-            logits = logits.astype(jnp.float32)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-        value, gradients = jax.value_and_grad(loss)(params)
-        updates, moments = optimizer.update(gradients, moments, params)
-        return (optax.apply_updates(params, updates), moments), value
-
-    jitted = jax.jit(
-        step,
-        in_shardings=(everywhere, split, split, everywhere),
-        out_shardings=(everywhere, everywhere),
-        donate_argnums=0,
-    )
+    step = make_step(model, cross_entropy(), optimizer, mesh=mesh)
     params = model.params_shape_tree
     total = batch * mesh.size
+    images = _pixels(config, total, dtype)
+    labels = jax.ShapeDtypeStruct((total,), jnp.int32)
+
+    def on(place: jax.sharding.NamedSharding, tree: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
+        )
+
     arguments = (
-        (params, jax.eval_shape(optimizer.init, params)),
-        _pixels(config, total, dtype),
-        jax.ShapeDtypeStruct((total,), jnp.int32),
-        jax.ShapeDtypeStruct((2,), jnp.uint32),
+        on(everywhere, params),
+        on(everywhere, jax.eval_shape(partial(init_state, optimizer), params)),
+        on(split, {"pixel_values": images, "labels": labels}),
+        on(everywhere, jax.ShapeDtypeStruct((2,), jnp.uint32)),
     )
     flops = 3 * forward_flops(config, "teacher" if teacher else "classifier")
     patch = math.prod(config.patch_height_width) * config.num_channels
     flops -= 2 * config.num_patches * patch * config.hidden_size  # the pixels need no gradient
-    return Built(jitted, arguments, batch * flops, mesh.size, may_communicate=True)
+    return Built(step, arguments, batch * flops, mesh.size, may_communicate=True)
 
 
 def check_program(
@@ -440,7 +436,8 @@ def check_program(
         chip, name, batch: for the report.
         dtype: of matrix products; with "float32" those may be float32.
     """
-    lowered = jitted.lower(*arguments)
+    with compiled_for("tpu"):
+        lowered = jitted.lower(*arguments)
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -506,197 +503,3 @@ def check_program(
 def _listed(names: list[str], most: int = 5) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-# -- reading the compiler's text
-
-_COLLECTIVE = re.compile(
-    r" (all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute"
-    r"|collective-broadcast)(?:-start)?\("
-)
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(
-    r"^\s*(?:ROOT )?%?([\w.\-]+) = (?:([a-z]\w*)\[([\d,]*)\]\S*|\(.*?\)) ([\w\-]+)\((.*)$"
-)
-_NAME = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%([\w.\-]+)")
-_CALLED_LIST = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
-_TRIPS = re.compile(r'known_trip_count[^}]*?"n":"(\d+)"')
-_OPERATION = re.compile(r'op_name="([^"]*)"')
-_OWN = re.compile(rf'op_name="[^"]*/({"|".join(sorted(NEEDED, key=len, reverse=True))})/[^"]*"')
-_STATED = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
-_RESAMPLING = "Hh,Ww,"
-"""In the name of the only float32 products that are meant: positions, resampled (`model.py`)."""
-
-
-class _Array(NamedTuple):
-    dtype: str
-    shape: tuple[int, ...]
-
-
-class _Instruction(NamedTuple):
-    name: str
-    result: _Array | None
-    opcode: str
-    rest: str
-
-
-@lru_cache(maxsize=2)
-def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """The instructions of every computation of an HLO module, and the name of its entry."""
-    computations: dict[str, list[_Instruction]] = {}
-    current: list[_Instruction] = []
-    entry = ""
-    for line in hlo.splitlines():
-        opened = None if line.startswith(" ") else _COMPUTATION.match(line)
-        if opened:
-            current = computations.setdefault(opened[1], [])
-            entry = opened[1] if line.startswith("ENTRY ") else entry
-            continue
-        found = _INSTRUCTION.match(line)
-        if found:
-            name, dtype, dims, opcode, rest = found.groups()
-            shape = tuple(map(int, dims.split(","))) if dims else ()
-            result = _Array(dtype, shape) if dtype else None
-            current.append(_Instruction(name, result, opcode, rest))
-    return computations, entry
-
-
-def _arrays(hlo: str) -> dict[str, _Array]:
-    return {
-        each.name: each.result
-        for instructions in _parse(hlo)[0].values()
-        for each in instructions
-        if each.result is not None
-    }
-
-
-def _operands(instruction: _Instruction, arrays: Mapping[str, _Array]) -> list[_Array]:
-    return [arrays[name] for name in _NAME.findall(instruction.rest.split(")", 1)[0])]
-
-
-def product_flops(hlo: str) -> float:
-    """Floating point operations of the matrix products and convolutions of an optimized module,
-    two for each multiply-add; loops with a known number of rounds count each round, and the
-    package's own kernels what they say of themselves."""
-    computations, entry = _parse(hlo)
-    arrays = _arrays(hlo)
-
-    @cache
-    def total(name: str) -> float:
-        flops = 0.0
-        for each in computations.get(name, ()):
-            if each.opcode in ("dot", "convolution"):
-                flops += _product_flops(each, arrays)
-                continue
-            if each.opcode == "custom-call":
-                flops += sum(own_kernels(each.rest))
-                continue
-            called = _CALLED.findall(each.rest)
-            for names in _CALLED_LIST.findall(each.rest):
-                called += _NAME.findall(names)
-            rounds = _TRIPS.search(each.rest) if each.opcode == "while" else None
-            flops += (int(rounds[1]) if rounds else 1) * sum(map(total, called))
-        return flops
-
-    return total(entry)
-
-
-def _product_flops(product: _Instruction, arrays: Mapping[str, _Array]) -> float:
-    left, right = _operands(product, arrays)
-    assert product.result is not None
-    if product.opcode == "dot":
-        dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.rest)
-        summed = [left.shape[int(dim)] for dim in dims[1].split(",") if dim] if dims else []
-        return 2.0 * math.prod(product.result.shape) * math.prod(summed)
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", product.rest)
-    assert labels is not None
-    window = re.search(r"window=\{([^}]*)\}", product.rest)
-    options = dict(part.split("=") for part in window[1].split()) if window else {}
-    groups = {
-        kind: int(found[1]) if (found := re.search(rf"{kind}=(\d+)", product.rest)) else 1
-        for kind in ("feature_group_count", "batch_group_count")
-    }
-    count = 2.0 * left.shape[labels[1].index("f")] / groups["feature_group_count"]
-    count *= left.shape[labels[1].index("b")] / groups["batch_group_count"]
-    count *= product.result.shape[labels[3].index("f")]
-    spatial = sorted(label for label in labels[1] if label.isdigit())
-    for i, label in enumerate(spatial):
-
-        def option(name: str, default: str, i: int = i) -> str:
-            return options[name].split("x")[i] if name in options else default
-
-        count *= _positions(
-            left.shape[labels[1].index(label)],
-            right.shape[labels[2].index(label)],
-            product.result.shape[labels[3].index(label)],
-            int(option("stride", "1")),
-            int(option("pad", "0_0").split("_")[0]),
-            int(option("lhs_dilate", "1")),
-            int(option("rhs_dilate", "1")),
-        )
-    return count
-
-
-@cache
-def _positions(
-    size: int, kernel: int, outputs: int, stride: int, before: int, dilate: int, spread: int
-) -> int:
-    """Pairs of a kernel's tap and an output that meet an element of the input: neither the padding
-    nor a hole between dilated elements. (The compiler turns batched products into convolutions
-    whose taps meet nothing but holes, one excepted.)"""
-    place = np.arange(outputs)[:, None] * stride + np.arange(kernel)[None, :] * spread - before
-    inside = (place >= 0) & (place <= (size - 1) * dilate) & (place % dilate == 0)
-    return int(inside.sum())
-
-
-def float32_products(hlo: str) -> list[str]:
-    """Names of the matrix products and convolutions of an optimized module that have a float32 (or
-    float64) operand, those that resample positions left out."""
-    arrays = _arrays(hlo)
-    found = []
-    for instructions in _parse(hlo)[0].values():
-        for each in instructions:
-            if each.opcode not in ("dot", "convolution"):
-                continue
-            name = _OPERATION.search(each.rest)
-            wide = any(operand.dtype in ("f32", "f64") for operand in _operands(each, arrays))
-            if wide and not (name and _RESAMPLING in name[1]):
-                found.append(name[1] if name else each.name)
-    return found
-
-
-def float64_operations(stablehlo: str, hlo: str) -> list[str]:
-    """Operations with a float64 result or operand, as the program was written and as it was
-    optimized: the TPU compiler makes pairs of float32 of them, so the second alone shows none."""
-    found = []
-    for line in stablehlo.splitlines():
-        operation = re.search(r"\b((?:stablehlo|chlo|func)\.\w+|call)\b", line)
-        if "f64>" in line and operation:
-            found.append(operation[1])
-    for line in hlo.splitlines():
-        instruction = _INSTRUCTION.match(line)
-        if instruction and instruction[2] == "f64":
-            found.append(instruction[4])
-    return list(dict.fromkeys(found))
-
-
-def collectives(hlo: str) -> dict[str, int]:
-    """How many collective operations of each kind an optimized module has."""
-    return dict(Counter(_COLLECTIVE.findall(hlo)))
-
-
-def own_kernels(hlo: str) -> list[float]:
-    """Operations of the matrix products of each of the package's kernels that a module calls, by
-    the kernel's own statement, less what it computes anew (`vit_flax.attention.tpu.NEEDED`)."""
-    found = []
-    for line in hlo.splitlines():
-        name, stated = _OWN.search(line), _STATED.search(line)
-        if name and stated and 'custom_call_target="tpu_custom_call"' in line:
-            found.append(float(stated[1]) * NEEDED[name[1]])
-    return found
-
-
-def custom_kernels(hlo: str) -> int:
-    """How many kernels written by hand (Pallas) an optimized module calls."""
-    return hlo.count('custom_call_target="tpu_custom_call"')

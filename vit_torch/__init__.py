@@ -2,20 +2,30 @@
 
 from vit_common.config import ViTConfig
 from vit_common.families import (
+    CONFIG_MAPPING,
     AutoConfig,
     BeitConfig,
     DeiTConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
 )
-from vit_common.images.auto import AutoImageProcessor
-from vit_common.images.processor import ViTFeatureExtractor, ViTImageProcessor
+from vit_common.images.auto import AutoFeatureExtractor, AutoImageProcessor
+from vit_common.images.pictures import load_image
+from vit_common.images.processor import (
+    BatchFeature,
+    ViTFeatureExtractor,
+    ViTImageProcessor,
+    ViTImageProcessorFast,
+)
 from vit_common.images.processors import (
     BeitFeatureExtractor,
     BeitImageProcessor,
+    BeitImageProcessorFast,
     BitImageProcessor,
+    BitImageProcessorFast,
     DeiTFeatureExtractor,
     DeiTImageProcessor,
+    DeiTImageProcessorFast,
 )
 from vit_torch.auto import (
     AutoModel,
@@ -55,21 +65,26 @@ from vit_torch.pretrained import (
 )
 
 __all__ = [
+    "CONFIG_MAPPING",
     "AutoConfig",
+    "AutoFeatureExtractor",
     "AutoImageProcessor",
     "AutoModel",
     "AutoModelForImageClassification",
     "AutoModelForMaskedImageModeling",
     "BaseModelOutput",
     "BaseModelOutputWithPooling",
+    "BatchFeature",
     "BeitConfig",
     "BeitFeatureExtractor",
     "BeitForImageClassification",
     "BeitForMaskedImageModeling",
     "BeitImageProcessor",
+    "BeitImageProcessorFast",
     "BeitModel",
     "BeitPreTrainedModel",
     "BitImageProcessor",
+    "BitImageProcessorFast",
     "DeiTConfig",
     "DeiTFeatureExtractor",
     "DeiTForImageClassification",
@@ -77,6 +92,7 @@ __all__ = [
     "DeiTForImageClassificationWithTeacherOutput",
     "DeiTForMaskedImageModeling",
     "DeiTImageProcessor",
+    "DeiTImageProcessorFast",
     "DeiTModel",
     "DeiTPreTrainedModel",
     "Dinov2Config",
@@ -95,6 +111,8 @@ __all__ = [
     "ViTForImageClassification",
     "ViTForMaskedImageModeling",
     "ViTImageProcessor",
+    "ViTImageProcessorFast",
     "ViTModel",
     "ViTPreTrainedModel",
+    "load_image",
 ]

@@ -1,5 +1,5 @@
-"""`export`: a model as an ONNX file, through `torch.onnx`; labels, preprocessing and what was
-measured are in its metadata."""
+"""`export`: a model as an ONNX file, through `torch.onnx`, with labels, preprocessing and
+measurements in its metadata."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vit_common.errors import InputError
+from vit_common.errors import ExistingFileError, InputError
 from vit_common.exports import (
     DYNAMIC,
     Export,
@@ -28,6 +28,7 @@ from vit_common.exports import (
     random_pixels,
     versions,
 )
+from vit_common.features import pooled_tokens
 from vit_common.files.replace import check_target, staged
 from vit_common.images.predictions import (
     check_processor,
@@ -38,7 +39,7 @@ from vit_common.images.predictions import (
 from vit_common.images.processor import BaseImageProcessor
 from vit_common.versions import PACKAGE, package_version
 
-__all__ = ["Export", "Network", "export", "require"]
+__all__ = ["Export", "Network", "check_program", "export", "require", "write_program"]
 
 INPUT, BATCH_AXIS = "pixel_values", "batch"
 _LARGEST = 2_000_000_000
@@ -65,9 +66,9 @@ def export(
     Args:
         model: a PyTorch model in float32; left as it is.
         path: the file to write.
-        image_processor: what prepares images; None means the Hub's defaults for a ViT. It decides
-            the image size where the family takes any.
-        batch: images a call takes; "dynamic" for any number.
+        image_processor: preprocessing of the images; None means the Hub's defaults for a ViT. It
+            decides the image size where the family takes any.
+        batch: number of images per call; "dynamic" for any number.
         output: "logits" of a classifier; "features" of a base network: the class token after the
             final norm, or the mean of the patches where there is no such token.
         check: run the file by onnxruntime and compare it with the model, on random pixels.
@@ -78,7 +79,7 @@ def export(
         ConfigError: model and preprocessing contradict each other.
         ExistingFileError: the file is there already.
         MissingFileError: it cannot be written.
-        CheckpointError: the exported program gives other numbers; nothing was written.
+        CheckpointError: the exported program's outputs differ; nothing was written.
     """
     path = Path(path)
     check_batch(batch)
@@ -162,6 +163,46 @@ def export(
     return report
 
 
+def write_program(path: str | PathLike) -> Path:
+    """Write a Python program beside an ONNX file that classifies images with it. It needs
+    onnxruntime, numpy and Pillow alone, and prepares images as the model's image processor does.
+
+    Args:
+        path: the ONNX file, such as "m.onnx"; the program is "m_onnx.py".
+
+    Returns:
+        The program's path.
+
+    Raises:
+        ExistingFileError: a file of that name is there that this function did not write.
+        MissingFileError: it cannot be written.
+    """
+    target = check_program(path)
+    with staged(target) as temporary:
+        temporary.write_bytes(_PROGRAM.read_bytes())
+    return target
+
+
+_PROGRAM = Path(__file__).with_name("onnx_program.py")
+
+
+def check_program(path: str | PathLike) -> Path:
+    """The path of an ONNX file's program; ExistingFileError if somebody else's file is there."""
+    target = Path(path)
+    target = target.with_name(f"{target.stem}_onnx.py")
+    first = _PROGRAM.read_bytes().splitlines()[0]
+    ours = False
+    with suppress(OSError), target.open("rb") as stream:
+        ours = stream.read(len(first)) == first
+    if target.exists() and not ours:
+        raise ExistingFileError(
+            f"{target}: already there, and not a program that belongs to an ONNX file; nothing was "
+            "written. Move it, or choose another name for the ONNX file."
+        )
+    check_target(target, force=True)
+    return target
+
+
 def require(check: bool) -> None:
     """Raise InputError where a package is missing that is needed."""
     needed = ["onnx", "onnxscript", *(["onnxruntime"] if check else [])]
@@ -189,10 +230,7 @@ class Network(nn.Module):
         )
         if self.output == "logits":
             return found.logits  # (B, K)
-        hidden, config = found.last_hidden_state, self.model.config  # (B, S, D)
-        if config.use_cls_token:
-            return hidden[:, 0]  # (B, D)
-        return hidden[:, config.num_prefix_tokens :].mean(dim=1)  # (B, D)
+        return pooled_tokens(found.last_hidden_state, self.model.config)  # (B, D)
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -239,8 +277,8 @@ def _strip(graph: Any) -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep back what torch says about its own insides: deprecations, and operators of packages that
-    are not used here."""
+    """Silence torch's warnings about its own deprecations and about packages that are not used
+    here."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vit_common.checks import (
+    Interpolate,
     check_head_mask,
     check_image,
     check_labels,
@@ -195,7 +196,9 @@ class ViTEmbeddings(ViTPart):
         names = ("cls_token", "distillation_token", "register_tokens")
         return [getattr(self, name) for name in names if hasattr(self, name)]
 
-    def forward(self, pixel_values, bool_masked_pos=None, interpolate_pos_encoding: bool = False):
+    def forward(
+        self, pixel_values, bool_masked_pos=None, interpolate_pos_encoding: Interpolate = None
+    ):
         check_rank(pixel_values, "(batch, channels, height, width)")
         B, C, H, W = pixel_values.shape
         grid = check_image(C, H, W, self.config, interpolate=interpolate_pos_encoding)
@@ -337,6 +340,16 @@ class ViTSelfOutput(ViTPart):
         return self.dropout(hidden_states)
 
 
+def with_probabilities(hidden_states, probabilities, output_attentions: bool, part: ViTPart):
+    """What a block and its attention return: hidden states (B, S, D), with probabilities a pair.
+
+    Without them too BEiT's return a tuple in Transformers 4.57.6, and hooks expect what they do.
+    """
+    if output_attentions:
+        return hidden_states, probabilities
+    return (hidden_states,) if part.config.model_type == "beit" else hidden_states
+
+
 class ViTAttention(ViTPart):
     """Self-attention and the projection after it."""
 
@@ -353,12 +366,11 @@ class ViTAttention(ViTPart):
         output_attentions: bool = False,
         grid: tuple[int, int] | None = None,
     ):
-        """(B, S, D); with `output_attentions`, a pair of that and the probabilities."""
+        """As `ViTLayer`."""
         context, probabilities = self.attention(
             hidden_states, head_mask, bias, output_attentions, grid
         )
-        context = self.output(context)
-        return (context, probabilities) if output_attentions else context
+        return with_probabilities(self.output(context), probabilities, output_attentions, self)
 
 
 class ViTIntermediate(ViTPart):
@@ -433,7 +445,8 @@ class ViTLayer(ViTPart):
         output_attentions: bool = False,
         grid: tuple[int, int] | None = None,
     ):
-        """(B, S, D); with `output_attentions`, a pair of that and the probabilities.
+        """Hidden states (B, S, D); with `output_attentions`, a pair of these and the probabilities;
+        of BEiT a tuple in any case.
 
         Args:
             hidden_states: (B, S, D).
@@ -446,8 +459,9 @@ class ViTLayer(ViTPart):
             self.layernorm_before(hidden_states), head_mask, bias, output_attentions, grid
         )
         probabilities = None
-        if output_attentions:
-            attention_output, probabilities = attention_output
+        if isinstance(attention_output, tuple):
+            attention_output, *rest = attention_output
+            probabilities = rest[0] if rest else None
         if self.config.has_layer_scale:
             attention_output = attention_output * self.lambda_1
         attention_output = self.drop_path(attention_output)
@@ -458,7 +472,17 @@ class ViTLayer(ViTPart):
             mlp_output = mlp_output * self.lambda_2
         mlp_output = self.drop_path(mlp_output)
         hidden_states = mlp_output + hidden_states
-        return (hidden_states, probabilities) if output_attentions else hidden_states
+        return with_probabilities(hidden_states, probabilities, output_attentions, self)
+
+    @property
+    def norm1(self) -> nn.Module:
+        """The norm before attention, under DINOv2's name."""
+        return self.layernorm_before
+
+    @property
+    def norm2(self) -> nn.Module:
+        """The norm before the MLP, under DINOv2's name."""
+        return self.layernorm_after
 
 
 class ViTEncoder(ViTPart):
@@ -503,9 +527,9 @@ class ViTEncoder(ViTPart):
                 hidden_states = checkpoint(layer, *inputs, **self.gradient_checkpointing_kwargs)
             else:
                 hidden_states = layer(*inputs)
-            if output_attentions:
-                hidden_states, probabilities = hidden_states
-                all_attentions.append(probabilities)
+            if isinstance(hidden_states, tuple):
+                hidden_states, *probabilities = hidden_states
+                all_attentions += probabilities
             all_hidden_states.append(hidden_states)
         return BaseModelOutput(
             last_hidden_state=hidden_states,
@@ -574,7 +598,7 @@ class ViTModule(ViTPart):
         head_mask=None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
         return_dict: bool | None = None,
     ):
         """Run the network.
@@ -584,7 +608,9 @@ class ViTModule(ViTPart):
             bool_masked_pos: (B, N), 1 where a patch is replaced by the mask token.
             head_mask: (A,) or (L, A), multiplies the attention probabilities.
             output_attentions, output_hidden_states, return_dict: None means the config's.
-            interpolate_pos_encoding: accept other image sizes, resampling the positions.
+            interpolate_pos_encoding: accept other image sizes, resampling the positions; with
+                "crop" also sizes that hold no whole number of patches: the last rows and columns
+                of pixels are left out.
 
         Returns:
             `BaseModelOutputWithPooling`, or its tuple with `return_dict=False`.
@@ -599,7 +625,7 @@ class ViTModule(ViTPart):
         hidden_states = self.embeddings(
             pixel_values,
             bool_masked_pos=bool_masked_pos,
-            interpolate_pos_encoding=bool(interpolate_pos_encoding),
+            interpolate_pos_encoding=interpolate_pos_encoding,
         )
         P = self.config.patch_height_width
         outputs = self.encoder(
@@ -647,7 +673,7 @@ class ViTForImageClassificationModule(ViTPart):
         labels=None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
         return_dict: bool | None = None,
     ):
         """Run the network; arguments as `ViTModel`, and
@@ -737,7 +763,7 @@ class DeiTForImageClassificationWithTeacherModule(ViTPart):
         head_mask=None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
         return_dict: bool | None = None,
     ):
         """Run the network; arguments as `ViTModel`.
@@ -786,7 +812,7 @@ class BeitForMaskedImageModelingModule(ViTPart):
         labels=None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
         return_dict: bool | None = None,
     ):
         """Run the network; arguments as `ViTModel`, and
@@ -864,7 +890,7 @@ class ViTForMaskedImageModelingModule(ViTPart):
         head_mask=None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
         return_dict: bool | None = None,
     ):
         """Run the network; arguments as `ViTModel`. With `bool_masked_pos`, `loss` is in the

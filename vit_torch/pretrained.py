@@ -6,11 +6,10 @@ Constructors, calls and methods are those of Transformers 4.57.6 (`models/vit/mo
 
 from __future__ import annotations
 
-import inspect
+import contextlib
+import copy
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,12 +18,12 @@ import torch
 from vit_common.config import ViTConfig, as_config
 from vit_common.errors import InputError
 from vit_common.files.containers.tensor import DTYPES, Tensor
-from vit_common.files.hub import PUSH_OPTIONS, push_folder, push_if_asked
 from vit_common.parameters import initial_value, parameter_shapes
 from vit_convert.formats import table_for
 from vit_convert.load import Loadable, is_finite, load_parameters, warn_if_not_finite
-from vit_convert.save import SaveFormat, check_save_keywords, save_parameters
+from vit_convert.save import Savable, SaveFormat
 from vit_convert.source import Source
+from vit_torch.attention import check_implementation
 from vit_torch.base import ModelBase
 from vit_torch.model import (
     ViTForImageClassificationModule,
@@ -38,13 +37,20 @@ _ALWAYS_SO: dict[str, tuple[Any, ...]] = {
     "low_cpu_mem_usage": (None, True, False),
     "use_safetensors": (None, True),
     "weights_only": (None, True),
-    "device_map": (None,),
     "variant": (None,),
-    "output_loading_info": (None, False),
+    "max_memory": (None,),
+    "offload_folder": (None,),
+    "offload_state_dict": (None, False),
+    "quantization_config": (None,),
+    "tp_plan": (None,),
+    "_fast_init": (None, True, False),
 }
 
 
-class ViTPreTrainedModel(Loadable, ModelBase):
+DeviceMap = str | int | torch.device | Mapping[str, Any] | None
+
+
+class ViTPreTrainedModel(Loadable, Savable, ModelBase):
     """Base of the models: `ModelBase`, with files in and out."""
 
     _preferred_files: ClassVar = (
@@ -84,6 +90,33 @@ class ViTPreTrainedModel(Loadable, ModelBase):
             use_mask_token=getattr(self, "use_mask_token", False),
         )
 
+    def _shapes(self) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
+        """Name -> shape of every tensor in this model's files, and the names among them that belong
+        to parts of a subclass or to modules assigned to an attribute."""
+        shapes = self._canonical_shapes()
+        state = self.state_dict()
+        if state.keys() == shapes.keys() and not self._is_customized():
+            return shapes, frozenset()
+        network, prefix = self.base_model, ""
+        if network is not self:
+            prefix = f"{self.base_model_prefix}."
+        known = {f"{prefix}{name}" for name in parameter_shapes(self.config, None)}
+        if isinstance(network, ViTPreTrainedModel):
+            known |= {f"{prefix}{name}" for name in network._canonical_shapes()}
+        known |= {n for n, tensor in state.items() if tuple(tensor.shape) == shapes.get(n)}
+        own = frozenset(name for name in state if name not in known)
+        return {name: tuple(tensor.shape) for name, tensor in state.items()}, own
+
+    @classmethod
+    def _is_customized(cls) -> bool:
+        """Whether this is a subclass written outside this package."""
+        return not cls.__module__.startswith("vit_torch.")
+
+    @classmethod
+    def _constructor_keywords(cls) -> list[str]:
+        names = super()._constructor_keywords()
+        return [*names, *(["attn_implementation"] if "attn_implementation" not in names else [])]
+
     # -- files
 
     @classmethod
@@ -97,6 +130,8 @@ class ViTPreTrainedModel(Loadable, ModelBase):
         ignore_mismatched_sizes: bool = False,
         allow_missing: bool = False,
         ignore: Iterable[str] = (),
+        output_loading_info: bool = False,
+        device_map: DeviceMap = None,
         format: str | None = None,
         from_flax: bool = False,
         **kwargs: Any,
@@ -109,14 +144,19 @@ class ViTPreTrainedModel(Loadable, ModelBase):
             *model_args: further positional arguments of the constructor.
             config: configuration, or where to read it, if not beside the weights.
             dtype, torch_dtype: dtype of the parameters, "auto" for the file's; None is float32.
-            ignore_mismatched_sizes: draw parameters anew whose shape does not match.
-            allow_missing: draw parameters of the network anew that the file does not have; without
-                it only those of a head may be missing.
+            ignore_mismatched_sizes: draw parameters anew that have another shape in the file.
+            allow_missing: draw parameters of the network anew that the file lacks; without it only
+                those of a head may be missing.
             ignore: regular expressions of names in the file that may be left over. Without it,
                 tensors of the network that the model has no place for are an error, and so is a
                 trained head while one is drawn anew: see `vit_convert.leftovers`.
-            format: of the weights ("timm", "google", ...; see docs/convert.md), where their names
-                do not tell it.
+            output_loading_info: return `(model, info)`, `info` with the lists of names
+                `missing_keys`, `unexpected_keys`, `mismatched_keys`, and with `error_msgs`.
+            device_map: device to load onto: a name, number or `torch.device`; `{"": device}`; or
+                "auto", the first GPU if there is one. None is torch's default device. A model is
+                not split over several devices.
+            format: the weights' format ("timm", "google", ...; see docs/convert.md), if it cannot
+                be detected.
             from_flax: prefer weights in Flax's layout where there are both. (Both are read
                 without it.)
             **kwargs: options of the Hub (`revision`, `subfolder`, `token`, `cache_dir`,
@@ -130,6 +170,10 @@ class ViTPreTrainedModel(Loadable, ModelBase):
             MissingFileError: there is nothing of that name, or it cannot be reached.
             ConfigError: the configuration is not of this architecture.
             CheckpointError: the weights are corrupt, incomplete or do not fit.
+
+        Example:
+            >>> model = ViTForImageClassification.from_pretrained("google/vit-base-patch16-224")
+            >>> model(pixel_values).logits.shape
         """
         options = {**kwargs, "config": config, "format": format, "from_flax": from_flax}
         source, loading = cls.open_pretrained(
@@ -144,6 +188,8 @@ class ViTPreTrainedModel(Loadable, ModelBase):
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 allow_missing=allow_missing,
                 ignore=ignore,
+                output_loading_info=output_loading_info,
+                device_map=device_map,
                 **loading,
             )
 
@@ -157,29 +203,40 @@ class ViTPreTrainedModel(Loadable, ModelBase):
         ignore_mismatched_sizes: bool = False,
         allow_missing: bool = False,
         ignore: Iterable[str] = (),
+        output_loading_info: bool = False,
+        device_map: DeviceMap = None,
         **kwargs: Any,
     ) -> Any:
         """Load a model of an opened checkpoint, which stays open.
 
         Args:
             source: what `vit_convert.source.open_source` gives.
-            *model_args, dtype, torch_dtype, ignore_mismatched_sizes, allow_missing, ignore: as
-                `from_pretrained`.
+            *model_args, dtype, torch_dtype, ignore_mismatched_sizes, allow_missing, ignore,
+                output_loading_info, device_map: as `from_pretrained`.
             **kwargs: arguments of the constructor, beside those that `source` holds.
 
         Returns, Warns, Raises: as `from_pretrained`.
         """
         wanted = parse_dtype(torch_dtype if dtype is None else dtype)
+        device = parse_device(device_map)
         make: Any = cls
-        with torch.device("meta"):
-            model = make(
-                as_config(source.config, cls.config_class),
-                *model_args,
-                **{**source.left_over, **kwargs},
-            )
+        arguments = {**source.left_over, **kwargs}
+        config = as_config(source.config, cls.config_class)
+        if "attn_implementation" in arguments:  # the constructor of a subclass need not take it
+            config = copy.copy(config)
+            config._attn_implementation = check_implementation(arguments.pop("attn_implementation"))
+        elif not source.config_given and config._attn_implementation is None:
+            config = copy.copy(config)  # it says what runs, as in Transformers
+            config._attn_implementation = "sdpa"
+        # A subclass may compute with what it builds, so that is built on a real device.
+        place = contextlib.nullcontext() if cls._is_customized() else torch.device("meta")
+        with place:
+            model = make(config, *model_args, **arguments)
+        shapes, own = model._shapes()
         loaded = load_parameters(
             source,
-            model._canonical_shapes(),
+            shapes,
+            own=own,
             model=cls.__name__,
             config=model.config,
             allow_missing=allow_missing,
@@ -187,21 +244,25 @@ class ViTPreTrainedModel(Loadable, ModelBase):
             ignore=ignore,
         )
         if wanted is None:
-            first = next(iter(loaded.tensors.values()), None)
+            floating = (tensor for name, tensor in loaded.tensors.items() if name not in own)
+            first = next(floating, None)
             wanted = torch.float32 if first is None else getattr(torch, first.dtype.name)
-        device = torch.get_default_device()
         state, not_finite = {}, []
         for name, tensor in loaded.tensors.items():
             array = tensor.read()
             if not is_finite(array):
                 not_finite.append(name)
-            state[name] = to_torch(array).to(device, wanted)
+            value = to_torch(array).to(device)
+            state[name] = value.to(wanted) if value.is_floating_point() else value
         warn_if_not_finite(source.path, not_finite)
-        shapes = model._canonical_shapes()
         for name in loaded.missing:
-            state[name] = draw_parameter(name, shapes[name], model.config).to(device, wanted)
-        model.load_state_dict(state, strict=True, assign=True)
-        return model.eval()
+            if name not in own:  # the constructor has drawn those
+                state[name] = draw_parameter(name, shapes[name], model.config).to(device, wanted)
+        model.load_state_dict(state, strict=not own, assign=True)
+        model = (model.to(device, wanted) if own else model).eval()
+        if device_map is not None:
+            model.hf_device_map = {"": device}
+        return (model, loaded.info) if output_loading_info else model
 
     def save_pretrained(
         self,
@@ -235,8 +296,7 @@ class ViTPreTrainedModel(Loadable, ModelBase):
             MissingFileError: the directory or a file cannot be written.
             InputError: `state_dict` does not fit, or a bad option.
         """
-        keywords = inspect.signature(self.save_pretrained).parameters
-        check_save_keywords(f"{type(self).__name__}.save_pretrained", kwargs, keywords)
+        self._check_save_keywords(kwargs)
         if not is_main_process:
             return
         if not safe_serialization:
@@ -245,7 +305,7 @@ class ViTPreTrainedModel(Loadable, ModelBase):
                 'leave it out to write model.safetensors, or pass `to="flax"`.'
             )
         state = dict(self.state_dict() if state_dict is None else state_dict)
-        shapes = self._canonical_shapes()
+        shapes, own = self._shapes()
         wrong = [name for name in shapes if name not in state]
         wrong += [name for name in state if name not in shapes]
         if wrong:
@@ -257,38 +317,14 @@ class ViTPreTrainedModel(Loadable, ModelBase):
         ]
         if wrong:
             raise InputError("`state_dict`: " + "; ".join(wrong) + ".")
-        written = save_parameters(
+        self._save(
             save_directory,
-            self.config,
             {name: lazily(name, state[name]) for name in shapes},
             to=to or "hub",
-            architecture=type(self).__name__,
             max_shard_size=max_shard_size,
+            upload={**kwargs, "push_to_hub": push_to_hub, "token": token},
+            own=own,
         )
-        options = {**kwargs, "push_to_hub": push_to_hub, "token": token}
-        push_if_asked(Path(save_directory), options, files=[path.name for path in written])
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Save into a temporary directory and upload it to the Hub.
-
-        Args:
-            repo_id: "owner/name"; made if it is not there.
-            **kwargs: `token`, `private`, `commit_message`, `revision`, `create_pr` for the Hub;
-                `max_shard_size`, `to` as `save_pretrained`.
-
-        Returns:
-            The address of the upload.
-
-        Raises:
-            MissingFileError: the Hub refuses or cannot be reached.
-        """
-        names = ("max_shard_size", "safe_serialization", "to")
-        saving = {name: kwargs.pop(name) for name in names if name in kwargs}
-        check_save_keywords(f"{type(self).__name__}.push_to_hub", kwargs, names)
-        with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(directory, **saving)
-            options = {name: value for name, value in kwargs.items() if name in PUSH_OPTIONS}
-            return push_folder(directory, repo_id, **options)
 
 
 class ViTModel(ViTPreTrainedModel, ViTModule):
@@ -379,8 +415,37 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
+def parse_device(device_map: DeviceMap) -> torch.device:
+    """The one device that a `device_map` of Transformers 4.57.6 means.
+
+    Raises:
+        InputError: it is no device, or means several.
+    """
+    wanted = device_map
+    if isinstance(wanted, Mapping):
+        if len({str(device) for device in wanted.values()}) != 1:
+            raise InputError(
+                "`device_map` must name one device, as a model is not split over several here; "
+                f"given {device_map!r}. Pass a device such as 'cuda:0'."
+            )
+        (wanted, *_) = wanted.values()
+    if wanted is None:
+        return torch.get_default_device()
+    if isinstance(wanted, str) and wanted in ("auto", "balanced", "balanced_low_0", "sequential"):
+        wanted = "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        if isinstance(wanted, bool) or (isinstance(wanted, int) and wanted < 0):
+            raise TypeError
+        return torch.device(f"cuda:{wanted}" if isinstance(wanted, int) else wanted)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            "`device_map` must be a device ('cpu', 'cuda:0', a number of a GPU), {'': device} or "
+            f"'auto'; given {device_map!r}."
+        ) from error
+
+
 def to_torch(array: np.ndarray) -> torch.Tensor:
-    """A torch tensor of what a checkpoint's tensor read, with no more copies than needed.
+    """A torch tensor from a checkpoint's array, copied only where needed.
 
     What a file reader gives is fresh memory unless it is marked read-only.
     """
@@ -392,13 +457,13 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
 
 
 def lazily(name: str, tensor: torch.Tensor) -> Tensor:
-    """A torch tensor, as the converter wants to see it."""
+    """A torch tensor as the converter's `Tensor`, converted when it is read."""
     dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")]
     return Tensor(name, tuple(tensor.shape), dtype, lambda: to_numpy(tensor))
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A numpy array of the same bits; bfloat16 as the type of `ml_dtypes`."""
+    """A numpy array of the same bits; bfloat16 has the dtype of `ml_dtypes`."""
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         import ml_dtypes

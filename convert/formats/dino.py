@@ -26,7 +26,8 @@ FORMATS = (
         settings={"layer_norm_eps": EPS, "position_resize": "bicubic_offset"},
         clues=(
             Clue(20, lambda found: found.root.startswith(("teacher", "student"))),
-            Clue(30, lambda found: found.has(f"{_PROJECTION}|{_MASKED}")),
+            # With its last layer: a classifier of one's own may be called "head.mlp".
+            Clue(30, lambda found: found.has(rf"head\.last_layer\d?\..*|{_MASKED}")),
         ),
         candidate=True,
         refuses=REFUSES,

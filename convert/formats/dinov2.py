@@ -6,6 +6,7 @@ Source: `dinov2/models/vision_transformer.py` and `dinov2/data/transforms.py`.
 from __future__ import annotations
 
 from vit_common.config import ViTConfig
+from vit_common.images.options import HALF_TO_EVEN  # torchvision crops so
 from vit_common.images.processors import BitImageProcessor
 from vit_convert.formats.format import Clue, Format, Implied, Rule
 from vit_convert.formats.huggingface import gated, plain
@@ -44,7 +45,10 @@ def _preprocessing(config: ViTConfig) -> Implied | None:
         return None
     # Evaluated at 224, whatever size the positions are of.
     processor = BitImageProcessor(
-        size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, **IMAGENET
+        size={"shortest_edge": 256},
+        crop_size={"height": 224, "width": 224},
+        crop_rounding=HALF_TO_EVEN,
+        **IMAGENET,
     )
     return processor, "the published evaluation of dinov2"
 

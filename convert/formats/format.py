@@ -1,6 +1,6 @@
-"""What is known of a format: the rows of its table, and everything else, in one place.
+"""Everything the converter knows about a format is a field of `Format`, rows of its table included.
 
-Nothing outside this folder names a format: what the converter has to know of one is a field here.
+Code outside this folder asks those fields and never compares names of formats.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Files:
 
 
 class Found(NamedTuple):
-    """What is known of a file when its format is told.
+    """What is known of a file when its format is detected.
 
     Attributes:
         keys: names in it, without what stands before all of them.
@@ -102,7 +102,7 @@ class Found(NamedTuple):
 
 
 class Clue(NamedTuple):
-    """What tells a format from others that have all its names.
+    """A sign that distinguishes a format from others with all the same names.
 
     Attributes:
         rank: of several formats with a clue that holds, the one with the lowest rank is meant.
@@ -159,8 +159,8 @@ class Format:
         lacks: foreign names with which a file is not in this format.
         refuses: (pattern, what it is) of keys of networks that no model here is.
         parts: (pattern, what it is) of keys that change the network and that no model here has.
-        clues: what tells it from formats with the same names.
-        candidate: whether it is named where nothing tells which format a file is in.
+        clues: signs that distinguish it from formats with the same names.
+        candidate: whether it is named in the error where no sign decides between formats.
         settings: fields of the config that networks in this format have, where they differ from
             the defaults of the family.
         relative_resize: how relative positions of networks in this format are resampled.

@@ -190,14 +190,17 @@ FORMATS = (
         _V5_NAMES,
         False,
     ),
-    _format(
-        ("vit",),
-        _top() + _block(_SAME, _V4),
-        "Hub vit_mae encoder",
-        False,
-        ignored=(
-            *_NO_WEIGHTS,
-            (r"decoder\..*", "the decoder of masked autoencoding, not part of the encoder"),
-        ),
+    *(
+        _format(
+            ("vit",),
+            _top() + block,
+            f"Hub vit_mae encoder, names of Transformers {version}",
+            False,
+            ignored=(
+                *_NO_WEIGHTS,
+                (r"decoder\..*", "the decoder of masked autoencoding, not part of the encoder"),
+            ),
+        )
+        for version, block in (("v4", _block(_SAME, _V4)), ("v5", _block(BLOCK, _V5)))
     ),
 )

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vit_common.config import ViTConfig
+from vit_common.images.options import HALF_TO_EVEN  # torchvision crops so
 from vit_common.images.processors import BitImageProcessor
 from vit_convert.formats.format import Clue, Files, Format, Implied, Rule
 from vit_convert.formats.timm_config import timm_config
@@ -140,6 +141,7 @@ def cut_out(config: ViTConfig, name: str, enlarged: int | None = None) -> Implie
     processor = BitImageProcessor(
         size={"shortest_edge": enlarged or int(height * 256 / 224)},
         crop_size={"height": height, "width": width},
+        crop_rounding=HALF_TO_EVEN,
         **IMAGENET,
     )
     return processor, f"the published evaluation of {name}"

@@ -51,6 +51,12 @@ POOLING = "timm's global_pool"
 TRANSFORM = "timm's pretrained_cfg"
 """What says a field, in a report."""
 
+# Keys of Transformers' `timm_wrapper` around timm's file.
+_OF_WRAPPER = (
+    "model_type", "architectures", "do_pooling", "dtype", "torch_dtype", "initializer_range",
+    "transformers_version",
+)  # fmt: skip
+
 _FAMILIES = {"vit": "vit", "deit": "deit", "beit": "beit"}
 
 
@@ -63,7 +69,7 @@ def timm_config(config: ViTConfig, timm: Mapping[str, Any] | None, processor: An
         processor: what prepares images, if that is known.
     """
     height, width = config.image_height_width
-    table: dict[str, Any] = dict(timm or {})
+    table = {name: value for name, value in (timm or {}).items() if name not in _OF_WRAPPER}
     args = dict(table.get("model_args") or {})
     if timm is None:
         table["architecture"], args = _architecture(config)
@@ -180,9 +186,9 @@ def read_timm_config(timm: Mapping[str, Any], note: Callable[..., None]) -> None
     if architecture not in HEADS:
         # Other networks can have the same names: vit_base_patch16_rpn_224 has its norms elsewhere.
         raise ConfigError(
-            f"timm's config.json: `architecture` is {architecture!r}, whose network is not known "
-            "to be one of those here. If it is, convert the weights file apart from its "
-            "config.json, and say with options what the weights do not."
+            f"timm's config.json: `architecture` is {architecture!r}, which is not one of the "
+            "networks known here. If its network is the same as one of them, move the weights "
+            "away from this config.json and give what they do not say as options."
         )
     activation = ACTIVATIONS.get(architecture, "gelu")
     note(
@@ -210,7 +216,7 @@ def read_timm_config(timm: Mapping[str, Any], note: Callable[..., None]) -> None
     if odd:
         raise ConfigError(
             f"timm's config.json: `model_args` has {', '.join(odd)}, which changes the network and "
-            "is not understood here; this model cannot be converted."
+            "is not supported; this model cannot be converted."
         )
 
 

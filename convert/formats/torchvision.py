@@ -9,6 +9,7 @@ from __future__ import annotations
 from PIL.Image import Resampling
 
 from vit_common.config import ViTConfig
+from vit_common.images.options import HALF_TO_EVEN  # torchvision crops so
 from vit_common.images.processors import BitImageProcessor
 from vit_convert.formats.format import Format, Implied, Rule
 from vit_convert.formats.timm import EPS, IMAGENET, LAYER, dense, keep
@@ -59,6 +60,7 @@ def _preprocessing(config: ViTConfig) -> Implied | None:
             size={"shortest_edge": height},
             crop_size=crop,
             resample=Resampling.BICUBIC,
+            crop_rounding=HALF_TO_EVEN,
             **IMAGENET,
         )
         return processor, "torchvision's IMAGENET1K_SWAG_E2E_V1"
@@ -67,6 +69,7 @@ def _preprocessing(config: ViTConfig) -> Implied | None:
         size={"shortest_edge": _ENLARGED.get((config.hidden_size, patch), 256)},
         crop_size=crop,
         resample=Resampling.BILINEAR,
+        crop_rounding=HALF_TO_EVEN,
         **IMAGENET,
     )
     return processor, (

@@ -14,7 +14,10 @@ from vit_cli.terminal.results import print_titled
 from vit_common.files.labels import read_labels
 
 # As `vit_convert.formats` has them; repeated here so that `--help` need not load it.
-_WRITTEN = ("hub", "flax", "flax-safetensors", "timm", "deit", "dino", "beit", "dinov2", "google")
+_WRITTEN = (
+    "hub", "flax", "flax-safetensors", "timm", "deit", "dino", "beit", "dinov2", "torchvision",
+    "google",
+)  # fmt: skip
 _BIG = 200_000_000
 """Bytes from which there is a progress bar."""
 
@@ -51,7 +54,9 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--preprocessing",
         metavar="FILE",
-        help="preprocessor_config.json, or a model with one, instead of what the source implies",
+        help="how images are prepared, instead of what the source implies: a "
+        "preprocessor_config.json, a model with one, or imagenet, inception or clip, if need be "
+        "with a crop (imagenet:0.95)",
     )
     parser.add_argument(
         "--max-shard-size",

@@ -178,11 +178,16 @@ def _export_onnx(name: str, path: Path, options: Options) -> Export:
             "ONNX files are made by PyTorch, which is not installed; run: pip install torch onnx "
             "onnxscript onnxruntime"
         )
-    from vit_torch.export import export, require
+    from vit_torch.export import check_program, export, require, write_program
 
     require(options.check)
+    if path.suffix.lower() == ".onnx":
+        check_program(path)
     found = _open(name, options)
-    return export(_torch_model(found), path, image_processor=found.processor, **_common(options))
+    report = export(_torch_model(found), path, image_processor=found.processor, **_common(options))
+    if path.suffix.lower() == ".onnx":
+        report.program = write_program(path)
+    return report
 
 
 class _Found(NamedTuple):
@@ -274,6 +279,8 @@ def _lines(report: Export, to: str, name: str) -> Iterator[tuple[str, str]]:
     labels = metadata["labels"]
     yield "gives", metadata["output"] + (f" of {len(labels)} classes" if labels else "")
     yield "wrote", f"{report.path}: {report.bytes / 1e6:,.1f} MB"
+    if report.program is not None:
+        yield "beside it", f"{report.program}: classifies images with onnxruntime alone"
     if report.check is None:
         yield "check", "none: --no-check was given"
         return

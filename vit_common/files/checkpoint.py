@@ -17,11 +17,17 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from vit_common.errors import CheckpointError, InputError, MissingFileError, some
-from vit_common.files.containers import flax_msgpack, numpy_zip, safetensors_file, torch_pickle
+from vit_common.errors import CheckpointError, InputError, MissingFileError, shown, some
+from vit_common.files.containers import (
+    flax_msgpack,
+    numpy_zip,
+    orbax_folder,
+    safetensors_file,
+    torch_pickle,
+)
 from vit_common.files.containers.tensor import DataFile, Progress, Tensor, as_tensor, no_progress
 from vit_common.files.replace import make_directory, replace_files, write_text
-from vit_common.files.texts import LFS_POINTER, lfs_pointer, read_json, shown
+from vit_common.files.texts import LFS_POINTER, cut, lfs_pointer, read_json
 
 __all__ = [
     "Checkpoint",
@@ -36,7 +42,7 @@ __all__ = [
     "write_text",
 ]
 
-Container = Literal["safetensors", "msgpack", "npz", "torch"]
+Container = Literal["safetensors", "msgpack", "npz", "torch", "orbax"]
 
 _EXTENSIONS: dict[str, Container] = {
     ".safetensors": "safetensors",
@@ -118,6 +124,10 @@ def open_checkpoint(path: str | PathLike) -> Checkpoint:
     path = Path(path)
     if path.name.endswith(INDEX_SUFFIX):
         return _open_shards(path)
+    if path.is_dir() and (folder := orbax_folder.find(path)) is not None:
+        checkpoint = Checkpoint(path, "orbax", orbax_folder.read(folder), {}, [])
+        checkpoint.files = sorted(file for file in folder.rglob("*") if file.is_file())
+        return checkpoint
     file = DataFile(path)
     try:
         container = _container_of(file)
@@ -178,7 +188,9 @@ def shard_names(index: str | PathLike) -> dict[str, list[str]]:
     shards: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise CheckpointError(f"{path}: {name!r} must map to a file name; given {shard!r}.")
+            raise CheckpointError(
+                f"{path}: {shown(name)} must map to a file name; given {shown(shard)}."
+            )
         shards.setdefault(shard, []).append(name)
     # A snapshot in the Hub's cache is made of links out of it, so a link is no fault; a name is.
     outside = [s for s in shards if not s or s in (".", "..") or re.search(r"[/\\:\x00]", s)]
@@ -201,7 +213,7 @@ def _open_shards(path: Path) -> Checkpoint:
             try:
                 part = open_checkpoint(path.parent / shard)
             except MissingFileError as error:
-                faults.append(f"shard {shard} of {len(expected)} tensors: {error}")
+                faults.append(f"shard {shard[:200]} of {len(expected)} tensors: {cut(str(error))}")
                 continue
             opened.append(part)
             wanted = set(expected)
@@ -231,7 +243,7 @@ def _open_shards(path: Path) -> Checkpoint:
 
 
 def _some(names: Iterable[str]) -> str:
-    return some(map(repr, names), _SHOWN)
+    return some(map(shown, names), _SHOWN)
 
 
 # -- writing

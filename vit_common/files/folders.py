@@ -54,11 +54,11 @@ def change_folder(
     with contextlib.ExitStack() as locks:
         try:
             other.mkdir()
-            # Both: once they have exchanged their names, the other one is what has to be deleted.
-            for folder in (other, directory):
-                descriptor = os.open(folder, os.O_RDONLY)
-                locks.callback(os.close, descriptor)
-                take_lock(descriptor)
+            # So that nobody takes it for a leftover. Of the folder itself, which has that name once
+            # it is replaced, the caller has the `turn`.
+            descriptor = os.open(other, os.O_RDONLY)
+            locks.callback(os.close, descriptor)
+            take_lock(descriptor)
         except _CANNOT:
             with contextlib.suppress(OSError):
                 other.rmdir()

@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from vit_common.errors import InputError, MissingFileError, some, warn
 from vit_common.files.checkpoint import INDEX_SUFFIX, shard_names
+from vit_common.files.containers import orbax_folder
 from vit_common.files.texts import reason
 from vit_common.versions import PACKAGE
 
@@ -29,7 +30,7 @@ HUB_OPTIONS = (
     "force_download",
     "proxies",
 )
-"""Options of `from_pretrained` that say which file, rather than what to do with it."""
+"""Keywords of `from_pretrained` that say which files are meant and how they are fetched."""
 
 PUSH_OPTIONS = (
     "repo_id",
@@ -42,7 +43,7 @@ PUSH_OPTIONS = (
 )
 """Options of an upload."""
 
-# What Transformers 4.57.6 also takes there, and what changes nothing here: downloads always
+# Keywords that Transformers 4.57.6 takes too, without effect here: downloads always
 # resume, and no code of a repository is ever run.
 _WITHOUT_EFFECT = (
     "resume_download",
@@ -91,7 +92,7 @@ class _Repository(NamedTuple):
 
 
 def split_hub_options(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part the keywords of a `from_pretrained` call: (those that name a file, the rest).
+    """Split the keywords of a `from_pretrained` call: (`HUB_OPTIONS`, the rest).
 
     Older spellings that Transformers 4.57.6 accepts are taken too: `use_auth_token` becomes
     `token`; those without effect here are dropped.
@@ -198,6 +199,8 @@ class ModelFiles:
         if place.is_file():
             return place
         found = [place / name for name in names if (place / name).is_file()]
+        if not found and orbax_folder.find(place) is not None:
+            return place
         if not found:
             raise MissingFileError(
                 f"{place}: no weights there; looked for {', '.join(names)}; {_contents(place)}"
@@ -208,7 +211,7 @@ class ModelFiles:
     # -- of a repository
 
     def _fetch(self, filename: str, alone: str | None = None) -> Path:
-        """A file from the Hub; from the cache only, where `alone` gives a reason for that."""
+        """A file from the Hub; only from the cache if `alone` gives a reason for that."""
         assert isinstance(self._place, _Repository)
         if alone is None:
             if not self._asked:
@@ -357,7 +360,7 @@ def _list_files(place: _Repository, hub: Mapping[str, Any]) -> list[str] | None:
 
 
 def _why_not_asked(place: _Repository, filename: str, hub: Mapping[str, Any]) -> str | None:
-    """Why the cache alone has to do; None where the Hub answers.
+    """Why only the cache can be used; None if the Hub answers.
 
     Versions of `huggingface_hub` from 0.36 on ask six times in 24 seconds, print every attempt,
     and some only then look into their cache; so the first question is asked here, once.
@@ -403,7 +406,7 @@ def _proxies(hub: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _download(place: _Repository, filename: str, hub: Mapping[str, Any], alone: str | None) -> Path:
-    """The file, from the Hub; from the cache alone where `alone` gives a reason for that."""
+    """The file, from the Hub; only from the cache if `alone` gives a reason for that."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     name, revision = place.name, place.revision
@@ -527,7 +530,7 @@ def push_folder(
 
     Args:
         directory: where the files are. Subdirectories are not looked into.
-        repo_id: "owner/name", or "name" in the namespace of the one who is logged in.
+        repo_id: "owner/name", or "name" in the namespace of the user who is logged in.
         files: names of the files to upload; None takes every weights file, JSON file and model
             card (`.safetensors`, `.msgpack`, `.json`, `.md`), and nothing else that lies there.
         token: None takes the one of `hf auth login`.

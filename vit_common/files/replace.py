@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from vit_common.errors import ExistingFileError, MissingFileError, ViTError
 from vit_common.files.folders import change_folder, flush_directory
-from vit_common.files.staging import delete_leftovers, stage, staged_files
+from vit_common.files.staging import delete_leftovers, stage, staged_files, turn
 from vit_common.files.texts import reason
 
 
@@ -72,7 +72,8 @@ def replace_files(
                 if final.is_dir():
                     raise IsADirectoryError("a directory has that name")
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-                descriptor = os.open(staging / name, flags, 0o666)
+                with turn(directory):
+                    descriptor = os.open(staging / name, flags, 0o666)
                 staged.append((staging / name, final))
                 with open(descriptor, "wb") as stream:
                     write(stream)
@@ -176,6 +177,11 @@ def move_files(source: Path, directory: Path, stale: Iterable[str] = ()) -> list
 
 def _publish(directory: Path, staged: list[tuple[Path, Path]], stale: list[str]) -> list[str]:
     """Give every temporary file its name, and the `stale` ones that are left to be deleted."""
+    with turn(directory):
+        return _publish_now(directory, staged, stale)
+
+
+def _publish_now(directory: Path, staged: list[tuple[Path, Path]], stale: list[str]) -> list[str]:
     if len(staged) == 1 and not stale:
         os.replace(*staged[0])  # atomic by itself
         return []

@@ -13,7 +13,9 @@ import contextlib
 import os
 import re
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -24,6 +26,8 @@ except ImportError:  # no Unix
 
 LOCK = ".lock"
 _TRIES = 100
+_PATIENCE = 10.0
+"""Seconds that others are waited for."""
 
 
 @contextlib.contextmanager
@@ -39,11 +43,12 @@ def stage(directory: Path, name: str, also: Iterable[str] = ()) -> Iterator[Path
         OSError: the folder cannot be made.
     """
     delete_leftovers(directory, {name, *also})
-    path, lock = _make(directory, name)
+    with turn(directory):
+        path, lock = _make(directory, name)
     try:
         yield path
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), turn(directory):
             _delete(path)
         os.close(lock)
 
@@ -80,6 +85,33 @@ def take_lock(descriptor: int) -> bool | None:
     return True
 
 
+@contextlib.contextmanager
+def turn(directory: Path) -> Iterator[None]:
+    """Wait until nobody else gives files in a folder their names; then keep others from it.
+
+    To do that, `change_folder` puts another folder in its place: what is made or looked up in it
+    meanwhile could be missed. After a few seconds, and where there are no locks, the block runs
+    all the same.
+    """
+    end = time.monotonic() + _PATIENCE
+    while True:
+        descriptor = None
+        with contextlib.suppress(OSError):
+            descriptor = os.open(directory, os.O_RDONLY)
+        if descriptor is None:
+            break
+        taken = take_lock(descriptor)
+        if (taken is not False and _is(directory, descriptor)) or time.monotonic() > end:
+            break
+        os.close(descriptor)
+        time.sleep(0.002)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def _is(path: Path, descriptor: int) -> bool:
     """Whether the file of that name is still this one."""
     try:
@@ -102,13 +134,13 @@ def delete_leftovers(directory: Path, names: Iterable[str], *, alone: bool = Fal
     token = r"\.[a-z0-9_]{8}\.(tmp|old)"
     pattern = re.compile(rf"\.+({'|'.join(names)})({token})+")
     with contextlib.suppress(OSError):  # they are in nobody's way
-        found = [entry for entry in os.scandir(directory) if pattern.fullmatch(entry.name)]
-        for entry in found:
+        for path in [Path(directory, n) for n in os.listdir(directory) if pattern.fullmatch(n)]:
             with contextlib.suppress(OSError):
-                if entry.is_dir(follow_symlinks=False):
-                    _delete_unheld(Path(entry.path))
-                elif alone and entry.is_file(follow_symlinks=False):
-                    os.unlink(entry.path)
+                mode = path.lstat().st_mode
+                if stat.S_ISDIR(mode):
+                    _delete_unheld(path)
+                elif alone and stat.S_ISREG(mode):
+                    path.unlink()
 
 
 def _delete_unheld(path: Path) -> None:
@@ -117,7 +149,7 @@ def _delete_unheld(path: Path) -> None:
     try:
         held = os.open(lock, os.O_RDWR)
     except FileNotFoundError:
-        if not any(os.scandir(path)):
+        if not os.listdir(path):
             os.rmdir(path)  # made just now, or its files were deleted and it was not
             return
         lock = path  # one that `change_folder` makes: it locks the folder itself
@@ -131,13 +163,11 @@ def _delete_unheld(path: Path) -> None:
 
 def _delete(path: Path) -> None:
     """Delete a folder, its lock last: until then it can be told from one that is being made."""
-    for entry in list(os.scandir(path)):
-        if entry.name == LOCK:
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path, ignore_errors=True)
+    for each in staged_files(path):
+        if each.is_dir() and not each.is_symlink():
+            shutil.rmtree(each, ignore_errors=True)
         else:
-            os.unlink(entry.path)
+            each.unlink()
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path / LOCK)
     os.rmdir(path)

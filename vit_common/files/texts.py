@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from vit_common.errors import CheckpointError, MissingFileError
+from vit_common.errors import CheckpointError, MissingFileError, shown
 
 MAX_JSON_BYTES = 100_000_000
 """Longest JSON text that is read: the bound safetensors sets for its header."""
@@ -17,16 +17,21 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """First bytes of the stand-in that `git clone` leaves where git-lfs is not installed."""
 
 
+_LONGEST = 600
+"""Characters of a message: a file can have names and values of any length."""
+
+
+def cut(text: str) -> str:
+    """A message as it is, or without its middle where it is long."""
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST - 150]} [...] {text[-150:]}"
+
+
 def reason(error: BaseException) -> str:
     """What went wrong, as a few words on one line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())
-
-
-def shown(value: object, most: int = 100) -> str:
-    """A value for a message: as Python writes it, and cut where it is long."""
-    text = repr(value[: 2 * most]) if isinstance(value, (str, bytes, list)) else repr(value)
-    return text if len(text) <= most else f"{text[: most - 15]}... ({len(text)} long)"
+    return cut(" ".join(str(text).split()))
 
 
 def lfs_pointer(path: Path) -> CheckpointError:
@@ -48,7 +53,9 @@ def parse_json(data: bytes, path: Path, what: str = "JSON", *, unique: bool = Fa
         table = dict(items)
         if unique and len(table) < len(items):
             twice = Counter(key for key, _ in items).most_common(1)[0][0]
-            raise CheckpointError(f"{path}: {what} has the key {twice!r} twice; wanted it once.")
+            raise CheckpointError(
+                f"{path}: {what} has the key {shown(twice)} twice; wanted it once."
+            )
         return table
 
     if data.startswith(LFS_POINTER):

@@ -1,4 +1,4 @@
-"""Which image processor a model's files ask for."""
+"""Choice of the image processor by a model's files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vit_common.errors import ConfigError, InputError, ViTError
+from vit_common.errors import ConfigError, InputError, ViTError, shown
 from vit_common.files.hub import AbsentFileError, find_file, split_hub_options
 from vit_common.files.texts import read_json
 from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor, ViTImageProcessor
@@ -37,12 +37,11 @@ _CLASS_OF_MODEL: dict[str, type[BaseImageProcessor]] = {
 
 
 class AutoImageProcessor:
-    """The processor that a model's files name; made by `from_pretrained` alone."""
+    """The processor that a model's files name; only `from_pretrained` makes one."""
 
     def __init__(self) -> None:
-        raise InputError(
-            "`AutoImageProcessor` is not made itself; call `AutoImageProcessor.from_pretrained`."
-        )
+        name = type(self).__name__
+        raise InputError(f"`{name}` is not made itself; call `{name}.from_pretrained`.")
 
     @classmethod
     def from_pretrained(
@@ -52,9 +51,9 @@ class AutoImageProcessor:
 
         The class is what `image_processor_type`, or `feature_extractor_type` in older files,
         names: that of ViT, DeiT, BEiT or BiT. A "...Fast" name counts as the one without, and the
-        arithmetic is always that of PIL and numpy. Where the file names none, `config.json` tells,
-        by the same keys or by its `model_type`; where there is only timm's `config.json`, its
-        `pretrained_cfg` does.
+        arithmetic is always that of PIL and numpy. Where the file names none, `config.json`
+        decides, by the same keys or by its `model_type`; where there is only timm's `config.json`,
+        its `pretrained_cfg` decides.
 
         Args:
             pretrained_model_name_or_path: directory, JSON file, or "owner/name".
@@ -79,6 +78,10 @@ class AutoImageProcessor:
         if chosen is None:
             chosen = _class_by_config(pretrained_model_name_or_path, path, hub)
         return chosen._from_file(path, table, overrides)
+
+
+class AutoFeatureExtractor(AutoImageProcessor):
+    """The older name of `AutoImageProcessor`."""
 
 
 def processor_from_dict(table: Mapping[str, Any], path: Path) -> BaseImageProcessor:
@@ -108,11 +111,12 @@ def _named_class(table: Mapping[str, Any], path: Path) -> type[BaseImageProcesso
         name = table.get(key)
         if name is None:
             continue
-        plain = str(name).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
+        plain = name if isinstance(name, str) else ""
+        plain = plain.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
         if plain not in _CLASSES:
             raise ConfigError(
-                f"{path}: `{key}` must be one of {', '.join(_CLASSES)}, or its older or fast face; "
-                f"given {name!r}. Process such images with the library that wrote the file."
+                f"{path}: `{key}` must be one of {', '.join(_CLASSES)}, or its older or fast name; "
+                f"given {shown(name)}. Process such images with the library that wrote the file."
             )
         return _CLASSES[plain]
     return None
@@ -133,7 +137,7 @@ def _timm_table(name_or_path: str | os.PathLike, hub: Any) -> dict[str, Any] | N
 def _class_by_config(
     name_or_path: str | os.PathLike, path: Path, hub: Mapping[str, Any]
 ) -> type[BaseImageProcessor]:
-    """The class that the `config.json` of the same model tells."""
+    """The class that follows from the `config.json` of the same model."""
     wanted = (
         f"{path}: names no `image_processor_type`; wanted one of {', '.join(_CLASSES)} there, or a "
         f"`model_type` in config.json out of {', '.join(_CLASS_OF_MODEL)}"
@@ -150,5 +154,5 @@ def _class_by_config(
     if chosen is None and isinstance(config.get("model_type"), str):
         chosen = _CLASS_OF_MODEL.get(config["model_type"])
     if chosen is None:
-        raise ConfigError(f"{wanted}; its `model_type` is {config.get('model_type')!r}.")
+        raise ConfigError(f"{wanted}; its `model_type` is {shown(config.get('model_type'))}.")
     return chosen

@@ -38,6 +38,7 @@ whose licence allows any use and has to stay with the words:
 from __future__ import annotations
 
 from functools import cache
+from importlib.resources import files
 
 __all__ = ["imagenet_labels"]
 
@@ -45,11 +46,5 @@ __all__ = ["imagenet_labels"]
 @cache
 def imagenet_labels() -> tuple[str, ...]:
     """The 1000 names; the index is the class. Read at the first call."""
-    from importlib.resources import files
-
-    text = (
-        files("vit_common.images.pictures")
-        .joinpath("imagenet_labels.txt")
-        .read_text(encoding="utf-8")
-    )
+    text = files("vit_common.images").joinpath("imagenet_labels.txt").read_text(encoding="utf-8")
     return tuple(text.splitlines())

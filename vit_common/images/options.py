@@ -7,7 +7,6 @@ Names, defaults and arithmetic are those of Transformers 4.57.6
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -15,24 +14,44 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL.Image import Resampling
 
-from vit_common.errors import InputError
+from vit_common.errors import ImageError, InputError, shown, some
 
 FIRST, LAST = "channels_first", "channels_last"
 FRAMEWORKS = {"np": "NumPy", "pt": "PyTorch", "jax": "JAX", "tf": "TensorFlow"}
-"""What `return_tensors` may be, beside None."""
+"""Values of `return_tensors`, beside None."""
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+MOST_SIDE = 65_535  # of a JPEG; a side beyond it is a slip, and its pixels fill any memory
+MOST_PIXELS = 2**28
+"""Most pixels that a resize or a crop may make: those of 16384 x 16384."""
+
+
+def check_pixels(height: int, width: int, what: str) -> None:
+    """Raise ImageError where an image would be too large for any memory.
+
+    Args:
+        height, width: its size in pixels.
+        what: name of the step that would make it.
+    """
+    if height * width > MOST_PIXELS:
+        raise ImageError(
+            f"the {what} would make an image of {height} x {width} pixels (height x width); at "
+            f"most {MOST_PIXELS} pixels are made."
+        )
 
 
 def _fail(name: str, wanted: str, given: Any) -> NoReturn:
-    raise InputError(f"`{name}` must be {wanted}; given {given!r}.")
+    raise InputError(f"`{name}` must be {wanted}; given {shown(given)}.")
 
 
 def _plain_number(value: Any) -> int | float | None:
-    """A Python number of the same value, or None where it is no finite number."""
+    """A Python number of the same value, or None where it is no number that float32 holds."""
     if isinstance(value, (np.integer, np.floating)):
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value if math.isfinite(value) else None
+    return value if -_LARGEST <= value <= _LARGEST else None  # neither NaN is
 
 
 def _flag(name: str, value: Any) -> bool | None:
@@ -45,6 +64,8 @@ def _pixels(name: str, value: Any) -> int:
     number = _plain_number(value)
     if not isinstance(number, int) or number < 1:
         _fail(name, "made of positive integers", value)
+    if number > MOST_SIDE:
+        _fail(name, f"at most {MOST_SIDE} pixels per side", value)
     return number
 
 
@@ -71,9 +92,9 @@ def _crop_size(name: str, value: Any) -> dict[str, int]:
 
 
 def _resample(name: str, value: Any) -> Resampling:
-    with contextlib.suppress(ValueError):
-        if not isinstance(value, (bool, np.bool_)):
-            return Resampling(value)
+    with contextlib.suppress(ValueError, OverflowError):
+        if isinstance(value, (int, float, np.integer)) and not isinstance(value, bool):
+            return Resampling(int(value) if value == int(value) else -1)
     filters = ", ".join(f"{each.value} ({each.name})" for each in sorted(Resampling))
     _fail(name, f"one of Pillow's filters {filters}", value)
 
@@ -89,19 +110,25 @@ def _channel_values(name: str, value: Any) -> int | float | list[int | float]:
     if isinstance(value, (list, tuple, np.ndarray)):
         numbers = [_plain_number(each) for each in value]
         if not numbers or None in numbers:
-            _fail(name, "a finite number, or a list of one a channel", value)
+            _fail(name, "a finite number, or a list with one per channel", value)
         return numbers  # type: ignore[return-value]  # None was refused
     number = _plain_number(value)
     if number is None:
-        _fail(name, "a finite number, or a list of one a channel", value)
+        _fail(name, "a finite number, or a list with one per channel", value)
     return number
 
 
 def _std(name: str, value: Any) -> int | float | list[int | float]:
     values = _channel_values(name, value)
-    if 0 in (values if isinstance(values, list) else [values]):
+    if 0 in np.atleast_1d(np.asarray(values, np.float32)):
         _fail(name, "free of zeros, as pixels are divided by it", value)
     return values
+
+
+def _crop_rounding(name: str, value: Any) -> str | None:
+    if value is not None and (not isinstance(value, str) or value not in CROP_ROUNDINGS):
+        _fail(name, "None or one of " + ", ".join(map(repr, CROP_ROUNDINGS)), value)
+    return value
 
 
 def _layout_name(name: str, value: Any) -> str | None:
@@ -119,12 +146,18 @@ def check_framework(name: str, value: Any) -> str | None:
     return value
 
 
+HALF_TO_EVEN = "half_to_even"
+CROP_ROUNDINGS = ("floor", HALF_TO_EVEN)
+"""Where a crop starts if half of what is cut off is no whole number: rounded down, as Transformers
+does it, or to the even number, as torchvision and so timm do it."""
+
 OPTIONS: dict[str, Callable[[str, Any], Any]] = {
     "do_resize": _flag,
     "size": _size,
     "resample": _resample,
     "do_center_crop": _flag,
     "crop_size": _crop_size,
+    "crop_rounding": _crop_rounding,
     "do_rescale": _flag,
     "rescale_factor": _factor,
     "do_normalize": _flag,
@@ -159,14 +192,14 @@ _HARMLESS = ("do_reduce_labels", "do_convert_annotations")  # labels only, not p
 def refuse_unsupported(keys: Mapping[str, Any]) -> None:
     """Raise InputError if an unknown key asks for something that the pipeline does not do."""
     named = [
-        f"`{key}` ({value!r})"
+        f"`{shown(key)[1:-1]}` ({shown(value)})"
         for key, value in keys.items()
         if not (value is None or value is False or value is np.False_)
         and (key in _CHANGES_PIXELS or (key.startswith("do_") and key not in _HARMLESS))
     ]
     if named:
         raise InputError(
-            f"options that change pixels and are not supported here: {', '.join(named)}. Set them "
+            f"options that change pixels and are not supported here: {some(named, 5)}. Set them "
             "to None or False if the model can do without."
         )
 
@@ -180,6 +213,7 @@ class Recipe:
     resample: Resampling
     do_center_crop: bool
     crop_size: dict[str, int] | None
+    crop_rounding: str | None
     do_rescale: bool
     rescale_factor: float
     do_normalize: bool
@@ -206,12 +240,12 @@ class Recipe:
 
     @property
     def channels(self) -> int | None:
-        """How many channels the arithmetic demands; None where any number will do."""
+        """Number of channels that the arithmetic needs; None where any number will do."""
         return self._counts[0] if self.do_normalize and self._counts else None
 
     @property
     def usual_channels(self) -> int:
-        """How many channels the model has, as far as the options tell."""
+        """Number of channels of the model, as far as the options show."""
         return self._counts[0] if self._counts else 3
 
     @property

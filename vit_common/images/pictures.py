@@ -11,13 +11,14 @@ import io
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import PIL.Image
 
-from vit_common.errors import ImageError, InputError, MissingFileError, ViTError
+from vit_common.errors import ImageError, InputError, MissingFileError, ViTError, shown
 from vit_common.files.texts import reason
 from vit_common.images import kinds
 
@@ -90,7 +91,7 @@ def eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:
                 f"{low} to {high}. Scale it to 8 bits before."
             )
         if high <= 1:
-            return PIL.Image.fromarray(np.rint(values * 255).astype(np.uint8))
+            return _by_rows(values, lambda rows: np.rint(rows * 255))
         return image.convert("L")
     if image.mode in ("P", "PA"):
         if not image.has_transparency_data:
@@ -106,8 +107,18 @@ def eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:
     return image
 
 
+def _by_rows(values: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> PIL.Image.Image:
+    """A grey image of what `change` makes of an array, some rows at a time: of an image of many
+    megapixels the numbers in between would take several times its own memory."""
+    out = np.empty(values.shape, np.uint8)
+    count = max(1, _BLOCK // max(1, values.shape[1]))
+    for start in range(0, len(values), count):
+        out[start : start + count] = change(values[start : start + count])
+    return PIL.Image.fromarray(out)
+
+
 def _from_sixteen_bit(values: np.ndarray) -> PIL.Image.Image:
-    return PIL.Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    return _by_rows(values, lambda rows: (rows.astype(np.uint32) + 128) // 257)
 
 
 def value_range(values: np.ndarray) -> tuple[Any, Any]:
@@ -129,40 +140,77 @@ _TRANSPOSE = {  # EXIF orientation -> what puts the image upright
     8: PIL.Image.Transpose.ROTATE_90,
 }
 _ORIENTATION_TAG = 0x0112
+_WITH_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+
+
+def is_image_file(source: Any) -> bool:
+    """Whether a value is the content of an image file, as bytes or open for reading."""
+    return isinstance(source, (bytes, bytearray, memoryview)) or (
+        hasattr(source, "read") and not isinstance(source, (PIL.Image.Image, np.ndarray))
+    )
+
+
+class _File(io.BufferedReader):
+    """A file that is asked for no more bytes than it has.
+
+    Pillow asks for as many as a chunk states, and Python makes room for them first.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _BLOCK:
+            size = min(size, max(0, os.fstat(self.fileno()).st_size - self.tell()))
+        return super().read(size)
 
 
 def load_image(
-    source: str | os.PathLike | BinaryIO, *, at_least: tuple[int, int] | None = None
+    source: str | os.PathLike | bytes | BinaryIO | PIL.Image.Image,
+    *,
+    at_least: tuple[int, int] | None = None,
 ) -> PIL.Image.Image:
-    """Read one image file: decoded in full, upright, of mode L, LA, RGB or RGBA.
+    """Read one image: decoded in full, upright, of mode L, LA, RGB or RGBA.
 
-    16-bit grey is scaled to 8 bits as in `convert_mode`; palettes, CMYK and other colour spaces
-    become RGB, or RGBA if they have transparency. The first frame of an animation is taken.
+    The commands read images this way. `Image.open` alone ignores the EXIF orientation, so a photo
+    may lie on its side. 16-bit grey is scaled to 8 bits as in `convert_mode`;
+    palettes, CMYK and other colour spaces become RGB, or RGBA if they have transparency; the
+    processors make of that what their model takes. The first frame of an animation is taken.
     Pillow's limit on pixels holds: it refuses images beyond twice `PIL.Image.MAX_IMAGE_PIXELS`,
     and nothing is said about those between once and twice.
 
     Args:
-        source: path of the file, or a binary file that can seek; it is left open.
+        source: path of the file; its content, as bytes or as a binary file that can seek, which is
+            left open; or a PIL image.
         at_least: (height, width); a JPEG that is larger is decoded at a half, a quarter or an
             eighth of its size if that holds as much. Several times as fast for a photo of many
-            megapixels, and not the same pixels after a resize as without it.
+            megapixels; after a resize the pixels differ slightly.
 
     Raises:
-        MissingFileError: the file is not there or cannot be opened.
-        ImageError: it is empty, no image, truncated, corrupt or too large. One line.
+        MissingFileError: the file does not exist or cannot be opened.
+        ImageError: the file is empty, no image, truncated, corrupt or too large.
+        InputError: `source` is none of these.
+
+    Example:
+        >>> image = load_image("photo.jpg")
+        >>> inputs = processor(image, return_tensors="np")
     """
+    if isinstance(source, PIL.Image.Image):
+        given = getattr(source, "filename", "")
+        return _plain(source, given if isinstance(given, str) and given else "the given image")
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _decode(io.BytesIO(source), f"{len(source)} bytes", at_least)
     if isinstance(source, (str, os.PathLike)):
         name = os.fsdecode(source)  # a name may be of bytes
         try:
-            stream = Path(name).open("rb", buffering=_BLOCK)  # noqa: SIM115  # closed below
+            stream = _File(io.FileIO(Path(name)), _BLOCK)  # closed below
         except (OSError, ValueError) as error:
-            raise MissingFileError(f"{name}: cannot be opened ({reason(error)}).") from error
+            raise MissingFileError(
+                f"{name if len(name) < 4096 else shown(name)}: cannot be opened ({reason(error)})."
+            ) from error
         with stream:
             return _decode(stream, name, at_least)
-    if not hasattr(source, "read"):
+    if not is_image_file(source):
         raise InputError(
-            "`load_image` takes a path or a file open for reading in binary; given "
-            f"{type(source).__name__}."
+            "`load_image` takes a path or a file open for reading in binary, the bytes of a file, "
+            f"or a PIL image; given {type(source).__name__}."
         )
     given = getattr(source, "name", None)
     return _decode(source, given if isinstance(given, str) else "the given file", at_least)
@@ -183,8 +231,22 @@ def _decode(
         if at_least is not None:
             height, width = max(at_least), max(at_least)  # it may have to be turned
             image.draft(None, (width, height))  # does nothing to other kinds of file
+    except MemoryError:
+        raise
+    except PIL.Image.DecompressionBombError as error:
+        raise ImageError(_too_large(name, error)) from error
+    except PIL.UnidentifiedImageError as error:
+        raise ImageError(f"{name}: {_why_unidentified(stream)}.") from error
+    except Exception as error:  # Pillow's readers raise whatever broken data led them to
+        raise ImageError(f"{name}: the image cannot be decoded ({reason(error)}).") from error
+    return _plain(image, name)
+
+
+def _plain(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    """An opened image: decoded, upright, of one of `PLAIN_MODES`."""
+    try:
         image.load()
-        image = _upright(image)
+        image = upright(image)
         if image.mode in PLAIN_MODES:
             return image
         plain = eight_bit(image)
@@ -196,14 +258,16 @@ def _decode(
     except ViTError as error:
         raise ImageError(f"{name}: {error}") from error
     except PIL.Image.DecompressionBombError as error:
-        raise ImageError(
-            f"{name}: too large: {reason(error).rstrip('.')}. If you trust the file, raise "
-            "`PIL.Image.MAX_IMAGE_PIXELS`; in a command, --max-pixels."
-        ) from error
-    except PIL.UnidentifiedImageError as error:
-        raise ImageError(f"{name}: {_why_unidentified(stream)}.") from error
-    except Exception as error:  # Pillow's readers raise whatever broken data led them to
+        raise ImageError(_too_large(name, error)) from error
+    except Exception as error:
         raise ImageError(f"{name}: the image cannot be decoded ({reason(error)}).") from error
+
+
+def _too_large(name: str, error: Exception) -> str:
+    return (
+        f"{name}: too large: {reason(error).rstrip('.')}. If you trust the file, raise "
+        "`PIL.Image.MAX_IMAGE_PIXELS`; in a command, --max-pixels."
+    )
 
 
 def _head(stream: BinaryIO) -> bytes:
@@ -237,9 +301,22 @@ def _why_unidentified(stream: BinaryIO) -> str:
     return "not an image, or of a kind that Pillow does not read" if head else "the file is empty"
 
 
-def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An image as it was seen, where its EXIF says that the camera was turned; else itself.
+
+    Raises:
+        ImageError: the file behind the image cannot be decoded.
+    """
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except Exception:  # broken metadata say nothing, and the pixels are there
         return image
-    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+    if orientation not in _TRANSPOSE:
+        return image
+    try:
+        turned = image.transpose(_TRANSPOSE[orientation])
+    except (ValueError, OSError, SyntaxError) as error:
+        raise ImageError(f"the image cannot be decoded ({reason(error)}).") from error
+    for key in _WITH_ORIENTATION:  # or the next call turns it again
+        turned.info.pop(key, None)
+    return turned

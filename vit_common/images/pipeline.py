@@ -17,10 +17,24 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from vit_common.errors import ImageError, InputError, warn
+from vit_common.errors import ImageError, InputError, shown, warn
 from vit_common.files.texts import reason
-from vit_common.images.options import FIRST, LAST, Recipe, rescale
-from vit_common.images.pictures import PLAIN_MODES, convert_mode, eight_bit, value_range
+from vit_common.images.options import (
+    FIRST,
+    HALF_TO_EVEN,
+    LAST,
+    Recipe,
+    check_pixels,
+    rescale,
+)
+from vit_common.images.pictures import (
+    PLAIN_MODES,
+    convert_mode,
+    eight_bit,
+    is_image_file,
+    load_image,
+    value_range,
+)
 
 
 def _flatten(images: Any) -> Iterator[PIL.Image.Image | np.ndarray]:
@@ -30,8 +44,10 @@ def _flatten(images: Any) -> Iterator[PIL.Image.Image | np.ndarray]:
             yield from _flatten(each)
     elif isinstance(images, PIL.Image.Image):
         yield images
+    elif is_image_file(images):
+        yield load_image(images)
     else:
-        array = _as_array(images)
+        array = as_array(images)
         if array.ndim == 4:
             yield from array
         elif array.ndim in (2, 3):
@@ -43,12 +59,12 @@ def _flatten(images: Any) -> Iterator[PIL.Image.Image | np.ndarray]:
             )
 
 
-def _as_array(image: Any) -> np.ndarray:
+def as_array(image: Any) -> np.ndarray:
     if not isinstance(image, np.ndarray):
-        if isinstance(image, (str, bytes, os.PathLike)):
+        if isinstance(image, (str, os.PathLike)):
             raise ImageError(
-                f"an image must be a PIL image or an array; given the name {image!r}. Open it with "
-                "`load_image` first."
+                f"an image must be a PIL image or an array; given the name {shown(image)}. Open it "
+                "with `load_image` first."
             )
         if not hasattr(image, "__array__") or isinstance(image, (type, np.generic)):
             raise ImageError(
@@ -73,14 +89,23 @@ def _as_array(image: Any) -> np.ndarray:
 
 
 def _find_layout(shape: tuple[int, ...], recipe: Recipe) -> str | None:
-    """Which axis of a 3-D array is the channel; None if both could be.
+    """The axis of a 3-D array that is the channel; None if both ends could be.
 
     Transformers looks for 1 or 3 channels. The number of means, where it counts, is asked first,
-    and 4 channels come last.
+    and 4 channels come last: four in front may as well be four grey images, as may three in front
+    where the model is for grey ones, which Transformers refuses too.
     """
     wanted = () if recipe.channels is None else (recipe.channels,)
     for counts in (wanted, (1, 3), (4,)):
         first, last = shape[0] in counts, shape[2] in counts
+        if first and not last and counts is not wanted and shape[0] > 1:
+            grey = recipe.channels == 1
+            if counts == (4,) or (grey and shape[0] == 3):
+                raise ImageError(
+                    f"an array of shape {shape} may be {shape[0]} grey images or one image with "
+                    f"{shape[0]} channels. Give several images as a list, or with an axis of "
+                    f"length 1 for the channel; for one image pass `input_data_format={FIRST!r}`."
+                )
         if first and last:
             return None
         if first or last:
@@ -195,9 +220,9 @@ def _prepare(image: PIL.Image.Image | np.ndarray, layout: str, recipe: Recipe) -
         source = _choose_mode(_decoded(image), recipe)
         target = None
         if source.mode not in PLAIN_MODES:
-            source = _three_axes(np.asarray(source))
+            source = three_axes(np.asarray(source))
     else:
-        source = image.transpose(1, 2, 0) if layout == FIRST else _three_axes(image)  # (H, W, C)
+        source = image.transpose(1, 2, 0) if layout == FIRST else three_axes(image)  # (H, W, C)
         target = _target_channels(image, source.shape[2], recipe)
     if isinstance(source, np.ndarray):
         looks_scaled = _check_values(source)
@@ -219,20 +244,21 @@ def _prepare(image: PIL.Image.Image | np.ndarray, layout: str, recipe: Recipe) -
 
     if recipe.do_resize:
         if isinstance(source, np.ndarray):
-            height, width = _output_size(source.shape[0], source.shape[1], recipe.size)
+            height, width = output_size(source.shape[0], source.shape[1], recipe.size)
             if source.dtype != np.uint8 or source.shape[:2] != (height, width):
-                source, was_scaled = _to_picture(source)
+                source, was_scaled = to_picture(source)
         else:
-            height, width = _output_size(source.height, source.width, recipe.size)
+            height, width = output_size(source.height, source.width, recipe.size)
         if not isinstance(source, np.ndarray):
-            source = source.resize((width, height), resample=recipe.resample)
-    values = source if isinstance(source, np.ndarray) else _three_axes(np.asarray(source))
+            source = resize(source, height, width, recipe.resample)
+    values = source if isinstance(source, np.ndarray) else three_axes(np.asarray(source))
     if recipe.do_center_crop and recipe.crop_size is not None:
-        values = _center_crop(values, recipe.crop_size["height"], recipe.crop_size["width"])
+        height, width = recipe.crop_size["height"], recipe.crop_size["width"]
+        values = center_crop(values, height, width, recipe.crop_rounding)
     return _Prepared(values, recipe, was_scaled, looks_scaled)
 
 
-def _three_axes(values: np.ndarray) -> np.ndarray:
+def three_axes(values: np.ndarray) -> np.ndarray:
     return values[..., None] if values.ndim == 2 else values
 
 
@@ -249,7 +275,7 @@ def _choose_mode(image: PIL.Image.Image, recipe: Recipe) -> PIL.Image.Image:
     """The image in a mode that the model can take.
 
     Transformers takes images with three bands as they are, and others as they are where it is
-    told the layout and the means allow it; so those stay.
+    given the layout and the means allow it; so those stay.
     """
     bands = len(image.getbands())
     if recipe.do_convert_rgb:
@@ -263,7 +289,7 @@ def _choose_mode(image: PIL.Image.Image, recipe: Recipe) -> PIL.Image.Image:
 
 
 def _target_channels(image: np.ndarray, count: int, recipe: Recipe) -> int | None:
-    """How many channels an array should be given, or None for those it has."""
+    """Number of channels to give an array, or None to keep those it has."""
     if recipe.do_convert_rgb is False:
         return None
     if recipe.channels is not None:
@@ -275,7 +301,7 @@ def _target_channels(image: np.ndarray, count: int, recipe: Recipe) -> int | Non
 
 
 def _check_values(values: np.ndarray) -> bool:
-    """Refuse NaN and infinity; whether the values look rescaled already, as 4.57.6 tells it."""
+    """Refuse NaN and infinity; whether the values look rescaled already, by the test of 4.57.6."""
     if values.dtype == np.uint8:
         return False
     low, high = value_range(values)
@@ -291,14 +317,14 @@ def _convert_channels(
     count = values.shape[2]
     if count in (1, 3, 4) and target in (1, 3, 4):
         if values.dtype == np.uint8 or recipe.do_resize:
-            picture, was_scaled = _to_picture(values)
+            picture, was_scaled = to_picture(values)
             return convert_mode(picture, target), was_scaled
         if target == 3:
             return (values[..., :3] if count == 4 else np.repeat(values, 3, axis=2)), False
     return values, False
 
 
-def _to_picture(values: np.ndarray) -> tuple[PIL.Image.Image, bool]:
+def to_picture(values: np.ndarray) -> tuple[PIL.Image.Image, bool]:
     """(H, W, C) as a PIL image of 8 bits, and whether it was scaled by 255 for that.
 
     Source: `_rescale_for_pil_conversion` and `to_pil_image` of Transformers 4.57.6, which cut
@@ -326,7 +352,21 @@ def _to_picture(values: np.ndarray) -> tuple[PIL.Image.Image, bool]:
     return PIL.Image.fromarray(values[..., 0] if values.shape[2] == 1 else values), was_scaled
 
 
-def _output_size(height: int, width: int, size: Mapping[str, int]) -> tuple[int, int]:
+def resize(
+    picture: PIL.Image.Image, height: int, width: int, resample: int, reducing_gap: Any = None
+) -> PIL.Image.Image:
+    """A picture of another size in pixels, by Pillow."""
+    check_pixels(height, width, "resize")
+    try:
+        return picture.resize((width, height), resample=resample, reducing_gap=reducing_gap)
+    except (MemoryError, OverflowError, ValueError) as error:
+        raise ImageError(
+            f"the image cannot be resized to {height} x {width} pixels (height x width): "
+            f"{reason(error)}."
+        ) from error
+
+
+def output_size(height: int, width: int, size: Mapping[str, int]) -> tuple[int, int]:
     """Height and width after the resize.
 
     Source for the shortest edge: `get_resize_output_image_size` of Transformers 4.57.6 with
@@ -340,12 +380,21 @@ def _output_size(height: int, width: int, size: Mapping[str, int]) -> tuple[int,
     return (new_long, new_short) if width <= height else (new_short, new_long)
 
 
-def _center_crop(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The middle of (H, W, C); a side that is too short is padded with zeros, more of them first.
+def center_crop(
+    values: np.ndarray, height: int, width: int, rounding: str | None = None
+) -> np.ndarray:
+    """The middle of (H, W, C), padded with zeros where a side is too short.
 
-    Source: `center_crop` of Transformers 4.57.6's `image_transforms.py`.
+    Source: `center_crop` of Transformers 4.57.6's `image_transforms.py`; with `HALF_TO_EVEN`
+    `torchvision.transforms.functional.center_crop`.
     """
-    starts = [(have - want) // 2 for have, want in zip(values.shape, (height, width), strict=False)]
+    check_pixels(height, width, "crop")
+    # How many rows and columns to cut off before the middle; those below zero are to be added.
+    excess = [have - want for have, want in zip(values.shape, (height, width), strict=False)]
+    if rounding == HALF_TO_EVEN:
+        starts = [round(more / 2) if more >= 0 else -(-more // 2) for more in excess]
+    else:
+        starts = [more // 2 for more in excess]
     top, left = (max(start, 0) for start in starts)
     values = values[top : top + height, left : left + width]
     if values.shape[:2] == (height, width):
@@ -354,6 +403,66 @@ def _center_crop(values: np.ndarray, height: int, width: int) -> np.ndarray:
     top, left = (max(-start, 0) for start in starts)
     padded[top : top + values.shape[0], left : left + values.shape[1]] = values
     return padded
+
+
+# -- single steps, for arrays of either layout
+
+
+def layout_of(image: np.ndarray, given: str | None = None) -> str:
+    """Which end of an array the channel is at: as given, or where there are 1 or 3 of them.
+
+    Source: `infer_channel_dimension_format` of Transformers 4.57.6's `image_utils.py`.
+
+    Raises:
+        ImageError: the array has not 3 or 4 axes, or neither end looks like the channel.
+    """
+    if image.ndim not in (3, 4):
+        raise ImageError(
+            "an image array must have 3 dimensions, the channel first or last, or 4 as a batch; "
+            f"given shape {image.shape}."
+        )
+    if given is not None:
+        return given
+    first, last = image.shape[-3] in (1, 3), image.shape[-1] in (1, 3)
+    if not (first or last):
+        raise ImageError(
+            f"no axis of an array of shape {image.shape} looks like the channel; wanted 1 or 3 "
+            f"channels, first or last. Pass `input_data_format` {FIRST!r} or {LAST!r}."
+        )
+    if first and last:
+        warn(
+            f"an image of shape {image.shape} can be read with channels first or last; taken as "
+            f"{FIRST}. Pass `input_data_format` to say which."
+        )
+    return FIRST if first else LAST
+
+
+def channels_last(image: np.ndarray, layout: str) -> np.ndarray:
+    """An array of a layout as (..., H, W, C)."""
+    return np.moveaxis(image, -3, -1) if layout == FIRST else image
+
+
+def with_layout(values: np.ndarray, layout: str) -> np.ndarray:
+    """(..., H, W, C) in a layout."""
+    return np.moveaxis(values, -1, -3) if layout == FIRST else values
+
+
+def resize_array(
+    image: PIL.Image.Image | np.ndarray,
+    size: Mapping[str, int],
+    resample: int,
+    layout: str,
+    reducing_gap: Any = None,
+) -> tuple[PIL.Image.Image, bool]:
+    """An image at another size, as a PIL image, and whether it was scaled by 255 for that."""
+    picture, was_scaled = image, False
+    if isinstance(picture, np.ndarray):
+        picture, was_scaled = to_picture(channels_last(picture, layout))
+    height, width = output_size(picture.height, picture.width, size)
+    return resize(picture, height, width, resample, reducing_gap), was_scaled
+
+
+# -- all steps, for images of any kind
 
 
 def run(images: Any, recipe: Recipe, stack: bool) -> list[np.ndarray] | np.ndarray:

@@ -1,5 +1,5 @@
-"""What comes before and after a classifier, whichever program runs it: one image as the array it
-takes, and the likeliest classes of what it gives."""
+"""Before and after a classifier, whichever program runs it: one image as the array it takes, and
+the likeliest classes of its output."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import PIL.Image
 
 from vit_common.config import ViTConfig
 from vit_common.errors import ConfigError, ImageError, ViTError
-from vit_common.images.pictures import convert_mode, load_image
+from vit_common.images.pictures import convert_mode, is_image_file, load_image, upright
 from vit_common.images.processor import BaseImageProcessor, ViTImageProcessor
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Number of channels -> the mode of a PIL image that has as many."""
 
 AS_IN_A_PICTURE: dict[str, Any] = {"do_rescale": False, "do_normalize": False}
-"""Options of an image processor that leave pixels as a picture has them. What they leave out comes
-last, so nothing else changes."""
+"""Options of an image processor that keep the pixels of the picture: the last two steps are left
+out, and nothing else changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,12 @@ def prepare_image(
     at_least: tuple[int, int] | None = None,
     **options: Any,
 ) -> np.ndarray:
-    """One image as a network takes it.
+    """Prepare one image for a network.
 
     Args:
-        source: name of a file, PIL image, or array as the processor takes it.
-        image_processor: what prepares it.
+        source: image file (its name, its bytes, or open for reading), PIL image, or array as the
+            processor takes it.
+        image_processor: processor of the image.
         shape: (C, H, W) that the network takes.
         at_least: see `load_image`.
         **options: of the processor, for this call.
@@ -68,10 +69,12 @@ def prepare_image(
             names the file.
     """
     try:
-        named = isinstance(source, (str, os.PathLike))
+        named = isinstance(source, (str, os.PathLike)) or is_image_file(source)
         image = load_image(source, at_least=at_least) if named else source
-        if isinstance(image, PIL.Image.Image) and shape[0] in PIL_MODES:
-            image = convert_mode(image, shape[0])
+        if isinstance(image, PIL.Image.Image):
+            image = upright(image)  # the same photo, the same answer, however it was opened
+            if shape[0] in PIL_MODES:
+                image = convert_mode(image, shape[0])
         found = image_processor(image, return_tensors="np", **options)["pixel_values"]
         if found.shape != (1, *shape):
             raise ImageError(
@@ -88,8 +91,8 @@ def prepare_image(
 
 
 def image_size(config: ViTConfig, image_processor: BaseImageProcessor) -> tuple[int, int]:
-    """Height and width of what a network is given: the config's, or for a family that takes any
-    size what the processor makes."""
+    """Height and width of a network's input: the configuration's, or for a family that takes any
+    size the processor's."""
     options = image_processor.to_dict()
     size = options.get("size") or {}
     if options.get("do_center_crop") and options.get("crop_size"):
@@ -103,10 +106,10 @@ def image_size(config: ViTConfig, image_processor: BaseImageProcessor) -> tuple[
 
 
 def check_processor(image_processor: BaseImageProcessor, shape: tuple[int, int, int]) -> None:
-    """Raise ConfigError if no image could come out right; better once than for each image.
+    """Raise ConfigError if the processor cannot make what the network takes from any image.
 
     Args:
-        image_processor: what prepares images.
+        image_processor: processor of the images.
         shape: (C, H, W) that the network takes.
     """
     C, height, width = shape
@@ -140,6 +143,6 @@ def default_image_processor(config: ViTConfig) -> ViTImageProcessor:
 
 
 def naming(source: Any, text: str) -> str:
-    """The text of an error behind the name of the file, if there is one."""
+    """The text of an error, with the name of the file in front if there is one."""
     name = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else ""
     return text if not name or text.startswith(f"{name}: ") else f"{name}: {text}"

@@ -1,10 +1,9 @@
 """`ViTImageProcessor`: from images to the `pixel_values` both twins take.
 
 The arithmetic, the option names and the files are those of Transformers 4.57.6's processor on PIL
-and numpy (`models/vit/image_processing_vit.py`), to the bit wherever that one works. Where it stops
-with an error about something else, or guesses, this one does what the caller meant or says what
-to pass. One pipeline (`image_pipeline.py`) serves every processor of the family; a processor is
-its defaults.
+and numpy (`models/vit/image_processing_vit.py`), to the bit wherever that one works. Where it fails
+with an unrelated error, or guesses, this one does what the caller meant or says what to pass.
+One pipeline (`pipeline.py`) serves every processor of the family; a processor is its defaults.
 
 Numpy and Pillow only; a framework is imported where `return_tensors` asks for it.
 """
@@ -12,6 +11,7 @@ Numpy and Pillow only; a framework is imported where `return_tensors` asks for i
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import tempfile
@@ -21,10 +21,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import PIL.Image
 from PIL.Image import Resampling
 
-from vit_common.errors import ConfigError, InputError, warn
-from vit_common.files.texts import reason
+from vit_common.config_fields import check_depth
+from vit_common.errors import ConfigError, ImageError, InputError, shown, warn
+from vit_common.files.hub import find_file, push_if_asked, split_hub_options
+from vit_common.files.replace import make_directory, write_text
+from vit_common.files.texts import read_json, reason
 from vit_common.images.options import (
     FIRST,
     FRAMEWORKS,
@@ -33,9 +37,19 @@ from vit_common.images.options import (
     Recipe,
     check_framework,
     refuse_unsupported,
+    rescale,
 )
 from vit_common.images.pictures import convert_mode, load_image
-from vit_common.images.pipeline import run
+from vit_common.images.pipeline import (
+    as_array,
+    center_crop,
+    channels_last,
+    layout_of,
+    resize_array,
+    run,
+    three_axes,
+    with_layout,
+)
 
 __all__ = [
     "BaseImageProcessor",
@@ -43,6 +57,7 @@ __all__ = [
     "MissingFrameworkError",
     "ViTFeatureExtractor",
     "ViTImageProcessor",
+    "ViTImageProcessorFast",
     "convert_mode",
     "load_image",
 ]
@@ -90,7 +105,7 @@ def _converter(framework: str) -> Callable[[Any], Any]:
 
 
 class BatchFeature(UserDict):
-    """What a processor returns: a mapping with `pixel_values` that also has them as attributes.
+    """Result of a processor: a mapping with `pixel_values`, which are attributes too.
 
     Args:
         data: the mapping.
@@ -151,14 +166,39 @@ class BatchFeature(UserDict):
 # -- the processors
 
 
+def _signature(first: Sequence[str], names: Mapping[str, Any]) -> inspect.Signature:
+    """The signature with these arguments, the first ones without default."""
+    usual = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Signature(
+        [
+            *(inspect.Parameter(name, usual) for name in first),
+            *(inspect.Parameter(name, usual, default=value) for name, value in names.items()),
+            inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD),
+        ]
+    )
+
+
+def _by_name(what: str, order: Sequence[str], args: tuple, options: dict[str, Any]) -> dict:
+    """The arguments of a call, those given by place too, by name."""
+    if len(args) > len(order):
+        raise TypeError(f"{what} takes at most {len(order)} options by place; given {len(args)}")
+    for name, value in zip(order, args, strict=False):
+        if name in options:
+            raise TypeError(f"{what} got multiple values for argument {name!r}")
+        options[name] = value
+    return options
+
+
 class BaseImageProcessor:
     """Options that are kept, checked where they are set, and written to a file; and the pipeline.
 
-    A subclass gives the options a default in `_defaults`; `do_center_crop` and `crop_size` are
-    there for those that crop.
+    A subclass is two rows: `_defaults`, its options with their defaults in the order of its
+    constructor, and `_call_order`, the options of a call in their order. The signatures are made
+    from them.
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values"]
+    _auto_class: ClassVar[None] = None
     _defaults: ClassVar[dict[str, Any]] = {
         "do_resize": True,
         "size": {"height": 224, "width": 224},
@@ -170,12 +210,29 @@ class BaseImageProcessor:
         "image_std": [0.5, 0.5, 0.5],
         "do_convert_rgb": None,
     }
+    _call_order: ClassVar[tuple[str, ...]] = ()
     _pairs_are_width_height: ClassVar[bool] = False
     _int_is_shortest_edge: ClassVar[bool] = False  # as `size`; else it is a square
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if "_call_order" in own:
+            # Lists and dicts are made anew for each processor, so the signature says None.
+            plain = {
+                name: None if isinstance(value, (list, dict)) else value
+                for name, value in cls._defaults.items()
+            }
+            cls.__signature__ = _signature((), plain)  # type: ignore[attr-defined]
+            if "preprocess" not in own:
+                cls.preprocess = _preprocess_of(cls._call_order)  # type: ignore[method-assign]
+        elif "__init__" in own:
+            cls.__signature__ = None  # type: ignore[attr-defined]  # its own
 
     # Options that are written only if they were given.
     do_center_crop: bool | None = None
     crop_size: dict[str, int] | None = None
+    crop_rounding: str | None = None
     do_convert_rgb: bool | None = None
     data_format: str | None = None
     input_data_format: str | None = None
@@ -183,7 +240,8 @@ class BaseImageProcessor:
 
     _processor_class: str | None
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *args: Any, **options: Any) -> None:
+        options = _by_name(type(self).__name__, tuple(self._defaults), args, options)
         refuse_unsupported({k: v for k, v in options.items() if k not in OPTIONS})
         # Files that name a feature extractor and hold a pair are older than the order
         # (height, width).
@@ -194,14 +252,26 @@ class BaseImageProcessor:
                     options[name] = options[name][::-1]
         self._processor_class = options.pop("processor_class", None)
         for name, value in {**self._defaults, **options}.items():
-            if name in _SERVICE_KEYS:
-                continue
-            if name not in OPTIONS and callable(getattr(type(self), name, None)):
-                raise InputError(f"`{name}` is a method of {type(self).__name__}, not an option.")
-            if isinstance(getattr(type(self), name, None), property):
+            if name not in _SERVICE_KEYS:
+                self._set(name, value)
+
+    def _set(self, name: str, value: Any) -> None:
+        """Set an option, or keep a key that is none."""
+        check_depth(name, value, InputError)
+        if name in OPTIONS:
+            setattr(self, name, value)
+            return
+        taken = getattr(type(self), name, None)
+        if name.startswith("__") or callable(taken) or name in vars(BaseImageProcessor):
+            if isinstance(taken, property):
                 self.__dict__[name] = value  # kept for the file; the property stays what it is
-            else:
-                setattr(self, name, value if name in OPTIONS else copy.deepcopy(value))
+                return
+            if name != "model_input_names":
+                kind = "a method" if callable(taken) else "an attribute"
+                raise InputError(
+                    f"`{shown(name)[1:-1]}` is {kind} of {type(self).__name__}, not an option."
+                )
+        setattr(self, name, copy.deepcopy(value))
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, self._checked(name, value))
@@ -233,12 +303,14 @@ class BaseImageProcessor:
         """The same as `preprocess`."""
         return self.preprocess(images, **options)
 
-    def preprocess(self, images: Any, **options: Any) -> BatchFeature:
+    def preprocess(self, images: Any, *args: Any, **options: Any) -> BatchFeature:
         """Make `pixel_values` of images.
 
         Args:
-            images: a PIL image; an array or tensor (H, W), (H, W, C) or (C, H, W), or a batch of
-                the last two; or a list, nested or not, of any of these. Values from 0 to 255.
+            images: one image or several, nested or not in lists. An image is a PIL image, an array
+                or tensor (H, W), (H, W, C) or (C, H, W), or an image file: its bytes, or the file
+                open for reading. A batch of arrays with 4 axes is several images. Values from 0 to
+                255.
             **options: any option of the constructor, for this call; None means the processor's.
 
         Returns:
@@ -248,7 +320,12 @@ class BaseImageProcessor:
         Raises:
             ImageError: an image cannot be taken; says which one and what to pass.
             InputError: an option is wrong, or the images cannot be stacked.
+
+        Example:
+            >>> processor(load_image("photo.jpg"), return_tensors="np")["pixel_values"].shape
+            (1, 3, 224, 224)
         """
+        options = self._checked_call(_by_name("preprocess", self._call_order, args, options))
         unknown = [name for name in options if name not in OPTIONS]
         if unknown:
             warn(
@@ -269,10 +346,160 @@ class BaseImageProcessor:
         to_tensor = _converter(recipe.return_tensors)  # before the work, as it may not be there
         return BatchFeature({"pixel_values": to_tensor(run(images, recipe, stack=True))})
 
+    def _checked_call(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a call, without those that are not the pipeline's."""
+        return options
+
+    # -- single steps, as methods; each takes and gives an array of either layout
+
+    def resize(
+        self,
+        image: Any,
+        size: int | Sequence[int] | Mapping[str, int],
+        resample: int | None = None,
+        data_format: str | None = None,
+        input_data_format: str | None = None,
+        reducing_gap: float | None = None,
+        return_numpy: bool = True,
+    ) -> Any:
+        """An image at another size.
+
+        Args:
+            image: (H, W, C) or (C, H, W), or a PIL image.
+            size: the size, as the option `size` has it, in pixels.
+            resample: one of Pillow's filters; by default the one that the class has by default.
+            data_format: layout of the result; by default that of the image.
+            input_data_format: layout of the image; by default found in its shape.
+            reducing_gap: as in `PIL.Image.Image.resize`.
+            return_numpy: whether to give an array; else a PIL image.
+
+        Returns:
+            The resized image: uint8, or float32 from 0 to 1 if the image held such numbers.
+
+        Raises:
+            ImageError: the image or its layout cannot be taken.
+            InputError: an option is wrong.
+        """
+        image, layout, wanted = self._one(image, data_format, input_data_format)
+        chosen = self._checked("size", size)
+        filter_ = self._checked(
+            "resample", self._defaults["resample"] if resample is None else resample
+        )
+        picture, was_scaled = resize_array(image, chosen, filter_, layout, reducing_gap)
+        if not return_numpy:
+            return picture
+        values = with_layout(three_axes(np.array(picture)), wanted)
+        return rescale(values, 1 / 255) if was_scaled else values
+
+    def rescale(
+        self,
+        image: Any,
+        scale: float,
+        data_format: str | None = None,
+        input_data_format: str | None = None,
+        dtype: Any = np.float32,
+    ) -> np.ndarray:
+        """An image times a number, multiplied in float64.
+
+        Args:
+            image: an array of any shape; (H, W, C) or (C, H, W) if `data_format` is given.
+            scale: the factor.
+            data_format: layout of the result; by default that of the image.
+            input_data_format: layout of the image; by default found in its shape.
+            dtype: dtype of the result.
+
+        Raises:
+            ImageError: the image or its layout cannot be taken.
+            InputError: an option is wrong.
+        """
+        factor = self._checked("rescale_factor", scale)
+        values = _as_image_array(image).astype(np.float64) * factor
+        if data_format is not None:
+            values, layout, wanted = self._one(values, data_format, input_data_format)
+            values = with_layout(channels_last(values, layout), wanted)
+        return values.astype(dtype)
+
+    def normalize(
+        self,
+        image: Any,
+        mean: float | Sequence[float],
+        std: float | Sequence[float],
+        data_format: str | None = None,
+        input_data_format: str | None = None,
+    ) -> np.ndarray:
+        """An image minus the mean, divided by the standard deviation, channel by channel.
+
+        Args:
+            image: (H, W, C) or (C, H, W), or a batch of these.
+            mean, std: one number per channel, or one for all.
+            data_format: layout of the result; by default that of the image.
+            input_data_format: layout of the image; by default found in its shape.
+
+        Returns:
+            The result, of the image's dtype if that is a float, else float32.
+
+        Raises:
+            ImageError: the image or its layout cannot be taken.
+            InputError: an option is wrong, or not one number per channel.
+        """
+        values, layout, wanted = self._one(_as_image_array(image), data_format, input_data_format)
+        values = channels_last(values, layout)
+        if not np.issubdtype(values.dtype, np.floating):
+            values = values.astype(np.float32)
+        count = values.shape[-1]
+        numbers = []
+        for name, value in (("image_mean", mean), ("image_std", std)):
+            each = self._checked(name, value)
+            if isinstance(each, list) and len(each) != count:
+                raise InputError(
+                    f"`{name.removeprefix('image_')}` must have {count} values, one per channel; "
+                    f"given {len(each)}."
+                )
+            numbers.append(np.array(each, dtype=values.dtype))
+        return with_layout((values - numbers[0]) / numbers[1], wanted)
+
+    def center_crop(
+        self,
+        image: Any,
+        size: int | Sequence[int] | Mapping[str, int],
+        data_format: str | None = None,
+        input_data_format: str | None = None,
+    ) -> np.ndarray:
+        """The middle of an image, padded with zeros where it is too small.
+
+        Args:
+            image: (H, W, C) or (C, H, W).
+            size: height and width of the crop, as the option `crop_size` has them, in pixels.
+            data_format: layout of the result; by default that of the image.
+            input_data_format: layout of the image; by default found in its shape.
+
+        Raises:
+            ImageError: the image or its layout cannot be taken.
+            InputError: an option is wrong.
+        """
+        values, layout, wanted = self._one(_as_image_array(image), data_format, input_data_format)
+        if values.ndim != 3:
+            raise ImageError(f"`image` must be one image with 3 axes; given shape {values.shape}.")
+        crop = self._checked("crop_size", size)
+        values = channels_last(values, layout)
+        values = center_crop(values, crop["height"], crop["width"], self.crop_rounding)
+        return with_layout(values, wanted)
+
+    def _one(self, image: Any, data_format: Any, input_data_format: Any) -> tuple[Any, str, str]:
+        """An image, its layout, and the layout of the result."""
+        given = self._checked("input_data_format", input_data_format)
+        wanted = self._checked("data_format", data_format)
+        if isinstance(image, PIL.Image.Image):
+            layout = given or "channels_last"
+        else:
+            image = as_array(image)
+            layout = layout_of(image, given)
+        return image, layout, wanted or layout
+
     # -- files
 
     def to_dict(self) -> dict[str, Any]:
-        """A dict of every option as JSON holds it, unknown keys included."""
+        """Every option as JSON holds it, unknown keys included."""
         out = {k: copy.deepcopy(v) for k, v in vars(self).items() if k != "_processor_class"}
         out["resample"] = int(out["resample"])
         out["image_processor_type"] = self._written_type()
@@ -294,16 +521,15 @@ class BaseImageProcessor:
             k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in self.to_dict().items()
         }
         try:
+            json.dumps(table, ensure_ascii=False).encode()  # half a surrogate pair is no text
             return json.dumps(table, indent=2, sort_keys=True, allow_nan=False) + "\n"
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise InputError(
                 f"an option of the image processor cannot be written as JSON ({reason(error)})."
             ) from error
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write `to_json_string()`; the old file survives a failure."""
-        from vit_common.files.checkpoint import write_text
-
         write_text(json_file_path, self.to_json_string())
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> list[str]:
@@ -317,9 +543,6 @@ class BaseImageProcessor:
         Raises:
             MissingFileError: the directory cannot be made or written.
         """
-        from vit_common.files.checkpoint import make_directory
-        from vit_common.files.hub import push_if_asked
-
         directory = make_directory(save_directory)
         self.to_json_file(directory / PROCESSOR_NAME)
         push_if_asked(directory, kwargs, files=[PROCESSOR_NAME])
@@ -338,8 +561,6 @@ class BaseImageProcessor:
         Raises:
             MissingFileError: the Hub cannot be reached or refuses.
         """
-        from vit_common.files.hub import push_if_asked
-
         with tempfile.TemporaryDirectory() as directory:
             self.to_json_file(Path(directory) / PROCESSOR_NAME)
             options = {**kwargs, "push_to_hub": True, "repo_id": repo_id}
@@ -354,7 +575,8 @@ class BaseImageProcessor:
         """
         if not isinstance(image_processor_dict, Mapping):
             raise InputError(
-                f"expected a mapping of image processor options; given {image_processor_dict!r}."
+                "expected a mapping of image processor options; given "
+                f"{shown(image_processor_dict)}."
             )
         return cls(**image_processor_dict)._override(image_processor_dict, overrides)
 
@@ -366,7 +588,7 @@ class BaseImageProcessor:
         refuse_unsupported({k: v for k, v in used.items() if k not in OPTIONS})
         for name, value in used.items():
             if value is not None or name not in self._defaults or name.startswith("do_"):
-                setattr(self, name, value)
+                self._set(name, value)
         if return_unused:
             return self, unused
         # Choices between Transformers' own classes, which there is no second of here.
@@ -386,8 +608,6 @@ class BaseImageProcessor:
             MissingFileError: it cannot be read.
             ConfigError: an option in it is refused.
         """
-        from vit_common.files.checkpoint import read_json
-
         return cls._from_file(Path(json_file), read_json(json_file), {})
 
     @classmethod
@@ -405,12 +625,30 @@ class BaseImageProcessor:
             MissingFileError: nothing is there.
             ConfigError: an option in the file is refused.
         """
-        from vit_common.files.checkpoint import read_json
-        from vit_common.files.hub import find_file, split_hub_options
-
         hub, overrides = split_hub_options(kwargs)
         path = find_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub)
         return cls._from_file(path, read_json(path), overrides)
+
+    @classmethod
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The keys of a `preprocessor_config.json`, and the keywords that do not say where it is.
+
+        Args:
+            pretrained_model_name_or_path: directory, JSON file, or "owner/name".
+            **kwargs: as in `from_pretrained`.
+
+        Raises:
+            MissingFileError: nothing is there.
+            CheckpointError: the file is not a JSON object.
+        """
+        hub, rest = split_hub_options(kwargs)
+        return read_json(find_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub)), rest
+
+    def _set_processor_class(self, processor_class: str | None) -> None:
+        # Transformers' own processors of several kinds of input call it.
+        self._processor_class = processor_class
 
     @classmethod
     def _from_file(cls, path: Path, table: dict[str, Any], overrides: dict[str, Any]) -> Any:
@@ -437,6 +675,25 @@ class BaseImageProcessor:
             return f"{type(self).__name__}({vars(self)!r})"
 
 
+def _as_image_array(image: Any) -> np.ndarray:
+    return np.asarray(image) if isinstance(image, PIL.Image.Image) else as_array(image)
+
+
+def _preprocess_of(order: tuple[str, ...]) -> Callable[..., BatchFeature]:
+    """`preprocess` with the signature of a class."""
+
+    def preprocess(self: Any, images: Any, *args: Any, **options: Any) -> BatchFeature:
+        return BaseImageProcessor.preprocess(
+            self, images, **_by_name("preprocess", order, args, options)
+        )
+
+    preprocess.__doc__ = BaseImageProcessor.preprocess.__doc__
+    preprocess.__signature__ = _signature(  # type: ignore[attr-defined]
+        ("self", "images"), dict.fromkeys(order)
+    )
+    return preprocess
+
+
 class ViTImageProcessor(BaseImageProcessor):
     """Images to the `pixel_values` of a ViT.
 
@@ -448,7 +705,7 @@ class ViTImageProcessor(BaseImageProcessor):
         do_rescale: multiply by `rescale_factor`.
         rescale_factor: 1/255 by default.
         do_normalize: subtract `image_mean` and divide by `image_std`.
-        image_mean, image_std: one number a channel (their count says what the model takes: 1 is
+        image_mean, image_std: one number per channel (their count says what the model takes: 1 is
             grey, 3 RGB, 4 RGBA), or one for all; 0.5 by default.
         do_convert_rgb: True makes every PIL image RGB; None makes them, and arrays that can only
             be grey or RGBA, what the means say; False changes no number of channels.
@@ -461,70 +718,15 @@ class ViTImageProcessor(BaseImageProcessor):
         InputError: a value is not what the option holds, or an unknown key would change pixels.
     """
 
-    def __init__(
-        self,
-        do_resize: bool | None = True,
-        size: int | Sequence[int] | Mapping[str, int] | None = None,
-        resample: int | None = Resampling.BILINEAR,
-        do_rescale: bool | None = True,
-        rescale_factor: float | None = 1 / 255,
-        do_normalize: bool | None = True,
-        image_mean: float | Sequence[float] | None = None,
-        image_std: float | Sequence[float] | None = None,
-        do_convert_rgb: bool | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            do_resize=do_resize,
-            size=size,
-            resample=resample,
-            do_rescale=do_rescale,
-            rescale_factor=rescale_factor,
-            do_normalize=do_normalize,
-            image_mean=image_mean,
-            image_std=image_std,
-            do_convert_rgb=do_convert_rgb,
-            **options,
-        )
-
-    def preprocess(
-        self,
-        images: Any,
-        do_resize: bool | None = None,
-        size: int | Sequence[int] | Mapping[str, int] | None = None,
-        resample: int | None = None,
-        do_rescale: bool | None = None,
-        rescale_factor: float | None = None,
-        do_normalize: bool | None = None,
-        image_mean: float | Sequence[float] | None = None,
-        image_std: float | Sequence[float] | None = None,
-        return_tensors: str | None = None,
-        data_format: str | None = None,
-        input_data_format: str | None = None,
-        do_convert_rgb: bool | None = None,
-        **options: Any,
-    ) -> BatchFeature:
-        """Make `pixel_values` of images; see `BaseImageProcessor.preprocess`."""
-        return super().preprocess(
-            images,
-            do_resize=do_resize,
-            size=size,
-            resample=resample,
-            do_rescale=do_rescale,
-            rescale_factor=rescale_factor,
-            do_normalize=do_normalize,
-            image_mean=image_mean,
-            image_std=image_std,
-            return_tensors=return_tensors,
-            data_format=data_format,
-            input_data_format=input_data_format,
-            do_convert_rgb=do_convert_rgb,
-            **options,
-        )
+    _call_order = (
+        *("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize"),
+        *("image_mean", "image_std", "return_tensors", "data_format", "input_data_format"),
+        "do_convert_rgb",
+    )
 
 
 class ViTFeatureExtractor(ViTImageProcessor):
-    """The older face of `ViTImageProcessor`: the same, but a pair as `size` is (width, height).
+    """The older name of `ViTImageProcessor`: the same, but a pair as `size` is (width, height).
 
     What it saves names `ViTImageProcessor`, which every version of Transformers can read.
     """
@@ -534,3 +736,8 @@ class ViTFeatureExtractor(ViTImageProcessor):
     @classmethod
     def _written_type(cls) -> str:
         return "ViTImageProcessor"
+
+
+ViTImageProcessorFast = ViTImageProcessor
+"""The name of Transformers' processor on torchvision, whose pixels differ slightly: for code that
+imports it. The pixels are those of `ViTImageProcessor`."""

@@ -2,43 +2,48 @@
 
 Each is `BaseImageProcessor` with the defaults, and the order of arguments, of the class of that
 name in Transformers 4.57.6 (`models/deit`, `models/beit` and `models/bit`; DINOv2 repositories name
-the processor of BiT), which works on PIL and numpy; its pixels are the same to the bit. Options
-mean what `ViTImageProcessor` says of them; all of these crop as well.
+the processor of BiT), which works on PIL and numpy; its pixels are the same to the bit. The options
+are those of `ViTImageProcessor`; all of these crop as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from PIL.Image import Resampling
 
-from vit_common.errors import InputError
+from vit_common.errors import InputError, shown
 from vit_common.images.processor import BaseImageProcessor, BatchFeature
 
 __all__ = [
     "BeitFeatureExtractor",
     "BeitImageProcessor",
+    "BeitImageProcessorFast",
     "BitImageProcessor",
+    "BitImageProcessorFast",
     "DeiTFeatureExtractor",
     "DeiTImageProcessor",
+    "DeiTImageProcessorFast",
 ]
 
-Size = int | Sequence[int] | Mapping[str, int] | None
-Values = float | Sequence[float] | None
-
+# In the order of the constructors, as `_CALL` is in that of the calls.
 _DEFAULTS: dict[str, Any] = {
     "do_resize": True,
     "size": {"height": 256, "width": 256},
     "resample": Resampling.BICUBIC,
     "do_center_crop": True,
     "crop_size": {"height": 224, "width": 224},
-    "do_rescale": True,
     "rescale_factor": 1 / 255,
+    "do_rescale": True,
     "do_normalize": True,
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
+_CALL = (
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale"),
+    *("rescale_factor", "do_normalize", "image_mean", "image_std"),
+)
+_RESULT = ("return_tensors", "data_format", "input_data_format")
 
 
 class DeiTImageProcessor(BaseImageProcessor):
@@ -51,75 +56,11 @@ class DeiTImageProcessor(BaseImageProcessor):
     """
 
     _defaults: ClassVar[dict[str, Any]] = _DEFAULTS
-
-    def __init__(
-        self,
-        do_resize: bool | None = True,
-        size: Size = None,
-        resample: int | None = Resampling.BICUBIC,
-        do_center_crop: bool | None = True,
-        crop_size: Size = None,
-        rescale_factor: float | None = 1 / 255,
-        do_rescale: bool | None = True,
-        do_normalize: bool | None = True,
-        image_mean: Values = None,
-        image_std: Values = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            do_resize=do_resize,
-            size=size,
-            resample=resample,
-            do_center_crop=do_center_crop,
-            crop_size=crop_size,
-            rescale_factor=rescale_factor,
-            do_rescale=do_rescale,
-            do_normalize=do_normalize,
-            image_mean=image_mean,
-            image_std=image_std,
-            **options,
-        )
-
-    def preprocess(
-        self,
-        images: Any,
-        do_resize: bool | None = None,
-        size: Size = None,
-        resample: int | None = None,
-        do_center_crop: bool | None = None,
-        crop_size: Size = None,
-        do_rescale: bool | None = None,
-        rescale_factor: float | None = None,
-        do_normalize: bool | None = None,
-        image_mean: Values = None,
-        image_std: Values = None,
-        return_tensors: str | None = None,
-        data_format: str | None = None,
-        input_data_format: str | None = None,
-        **options: Any,
-    ) -> BatchFeature:
-        """Make `pixel_values` of images; see `BaseImageProcessor.preprocess`."""
-        return super().preprocess(
-            images,
-            do_resize=do_resize,
-            size=size,
-            resample=resample,
-            do_center_crop=do_center_crop,
-            crop_size=crop_size,
-            do_rescale=do_rescale,
-            rescale_factor=rescale_factor,
-            do_normalize=do_normalize,
-            image_mean=image_mean,
-            image_std=image_std,
-            return_tensors=return_tensors,
-            data_format=data_format,
-            input_data_format=input_data_format,
-            **options,
-        )
+    _call_order = (*_CALL, *_RESULT)
 
 
 class DeiTFeatureExtractor(DeiTImageProcessor):
-    """The older face of `DeiTImageProcessor`: the same, but a pair as a size is (width, height)."""
+    """The older name of `DeiTImageProcessor`: the same, but a pair as a size is (width, height)."""
 
     _pairs_are_width_height = True
 
@@ -140,36 +81,7 @@ class BeitImageProcessor(BaseImageProcessor):
     """
 
     _defaults: ClassVar[dict[str, Any]] = {**_DEFAULTS, "do_reduce_labels": False}
-
-    def __init__(
-        self,
-        do_resize: bool | None = True,
-        size: Size = None,
-        resample: int | None = Resampling.BICUBIC,
-        do_center_crop: bool | None = True,
-        crop_size: Size = None,
-        rescale_factor: float | None = 1 / 255,
-        do_rescale: bool | None = True,
-        do_normalize: bool | None = True,
-        image_mean: Values = None,
-        image_std: Values = None,
-        do_reduce_labels: bool | None = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            do_resize=do_resize,
-            size=size,
-            resample=resample,
-            do_center_crop=do_center_crop,
-            crop_size=crop_size,
-            rescale_factor=rescale_factor,
-            do_rescale=do_rescale,
-            do_normalize=do_normalize,
-            image_mean=image_mean,
-            image_std=image_std,
-            do_reduce_labels=do_reduce_labels,
-            **options,
-        )
+    _call_order = ("segmentation_maps", *_CALL, "do_reduce_labels", *_RESULT)
 
     def _checked(self, name: str, value: Any) -> Any:
         if name not in ("do_reduce_labels", "reduce_labels"):
@@ -177,7 +89,7 @@ class BeitImageProcessor(BaseImageProcessor):
         if value is not None and value is not False:
             raise InputError(
                 f"`{name}` must be False: it is for the maps of a segmentation, which are not made "
-                f"here; given {value!r}. Set it to False to process images alone."
+                f"here; given {shown(value)}. Set it to False to process images alone."
             )
         return value
 
@@ -185,57 +97,19 @@ class BeitImageProcessor(BaseImageProcessor):
         """The same as `preprocess`."""
         return self.preprocess(images, segmentation_maps, **options)
 
-    def preprocess(
-        self,
-        images: Any,
-        segmentation_maps: None = None,
-        do_resize: bool | None = None,
-        size: Size = None,
-        resample: int | None = None,
-        do_center_crop: bool | None = None,
-        crop_size: Size = None,
-        do_rescale: bool | None = None,
-        rescale_factor: float | None = None,
-        do_normalize: bool | None = None,
-        image_mean: Values = None,
-        image_std: Values = None,
-        do_reduce_labels: bool | None = None,
-        return_tensors: str | None = None,
-        data_format: str | None = None,
-        input_data_format: str | None = None,
-        **options: Any,
-    ) -> BatchFeature:
-        """Make `pixel_values` of images; see `BaseImageProcessor.preprocess`.
-
-        `segmentation_maps` has the place it has in Transformers, and must be None.
-        """
-        if segmentation_maps is not None:
+    def _checked_call(self, options: dict[str, Any]) -> dict[str, Any]:
+        maps = options.pop("segmentation_maps", None)
+        if maps is not None:
             raise InputError(
                 "`segmentation_maps` must be None, as maps are not made here; given "
-                f"{type(segmentation_maps).__name__}. Pass options by name, and images alone."
+                f"{type(maps).__name__}. Pass options by name, and images alone."
             )
-        self._checked("do_reduce_labels", do_reduce_labels)
-        return super().preprocess(
-            images,
-            do_resize=do_resize,
-            size=size,
-            resample=resample,
-            do_center_crop=do_center_crop,
-            crop_size=crop_size,
-            do_rescale=do_rescale,
-            rescale_factor=rescale_factor,
-            do_normalize=do_normalize,
-            image_mean=image_mean,
-            image_std=image_std,
-            return_tensors=return_tensors,
-            data_format=data_format,
-            input_data_format=input_data_format,
-            **options,
-        )
+        self._checked("do_reduce_labels", options.pop("do_reduce_labels", None))
+        return options
 
 
 class BeitFeatureExtractor(BeitImageProcessor):
-    """The older face of `BeitImageProcessor`: the same, but a pair as a size is (width, height)."""
+    """The older name of `BeitImageProcessor`: the same, but a pair as a size is (width, height)."""
 
     _pairs_are_width_height = True
 
@@ -256,7 +130,7 @@ class BitImageProcessor(BaseImageProcessor):
     """
 
     _defaults: ClassVar[dict[str, Any]] = {
-        **_DEFAULTS,
+        **{name: _DEFAULTS[name] for name in _CALL},  # Transformers' order here is that of calls
         "size": {"shortest_edge": 224},
         # `OPENAI_CLIP_MEAN` and `OPENAI_CLIP_STD` of Transformers 4.57.6's `image_utils.py`.
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -264,75 +138,9 @@ class BitImageProcessor(BaseImageProcessor):
         "do_convert_rgb": True,
     }
     _int_is_shortest_edge = True
-
-    def __init__(
-        self,
-        do_resize: bool | None = True,
-        size: Size = None,
-        resample: int | None = Resampling.BICUBIC,
-        do_center_crop: bool | None = True,
-        crop_size: Size = None,
-        do_rescale: bool | None = True,
-        rescale_factor: float | None = 1 / 255,
-        do_normalize: bool | None = True,
-        image_mean: Values = None,
-        image_std: Values = None,
-        do_convert_rgb: bool | None = True,
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            do_resize=do_resize,
-            size=size,
-            resample=resample,
-            do_center_crop=do_center_crop,
-            crop_size=crop_size,
-            do_rescale=do_rescale,
-            rescale_factor=rescale_factor,
-            do_normalize=do_normalize,
-            image_mean=image_mean,
-            image_std=image_std,
-            do_convert_rgb=do_convert_rgb,
-            **options,
-        )
-
-    def preprocess(
-        self,
-        images: Any,
-        do_resize: bool | None = None,
-        size: Size = None,
-        resample: int | None = None,
-        do_center_crop: bool | None = None,
-        crop_size: Size = None,
-        do_rescale: bool | None = None,
-        rescale_factor: float | None = None,
-        do_normalize: bool | None = None,
-        image_mean: Values = None,
-        image_std: Values = None,
-        do_convert_rgb: bool | None = None,
-        return_tensors: str | None = None,
-        data_format: str | None = None,
-        input_data_format: str | None = None,
-        **options: Any,
-    ) -> BatchFeature:
-        """Make `pixel_values` of images; see `BaseImageProcessor.preprocess`."""
-        return super().preprocess(
-            images,
-            do_resize=do_resize,
-            size=size,
-            resample=resample,
-            do_center_crop=do_center_crop,
-            crop_size=crop_size,
-            do_rescale=do_rescale,
-            rescale_factor=rescale_factor,
-            do_normalize=do_normalize,
-            image_mean=image_mean,
-            image_std=image_std,
-            do_convert_rgb=do_convert_rgb,
-            return_tensors=return_tensors,
-            data_format=data_format,
-            input_data_format=input_data_format,
-            **options,
-        )
+    _call_order = (*_CALL, "do_convert_rgb", *_RESULT)
 
 
-# -- the choice by a file
+DeiTImageProcessorFast = DeiTImageProcessor
+BeitImageProcessorFast = BeitImageProcessor
+BitImageProcessorFast = BitImageProcessor

@@ -2,9 +2,9 @@
 
 Source: `resolve_data_config` and `transforms_imagenet_eval` of timm 1.0.31 (`data/config.py`,
 `data/transforms_factory.py`). timm makes the resized sides floor(side / crop_pct) and crops the
-middle; torchvision resizes PIL images by Pillow, so the resized pixels are equal. The crop starts
-elsewhere where the sides differ by 3 modulo 4: torchvision rounds half of an odd difference to the
-even number, Transformers, and so this processor, down. There the pictures are a pixel apart.
+middle; torchvision resizes PIL images by Pillow, so the pixels are equal. Where half of what the
+crop cuts off is no whole number, torchvision rounds it to the even number and Transformers down;
+the option `crop_rounding`, which Transformers keeps and does not know, says which.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 
 from PIL.Image import Resampling
 
-from vit_common.errors import ConfigError, InputError
+from vit_common.errors import ConfigError, InputError, shown
+from vit_common.images.options import HALF_TO_EVEN, MOST_SIDE
 from vit_common.images.processors import BitImageProcessor
 
 __all__ = ["processor_from_timm"]
@@ -51,6 +52,12 @@ def processor_from_timm(pretrained_cfg: Mapping[str, Any]) -> BitImageProcessor:
         _fail("crop_pct", "a number over 0, and 1 at most", crop_pct)
     if not 0 < crop_pct <= 1:
         _fail("crop_pct", "over 0, and 1 at most", crop_pct)
+    if max(height, width) / crop_pct > MOST_SIDE:
+        _fail(
+            "crop_pct",
+            f"such that the image is resized to at most {MOST_SIDE} pixels per side",
+            crop_pct,
+        )
 
     crop_mode = pretrained_cfg.get("crop_mode") or "center"
     if crop_mode not in ("center", "squash"):
@@ -68,7 +75,7 @@ def processor_from_timm(pretrained_cfg: Mapping[str, Any]) -> BitImageProcessor:
         )
 
     interpolation = pretrained_cfg.get("interpolation") or "bicubic"
-    if interpolation not in _FILTERS:
+    if not isinstance(interpolation, str) or interpolation not in _FILTERS:
         hint = "; 'random' is for training" if interpolation == "random" else ""
         _fail("interpolation", f"one of {', '.join(_FILTERS)}{hint}", interpolation)
     try:
@@ -76,6 +83,7 @@ def processor_from_timm(pretrained_cfg: Mapping[str, Any]) -> BitImageProcessor:
             size=size,
             resample=_FILTERS[interpolation],
             crop_size={"height": height, "width": width},
+            crop_rounding=HALF_TO_EVEN,
             image_mean=_per_channel(pretrained_cfg, "mean", _IMAGENET_MEAN, channels),
             image_std=_per_channel(pretrained_cfg, "std", _IMAGENET_STD, channels),
             do_convert_rgb=True if channels == 3 else None,
@@ -86,7 +94,7 @@ def processor_from_timm(pretrained_cfg: Mapping[str, Any]) -> BitImageProcessor:
 
 def _fail(key: str, wanted: str, given: Any) -> NoReturn:
     name = f"`pretrained_cfg`: `{key}`" if key else "`pretrained_cfg`"
-    raise ConfigError(f"{name} must be {wanted}; given {given!r}.")
+    raise ConfigError(f"{name} must be {wanted}; given {shown(given)}.")
 
 
 def _input_size(value: Any) -> tuple[int, int, int]:
@@ -100,6 +108,8 @@ def _input_size(value: Any) -> tuple[int, int, int]:
     if not whole or len(value) != 3 or min(value) < 1:
         _fail("input_size", wanted, value)
     channels, height, width = value
+    if max(height, width) > MOST_SIDE:
+        _fail("input_size", f"of at most {MOST_SIDE} pixels per side", value)
     if channels not in (1, 3, 4):
         _fail("input_size", "of 1, 3 or 4 channels, as those of images are", value)
     return channels, height, width

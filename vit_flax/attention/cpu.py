@@ -59,6 +59,19 @@ def attention_cpu(
     return context.reshape(B, A, S, width).transpose(0, 2, 1, 3)
 
 
+@partial(jax.jit, static_argnames="precision")  # traced once for all blocks
+def attention_cpu_inline(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *bias: jax.Array,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:
+    """`attention_cpu` as a part of a program that holds nothing but JAX's own operations, which
+    JAX differentiates as it does any other."""
+    return attention_cpu(query, key, value, bias=(*bias, None)[0], precision=precision)
+
+
 def _groups(heads: int, tokens: int) -> int:
     """The fewest equal groups of heads whose scores stay below the limit."""
     if not isinstance(heads, int):  # exported for any number of images

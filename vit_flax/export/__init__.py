@@ -32,12 +32,14 @@ from vit_common.exports import (
     random_pixels,
     versions,
 )
+from vit_common.features import features_pool, pooled_tokens
 from vit_common.files.containers import safetensors_file
 from vit_common.files.containers.tensor import as_tensor
 from vit_common.files.replace import check_target, staged
 from vit_common.images.predictions import Prediction
 from vit_common.images.processor import BaseImageProcessor
 from vit_common.versions import PACKAGE
+from vit_flax.attention import compiled_for
 from vit_flax.export.read import (
     CHECK,
     CONFIG,
@@ -89,17 +91,17 @@ def export(
     Args:
         model: a Flax model with its parameters.
         path: the file to write.
-        image_processor: what prepares images; None means the Hub's defaults for a ViT. It decides
+        image_processor: prepares the images; None means the Hub's defaults for a ViT. It decides
             the image size where the family takes any.
-        platforms: what the program is lowered for: "cpu", "cuda", "rocm", "tpu".
-        batch: images a call takes; "dynamic" for any number.
+        platforms: platforms that the program is lowered for: "cpu", "cuda", "rocm", "tpu".
+        batch: number of images in a call; "dynamic" for any number.
         output: "logits" of a classifier; "features", (B, D), of a base network: the class token
             after the final norm, or the mean of the patches where there is no such token.
-        input_dtype: "uint8" takes pixels as they are in a picture, resized and cropped, and does
-            the rescaling and normalising in the program.
+        input_dtype: "uint8" takes 8-bit pixels, resized and cropped, which the program rescales
+            and normalises.
         check: load the file in a fresh process and compare it with the model, on random pixels.
-        references: name -> what else to compare it with; called on `pixel_values` (B, C, H, W),
-            float32 and normalised.
+        references: name -> another function to compare it with; called on `pixel_values`
+            (B, C, H, W), float32 and normalised.
         force: overwrite the file.
 
     Raises:
@@ -108,6 +110,12 @@ def export(
         ExistingFileError: the file is there already.
         MissingFileError: it cannot be written.
         CheckpointError: the exported program gives other numbers; nothing was written.
+
+    Example:
+        >>> model = FlaxViTForImageClassification.from_pretrained("google/vit-base-patch16-224")
+        >>> export(model, "vit.jaxexport", batch=8)
+        >>> load("vit.jaxexport").classify("cat.jpg", top_k=1)[0].label
+        'Egyptian cat'
     """
     path = Path(path)
     platforms = check_platforms(platforms)
@@ -132,7 +140,7 @@ def export(
 
     started = time.perf_counter()
     rows = jax_export.symbolic_shape("b")[0] if batch == DYNAMIC else batch
-    with _without_paths():
+    with _without_paths(), compiled_for(*platforms):
         exported = jax_export.export(
             jax.jit(run), platforms=platforms, disabled_checks=disabled_checks()
         )(
@@ -219,7 +227,7 @@ def _program(model: Any, output: str, processor: BaseImageProcessor | None) -> C
 
 def _outputs(model: Any, output: str, params: Any, pixel_values: Any) -> jax.Array:
     front = model.head_tokens
-    if output == "features" and not model.config.use_cls_token:
+    if output == "features" and features_pool(model.config) == "mean":
         front = None  # the mean of the patches
     found = model.with_front_tokens(front)(
         pixel_values,
@@ -231,15 +239,12 @@ def _outputs(model: Any, output: str, params: Any, pixel_values: Any) -> jax.Arr
     if output == "logits":
         return found.logits.astype(jnp.float32)  # (B, K)
     hidden = found.last_hidden_state.astype(jnp.float32)  # (B, S, D)
-    config = model.config
-    if config.use_cls_token:
-        return hidden[:, 0]  # (B, D)
-    return jnp.mean(hidden[:, config.num_prefix_tokens :], axis=1)  # (B, D)
+    return pooled_tokens(hidden, model.config)  # (B, D)
 
 
 @contextmanager
 def _without_paths() -> Iterator[None]:
-    """Have JAX leave the names of source files out of programs: they are this machine's."""
+    """Keep the names of this machine's source files out of programs."""
     name = "jax_traceback_in_locations_limit"
     before = getattr(jax.config, name)
     jax.config.update(name, 0)
@@ -275,7 +280,7 @@ def _write(
 
 
 def check_place(platforms: Sequence[str]) -> jax.Device:
-    """Where to run a program and its model to compare them: JAX's default device, or else the CPU.
+    """The device to compare a program with its model on: JAX's default, or else the CPU.
 
     Raises:
         InputError: there is none of these platforms here.
@@ -309,7 +314,7 @@ _LOADER = (
 
 
 def _run_afresh(path: Path, place: jax.Device, pixels: np.ndarray) -> np.ndarray:
-    """What the file gives in a process that has nothing but it.
+    """The outputs of the file in a fresh process.
 
     Raises:
         CheckpointError: it cannot be loaded or run there.

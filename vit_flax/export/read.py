@@ -1,5 +1,5 @@
-"""Exported models: one file with a program for several platforms, its parameters, what prepares its
-images and names its classes. Reading one needs JAX (with flatbuffers), numpy and Pillow, not Flax.
+"""Exported models: one file with a program for several platforms, its parameters, preprocessing and
+labels. Reading one needs JAX (with flatbuffers), numpy and Pillow, not Flax.
 
 The file is a zip archive without compression, so that nothing unpacks to more than it is:
 
@@ -13,10 +13,9 @@ The file is a zip archive without compression, so that nothing unpacks to more t
 
 from __future__ import annotations
 
-import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ from vit_common.checks import check_positive
 from vit_common.errors import CheckpointError, ConfigError, ImageError, InputError, MissingFileError
 from vit_common.files.containers import safetensors_file
 from vit_common.files.containers.tensor import DataFile
-from vit_common.files.texts import MAX_JSON_BYTES, parse_json, reason
+from vit_common.files.containers.zips import data_offset
+from vit_common.files.texts import MAX_JSON_BYTES, cut, parse_json, reason, shown
 from vit_common.images.auto import processor_from_dict
 from vit_common.images.predictions import (
     AS_IN_A_PICTURE,
@@ -48,21 +48,36 @@ CONFIG, PROCESSOR, CHECK = "config.json", "preprocessor_config.json", "check.jso
 
 _NEEDED = (PROGRAM, PARAMETERS, METADATA, CONFIG, PROCESSOR)
 _BATCH = 32
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "input_shape": list,
-    "input_dtype": str,
-    "output": str,
-    "batch": (int, str),
-    "platforms": list,
-    "calling_convention_version": int,
-    "labels": list,
-    "several": bool,
-    "versions": dict,
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(kind, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+# field of the metadata -> whether a value is one that `export` writes
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "input_shape": lambda value: _are(lambda n: _is_number(n) and n > 0)(value) and len(value) == 3,
+    "input_dtype": lambda value: value in ("float32", "uint8"),
+    "output": lambda value: value in ("logits", "features"),
+    "batch": lambda value: value == "dynamic" or (_is_number(value) and value > 0),
+    "platforms": _are(_is_text),
+    "calling_convention_version": _is_number,
+    "labels": _are(_is_text),
+    "several": lambda value: isinstance(value, bool),
+    "versions": lambda value: isinstance(value, dict),
 }
 
 
 def platform_of(device: jax.Device) -> str:
-    """The name `jax.export` has for what a device is one of."""
+    """The name of a device's platform in `jax.export`: "cpu", "cuda", "rocm" or "tpu"."""
     if device.platform != "gpu":
         return device.platform
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
@@ -73,13 +88,13 @@ class ExportedModel:
 
     Attributes:
         path: the file.
-        metadata: what its `metadata.json` says.
-        check: what was measured when it was exported; None if nothing was.
+        metadata: content of its `metadata.json`.
+        check: the comparison made at export; None if there was none.
         config: the model's `config.json`, a dict.
-        image_processor: what prepares images.
+        image_processor: prepares images.
         labels: name of each class; empty where the output is features.
         parameters: name -> array, on `device`.
-        device: where it runs.
+        device: the device it runs on.
     """
 
     def __init__(
@@ -98,19 +113,19 @@ class ExportedModel:
         self.check = None if check is None else dict(check)
         self.config = dict(config)
         self.image_processor = image_processor
-        self.labels: list[str] = [str(label) for label in metadata["labels"]]
+        self.labels: list[str] = list(metadata["labels"])
         self.parameters = dict(parameters)
         self.device = device
         self._run = jax.jit(program.call)
 
     @property
     def batch(self) -> int | str:
-        """Images a call takes: their number, or "dynamic" for any."""
+        """Number of images in a call, or "dynamic" for any number."""
         return self.metadata["batch"]
 
     @property
     def platforms(self) -> tuple[str, ...]:
-        """What it was exported for."""
+        """Platforms it was exported for."""
         return tuple(self.metadata["platforms"])
 
     @property
@@ -158,7 +173,8 @@ class ExportedModel:
         """One image as the program takes it, (C, H, W).
 
         Args:
-            image: name of a file, PIL image, or array as the image processor takes it.
+            image: an image file (its name, its bytes, or open for reading), PIL image, or array as
+                the image processor takes it.
 
         Raises:
             ImageError, MissingFileError: it cannot be read or taken.
@@ -177,8 +193,8 @@ class ExportedModel:
         """Classify one image or a list of images.
 
         Args:
-            images: name of a file, PIL image or array; or a list of these, or an array
-                (B, H, W, C) or (B, C, H, W).
+            images: an image file (its name, its bytes, or open for reading), PIL image or array; or
+                a list of these, or an array (B, H, W, C) or (B, C, H, W).
             top_k: how many classes to return; all if there are fewer.
 
         Returns:
@@ -219,7 +235,7 @@ class ExportedModel:
 
 
 def load(path: str | PathLike, *, device: jax.Device | None = None) -> ExportedModel:
-    """Load what `export` wrote.
+    """Load a file that `export` wrote.
 
     Args:
         path: the file.
@@ -249,10 +265,11 @@ def load(path: str | PathLike, *, device: jax.Device | None = None) -> ExportedM
             name: jax.device_put(array, device) for name, array in archive.parameters().items()
         }
         _check_parameters(path, program, parameters)
+        _check_outputs(path, program, metadata)
         try:
             image_processor = processor_from_dict(archive.json(PROCESSOR), path / PROCESSOR)
         except ConfigError as error:
-            raise CheckpointError(str(error)) from error
+            raise CheckpointError(cut(str(error))) from error
         check = archive.json(CHECK) if CHECK in archive.names else None
         config = archive.json(CONFIG)
     return ExportedModel(
@@ -283,18 +300,13 @@ def _check_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
         raise _wrong(path)
     if metadata.get("version") != VERSION:
         raise CheckpointError(
-            f"{path}: is of version {metadata.get('version')!r} of this kind of file; this package "
-            f"reads version {VERSION}. Install the {PACKAGE} that wrote it "
+            f"{path}: is of version {shown(metadata.get('version'))} of this kind of file; this "
+            f"package reads version {VERSION}. Install the {PACKAGE} that wrote it "
             f"({_versions(metadata, PACKAGE, 'vit-flax')}), or export it again."
         )
-    for name, kind in _FIELDS.items():
-        if not isinstance(metadata.get(name), kind):
+    for name, is_proper in _FIELDS.items():
+        if name not in metadata or not is_proper(metadata[name]):
             raise CheckpointError(f"{path}: corrupt: {METADATA} has no proper {name!r}.")
-    shape = metadata["input_shape"]
-    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise CheckpointError(f"{path}: corrupt: {METADATA} has no proper 'input_shape'.")
-    if metadata["input_dtype"] not in ("float32", "uint8"):
-        raise CheckpointError(f"{path}: corrupt: {METADATA} has no proper 'input_dtype'.")
 
 
 def _program(path: Path, data: bytes, metadata: Mapping[str, Any]) -> Any:
@@ -335,6 +347,17 @@ def _check_parameters(path: Path, program: Any, parameters: Mapping[str, Any]) -
             f"{path}: corrupt: its program and its parameters do not fit each other at "
             f"{', '.join(wrong[:5])}."
         )
+
+
+def _check_outputs(path: Path, program: Any, metadata: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless the program takes and gives what the metadata say."""
+    images = program.in_avals[-1]  # after the parameters
+    shape, dtype = [*images.shape[1:]], images.dtype.name
+    outputs = [aval.shape for aval in program.out_avals]
+    labels = len(metadata["labels"])
+    named = metadata["output"] != "logits" or [shape[1:] for shape in outputs] == [(labels,)]
+    if [shape, dtype] != [metadata["input_shape"], metadata["input_dtype"]] or not named:
+        raise CheckpointError(f"{path}: corrupt: its program and {METADATA} do not fit each other.")
 
 
 def _wrong(path: Path) -> CheckpointError:
@@ -414,16 +437,11 @@ class _Member(DataFile):
 
     def __init__(self, path: Path, member: zipfile.ZipInfo) -> None:
         super().__init__(path)
-        # The lengths of the name and of the extra field here need not be those of the directory.
-        header = super().read(member.header_offset, 30)
-        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        try:
+            self._start = data_offset(self, member)
+        except BaseException:
             self.close()
-            raise self.fail("corrupt: a member of the archive is not where its directory says.")
-        name, extra = struct.unpack("<HH", header[26:30])
-        self._start = member.header_offset + 30 + name + extra
-        if self._start + member.file_size > self.size:
-            self.close()
-            raise self.fail("truncated.")
+            raise
         self.size = member.file_size
 
     def _read_into(self, buffer: memoryview, offset: int) -> int:

@@ -70,8 +70,8 @@ class ImageClassifier(ImageEncoder):
         """Classify one image or a list of images.
 
         Args:
-            images: name of a file, PIL image, or array as `ViTImageProcessor` takes it; or a list
-                of these, or an array (B, H, W, C) or (B, C, H, W).
+            images: as in `prepare`: an image file (its name, its bytes, or open for reading), PIL
+                image or array; or a list of these, or an array of several.
             top_k: how many classes to return; all if there are fewer.
 
         Returns:

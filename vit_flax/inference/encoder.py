@@ -16,6 +16,7 @@ import PIL.Image
 from vit_common.checks import as_integer, check_positive
 from vit_common.config import FIELDS, ViTConfig
 from vit_common.errors import ConfigError, InputError, ViTError
+from vit_common.features import features_pool, pooled_tokens
 from vit_common.images.predictions import are_many, default_image_processor
 from vit_common.images.processor import BaseImageProcessor
 from vit_convert.source import Source, find_processor
@@ -26,7 +27,7 @@ from vit_flax.inference.preparer import Preparer, prepare_all, usual_workers
 from vit_flax.inference.reader import Reader
 from vit_flax.inference.stream import Result, Timings, stream, values_of
 from vit_flax.int8 import check_weights, quantize
-from vit_flax.model import FlaxViTModule, mean_of_patches
+from vit_flax.model import FlaxViTModule
 from vit_flax.model import options as options_of
 from vit_flax.pixels import normalize
 from vit_flax.sharding import MeshLike, make_mesh, param_shardings, place
@@ -41,7 +42,7 @@ class Work(NamedTuple):
 
 
 Pool = Literal["auto", "cls", "mean"] | None
-"""How tokens become one vector: see `pooled`."""
+"""How tokens become one vector: see `vit_common.features`."""
 
 _OWN = ("workers", "normalize_on_device", "fast_decode")  # options of the constructor
 
@@ -125,8 +126,8 @@ class ImageEncoder:
 
         Args:
             name_or_path: directory, weights file, or "owner/name" on the Hub.
-            dtype: of the computation: float32, bfloat16 or float16. Statistics of norms and softmax
-                are float32 in each, and so is what comes out.
+            dtype: compute dtype: float32, bfloat16 or float16. Statistics of norms, softmax and
+                results are float32 in each.
             mesh: as for the class; weights are read from a safetensors file as they lie on the
                 devices, each part by itself.
             weights: "int8" holds the kernels of the blocks as 8-bit integers, in a quarter of
@@ -219,9 +220,9 @@ class ImageEncoder:
         the network.
 
         Args:
-            images: name of a file, PIL image, or array as `ViTImageProcessor` takes it; or a list
-                of these, or an array (B, H, W, C) or (B, C, H, W). Files are turned upright as
-                their EXIF says; PIL images and arrays are taken as they are.
+            images: an image file (its name, its bytes, or open for reading), PIL image, or array
+                as `ViTImageProcessor` takes it; or a list of these, or an array (B, H, W, C) or
+                (B, C, H, W). Files and PIL images are turned upright as their EXIF says.
             errors: a list to which is added, for each image, why it could not be prepared, or None;
                 its row is then zero. Without a list, the first such error is raised.
 
@@ -301,7 +302,7 @@ class ImageEncoder:
         if pool not in ("auto", "cls", "mean", None):
             raise InputError(f"`pool` must be 'cls', 'mean' or None, or 'auto'; given {pool!r}.")
         if pool == "auto":
-            return "cls" if self.config.use_cls_token else "mean"
+            return features_pool(self.config)
         if pool == "cls" and not self.config.use_cls_token:
             raise InputError("`pool` must be 'mean' or None: this network has no class token.")
         return pool
@@ -479,20 +480,4 @@ class ImageEncoder:
         if work.kind == "attention":
             return [output.attentions[i] for i in work.layers]  # (B, A, S, S)
         states = [*output.hidden_states[1:-1], output.last_hidden_state]
-        return [pooled(states[i], work.pool, config) for i in work.layers]
-
-
-def pooled(hidden_states: jax.Array, pool: str | None, config: ViTConfig) -> jax.Array:
-    """Tokens (B, S, D) as one vector an image, (B, D).
-
-    Args:
-        hidden_states: of one block.
-        pool: "cls" for the class token, "mean" for the mean of the patches, "auto" for the class
-            token or, in a network without one, the mean; None leaves all tokens.
-        config: of the network.
-    """
-    if pool == "auto":
-        pool = "cls" if config.use_cls_token else "mean"
-    if pool == "cls":
-        return hidden_states[:, 0]
-    return mean_of_patches(hidden_states, config) if pool == "mean" else hidden_states
+        return [pooled_tokens(states[i], config, work.pool) for i in work.layers]

@@ -20,8 +20,8 @@ from vit_flax.sharding import DATA, batch_sharding, batch_spec
 Program = Callable[[Any, jax.Array], tuple[jax.Array, ...]]
 """From parameters and pixels (B, C, H, W) to arrays with a row for each image."""
 
-# What the widest layer's activations of the images that a processor works on together may take, so
-# that they stay in its cache: float32 numbers, 12 MB.
+# Largest activations of the images that a CPU works on together, so that they stay in its cache:
+# float32 numbers of the widest layer, 12 MB.
 _MICRO_BATCH_NUMBERS = 3 * 2**20
 
 
@@ -64,8 +64,9 @@ class Engine:
         self._ready: set[tuple[Hashable, int]] = set()
         self._most: int | None = None  # images that fit into the device's memory together
         self._compiling = threading.Lock()
+        self._launching = threading.Lock()
         self.shrinking = threading.Lock()
-        """Held while `limit` is looked at to be lowered."""
+        """Held while `limit` is read in order to be lowered."""
         patch = config.patch_height_width
         self.tokens = config.num_prefix_tokens + (shape[1] // patch[0]) * (shape[2] // patch[1])
         width = max(config.intermediate_size, config.hidden_size)
@@ -76,22 +77,22 @@ class Engine:
         return len(self._compiled)
 
     def add(self, work: Hashable, program: Program) -> None:
-        """Have `work` name a program; the first of a name stays."""
+        """Register a program under the name `work`; a name that is registered keeps its program."""
         self._programs.setdefault(work, program)
 
     def bucket(self, images: int, batch_size: int) -> int:
-        """The size of batch that so many images are run in: a power of two, at most
-        `batch_size`; on several devices, the next multiple of what it is split over."""
+        """The batch size for a number of images: the next power of two, at most `batch_size`; on
+        several devices, rounded up to a multiple of them."""
         return self.divisible(min(batch_size, 1 << (images - 1).bit_length()))
 
     def divisible(self, size: int) -> int:
-        """The next size that can be split over the devices."""
+        """The smallest size from `size` up that can be split over the devices."""
         return -(-size // self.parts_of_batch) * self.parts_of_batch
 
     def compile_all(self, work: Hashable, batch_size: int) -> None:
-        """Compile every size that batches of at most so many images are run in, and from then on
-        run a last batch of few images in the smallest that holds it. It ends with what fits into
-        the device's memory."""
+        """Compile every size that batches of up to `batch_size` images run in, up to what fits into
+        the device's memory. From then on a smaller last batch runs in the smallest size that holds
+        it."""
         batch_size = self.limit(batch_size)
         sizes = {*(1 << i for i in range(batch_size.bit_length())), batch_size}
         for size in sorted(set(map(self.divisible, sizes))):
@@ -103,14 +104,14 @@ class Engine:
             self._ready.add((work, size))
 
     def compile_ahead(self, work: Hashable, size: int) -> None:
-        """Compile what a batch padded to `size` is run in, so that `start` need not. What goes
-        wrong is left to `Running.rows`, which can do with less memory."""
+        """Compile the program for a batch padded to `size`, so that `start` need not. Failures are
+        left to `Running.rows`, which can make do with less memory."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self.compile(work, self.limit(self.divisible(size)))
 
     def compile(self, work: Hashable, size: int) -> jax.stages.Compiled:
-        """The program for a batch of that size, which can be split; compiled by the first thread
-        that asks."""
+        """The program for a batch of `size`, which must be `divisible`; compiled by the first
+        thread that asks for it."""
         with self._compiling:
             return self._compile(work, size)
 
@@ -135,7 +136,8 @@ class Engine:
         return self._compiled[work, size]
 
     def _micro_batched(self, run: Program, size: int) -> Program:
-        """The program, a few images at a time on a processor, whose cache holds only so many."""
+        """On a CPU, the program a few images at a time, so that they stay in its cache; elsewhere
+        the program itself."""
         most = self._micro_batch
         count = next(n for n in range(-(-size // most), size + 1) if size % n == 0)
         if count == 1 or self.platform != "cpu":
@@ -150,15 +152,15 @@ class Engine:
 
     @property
     def platform(self) -> str:
-        """Of the device that holds the parameters: "cpu", "gpu" or "tpu"."""
+        """Platform of the device that holds the parameters: "cpu", "gpu" or "tpu"."""
         if self.mesh is not None:
             return self.mesh.devices.flat[0].platform
         leaf = jax.tree.leaves(self.params)[0]
         return next(iter(leaf.devices())).platform if isinstance(leaf, jax.Array) else "cpu"
 
     def start(self, work: Hashable, pixel_values: np.ndarray, size: int) -> Running:
-        """Set a batch (B, C, H, W) off, padded to `size`, or to a smaller one of
-        `compile_all`; `Running.rows` waits for it.
+        """Start to run a batch (B, C, H, W), padded to `size` or to a smaller size that
+        `compile_all` compiled; `Running.rows` waits for its results.
 
         Raises:
             DeviceError: the device's memory does not hold a single image.
@@ -166,16 +168,16 @@ class Engine:
         return Running(self, work, pixel_values, size)
 
     def parts(self, pixel_values: np.ndarray, size: int) -> list[np.ndarray]:
-        """A batch cut into what is run at once."""
+        """A batch cut into parts that fit into the device's memory."""
         most = self.limit(size)
         return [pixel_values[i : i + most] for i in range(0, len(pixel_values), most)]
 
     def limit(self, size: int) -> int:
-        """`size`, or what of it fits into the device's memory."""
+        """`size`, or less if the device's memory holds less."""
         return min(size, self._most or size)
 
     def dispatch(self, work: Hashable, pixel_values: np.ndarray, size: int) -> _Arrays:
-        """Arrays to come of one part."""
+        """Start to run one part."""
         images = len(pixel_values)
         size = self.limit(self.divisible(size))
         # Not what happens to be compiled: the bits of a result would depend on what ran before.
@@ -187,10 +189,15 @@ class Engine:
             padded[:images] = pixel_values
             pixel_values = padded
             self.padded += size - images
-        return _Arrays(images, tuple(compiled(self.params, pixel_values)))
+        if self.mesh is None:
+            return _Arrays(images, tuple(compiled(self.params, pixel_values)))
+        # Devices that communicate must all meet the programs of several threads in one order.
+        with self._launching:
+            return _Arrays(images, tuple(compiled(self.params, pixel_values)))
 
     def shrink(self, size: int, error: Exception) -> None:
-        """Remember that so many images do not fit; raise `error` if that is not why it failed."""
+        """Remember that a batch of `size` does not fit into memory; raise `error` if it is about
+        something else."""
         if not is_out_of_memory(error):
             raise error
         size = self.divisible(size)
@@ -216,7 +223,7 @@ class _Arrays(NamedTuple):
 
 
 class Running:
-    """A batch that the device works on."""
+    """A batch that is being run."""
 
     def __init__(self, engine: Engine, work: Hashable, pixel_values: np.ndarray, size: int) -> None:
         self._engine, self._work = engine, work
@@ -226,8 +233,8 @@ class Running:
         self._start()
 
     def _start(self) -> None:
-        """Set the parts off. What fails here is told, or mended, by `rows`: the batches before this
-        one may still hold the memory that it wants."""
+        """Start to run the parts. A failure here is handled by `rows`: earlier batches may still
+        hold the memory that this one needs."""
         self._tried = self._engine.limit(self._size)
         try:
             self._error = None

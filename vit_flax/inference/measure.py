@@ -1,4 +1,4 @@
-"""How fast an `ImageClassifier` is, and how fast it could be."""
+"""The speed of an `ImageClassifier`, beside that of bare matrix products on the same device."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from vit_flax.inference.stream import Timings
 
 @dataclass(frozen=True)
 class Rate:
-    """Images a second of the network alone, pixels in the host's memory, probabilities out.
+    """Images per second of the network alone, from pixels in the host's memory to probabilities.
 
     Attributes:
         batch_size: images at once.
-        samples: images a second of each round.
-        limit: images a second if there were nothing but the matrix products, at the rate that was
-            measured between the same rounds.
+        samples: images per second of each round.
+        limit: images per second if there were nothing but the matrix products, at the rate that
+            was measured between the same rounds.
     """
 
     batch_size: int
@@ -36,12 +36,12 @@ class Rate:
 
     @property
     def share(self) -> float:
-        """Of `limit`, median of the rounds."""
+        """Share of `limit`, median of the rounds."""
         return float(np.median(np.asarray(self.samples) / np.asarray(self.limit)))
 
 
 class Products:
-    """Matrix products as wide as the network's MLP, for what the device can do.
+    """Matrix products as wide as the network's MLP: the most that the device can do.
 
     Args:
         config: the sizes.
@@ -65,7 +65,7 @@ class Products:
         self._run()
 
     def rate(self, seconds: float) -> float:
-        """Floating point operations a second, the best of what is done in `seconds`."""
+        """Floating point operations per second, the best measured within `seconds`."""
         best, end = 0.0, time.perf_counter() + seconds
         while not best or time.perf_counter() < end:
             start = time.perf_counter()
@@ -77,12 +77,12 @@ class Products:
 def network_rate(
     classify: ImageClassifier, batch_size: int, rounds: int = 5, seconds: float = 1.0
 ) -> Rate:
-    """Measure the network at one size of batch, turn about with matrix products.
+    """Measure the network at one batch size, alternating with matrix products.
 
     Args:
-        classify: what is measured; the size is compiled first.
+        classify: the classifier; the size is compiled first.
         batch_size: images at once.
-        rounds: how many times; each takes at least `seconds`.
+        rounds: number of rounds; each takes at least `seconds`.
     """
     config = classify.config
     run = classify.runner(batch_size)
@@ -104,7 +104,7 @@ def network_rate(
 
 
 def random_pixels(classify: ImageClassifier, batch_size: int) -> np.ndarray:
-    """(B, C, H, W) as the network's programs take them."""
+    """Random pixels (B, C, H, W) as `run` takes them."""
     shape = (batch_size, classify.config.num_channels, *classify.image_size)
     rng = np.random.default_rng(0)
     if classify.engine.dtype == np.uint8:
@@ -115,7 +115,7 @@ def random_pixels(classify: ImageClassifier, batch_size: int) -> np.ndarray:
 def stream_rate(
     classify: ImageClassifier, names: Sequence[Any], batch_size: int, images: int
 ) -> Timings:
-    """Classify so many images from files, the names taken round and round."""
+    """Classify a number of images from files, going through the names again and again."""
 
     def endless() -> Iterator[Any]:
         for i in range(images):
@@ -127,7 +127,7 @@ def stream_rate(
 
 
 def host_rate(classify: ImageClassifier, names: Sequence[Any], seconds: float = 2.0) -> float:
-    """Images a second that one thread reads and prepares."""
+    """Images per second that one thread reads and prepares."""
     start, count = time.perf_counter(), 0
     while not count or time.perf_counter() - start < seconds:
         classify.preparer.one(names[count % len(names)])

@@ -77,9 +77,9 @@ class Preparer:
         """Prepare one image or a list of images; threads decode them side by side.
 
         Args:
-            images: name of a file, PIL image, or array as the processor takes it; or a list of
-                these, or an array (B, H, W, C) or (B, C, H, W). Files are turned upright as their
-                EXIF says; PIL images and arrays are taken as they are.
+            images: an image file (its name, its bytes, or open for reading), PIL image, or array
+                as the processor takes it; or a list of these, or an array (B, H, W, C) or
+                (B, C, H, W). Files and PIL images are turned upright as their EXIF says.
             errors: a list to which is added, for each image, why it could not be prepared, or None;
                 its row is then zero. Without a list, the first such error is raised.
 

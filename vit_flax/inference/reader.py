@@ -1,5 +1,5 @@
-"""Images for the network, read ahead of it: decoded and prepared by threads, in order, a bounded
-number of batches at a time."""
+"""Reads images ahead of the network: threads decode and prepare them, in order, with a bounded
+number of batches in memory."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _PATIENCE = 1.0  # seconds that `close` waits for an iterable that takes its tim
 
 
 class _End:
-    """There are no more images."""
+    """Marks the end of the images."""
 
 
 @dataclass
 class Batch:
-    """Images that go through the network together.
+    """Images that are run together.
 
     Attributes:
         sources: the images or names, as they were given.
         pixel_values: (B, C, H, W); rows of images with an error are zero.
-        errors: for each image why it could not be read, or None; there after `wait`.
+        errors: for each image why it could not be read, or None; filled in by `wait`.
     """
 
     sources: list[Any]
@@ -41,11 +41,11 @@ class Batch:
     errors: list[ViTError | None] = field(default_factory=list)
 
     def wait(self) -> BaseException | None:
-        """Wait until every image is there.
+        """Wait until every image is prepared.
 
         Returns:
-            What is not an image's own fault, if anything is; the batch then ends before the image
-            that met it.
+            An exception that is no fault of an image, or None; with one, the batch ends before the
+            image at which it was raised.
         """
         for i, row in enumerate(self._rows):
             fault = row.exception()
@@ -64,11 +64,11 @@ class Batch:
 class Reader:
     """Batches of an iterable of images.
 
-    One thread asks the iterable for images, so that nothing waits for it that need not; `workers`
-    threads decode and prepare them (Pillow lets go of Python's lock while it decodes).
+    One thread iterates over the images, so that a slow iterable delays nothing else; `workers`
+    threads decode and prepare them (Pillow releases Python's lock while it decodes).
 
     Args:
-        images: what is read, asked for no further than three batches ahead of the caller.
+        images: images or names, read no further than three batches ahead of the caller.
         batch_size: images in a batch; the last may have fewer.
         prepare: from an image or a name to an array (C, H, W); a ViTError is that image's own.
         shape, dtype: of what it gives.
@@ -92,7 +92,7 @@ class Reader:
         self._batches: queue.Queue[Batch | BaseException | _End] = queue.Queue(maxsize=_AHEAD)
         self._next: Batch | BaseException | _End | None = None
         self.decoding = 0.0
-        """Seconds that the threads spent on images, added up over them."""
+        """Seconds spent on images, added up over the threads."""
         self._lock = threading.Lock()
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="vit-decode")
         self._feeder = threading.Thread(target=self._feed, name="vit-read", daemon=True)
@@ -110,7 +110,7 @@ class Reader:
         self._put(end)
 
     def _take(self) -> tuple[list[Any], BaseException | _End | None]:
-        """The images of a batch, and what came instead of the next, if anything did."""
+        """The images of a batch, and what came instead of the next: the end, or an exception."""
         sources: list[Any] = []
         try:
             while len(sources) < self._batch_size:
@@ -131,7 +131,7 @@ class Reader:
             size = math.prod(shape) * np.dtype(self._dtype).itemsize
             raise InputError(
                 f"a batch of {shape[0]} images of {' x '.join(map(str, self._shape))} needs "
-                f"{size / 1e9:.1f} GB, more than there is; use a smaller batch size."
+                f"{size / 1e9:.1f} GB of memory, more than there is; use a smaller batch size."
             ) from error
         rows = [
             self._workers.submit(self._row, source, pixel_values, i)
@@ -140,7 +140,7 @@ class Reader:
         return Batch(sources, pixel_values, rows)
 
     def _put(self, item: Batch | BaseException | _End) -> bool:
-        """Whether anyone still wanted it."""
+        """Whether the item was taken; not if the reader was closed."""
         while not self._stop.is_set():
             try:
                 self._batches.put(item, timeout=0.1)
@@ -173,7 +173,7 @@ class Reader:
         return not isinstance(self._next, Batch) or self._next.ready
 
     def next(self) -> Batch | None:
-        """The next batch, to be waited for; None at the end. What the iterable raised is raised
+        """The next batch, to be waited for; None at the end. Exceptions of the iterable are raised
         here."""
         item, self._next = self._next, None
         if item is None:
@@ -183,8 +183,8 @@ class Reader:
         return item if isinstance(item, Batch) else None
 
     def close(self) -> None:
-        """Stop reading. Images that are being decoded are finished first; one that the iterable is
-        being asked for is waited for, but not for ever."""
+        """Stop reading. Images that are being decoded are finished; an iterable that is slow to
+        give its next image is waited for a second at most."""
         self._stop.set()
         self._workers.shutdown(cancel_futures=True)
         with contextlib.suppress(queue.Empty):  # the feeding thread may wait for room

@@ -1,4 +1,4 @@
-"""Training: one step of gradient descent, as a pure function. Needs an optimizer, such as optax's."""
+"""Training: one step of gradient descent, as a pure function, with any optimizer of optax."""
 
 from vit_flax.training.step import cross_entropy, init_state, make_step
 

@@ -78,7 +78,7 @@ def make_step(
         mesh: devices that the parameters and batches lie on (`vit_flax.sharding`); what comes out
             lies as the table there says. None leaves it to the arrays.
         donate: let the new parameters and state take the memory of the old ones, which cannot be
-            used afterwards.
+            used afterwards (nor can `model.params`, if the first step was given those).
 
     Returns:
         The jitted step. Its batch has "pixel_values" (B, C, H, W) and what `loss` looks at; `rng`

@@ -25,6 +25,7 @@ from vit_common.positions import ResizeRule
 from vit_torch.model import ViTPart, classifier_input
 from vit_torch.outputs import BaseModelOutputWithPooling
 from vit_torch.pretrained import ViTPreTrainedModel
+from vit_torch.verify.stages import first
 
 _ACTIVATIONS = ("gelu", "gelu_new", "quick_gelu", "relu", "silu", "tanh", "selu")
 _EPS = (1e-12, 1e-6, 1e-5, 1e-3)
@@ -124,7 +125,7 @@ def _run(
         if name.startswith("block"):
             shared = getattr(model.base_model.encoder, "relative_position_bias", None)
             bias = None if shared is None else shared(grid)
-            return part(x, None, bias, False, grid)[0]
+            return first(part(x, None, bias, False, grid))
         if name == "embeddings":
             return part(x, interpolate_pos_encoding=True)
         if name == "logits":

@@ -13,7 +13,7 @@ from vit_torch.verify.parity import Stage
 
 @dataclass(frozen=True)
 class Checked:
-    """A stage and the bound it was held against."""
+    """A stage, and the bound its difference must not exceed."""
 
     stage: Stage
     bound: float
@@ -21,7 +21,7 @@ class Checked:
 
     @property
     def passed(self) -> bool:
-        """Whether it is within its bound; what is not finite is not."""
+        """Whether it is finite and within its bound."""
         return bool(np.isfinite([self.value, self.bound]).all()) and self.value <= self.bound
 
 
@@ -30,13 +30,14 @@ class Row:
     """One comparison.
 
     Attributes:
-        device: what the Flax model ran on; `dtype` and `precision` of its matrix products.
-        against: what it was compared with.
-        rule: what the bound is of: "absolute", or "error ratio" in half precision.
-        stages: in the order of the network.
-        unmatched: what only one of the two has, or both in different shapes.
-        causes: changes that bring the first stage over its bound nearer; empty where none of those
-            known does, None where none was tried.
+        device: device of the Flax model.
+        dtype, precision: those of its matrix products.
+        against: the model it was compared with.
+        rule: kind of bound: "absolute", or "error ratio" in half precision.
+        stages: stages in the order of the network.
+        unmatched: stages that only one of the two has, or that differ in shape.
+        causes: changes that reduce the difference of the first stage over its bound; empty if no
+            known change does, None if none was tried.
     """
 
     device: str
@@ -83,11 +84,11 @@ class Verification:
 
     Attributes:
         first, second: the models; `second` is None where the twins of one were compared.
-        family, head: of the first.
-        image_size, batch: what they ran on.
-        rows: one a device, dtype and precision.
-        versions: of the packages.
-        notes: what to know.
+        family, head: `model_type` and head of the first.
+        image_size, batch: (height, width) and number of the images.
+        rows: one row per device, dtype and precision.
+        versions: versions of the packages.
+        notes: remarks for the reader.
     """
 
     first: str
@@ -106,7 +107,7 @@ class Verification:
         return bool(self.rows) and all(row.passed for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON holds it: None for a number that is not finite."""
+        """Everything as JSON, with None for numbers that are not finite."""
         table = _finite(asdict(self))
         table["passed"] = self.passed
         for row, own in zip(table["rows"], self.rows, strict=True):

@@ -41,21 +41,21 @@ def verify(
 
     Args:
         first, second: directory, weights file or Hub name; in any format.
-        images: PIL images or arrays for the models; None draws random numbers.
+        images: PIL images or arrays; None means random numbers.
         devices: "cpu", "gpu", "tpu": where the Flax models run. The PyTorch twin runs on the CPU.
-        dtypes: of `DTYPES`. float64 and float32 are held against an absolute bound; half precision
-            against the twin's own error.
+        dtypes: names from `DTYPES`. float64 and float32 have an absolute bound; half precision is
+            compared with the PyTorch twin's own error.
         image_size: (height, width) other than the model's; positions are resampled.
         batch: number of random images; given `images`, left at 2.
         gradients: compare the gradient of every parameter as well, in float64 and float32.
-        format: of both checkpoints, if not detected.
+        format: format of both checkpoints, if it cannot be detected.
         overrides: fields of both configurations that win over what the files say.
         ignore: regular expressions of names of tensors that may be left out.
-        bounds: instead of `vit_torch.verify.bounds.BOUNDS`.
+        bounds: bounds by name, in place of those in `vit_torch.verify.bounds.BOUNDS`.
         **hub: options of the Hub.
 
     Returns:
-        What was found; `passed` says whether all was within bounds.
+        The rows; `passed` says whether all stages were within their bounds.
 
     Raises:
         ViTError: a model cannot be loaded, the two cannot be compared, or an option is wrong.

@@ -47,7 +47,7 @@ def stage_of(path: str, prefix: str) -> str | None:
     return None
 
 
-def _first(value: Any) -> Any:
+def first(value: Any) -> Any:
     """The array of a module's output: attention and blocks give it with the probabilities."""
     return value[0] if isinstance(value, tuple) else value
 
@@ -62,7 +62,7 @@ def recorded(model: ViTPreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
         if name is not None:
 
             def keep(module, inputs, output, name=name):
-                stages[name] = _first(output)
+                stages[name] = first(output)
 
             hooks.append(module.register_forward_hook(keep))
     try:
@@ -150,7 +150,7 @@ def flax_stages(model: Any, pixel_values: np.ndarray, **inputs: Any) -> dict[str
     for path, value in _calls(tree):
         name = stage_of(".".join(path), prefix)
         assert name is not None
-        found[name] = np.asarray(_first(value)).astype(np.float64)
+        found[name] = np.asarray(first(value)).astype(np.float64)
     if "loss" in output:
         found["loss"] = np.asarray(output.loss).astype(np.float64)
     return found

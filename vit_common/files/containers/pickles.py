@@ -49,7 +49,7 @@ class Storage(NamedTuple):
     key: str
     type: str
     """Of its numbers, in torch's words: "Float" of `torch.FloatStorage`; "Untyped" for bytes."""
-    count: int
+    length: int
     """Numbers in it."""
     begin: int = 0
     """Numbers of the root storage before it; files from before torch 1.0 have such parts."""
@@ -294,6 +294,10 @@ class Reader:
         elif not isinstance(target, Inert):
             raise _Corrupt(f"appends to a {kind_of(target)}")
 
+    def _frozen_set(self) -> None:
+        self._pop_mark()
+        self._push(Inert("frozenset"))
+
     def _set(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, dict):
@@ -386,13 +390,13 @@ class Reader:
             return tuple(arguments[0])
         if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
             metadata = arguments[6] if len(arguments) > 6 else None
-            return _tensor(*arguments[:4], None, metadata)
+            return _tensor(arguments[:4], None, metadata)
         if name == "torch._utils._rebuild_tensor_v3":
             dtype = arguments[6]
             if not isinstance(dtype, Name):
                 raise _Corrupt("a tensor without a dtype")
             metadata = arguments[7] if len(arguments) > 7 else None
-            return _tensor(*arguments[:4], dtype.name.removeprefix("torch."), metadata)
+            return _tensor(arguments[:4], dtype.name.removeprefix("torch."), metadata)
         if name in (
             "torch._utils._rebuild_parameter",
             "torch._utils._rebuild_parameter_with_state",
@@ -438,9 +442,8 @@ def _sizes(value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _tensor(
-    storage: Any, offset: Any, shape: Any, strides: Any, dtype: str | None, metadata: Any
-) -> TensorAt:
+def _tensor(arguments: tuple[Any, ...], dtype: str | None, metadata: Any) -> TensorAt:
+    storage, offset, shape, strides = arguments
     if not isinstance(storage, Storage) or not _is_size(offset):
         raise _Corrupt("a tensor without a storage")
     shape, strides = _sizes(shape), _sizes(strides)
@@ -504,7 +507,7 @@ _OPERATIONS: dict[bytes, Callable[[Reader], object]] = {
     b"u": lambda r: r._set(r._pop_mark()),
     b"\x8f": lambda r: r._push(Inert("set")),
     b"\x90": lambda r: r._append(r._pop_mark()),
-    b"\x91": lambda r: (r._pop_mark(), r._push(Inert("frozenset"))),
+    b"\x91": Reader._frozen_set,
     b"q": lambda r: r._put("<B"),
     b"r": lambda r: r._put("<I"),
     b"\x94": Reader._memoize,

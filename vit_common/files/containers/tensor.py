@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from vit_common.errors import CheckpointError, InputError, MissingFileError
-from vit_common.files.texts import reason
+from vit_common.files.texts import cut, reason
 
 _TILE = 256
 """Side of the tiles a transposed array is copied in: 256 kB of float32, which a cache holds."""
@@ -163,7 +163,7 @@ class DataFile:
         self.close()
 
     def fail(self, text: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {text}")
+        return CheckpointError(f"{self.path}: {cut(text)}")
 
     def read(self, offset: int, count: int) -> bytes:
         """At most `count` bytes from `offset`; fewer only at the end of the file."""

@@ -168,11 +168,11 @@ def _read_legacy(file: DataFile) -> tuple[Any, dict[str, tuple[int, int]], bool]
         if storage is None or key in places:
             raise file.fail(f"corrupt: storage {key[:40]!r} is there twice, or no tensor's.")
         stated = int.from_bytes(file.read(position, 8), "big" if swapped else "little")
-        size = storage.count * _item_size(file, storage)
-        if stated != storage.count or position + 8 + size > file.size:
+        size = storage.length * _item_size(file, storage)
+        if stated != storage.length or position + 8 + size > file.size:
             raise file.fail(
                 f"not a readable torch file, or truncated: storage {key[:40]!r} holds "
-                f"{storage.count} numbers; the file has {stated} at byte {position}, and ends at "
+                f"{storage.length} numbers; the file has {stated} at byte {position}, and ends at "
                 f"byte {file.size}."
             )
         places[key] = position + 8, size
@@ -197,7 +197,7 @@ def _item_size(file: DataFile, storage: Storage) -> int:
 def _check_places(file: DataFile, reader: Reader, places: dict[str, tuple[int, int]]) -> None:
     """Raise unless every storage is as long as the pickle says, and none overlaps another."""
     for key, storage in reader.storages.items():
-        size = storage.count * _item_size(file, storage)
+        size = storage.length * _item_size(file, storage)
         if size > places[key][1]:
             raise file.fail(
                 f"truncated or corrupt: storage {key[:40]!r} is to hold {size} bytes; it has "
@@ -246,7 +246,7 @@ def _tensor(
         raise file.fail(f"tensor {name!r} states shape {list(view.shape)}, more than the file.")
     begin, size = places[storage.key]
     item = _item_size(file, storage)
-    begin, size = begin + storage.begin * item, min(size, storage.count * item)
+    begin, size = begin + storage.begin * item, min(size, storage.length * item)
     begin += view.offset * dtype.itemsize
     reach = 1 + sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=True))
     reach = reach if count else 0
