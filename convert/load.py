@@ -280,9 +280,9 @@ class _Fit:
         self._check_kinds()
         if self.mismatched and not self.ignore_mismatched_sizes:
             raise CheckpointError(
-                f"the shapes did not match {self.model}:\n" + "\n".join(self._mismatches()) + "\n"
-                "Give the configuration these weights were made with, or pass "
-                "`ignore_mismatched_sizes=True` to draw these parameters anew."
+                f"the shapes did not match {self.model}. Give the configuration these weights were "
+                "made with, or pass `ignore_mismatched_sizes=True` to draw these parameters anew:\n"
+                + "\n".join(self._mismatches())
             )
         network = [
             name
@@ -393,11 +393,6 @@ class _Fit:
     def warn(self) -> None:
         """One warning of what is drawn anew and what is left aside."""
         parts = []
-        if self.mismatched:
-            parts.append(
-                "newly initialized because the shapes did not match:\n"
-                + "\n".join(self._mismatches())
-            )
         fresh = [name for name in self.missing if name not in self.mismatched]
         if fresh:
             parts.append(
@@ -408,8 +403,17 @@ class _Fit:
         left = [name for name in sorted(self.left) if not self._is_ignored(name)]
         if left:
             parts.append(f"in the checkpoint and not used: {some(left, _SHOWN)}")
+        if self.mismatched:  # a list of lines, so it comes last
+            parts.append(
+                "newly initialized because the shapes did not match:\n"
+                + "\n".join(self._mismatches())
+            )
         if parts:
-            warn(f"{self.model} from {self.source.path}: " + ". ".join(parts) + ".")
+            warn(
+                f"{self.model} from {self.source.path}: "
+                + ". ".join(parts)
+                + ("" if self.mismatched else ".")
+            )
 
 
 def warn_if_not_finite(path: Path, bad: list[str]) -> None:
