@@ -26,6 +26,10 @@ _MATRIX = re.compile(r"(?P<stem>.*?)(?P<leaf>[./]?(?:weight|kernel))")
 _CLASSIFIER = re.compile(r"fc|head|class|linear|\blin\b|cls|clf|logit|output|probe|predict")
 
 
+# A matrix in a block belongs to the block, whatever it is called.
+_IN_BLOCK = re.compile(r"(block|layer)s?[._/]?_?\d", re.IGNORECASE)
+
+
 @dataclass
 class Read:
     """What `read_tensors` finds.
@@ -149,9 +153,11 @@ def _find_classifier(read: Read, checkpoint: Mapping[str, Tensor]) -> None:
     family = read.table.families[0]
     width = found[_PROJECTION].shape[0] * (2 if family.startswith("dinov2") else 1)
     own = stem.removeprefix(read.root.path)
-    if rest or inputs != width or not _CLASSIFIER.search(own.lower()):
+    if rest or inputs != width or not _CLASSIFIER.search(own.lower()) or _IN_BLOCK.search(own):
         return
-    if bias is None or bias.shape != (labels,) or bias.dtype != matrix.dtype:
+    if bias is None:
+        bias = Tensor("", (labels,), matrix.dtype, lambda: np.zeros(labels, matrix.dtype))
+    if bias.shape != (labels,) or bias.dtype != matrix.dtype:
         return
 
     def load() -> np.ndarray:
@@ -161,7 +167,7 @@ def _find_classifier(read: Read, checkpoint: Mapping[str, Tensor]) -> None:
     found["classifier.weight"], found["classifier.bias"] = as_mapped(weight), as_mapped(bias)
     read.unexplained.clear()
     read.labels = labels
-    said = f"{stem}{leaf} and {stem}{leaf[:-6]}bias"
+    said = f"{matrices[0]} and {f'{stem}{leaf[:-6]}bias' if len(left) > 1 else 'no bias'}"
     why = "the one matrix of the network's width that nothing else explains"
     if "pooler.dense.weight" in found:
         why += (

@@ -611,7 +611,7 @@ def test_labels_that_are_traced_are_looked_at_in_the_loss(classifier, x):
     )
     for wrong in ([0, 5], [0, -1], [0, -99]):
         assert np.isnan(loss(jnp.array(wrong)))
-    with pytest.raises(InputError, match=r"`labels` must hold one class index an image"):
+    with pytest.raises(InputError, match=r"`labels` must hold one class index per image"):
         loss(jnp.array([1, 2, 3]))
 
 

@@ -119,6 +119,30 @@ def test_a_classifier_beside_a_backbone_of_transformers(inner, names, tmp_path):
     assert_close(run_torch(tmp_path / "hub", x), want, FLOAT64)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("where", ["beside", "inside"])
+def test_a_classifier_with_and_without_a_bias(where, bias, tmp_path):
+    model = randomise(Wrapped(timm_backbone(), "backbone", ("fc",)))
+    if not bias:
+        model.fc.bias = None
+    state = model.state_dict()
+    if where == "inside":
+        state = {name.removeprefix("backbone."): value for name, value in state.items()}
+    torch.save(state, tmp_path / "file.pth")
+    report = convert(tmp_path / "file.pth", tmp_path / "hub", from_="timm", overrides=HEADS)
+    (note,) = [note for note in report.set if note.field == "classifier"]
+    assert note.value == f"fc.weight and {'fc.bias' if bias else 'no bias'}"
+    x = pixels()
+    assert_close(run_torch(tmp_path / "hub", x), run_peer(model.double(), x), FLOAT64)
+
+
+def test_a_matrix_in_a_block_is_no_classifier(tmp_path):
+    state = {**timm_backbone().state_dict(), "blocks.1.mlp.linear.weight": torch.ones(5, 48)}
+    torch.save(state, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=r"mlp\.linear\.weight: nothing here knows"):
+        convert(tmp_path / "file.pth", tmp_path / "out", from_="timm", overrides=HEADS)
+
+
 def test_what_could_be_a_classifier_and_is_not_alone_is_named(tmp_path):
     """Two layers, or two tasks: no network here has them."""
     state = {f"backbone.{n}": v for n, v in timm_backbone().state_dict().items()}

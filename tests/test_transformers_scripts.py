@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 import transformers
 from flax.core import unfreeze
 from flax.training import train_state
 from flax.training.common_utils import onehot
 
 import vit_flax
+import vit_torch
 from vit_common.errors import InputError
 
 SIZES = {
@@ -225,3 +227,24 @@ def test_the_steps_of_a_training_script(tmp_path):
         tmp_path, config=config, seed=0, dtype=jnp.float32, use_auth_token=None
     )
     assert_equal(again.params, state.params)
+
+
+@pytest.mark.parametrize("size", [(11, 9), (8, 15)])
+def test_images_cut_to_whole_patches(size, tmp_path):
+    """As Transformers' DINOv2 does without being told, in both twins."""
+    theirs = transformers.Dinov2Model(transformers.Dinov2Config(**SIZES)).eval()
+    images = np.random.default_rng(2).standard_normal((2, 3, *size)).astype(np.float32)
+    with torch.no_grad():
+        want = theirs(torch.tensor(images)).last_hidden_state
+    theirs.save_pretrained(tmp_path)
+    twin = vit_torch.Dinov2Model.from_pretrained(tmp_path)
+    with torch.no_grad():
+        got = twin(torch.tensor(images), interpolate_pos_encoding="crop").last_hidden_state
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+    ours = vit_flax.FlaxDinov2Model.from_pretrained(tmp_path, precision="highest")
+    got = ours(images, interpolate_pos_encoding="crop").last_hidden_state
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+    with pytest.raises(InputError, match=r"=.crop.` to leave out the last rows"):
+        ours(images)
+    with pytest.raises(InputError, match="True, False, None or 'crop'; given 'cut'"):
+        ours(images, interpolate_pos_encoding="cut")

@@ -670,3 +670,26 @@ def test_a_batch_beside_images_is_refused(tmp_path, capsys):
 
 def test_infinity_on_both_sides_is_no_agreement():
     assert np.isnan(difference("logits", [np.inf], [np.inf]).max_abs)
+
+
+def test_the_plot_of_a_report():
+    """One line for each run of the networks; stages without a difference lie on a line of 0."""
+
+    def stage(name, error):
+        return Checked(Stage(name, error, 1.0, (0,)), 1.0, error)
+
+    pixels = row_of([stage("pixels", 0.5)])
+    first = row_of([stage("patches", 0.0), stage("block 0", 1e-4), stage("logits", 1e-3)])
+    second = row_of([stage("patches", 1e-5), stage("block 0", 1e-4), stage("logits", 1e-3)])
+    page = verify_report.html(report_of([pixels, first, second]))
+    assert page.count("<polyline") == 2
+    paths = [
+        [tuple(map(float, point.split(","))) for point in path.split()]
+        for path in re.findall(r"<polyline points='([^']*)'", page)
+    ]
+    (zero,) = (float(y) for y in re.findall(r"y1='(\d+)' y2='\d+' stroke='#999'", page))
+    assert paths[0][0][1] == zero
+    assert paths[1][0][1] < zero
+    assert paths[0][1:] == paths[1][1:]
+    assert page.count("<h2>preprocessing, against b</h2>") == 1
+    assert "stroke='#999'" not in verify_report.html(report_of([second]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vit_cli.terminal.messages import say
 from vit_common.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def load_for_inference(
         from vit_common.embedded import embedded_checkpoint
 
         model = str(embedded_checkpoint())
+        say("no --model was given: this is the small network of handwritten digits (8 x 8, grey)")
     return getattr(inference, name).from_pretrained(model, dtype=dtype, **options)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -37,15 +37,32 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[
     return [(n, one.get(n), other.get(n)) for n in names if one.get(n) != other.get(n)]
 
 
+CROP = "crop"
+"""A value of `interpolate_pos_encoding`: other sizes are taken, and cut to whole patches."""
+
+Interpolate = bool | Literal["crop"] | None
+
+
 def check_image(
-    channels: int, height: int, width: int, config: ViTConfig, *, interpolate: bool
+    channels: int, height: int, width: int, config: ViTConfig, *, interpolate: Interpolate
 ) -> tuple[int, int]:
     """The grid (rows, columns) of patches of an image.
 
+    Args:
+        channels, height, width: the image's.
+        config: the model's.
+        interpolate: whether other sizes than the config's are taken; with "crop", also those that
+            hold no whole number of patches, of which the last rows and columns are left out.
+
     Raises:
-        InputError: the channels or the size are not the model's; with `interpolate`, the size
-            holds no whole number of patches.
+        InputError: the channels or the size are not the model's; the size holds no whole number of
+            patches; `interpolate` is none of its values.
     """
+    if interpolate not in (None, False, True, CROP):
+        raise InputError(
+            f"`interpolate_pos_encoding` must be True, False, None or {CROP!r}; given "
+            f"{interpolate!r}."
+        )
     if channels != config.num_channels:
         hint = ""
         if width == config.num_channels:
@@ -65,13 +82,18 @@ def check_image(
             "resample the position embeddings."
         )
     patch = config.patch_height_width
+    rows, columns = height // patch[0], width // patch[1]
+    if interpolate == CROP and rows and columns:
+        return rows, columns
     if height % patch[0] or width % patch[1] or not height or not width:
         raise InputError(
             f"`pixel_values` must hold whole patches of {patch[0]} x {patch[1]} pixels (height x "
             f"width); given {height} x {width}. Resize or crop the image, for example to "
-            f"{max(height // patch[0], 1) * patch[0]} x {max(width // patch[1], 1) * patch[1]}."
+            f"{max(rows, 1) * patch[0]} x {max(columns, 1) * patch[1]}; or pass "
+            f"`interpolate_pos_encoding={CROP!r}` to leave out the last rows and columns, as "
+            "Transformers does without saying so."
         )
-    return height // patch[0], width // patch[1]
+    return rows, columns
 
 
 def check_keywords(what: str, given: Iterable[str], known: Iterable[str]) -> None:

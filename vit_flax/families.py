@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_common.checks import check_rank, check_token_labels
+from vit_common.checks import Interpolate, check_rank, check_token_labels
 from vit_common.families import BeitConfig, DeiTConfig, Dinov2Config, Dinov2WithRegistersConfig
 from vit_flax.model import (
     FlaxBeitForMaskedImageModelingModule,
@@ -72,7 +72,7 @@ class FlaxDeiTForImageClassificationWithTeacher(FlaxDeiTPreTrainedModel):
         return_dict: bool | None = None,
         *,
         head_mask: Any = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
     ) -> Any:
         """Run the network; arguments as `FlaxViTModel`.
 
@@ -162,7 +162,7 @@ class FlaxBeitForMaskedImageModeling(FlaxBeitPreTrainedModel):
         *,
         head_mask: Any = None,
         labels: Any = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
     ) -> Any:
         """Run the network; arguments as `FlaxViTModel`, and
 

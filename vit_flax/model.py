@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_common.checks import (
+    Interpolate,
     check_head_mask,
     check_image,
     check_labels,
@@ -228,7 +229,7 @@ class FlaxViTEmbeddings(FlaxViTPart):
         deterministic: bool = True,
         *,
         bool_masked_pos=None,
-        interpolate_pos_encoding: bool = False,
+        interpolate_pos_encoding: Interpolate = None,
     ):
         check_rank(pixel_values, "(batch, height, width, channels)")
         B, H, W, C = pixel_values.shape
@@ -684,7 +685,7 @@ class FlaxViTModule(FlaxViTPart):
         *,
         bool_masked_pos=None,
         head_mask=None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
     ):
         """Run the network; arguments as `FlaxViTModel`, but `pixel_values` is (B, H, W, C)."""
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
@@ -692,7 +693,7 @@ class FlaxViTModule(FlaxViTPart):
             pixel_values,
             deterministic,
             bool_masked_pos=bool_masked_pos,
-            interpolate_pos_encoding=bool(interpolate_pos_encoding),
+            interpolate_pos_encoding=interpolate_pos_encoding,
         )
         P = self.config.patch_height_width
         outputs = self.encoder(
@@ -744,7 +745,7 @@ class FlaxViTForImageClassificationModule(FlaxViTPart):
         *,
         head_mask=None,
         labels=None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
     ):
         """Run the network; arguments as `FlaxViTForImageClassification`, but `pixel_values` is
         (B, H, W, C)."""
@@ -822,7 +823,7 @@ class FlaxDeiTForImageClassificationWithTeacherModule(FlaxViTPart):
         return_dict: bool | None = None,
         *,
         head_mask=None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
     ):
         """Run the network; arguments as `FlaxDeiTForImageClassificationWithTeacher`, but
         `pixel_values` is (B, H, W, C)."""
@@ -867,7 +868,7 @@ class FlaxBeitForMaskedImageModelingModule(FlaxViTPart):
         bool_masked_pos=None,
         head_mask=None,
         labels=None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
     ):
         """Run the network; arguments as `FlaxBeitForMaskedImageModeling`, but `pixel_values` is
         (B, H, W, C)."""
@@ -939,7 +940,7 @@ class FlaxViTForMaskedImageModelingModule(FlaxViTPart):
         *,
         bool_masked_pos=None,
         head_mask=None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
     ):
         """Run the network; arguments as `FlaxViTForMaskedImageModeling`, but `pixel_values` is
         (B, H, W, C). The reconstruction is (B, C, H, W)."""

@@ -24,6 +24,7 @@ from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_common.checks import (
+    Interpolate,
     check_keywords,
     check_labels,
     check_positive,
@@ -485,7 +486,7 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
             {name: as_array(name, value) for name, value in arrays.items() if value is not None},
             not train,
             self.config.resolve_flags(*flags),
-            bool(interpolate),
+            interpolate or False,
             targets(),  # a program for another platform is traced anew
         )
 
@@ -816,7 +817,7 @@ class FlaxViTModel(FlaxViTPreTrainedModel):
         *,
         head_mask: Any = None,
         bool_masked_pos: Any = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
     ) -> Any:
         """Run the network.
 
@@ -828,7 +829,9 @@ class FlaxViTModel(FlaxViTPreTrainedModel):
             output_attentions, output_hidden_states, return_dict: None means the config's.
             head_mask: (A,) or (L, A), multiplies the attention probabilities.
             bool_masked_pos: (B, N), 1 where a patch is replaced by the mask token.
-            interpolate_pos_encoding: accept other image sizes, resampling the positions.
+            interpolate_pos_encoding: accept other image sizes, resampling the positions; with
+                "crop" also sizes that hold no whole number of patches: the last rows and columns
+                of pixels are left out.
 
         Returns:
             `FlaxBaseModelOutputWithPooling`, or its tuple with `return_dict=False`.
@@ -865,7 +868,7 @@ class FlaxViTForImageClassification(FlaxViTPreTrainedModel):
         *,
         head_mask: Any = None,
         labels: Any = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
     ) -> Any:
         """Run the network; arguments as `FlaxViTModel`, and
 
@@ -916,7 +919,7 @@ class FlaxViTForMaskedImageModeling(FlaxViTPreTrainedModel):
         *,
         head_mask: Any = None,
         bool_masked_pos: Any = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
     ) -> Any:
         """Run the network; arguments as `FlaxViTModel`. With `bool_masked_pos`, `loss` is in the
         output.

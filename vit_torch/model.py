@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vit_common.checks import (
+    Interpolate,
     check_head_mask,
     check_image,
     check_labels,
@@ -195,7 +196,9 @@ class ViTEmbeddings(ViTPart):
         names = ("cls_token", "distillation_token", "register_tokens")
         return [getattr(self, name) for name in names if hasattr(self, name)]
 
-    def forward(self, pixel_values, bool_masked_pos=None, interpolate_pos_encoding: bool = False):
+    def forward(
+        self, pixel_values, bool_masked_pos=None, interpolate_pos_encoding: Interpolate = None
+    ):
         check_rank(pixel_values, "(batch, channels, height, width)")
         B, C, H, W = pixel_values.shape
         grid = check_image(C, H, W, self.config, interpolate=interpolate_pos_encoding)
@@ -595,7 +598,7 @@ class ViTModule(ViTPart):
         head_mask=None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
         return_dict: bool | None = None,
     ):
         """Run the network.
@@ -605,7 +608,9 @@ class ViTModule(ViTPart):
             bool_masked_pos: (B, N), 1 where a patch is replaced by the mask token.
             head_mask: (A,) or (L, A), multiplies the attention probabilities.
             output_attentions, output_hidden_states, return_dict: None means the config's.
-            interpolate_pos_encoding: accept other image sizes, resampling the positions.
+            interpolate_pos_encoding: accept other image sizes, resampling the positions; with
+                "crop" also sizes that hold no whole number of patches: the last rows and columns
+                of pixels are left out.
 
         Returns:
             `BaseModelOutputWithPooling`, or its tuple with `return_dict=False`.
@@ -620,7 +625,7 @@ class ViTModule(ViTPart):
         hidden_states = self.embeddings(
             pixel_values,
             bool_masked_pos=bool_masked_pos,
-            interpolate_pos_encoding=bool(interpolate_pos_encoding),
+            interpolate_pos_encoding=interpolate_pos_encoding,
         )
         P = self.config.patch_height_width
         outputs = self.encoder(
@@ -668,7 +673,7 @@ class ViTForImageClassificationModule(ViTPart):
         labels=None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
         return_dict: bool | None = None,
     ):
         """Run the network; arguments as `ViTModel`, and
@@ -758,7 +763,7 @@ class DeiTForImageClassificationWithTeacherModule(ViTPart):
         head_mask=None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
         return_dict: bool | None = None,
     ):
         """Run the network; arguments as `ViTModel`.
@@ -807,7 +812,7 @@ class BeitForMaskedImageModelingModule(ViTPart):
         labels=None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
         return_dict: bool | None = None,
     ):
         """Run the network; arguments as `ViTModel`, and
@@ -885,7 +890,7 @@ class ViTForMaskedImageModelingModule(ViTPart):
         head_mask=None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: Interpolate = None,
         return_dict: bool | None = None,
     ):
         """Run the network; arguments as `ViTModel`. With `bool_masked_pos`, `loss` is in the

@@ -19,7 +19,7 @@ from vit_cli.options import (
     positive,
 )
 from vit_cli.terminal.exit_codes import DONE
-from vit_cli.terminal.messages import say
+from vit_cli.terminal.messages import counted, say
 from vit_common.errors import MissingFileError
 from vit_common.images.find import find_images
 
@@ -83,6 +83,7 @@ def run(options: Options) -> int:
     files = list(find_images(names, lambda text: say("error", text), say))
     if names and not files:
         raise MissingFileError(f"{', '.join(names)}: no images to measure with.")
+    say("loading the model")
     classify = models.load_for_inference(
         "ImageClassifier",
         options.model,
@@ -100,9 +101,11 @@ def run(options: Options) -> int:
         _print_head(result)
     rates = []
     for batch_size in batch_sizes:
+        say(f"compiling and measuring the network alone, {counted(batch_size)} at once")
         rates.append(_network(classify, batch_size, options.rounds))
         if not options.json:
             _print_rate(rates[-1], first=len(rates) == 1)
+    say("measuring a stream of images, for some ten seconds")
     with tempfile.TemporaryDirectory() as folder:
         stream = _stream(classify, files or _photos(Path(folder)), batch_sizes[-1], rates[-1])
     if options.json:

@@ -8,8 +8,9 @@ import json
 from vit_cli.options import DTYPES, Options, Parser, Reading, add_reading, positive
 from vit_cli.terminal import interrupt
 from vit_cli.terminal.exit_codes import DONE, INTERRUPTED
-from vit_cli.terminal.messages import one_line, say
+from vit_cli.terminal.messages import say
 from vit_cli.terminal.progress import Progress
+from vit_cli.terminal.results import print_titled
 from vit_common.files.labels import read_labels
 
 # As `vit_convert.formats` has them; repeated here so that `--help` need not load it.
@@ -113,6 +114,5 @@ def run(options: Options) -> int:
     if options.json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
-        for name, text in report.lines():
-            print(f"{name:10}  {one_line(text)}")
+        print_titled(report.lines(), 10)
     return DONE

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vit_cli.options import DTYPES, Options, Parser, Reading, add_reading, positive, some_of
 from vit_cli.terminal import interrupt
 from vit_cli.terminal.exit_codes import DONE, INTERRUPTED
-from vit_cli.terminal.messages import one_line, say
+from vit_cli.terminal.messages import say
+from vit_cli.terminal.results import print_titled
 from vit_common.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -122,8 +123,7 @@ def run(options: Options) -> int:
     if options.json:
         print(json.dumps({"to": to, **report.to_dict()}, indent=2))
     else:
-        for label, text in _lines(report, to, name):
-            print(f"{label:10}  {one_line(text)}")
+        print_titled(_lines(report, to, name), 10)
     return DONE
 
 

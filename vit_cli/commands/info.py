@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from vit_cli.options import DTYPES, Options, Parser, Reading, add_reading, positive
 from vit_cli.runtime import cache_directory, compiled_for, describe_devices, find_devices
 from vit_cli.terminal.exit_codes import DONE
-from vit_cli.terminal.messages import counted, one_line
+from vit_cli.terminal.messages import counted
+from vit_cli.terminal.results import print_titled
 
 if TYPE_CHECKING:
     from vit_common.config import ViTConfig
@@ -80,8 +81,7 @@ def run(options: Options) -> int:
     if options.json:
         print(json.dumps(report, indent=2))
     else:
-        for line in _lines(report):
-            print(line)
+        print_titled(_lines(report), 17)
     return DONE
 
 
@@ -209,62 +209,60 @@ def _describe_weights(source: Source) -> Report:
 # -- as text
 
 
-def _lines(report: Report) -> Iterator[str]:
+def _lines(report: Report) -> Iterator[tuple[str, str]]:
     for name, version in report["versions"].items():
-        yield _line(name, version or "not installed")
-    yield ""
+        yield (name, version or "not installed")
+    yield "", ""
     kinds = report["devices"]
-    yield _line("platform", report["platform"])
-    yield _line(
-        "devices", ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
-    )
+    yield ("platform", report["platform"])
+    yield ("devices", ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)))
     precision = report["matmul_precision"]
-    yield _line(
+    yield (
         "precision",
         f"float32 matrix products in {precision['float32']} (setting: {precision['setting']})",
     )
-    yield _line("compiled code", report["compilation_cache"] or "not kept between runs")
+    yield ("compiled code", report["compilation_cache"] or "not kept between runs")
     if "model" in report:
-        yield ""
+        yield "", ""
         yield from _model_lines(report["model"])
 
 
-def _model_lines(model: Report) -> Iterator[str]:
+def _model_lines(model: Report) -> Iterator[tuple[str, str]]:
     variant = f"-{model['variant']}" if model["variant"] else ""
-    yield _line("model", model["name"])
-    yield _line("family", model["family"] + variant)
-    yield _line(
+    yield ("model", model["name"])
+    yield ("family", model["family"] + variant)
+    yield (
         "sizes",
         f"{model['layers']} layers, width {model['width']}, {model['heads']} heads, MLP width "
         f"{model['mlp_width']}, patches {model['patch'][0]} x {model['patch'][1]}, "
         f"{model['tokens']} tokens",
     )
-    yield _line("parameters", f"{model['parameters']:,}")
+    yield ("parameters", f"{model['parameters']:,}")
     kernel = model["attention"]
     what = f"{counted(kernel['batch'])}, {kernel['dtype']}"
-    yield _line("attention", f"{kernel['kernel']}: {kernel['why']} ({what})")
-    yield _line("GFLOP/image", f"{model['gflops_per_image']:.4g}")
+    yield ("attention", f"{kernel['kernel']}: {kernel['why']} ({what})")
+    yield ("GFLOP/image", f"{model['gflops_per_image']:.4g}")
     size = model["input"]
-    yield _line(
+    yield (
         "input",
         f"{size['channels']} x {size['height']} x {size['width']} (channels x height x width)",
     )
-    yield _line("prepared by", _preparation(model["preprocessing"]))
+    yield ("prepared by", _preparation(model["preprocessing"]))
     labels = model["labels"]
     if labels:
         between = "; " if any("," in label for label in labels) else ", "
         shown = between.join(labels[:_LABELS_SHOWN])
         shown += f"{between}... {labels[-1]}" if len(labels) > _LABELS_SHOWN else ""
-        yield _line("labels", f"{len(labels)}: {shown}")
+        yield ("labels", f"{len(labels)}: {shown}")
     else:
-        yield _line("labels", "none: the weights have no classifier")
+        yield ("labels", "none: the weights have no classifier")
     weights = model["weights"]
     if weights is None:
-        yield _line("weights", "none here, or not downloaded yet")
+        yield ("weights", "none here, or not downloaded yet")
         return
-    yield _line("weights", weights["path"])
+    yield ("weights", weights["path"])
     parts = f" in {weights['files']} files" if weights["files"] > 1 else ""
-    yield _line(
+    yield (
         "",
         f"{weights['container']}, format {weights['format']}, {', '.join(weights['dtypes'])}, "
         f"{weights['bytes'] / 1e6:,.1f} MB{parts}",
@@ -300,7 +298,3 @@ def _short(factor: float) -> str:
 def _numbers(values: Any) -> str:
     values = list(values) if isinstance(values, (list, tuple)) else [values]
     return f"{values[0]:g}" if len(set(values)) == 1 else " ".join(f"{each:g}" for each in values)
-
-
-def _line(name: str, text: str) -> str:
-    return f"{name:17}  {one_line(str(text))}".rstrip()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vit_cli.options import Options, Parser, Reading, add_reading, positive
 from vit_cli.terminal.exit_codes import DONE
 from vit_cli.terminal.messages import one_line
+from vit_cli.terminal.results import print_titled
 from vit_common.errors import CheckpointError, ConfigError, InputError, MissingFileError, some
 
 if TYPE_CHECKING:
@@ -50,8 +51,7 @@ def run(options: Options) -> int:
     if options.json:
         print(json.dumps(report, indent=2))
         return DONE
-    for title, text in _lines(report):
-        print(f"{title:12}  {one_line(text)}".rstrip())
+    print_titled(_lines(report), 12)
     rows, lines = report["tensors"], options.lines
     shown = rows if lines >= len(rows) else rows[:lines]
     width = max((len(row["name"]) for row in shown), default=0)

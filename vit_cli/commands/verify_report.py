@@ -7,7 +7,9 @@ import json
 import math
 from typing import Any
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 920, 380, 70, 90
+from vit_cli.terminal.messages import counted
+
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _ZERO = 920, 380, 70, 90, 30
 _COLOURS = ("#0b5cad", "#c2410c", "#15803d", "#7e22ce", "#b91c1c", "#0e7490", "#a16207", "#475569")
 
 
@@ -60,7 +62,7 @@ def markdown(found: Any) -> str:
     lines = [f"# {_title(found)}", "", _verdict(found), ""]
     lines += _markdown_table(summary(found))
     for row in found.rows:
-        lines += ["", f"## {row.device}, {row.dtype}, {row.precision}, against {row.against}", ""]
+        lines += ["", f"## {_name(row)}", ""]
         lines += _markdown_table(_stages(row))
         lines += [f"\n{remark}" for remark in remarks(row)]
     lines += [f"\n{note}" for note in found.notes]
@@ -96,6 +98,22 @@ def _stages(row: Any) -> list[list[str]]:
     return table
 
 
+def _is_preprocessing(row: Any) -> bool:
+    """Whether a row compares what the two models are given, and not the networks."""
+    return [checked.stage.name for checked in row.stages] == ["pixels"]
+
+
+def _name(row: Any) -> str:
+    """What a row compares; different for each."""
+    if _is_preprocessing(row):
+        return f"preprocessing, against {row.against}"
+    return f"{row.device}, {row.dtype}, {row.precision}, against {row.against}"
+
+
+def _count(items: Any, noun: str) -> str:
+    return f"{len(items)} {noun}" + ("" if len(items) == 1 else "s")
+
+
 def _title(found: Any) -> str:
     other = "its PyTorch twin" if found.second is None else found.second
     return f"{found.first} against {other}"
@@ -103,7 +121,7 @@ def _title(found: Any) -> str:
 
 def _verdict(found: Any) -> str:
     size = " x ".join(map(str, found.image_size))
-    what = f"{found.family}, {found.batch} images of {size} pixels (height x width)"
+    what = f"{found.family}, {counted(found.batch)} of {size} pixels (height x width)"
     return f"{'Within bounds' if found.passed else 'OUTSIDE bounds'}: {what}."
 
 
@@ -113,7 +131,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem
 h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #ddd; }
-td { font-variant-numeric: tabular-nums; } .scroll { overflow-x: auto; }
+td { font-variant-numeric: tabular-nums; white-space: nowrap; } .scroll { overflow-x: auto; }
 .FAIL { color: #b91c1c; font-weight: 600; } .pass { color: #15803d; }
 .verdict { font-size: 1.1rem; font-weight: 600; } footer { color: #555; font-size: 13px; }
 svg { width: 100%; height: auto; } details { margin: .5rem 0; }
@@ -134,11 +152,10 @@ def html(found: Any) -> str:
         _plot(found.rows),
     ]
     for row in found.rows:
-        heading = f"{row.device}, {row.dtype}, {row.precision}, against {row.against}"
-        parts.append(f"<h2>{text(heading)}</h2>")
+        parts.append(f"<h2>{text(_name(row))}</h2>")
         parts += [f"<p>{text(remark)}</p>" for remark in remarks(row)]
         opened = "" if row.passed else " open"
-        parts.append(f"<details{opened}><summary>{len(row.stages)} stages</summary>")
+        parts.append(f"<details{opened}><summary>{_count(row.stages, 'stage')}</summary>")
         parts.append(_html_table(_stages(row)) + "</details>")
     versions = ", ".join(f"{name} {value}" for name, value in found.versions.items() if value)
     notes = "".join(f"<p>{text(note)}</p>" for note in found.notes)
@@ -167,7 +184,7 @@ def _plot(rows: list[Any]) -> str:
     """An SVG of the largest absolute difference by stage, logarithmic, a line a row."""
     lines = [
         (
-            f"{row.device} {row.dtype} {row.precision}",
+            _name(row),
             [
                 (checked.stage.name, checked.stage.max_abs)
                 for checked in row.stages
@@ -175,21 +192,25 @@ def _plot(rows: list[Any]) -> str:
             ],
         )
         for row in rows
+        if not _is_preprocessing(row)  # one point is no line
     ]
     names = max((points for _, points in lines), key=len, default=[])
     order = {name: place for place, (name, _) in enumerate(names)}
     values = [v for _, points in lines for n, v in points if n in order and 0 < v < math.inf]
     if not values or len(order) < 2:
-        return "<p>There is nothing to plot: no stage differs.</p>"
+        return "<p>There is nothing to plot: no stage of the network differs.</p>"
     low = math.floor(math.log10(min(values)))
     high = max(math.ceil(math.log10(max(values))), low + 1)
     right, top = _WIDTH - 60, 20  # the last name hangs over
-    floor = _HEIGHT - _BOTTOM
+    zero = _HEIGHT - _BOTTOM  # stages without any difference have a line of their own
+    floor = zero - _ZERO if any(v == 0 for _, points in lines for _, v in points) else zero
 
     def x(place: int) -> float:
         return _LEFT + (right - _LEFT) * place / (len(order) - 1)
 
     def y(value: float) -> float:
+        if value == 0:
+            return zero
         level = (math.log10(max(value, 10.0**low)) - low) / (high - low)
         return floor - (floor - top) * level
 
@@ -205,12 +226,18 @@ def _plot(rows: list[Any]) -> str:
             f"<text x='{_LEFT - 8}' y='{at + 4:.1f}' text-anchor='end' font-size='12'>"
             f"1e{power}</text>"
         )
+    if floor < zero:
+        out.append(
+            f"<line x1='{_LEFT}' x2='{right}' y1='{zero}' y2='{zero}' stroke='#999' "
+            f"stroke-dasharray='3 3'/><text x='{_LEFT - 8}' y='{zero + 4}' text-anchor='end' "
+            "font-size='12'>0</text>"
+        )
     step = max(1, len(order) // 16)
     for name, place in order.items():
         if place % step == 0 or place == len(order) - 1:
             at = x(place)
             out.append(
-                f"<text transform='translate({at:.1f},{floor + 12}) rotate(40)' font-size='11'>"
+                f"<text transform='translate({at:.1f},{zero + 12}) rotate(40)' font-size='11'>"
                 f"{escape.escape(name)}</text>"
             )
     for number, (label, points) in enumerate(lines):

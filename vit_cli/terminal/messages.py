@@ -1,7 +1,9 @@
-"""What is said on standard error: single lines that begin with `vit:`."""
+"""What is said on standard error: lines that begin with `vit:`, and under an error that holds
+several faults, one line for each of them."""
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import TextIO
 
@@ -29,14 +31,29 @@ def one_line(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
+def parts(text: str) -> list[str]:
+    """What stands before a list of faults ("2 faults:\\n- one;\\n- two"), and each fault; the
+    text alone where there is no list. A line break elsewhere is part of a name."""
+    head, begins, faults = text.partition(":\n- ")
+    return [f"{head}:", *re.split(r";?\n- ", faults)] if begins else [text]
+
+
 def counted(images: int) -> str:
     """The number, with its noun."""
     return "1 image" if images == 1 else f"{images} images"
 
 
+def tidy(text: str) -> str:
+    """A text with one space for any number of them, and the faults of a list still apart."""
+    return "\n- ".join(" ".join(part.split()) for part in parts(text))
+
+
 def say(kind: str, text: str = "") -> None:
-    """Write `vit: kind: text` to standard error, on one line; names in it stay as they are."""
-    sys.stderr.write(f"vit: {kind}: {printable(text)}\n" if text else f"vit: {printable(kind)}\n")
+    """Write `vit: kind: text` to standard error, with each fault of several on a line of its own.
+    Spaces in names stay as they are, and what is not printable is escaped."""
+    first, *faults = map(printable, parts(text or kind))
+    start = f"vit: {kind}: " if text else "vit: "
+    sys.stderr.write("".join([f"{start}{first}\n", *(f"  - {fault}\n" for fault in faults)]))
     sys.stderr.flush()
 
 
@@ -49,4 +66,4 @@ def show_warning(
     line: str | None = None,
 ) -> None:
     """What `warnings.showwarning` is while the command runs."""
-    say("warning", one_line(str(message)))
+    say("warning", tidy(str(message)))

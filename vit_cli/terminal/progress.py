@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vit_cli.terminal.messages import one_line, say
+from vit_cli.terminal.messages import say, tidy
 
 FEW = 8
 """Images up to which there is no bar."""
@@ -76,7 +76,7 @@ class Progress:
 
     def _start(self) -> None:
         if self._bar is not None:
-            warnings.showwarning = lambda message, *_: self.say("warning", one_line(str(message)))
+            warnings.showwarning = lambda message, *_: self.say("warning", tidy(str(message)))
             self._bar.start()
 
     def __exit__(self, *_: object) -> None:

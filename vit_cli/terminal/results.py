@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -14,6 +17,29 @@ if TYPE_CHECKING:
     from vit_flax.inference import Prediction
 
 _FILE, _PROBABILITY, _LABEL = "file", "probability", "label"
+
+
+def print_titled(rows: Iterable[tuple[str, str]], width: int) -> None:
+    """Print titles and texts in two columns. On a terminal long texts go on in the next line, and
+    break between words; elsewhere each is one line.
+
+    Args:
+        rows: titles and texts; two empty ones make an empty line.
+        width: of the titles.
+    """
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    for title, text in rows:
+        line = f"{title:{width}}  {one_line(text)}".rstrip()
+        if room > width + 20 and len(line) > room:
+            line = textwrap.fill(
+                line,
+                room,
+                subsequent_indent=" " * (width + 2),
+                drop_whitespace=True,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        print(line)
 
 
 class Writer(Protocol):
