@@ -47,6 +47,7 @@ def test_the_faults_of_a_conversion(tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()
     assert "\\n" not in "".join(said)
     assert said[0].endswith("2 faults:")
+    assert said.pop().startswith("  Nothing was written. ")
     assert [line[:4] for line in said[1:]] == ["  - "] * 2
     assert {re.search(r"[\w.]*layernorm\w*\.\w+", line)[0] for line in said[1:]} == {
         "layernorm.bias",
