@@ -182,7 +182,9 @@ class Reader:
                 contextlib.chdir(self.folder),
                 contextlib.redirect_stdout(output),
                 warnings.catch_warnings(),
+                pytest.MonkeyPatch.context() as patch,
             ):
+                patch.syspath_prepend(self.folder)
                 warnings.simplefilter("ignore", UserWarning)  # readers see them, and read on
                 # Not with this file's own `from __future__` imports.
                 exec(compile(text, "<page>", "exec", dont_inherit=True), self.names)
