@@ -22,6 +22,7 @@ import shlex
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,8 +175,14 @@ class Reader:
         """Run Python; what it prints, and the end of its traceback if it fails."""
         output = io.StringIO()
         try:
-            with contextlib.chdir(self.folder), contextlib.redirect_stdout(output):
-                exec(compile(text, "<page>", "exec"), self.names)
+            with (
+                contextlib.chdir(self.folder),
+                contextlib.redirect_stdout(output),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore", UserWarning)  # readers see them, and read on
+                # Not with this file's own `from __future__` imports.
+                exec(compile(text, "<page>", "exec", dont_inherit=True), self.names)
         except BaseException:
             return output.getvalue(), "".join(traceback.format_exc().splitlines(True)[-6:])
         return output.getvalue(), ""

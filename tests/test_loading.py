@@ -125,6 +125,28 @@ def test_a_name_on_the_hub_is_resolved_once(hub, hub_folder, cls):  # noqa: F811
     assert hub.asked("GET", "/api/") == []
 
 
+@pytest.mark.filterwarnings("ignore:.*has no preprocessor_config.json")
+@pytest.mark.parametrize("cls", CLASSES)
+def test_what_was_loaded_once_loads_without_the_hub(hub, hub_folder, tmp_path, cls):  # noqa: F811
+    """Also a file that the repository does not have is remembered."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((hub_folder / name).read_bytes())
+    serve(hub, "someone/vit", tmp_path)
+    commit = hub.repositories["someone/vit"].refs["main"]
+    first = cls.from_pretrained("someone/vit")
+    hub.status["*"] = 503
+    for name, options in (
+        ("someone/vit", {}),
+        ("someone/vit", {"local_files_only": True}),
+        (f"someone/vit@{commit}", {}),
+        ("someone/vit", {"revision": commit}),
+    ):
+        again = cls.from_pretrained(name, **options)
+        np.testing.assert_array_equal(logits(again), logits(first))
+    with pytest.raises(OSError, match=r"not in the cache, and the Hub answers 503; try again"):
+        cls.from_pretrained("someone/vit", revision="other")
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_what_the_configuration_refuses_costs_no_download(hub, hub_folder, cls):  # noqa: F811
     serve(hub, "someone/vit", hub_folder)

@@ -486,7 +486,7 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
             {name: as_array(name, value) for name, value in arrays.items() if value is not None},
             not train,
             self.config.resolve_flags(*flags),
-            interpolate,
+            interpolate or False,
             targets(),  # a program for another platform is traced anew
         )
 
