@@ -213,7 +213,8 @@ class Plan:
                 f"not every tensor fits a network of the family {self.config.model_type!r} in the "
                 f"format {self.source.table.name!r} ({self.source.table.describes}); "
                 f"{len(faults)} fault{'s' * (len(faults) > 1)}:\n{shown}{more}.\n"
-                "Nothing was written. Name what may be left aside with `--ignore PATTERN` (in Python `ignore=`)."
+                "Nothing was written. Name what may be left out with `--ignore PATTERN` (in Python "
+                "`ignore=`)."
             )
         return {name: found[name] for name in shapes}
 
