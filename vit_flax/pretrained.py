@@ -48,15 +48,20 @@ from vit_convert.rules import (
 from vit_convert.save import Savable, SaveFormat
 from vit_convert.source import Source
 from vit_flax.attention import check_implementation, targets
+from vit_flax.layers import initializer
 from vit_flax.model import (
-    REMAT_POLICIES,
     FlaxViTForImageClassificationModule,
     FlaxViTForMaskedImageModelingModule,
     FlaxViTModule,
     FlaxViTPart,
-    initializer,
 )
-from vit_flax.stacked import is_stacked, stack_layers, stacked_shapes, unstack_layers
+from vit_flax.stacked import (
+    REMAT_POLICIES,
+    is_stacked,
+    stack_layers,
+    stacked_shapes,
+    unstack_layers,
+)
 from vit_flax.trees import rename, transformers_paths, tree_shapes
 
 Params = Mapping[str, Any]
