@@ -185,7 +185,7 @@ class FlaxViTEmbeddings(FlaxViTPart):
     def positions(self, grid: tuple[int, int]):
         """Position embeddings (1, k + N, D) for a grid (rows, columns) of patches; k tokens in
         front of them have one."""
-        positions: jax.Array = self.position_embeddings
+        positions: Any = self.position_embeddings
         if grid == self.config.grid_size:
             return positions.astype(self.dtype)
         exact = jnp.promote_types(positions.dtype, jnp.float32)
@@ -212,7 +212,7 @@ class FlaxViTRelativePositionBias(FlaxViTPart):
         add_parameter(self, "relative_position_bias_table", shape, 0.0)
 
     def __call__(self, grid: tuple[int, int]):
-        table: jax.Array = self.relative_position_bias_table
+        table: Any = self.relative_position_bias_table
         table = table.astype(jnp.promote_types(table.dtype, jnp.float32))
         if grid != self.config.grid_size:
             (h, w), (H, W), A = self.config.grid_size, grid, self.config.num_attention_heads

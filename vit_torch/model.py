@@ -182,10 +182,11 @@ class ViTEmbeddings(ViTPart):
     def positions(self, grid: tuple[int, int]):
         """Position embeddings (1, k + N, D) for a grid (rows, columns) of patches; k tokens in
         front of them have one."""
-        positions: torch.Tensor = self.position_embeddings
+        positions: Any = self.position_embeddings
         if grid == self.config.grid_size:
             return positions
-        exact = torch.promote_types(positions.dtype, torch.float32)
+        dtype = positions.dtype
+        exact = torch.promote_types(dtype, torch.float32)
         rows, columns = resize_matrices(self.config.position_resize, self.config.grid_size, grid)
         positions = positions.to(exact)
         k = self.config.num_prefix_positions
@@ -197,7 +198,7 @@ class ViTEmbeddings(ViTPart):
             table,
         )
         table = table.reshape(1, grid[0] * grid[1], self.config.hidden_size)  # (1, N, D)
-        return torch.cat((positions[:, :k], table), dim=1).to(self.position_embeddings.dtype)
+        return torch.cat((positions[:, :k], table), dim=1).to(dtype)
 
 
 class ViTRelativePositionBias(ViTPart):
@@ -209,7 +210,7 @@ class ViTRelativePositionBias(ViTPart):
         add_parameter(self, "relative_position_bias_table", shape, 0.0)
 
     def forward(self, grid: tuple[int, int]):
-        table: torch.Tensor = self.relative_position_bias_table
+        table: Any = self.relative_position_bias_table
         table = table.to(torch.promote_types(table.dtype, torch.float32))
         if grid != self.config.grid_size:
             (h, w), (H, W), A = self.config.grid_size, grid, self.config.num_attention_heads
