@@ -8,6 +8,7 @@ import re
 import sys
 import textwrap
 
+import PIL.Image
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from vit_cli.main import main
 from vit_cli.options import Parser
 from vit_cli.terminal.messages import say, show_warning
 from vit_cli.terminal.results import print_titled
-from vit_common.embedded import embedded_checkpoint, embedded_images
+from vit_common.embedded import embedded_checkpoint
 
 
 def test_each_fault_has_a_line(capsys):
@@ -60,12 +61,19 @@ def make_weights(path):
     return path
 
 
-def test_the_model_that_is_used_is_said(capsys):
-    assert main(["predict", str(embedded_images()[0]), "--json"]) == 0
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("vit: no --model was given: this is the small network of handwritten")
-    model = str(embedded_checkpoint())
-    assert main(["predict", str(embedded_images()[0]), "--json", "--model", model]) == 0
+@pytest.mark.parametrize(
+    ("mode", "side", "told"), [("RGB", 8, True), ("L", 300, True), ("L", 28, False)]
+)
+def test_the_network_of_digits_is_said_to_be_one(tmp_path, capsys, mode, side, told):
+    """Where it answers about a photo; not where it is asked about digits."""
+    image = tmp_path / "cat.png"
+    PIL.Image.new(mode, (side, side)).save(image)
+    assert main(["predict", str(image), "--json"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == told
+    if told:
+        assert said[0].startswith("vit: no --model was given, so the small network of handwritten")
+    assert main(["predict", str(image), "--json", "--model", str(embedded_checkpoint())]) == 0
     assert capsys.readouterr().err == ""
 
 
