@@ -212,9 +212,10 @@ class Plan:
             more = f";\n- and {len(faults) - 60} more" if len(faults) > 60 else ""
             raise CheckpointError(
                 f"not every tensor fits a network of the family {self.config.model_type!r} in the "
-                f"format {self.source.table.name!r} ({self.source.table.describes}). Nothing was "
-                "written. Name what may be left aside with `--ignore PATTERN` (in Python "
-                f"`ignore=`). {len(faults)} faults:\n{shown}{more}"
+                f"format {self.source.table.name!r} ({self.source.table.describes}); "
+                f"{len(faults)} fault{'s' * (len(faults) > 1)}:\n{shown}{more}.\n"
+                "Nothing was written. Name what may be left out with `--ignore PATTERN` (in Python "
+                "`ignore=`)."
             )
         return {name: found[name] for name in shapes}
 

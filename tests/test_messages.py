@@ -9,6 +9,7 @@ import re
 import sys
 import textwrap
 
+import PIL.Image
 import pytest
 import torch
 
@@ -50,6 +51,7 @@ def test_the_faults_of_a_conversion(tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()
     assert "\\n" not in "".join(said)
     assert said[0].endswith("2 faults:")
+    assert said.pop().startswith("  Nothing was written. ")
     assert [line[:4] for line in said[1:]] == ["  - "] * 2
     assert {re.search(r"[\w.]*layernorm\w*\.\w+", line)[0] for line in said[1:]} == {
         "layernorm.bias",
@@ -62,12 +64,19 @@ def make_weights(path):
     return path
 
 
-def test_the_model_that_is_used_is_said(capsys):
-    assert main(["predict", str(embedded_images()[0]), "--json"]) == 0
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("vit: no --model was given: this is the small network of handwritten")
-    model = str(embedded_checkpoint())
-    assert main(["predict", str(embedded_images()[0]), "--json", "--model", model]) == 0
+@pytest.mark.parametrize(
+    ("mode", "side", "told"), [("RGB", 8, True), ("L", 300, True), ("L", 28, False)]
+)
+def test_the_network_of_digits_is_said_to_be_one(tmp_path, capsys, mode, side, told):
+    """Where it answers about a photo; not where it is asked about digits."""
+    image = tmp_path / "cat.png"
+    PIL.Image.new(mode, (side, side)).save(image)
+    assert main(["predict", str(image), "--json"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == told
+    if told:
+        assert said[0].startswith("vit: no --model was given, so the small network of handwritten")
+    assert main(["predict", str(image), "--json", "--model", str(embedded_checkpoint())]) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -115,7 +124,7 @@ def test_a_parser_knows_its_options():
 
 
 def test_weights_of_another_shape_have_lines_too(tmp_path, capsys):
-    """The list of faults comes last, so that the advice is no part of the last one."""
+    """The advice under them has one too."""
     folder = tmp_path / "a"
     assert main(["convert", str(embedded_checkpoint()), str(folder)]) == 0
     config = json.loads((folder / "config.json").read_text()) | {"intermediate_size": 8}
@@ -125,7 +134,7 @@ def test_weights_of_another_shape_have_lines_too(tmp_path, capsys):
     assert main(["features", image, "--model", str(folder), "--output", output]) == 2
     said = capsys.readouterr().err.splitlines()
     assert "\\n" not in "".join(said)
-    assert "ignore_mismatched_sizes=True" in "".join(said)
+    assert "ignore_mismatched_sizes=True" in said.pop()
     fault = r"  - \S+: found shape \(.*\) in the checkpoint and \(.*\) in the model"
     assert all(re.fullmatch(fault, line) for line in said[-3:])
 

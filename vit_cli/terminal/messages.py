@@ -32,10 +32,14 @@ def one_line(text: str) -> str:
 
 
 def parts(text: str) -> list[str]:
-    """What stands before a list of faults ("2 faults:\\n- one;\\n- two"), and each fault; the
-    text alone where there is no list. A line break elsewhere is part of a name."""
-    head, begins, faults = text.partition(":\n- ")
-    return [f"{head}:", *re.split(r";?\n- ", faults)] if begins else [text]
+    """The lines of a text that lists faults ("2 faults:\\n- one;\\n- two.\\nNothing was written."),
+    or the text alone where it lists none. A line break elsewhere is part of a name."""
+    head, begins, rest = text.partition(":\n- ")
+    if not begins:
+        return [text]
+    *faults, last = re.split(r";?\n- ", rest)
+    last, *closing = last.split(".\n", 1)
+    return [f"{head}:", *(f"- {fault}" for fault in (*faults, last)), *closing]
 
 
 def counted(images: int) -> str:
@@ -45,15 +49,16 @@ def counted(images: int) -> str:
 
 def tidy(text: str) -> str:
     """A text with one space for any number of them, and the faults of a list still apart."""
-    return "\n- ".join(" ".join(part.split()) for part in parts(text))
+    several = len(parts(text)) > 1
+    return re.sub(r"[^\S\n]+", " ", text) if several else " ".join(text.split())
 
 
 def say(kind: str, text: str = "") -> None:
     """Write `vit: kind: text` to standard error, with each fault of several on a line of its own.
     Spaces in names stay as they are, and what is not printable is escaped."""
-    first, *faults = map(printable, parts(text or kind))
+    first, *others = map(printable, parts(text or kind))
     start = f"vit: {kind}: " if text else "vit: "
-    sys.stderr.write("".join([f"{start}{first}\n", *(f"  - {fault}\n" for fault in faults)]))
+    sys.stderr.write("".join([f"{start}{first}\n", *(f"  {line}\n" for line in others)]))
     sys.stderr.flush()
 
 

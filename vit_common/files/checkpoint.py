@@ -115,7 +115,7 @@ class Checkpoint(Mapping[str, Tensor]):
 def open_checkpoint(path: str | PathLike) -> Checkpoint:
     """Open a weights file, or the index (`*.index.json`) of a sharded one.
 
-    The container is told by the file's first bytes, then by its extension.
+    The container is detected from the file's first bytes, else from its extension.
 
     Raises:
         MissingFileError: it cannot be read.
@@ -368,8 +368,8 @@ def write_checkpoint(
 ) -> None:
     """Write tensors as one file; whatever happens, the old file or the whole new one is there.
 
-    A process that is killed can leave a file `.{name}.{8 hex digits}.tmp` beside the old one,
-    which is in nobody's way.
+    A process that is killed can leave a hidden folder `.{name}.{8 characters}.tmp` beside the old
+    file; the next one that writes the same file deletes it.
 
     Args:
         path: the file; its directory is made if it is not there.
@@ -392,8 +392,8 @@ def write_checkpoint(
         container = _EXTENSIONS.get(path.suffix.lower())
         if container is None:
             raise InputError(
-                f"{path}: the suffix tells how to write a file; wanted one of "
-                f"{', '.join(_EXTENSIONS)}, or `container`; given {path.suffix!r}."
+                f"{path}: the format follows from the suffix, and {path.suffix!r} is none; use "
+                f"one of {', '.join(_EXTENSIONS)}, or pass `container`."
             )
     elif container not in _EXTENSIONS.values():
         known = ", ".join(map(repr, dict.fromkeys(_EXTENSIONS.values())))

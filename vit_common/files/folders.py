@@ -1,4 +1,4 @@
-"""A folder that changes in one step: whoever looks sees all old files or all new ones.
+"""A folder that changes in one step: readers see all old files or all new ones.
 
 The new folder is made beside the old one, out of hard links, and the two exchange their names:
 `renameat2` with RENAME_EXCHANGE on Linux, `renamex_np` with RENAME_SWAP on macOS.
@@ -44,7 +44,7 @@ def change_folder(
         the folder.
     """
     directory = directory.resolve()
-    with contextlib.suppress(OSError):  # who works in a folder would go on in the old one
+    with contextlib.suppress(OSError):  # a process in a folder would stay in the old one
         if Path.cwd().is_relative_to(directory):
             return False
     files = list(files)

@@ -169,9 +169,9 @@ class Reader:
             return self._run()
         except _Refused as error:
             raise self.file.fail(
-                f"its pickle asks for code or objects ({str(error)[:200]}), not only tensors; it "
-                "was refused and nothing in it was run. Wanted a file of plain weights, such as "
-                "safetensors."
+                f"its pickle asks for code or objects ({str(error)[:200]}), so it was refused and "
+                "nothing in it was run. Save the weights alone: as safetensors, or with "
+                "`torch.save(model.state_dict(), path)`."
             ) from error
         except (_Corrupt, IndexError, TypeError, ValueError, AttributeError, struct.error) as error:
             text = str(error) if isinstance(error, _Corrupt) else "its instructions do not fit"

@@ -289,7 +289,7 @@ def _load(
 
 
 def is_torch_archive(file: DataFile) -> bool:
-    """Whether a zip archive is torch's rather than numpy's; told by the extension if broken."""
+    """Whether a zip archive is torch's and not numpy's; a broken one is judged by its extension."""
     try:
         with open_zip(file) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())
