@@ -401,11 +401,6 @@ class _Fit:
     def warn(self) -> None:
         """One warning of what is drawn anew and what is left aside."""
         parts = []
-        if self.mismatched:
-            parts.append(
-                "newly initialized because the shapes did not match:\n"
-                + "\n".join(self._mismatches())
-            )
         fresh = [name for name in self.missing if name not in self.mismatched]
         if fresh:
             parts.append(
@@ -416,8 +411,17 @@ class _Fit:
         left = [name for name in sorted(self.left) if not self._is_ignored(name)]
         if left:
             parts.append(f"in the checkpoint and not used: {some(left, _SHOWN)}")
+        if self.mismatched:  # a list of lines, so it comes last
+            parts.append(
+                "newly initialized because the shapes did not match:\n"
+                + "\n".join(self._mismatches())
+            )
         if parts:
-            warn(f"{self.model} from {self.source.path}: " + ". ".join(parts) + ".")
+            warn(
+                f"{self.model} from {self.source.path}: "
+                + ". ".join(parts)
+                + ("" if self.mismatched else ".")
+            )
 
 
 def warn_if_not_finite(path: Path, bad: list[str]) -> None:
