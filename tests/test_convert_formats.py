@@ -189,9 +189,20 @@ def test_timm_reads_what_is_written_for_it(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "registers", "no_embed_class", "distilled", "layer scale"]
+    ("name", "size"),
+    [
+        ("plain", 64),
+        ("plain", (24, 56)),
+        ("plain", 16),
+        *((name, (24, 56)) for name in ("registers", "no_embed_class", "distilled", "layer scale")),
+        # The same rule for the patches, whatever is in front of them.
+        *(
+            pytest.param(name, size, marks=pytest.mark.slow)
+            for name in ("registers", "no_embed_class", "distilled", "layer scale")
+            for size in (64, 16)
+        ),
+    ],
 )
-@pytest.mark.parametrize("size", [64, (24, 56), 16])
 def test_image_size_resamples_timm_positions_as_timm_does(name, size, tmp_path):
     model = make_timm(name)
     save_timm(model, tmp_path / "timm")
@@ -565,8 +576,19 @@ def test_google_directly_and_converted(name, tmp_path):
     assert sum(a.size for a in again.values()) == sum(a.size for a in weights.values())
 
 
-@pytest.mark.parametrize("size", [48, (24, 56), 16])
-@pytest.mark.parametrize("name", ["vision_transformer", "big_vision", "big_vision, gap"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *(
+            (name, size)
+            for name in ("vision_transformer", "big_vision")
+            for size in (48, (24, 56), 16)
+        ),
+        ("big_vision, gap", (24, 56)),
+        # As where there is a class token: it has no position there either.
+        *(pytest.param("big_vision, gap", size, marks=pytest.mark.slow) for size in (48, 16)),
+    ],
+)
 def test_image_size_resamples_googles_positions_as_scipy_does(name, size, tmp_path):
     case: dict[str, Any] = GOOGLE[name]
     weights = google_weights(**case)
@@ -628,10 +650,20 @@ def stacked(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return out
 
 
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize(
-    "name",
-    ["big_vision", "big_vision, image tower", "big_vision, no root", "big_vision, gap"],
+    ("name", "save"),
+    [
+        ("big_vision", np.savez),
+        ("big_vision", np.savez_compressed),
+        ("big_vision, image tower", np.savez),
+        ("big_vision, no root", np.savez),
+        ("big_vision, gap", np.savez),
+        # How members are packed is not seen above the container.
+        *(
+            pytest.param(f"big_vision, {name}", np.savez_compressed, marks=pytest.mark.slow)
+            for name in ("image tower", "no root", "gap")
+        ),
+    ],
 )
 def test_blocks_stacked_by_a_scan(name, save, tmp_path, monkeypatch):
     case: dict[str, Any] = GOOGLE[name]
