@@ -27,7 +27,7 @@ from peers import (
     run_peer,
     run_torch,
 )
-from test_convert_formats import google_forward, google_weights
+from test_convert_google import google_forward, google_weights
 from timm_models import timm
 
 import vit_torch

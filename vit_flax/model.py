@@ -62,7 +62,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activation(name: str | Callable) -> Callable[[jax.Array], jax.Array]:
-    """The function of `hidden_act` or `pooler_act`; a callable is taken as it is.
+    """The function of `hidden_act` or `pooler_act`; a callable is used as given.
 
     In half precision it is computed in float32, as PyTorch's kernels do: JAX would round after
     every operation inside it, which doubles the error of a block.
@@ -81,7 +81,7 @@ class FlaxViTPart(nn.Module):
     Attributes:
         config: the sizes.
         dtype: compute dtype, also that of the residual stream.
-        param_dtype: dtype of newly drawn parameters.
+        param_dtype: dtype of new parameters.
         precision: precision of every matrix product; None means JAX's default for the device.
         attn_implementation: the attention kernel, see `vit_flax.attention`.
         scan_layers: compile one block and run it L times, over stacked parameters.
@@ -119,7 +119,7 @@ class FlaxViTPatchEmbeddings(FlaxViTPart):
 
 
 class FlaxViTEmbeddings(FlaxViTPart):
-    """Patches, masked ones replaced; then the tokens in front of them; then positions."""
+    """Patch embeddings (masked ones replaced), the tokens in front of them, position embeddings."""
 
     use_mask_token: bool = False
 
@@ -355,8 +355,8 @@ class FlaxViTOutput(FlaxViTPart):
 
 
 class FlaxViTDropPath(nn.Module):
-    """In training, zero for a share `rate` of the images; the rest is scaled up to make up for
-    it."""
+    """Stochastic depth: in training, zero for a share `rate` of the images; the rest is scaled up
+    to keep the mean."""
 
     def __call__(self, hidden_states, rate, deterministic: bool):
         if deterministic or rate is None:
@@ -368,8 +368,8 @@ class FlaxViTDropPath(nn.Module):
 
 
 class FlaxViTLayer(FlaxViTPart):
-    """One pre-norm block: attention and MLP, each with a residual. With `front_tokens`, of those
-    alone: the others are looked at, and nothing is made of them."""
+    """One pre-norm block: attention and MLP, each with a residual. With `front_tokens`, only those
+    are computed; the others are only attended to."""
 
     def setup(self):
         self.attention = FlaxViTAttention(**options(self))
@@ -399,9 +399,9 @@ class FlaxViTLayer(FlaxViTPart):
             hidden_states: (B, S, D).
             deterministic: no dropout.
             head_mask: broadcasts against (B, A, S, S).
-            bias: added to the attention scores, as the one that all of BEiT's blocks share.
+            bias: added to the attention scores, such as the one that all of BEiT's blocks share.
             output_attentions: return the attention probabilities (B, A, S, S) too.
-            drop_path_rate: how often, in training, an image goes around a branch; None is never.
+            drop_path_rate: how often, in training, an image skips a branch; None means never.
             grid: rows and columns of patches, for BEiT's bias; None means those of the config.
         """
         attention_output, probabilities = self.attention(
@@ -509,7 +509,7 @@ class FlaxViTEncoder(FlaxViTPart):
 
 
 def spread_head_mask(head_mask, config: ViTConfig):
-    """(A,) or (L, A) -> (L, 1, A, 1, 1): one factor a layer and head."""
+    """(A,) or (L, A) -> (L, 1, A, 1, 1): one factor for each layer and head."""
     check_head_mask(head_mask.shape, config)
     if head_mask.ndim == 5:
         return head_mask
@@ -525,8 +525,8 @@ def mean_of_patches(hidden_states, config: ViTConfig):
 
 
 class FlaxViTPooler(FlaxViTPart):
-    """The class token, or the mean of the patches, through what `pooler_type` says: a dense layer
-    and `pooler_act`, a norm, or nothing."""
+    """One vector per image: the class token or the mean of the patches, and then, by `pooler_type`,
+    a dense layer with `pooler_act`, a norm, or nothing."""
 
     def setup(self):
         if self.config.pooler_type == "dense":
@@ -653,7 +653,7 @@ def run_network(part: FlaxViTPart, flags, pixel_values, deterministic: bool, **i
 
 
 class FlaxViTForImageClassificationModule(FlaxViTPart):
-    """The base network and a linear classifier on the class token, or on what `pooling` says."""
+    """The base network and a linear classifier on the class token, or as `pooling` says."""
 
     def setup(self):
         add_network(self, add_pooling_layer=self.config.classifier_has_pooler)
@@ -674,7 +674,7 @@ class FlaxViTForImageClassificationModule(FlaxViTPart):
         """Run the network; arguments as `FlaxViTModule`, and
 
         Args:
-            labels: (B,) class indices (-100 is left out), (B,) numbers for one label, or (B, K)
+            labels: (B,) class indices (-100 is ignored), (B,) numbers for one label, or (B, K)
                 for several labels; then `loss` is in the output. `config.problem_type` decides,
                 or, where it is None, the number of labels and the dtype.
 
@@ -701,7 +701,7 @@ class FlaxViTForImageClassificationModule(FlaxViTPart):
 
 
 def classifier_input(outputs, config: ViTConfig):
-    """What the classifier looks at, (B, classifier_width)."""
+    """Input of the classifier, (B, classifier_width)."""
     hidden_states = outputs.last_hidden_state
     if config.classifier_has_pooler:
         return outputs.pooler_output
@@ -714,8 +714,8 @@ def classifier_input(outputs, config: ViTConfig):
 
 
 def classification_loss(logits, labels, config: ViTConfig):
-    """Mean loss of `logits` (B, K): squared error, cross entropy (label -100 is left out) or
-    binary cross entropy, as `problem_type` says or the labels' dtype tells."""
+    """Mean loss of `logits` (B, K): squared error, cross entropy (label -100 is ignored) or
+    binary cross entropy, chosen by `problem_type` or, without one, by the labels' dtype."""
     integer = jnp.issubdtype(labels.dtype, jnp.integer)
     problem_type = resolve_problem_type(config, integer)
     check_labels(labels, problem_type, logits.shape[0], config.num_labels)
@@ -725,7 +725,7 @@ def classification_loss(logits, labels, config: ViTConfig):
     if problem_type == "single_label_classification":
         labels = labels.reshape(-1)  # (B,)
         counted = labels != -100
-        # Traced labels cannot be looked at; one out of range makes the loss NaN, not another class.
+        # Traced labels have no values yet; one out of range makes the loss NaN, not another class.
         chosen = jnp.where(labels < 0, config.num_labels, labels)
         chosen = jnp.where(counted, chosen, 0)[:, None]
         log_probabilities = jax.nn.log_softmax(logits, axis=-1)  # (B, K)
@@ -787,7 +787,7 @@ class FlaxDeiTForImageClassificationWithTeacherModule(FlaxViTPart):
 
 
 class FlaxBeitForMaskedImageModelingModule(FlaxViTPart):
-    """The base network and the prediction of a visual token for each patch."""
+    """The base network and a head that predicts a visual token for each patch."""
 
     def setup(self):
         add_network(self, add_pooling_layer=False)
@@ -841,7 +841,7 @@ def visual_token_loss(logits, labels, bool_masked_pos):
     check_token_labels(labels, bool_masked_pos, logits.shape)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     counted = (bool_masked_pos != 0) & (labels != -100)
-    # Traced labels cannot be looked at; one out of range makes the loss NaN, not another token.
+    # Traced labels have no values yet; one out of range makes the loss NaN, not another token.
     chosen = jnp.where(labels < 0, logits.shape[-1], labels)
     chosen = jnp.where(counted, chosen, 0)[:, :, None]
     log_probabilities = jax.nn.log_softmax(logits, axis=-1)

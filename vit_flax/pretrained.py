@@ -87,15 +87,15 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
         config: sizes; the network is fixed by it here, later changes to it do not reach the
             network (flags such as `output_attentions` are read at every call).
         input_shape: (B, H, W, C) of the images the model is drawn for; None means the config's.
-        seed: of the random parameters.
-        dtype: of the computation.
+        seed: seed of the random parameters.
+        dtype: compute dtype.
         _do_init: False leaves the model without parameters; pass them to each call.
-        param_dtype: of parameters that are drawn anew.
-        precision: of matrix products, as JAX names it ("highest", "high", "default", None).
+        param_dtype: dtype of new parameters.
+        precision: of matrix products, by JAX's names ("highest", "high", "default", None).
         attn_implementation: see `vit_flax.attention`.
         scan_layers: compile one block and run it for all of them, over parameters stacked along a
-            first axis (`vit_flax.stack_layers`): deep networks compile several times as fast. What
-            is saved is as ever.
+            first axis (`vit_flax.stack_layers`): deep networks compile several times as fast. Saved
+            files are the same.
         **kwargs: fields of the module (`add_pooling_layer`, `use_mask_token`).
 
     Raises:
@@ -347,17 +347,17 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
 
     @property
     def head_tokens(self) -> int | None:
-        """How many tokens, from the first, the head or a base network's pooler looks at; None where
-        patches are among them. Of what the network was built with."""
+        """Number of tokens, from the first, that the head or a base network's pooler uses; None if
+        patches are among them. Read from the configuration that the network was built with."""
         module = self._module
         pooler = getattr(module, "add_pooling_layer", False)
         return head_tokens(module.config, self.head, add_pooling_layer=pooler)
 
     def with_front_tokens(self, tokens: int | None) -> Self:
-        """This model with a last block that is computed for so many tokens in front alone.
+        """This model with a last block that computes only its first tokens.
 
-        A classifier on the class token looks at nothing else, so it gives the same logits for fewer
-        operations: of ViT-B 7% fewer. The last of the `hidden_states` and
+        A classifier on the class token needs no others, so it gives the same logits with fewer
+        operations (7% fewer for ViT-B). The last of the `hidden_states` and
         `last_hidden_state` are (B, `tokens`, D) then, the last of the `attentions` (B, A, `tokens`,
         S). With `scan_layers` the model stays as it is: one program runs all blocks.
 
@@ -490,7 +490,7 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
             dtype: compute dtype.
             *model_args: further positional arguments of the constructor (`input_shape`, `seed`).
             config: configuration, or where to read it, if not beside the weights.
-            ignore_mismatched_sizes: draw parameters anew that have another shape in the file.
+            ignore_mismatched_sizes: draw parameters anew if the file has them in another shape.
             allow_missing: draw parameters of the network anew that the file lacks; without it only
                 those of a head may be missing.
             ignore: regular expressions of names in the file that may be left over. Without it,
@@ -845,7 +845,7 @@ class FlaxViTForImageClassification(FlaxViTPreTrainedModel):
         """Run the network; arguments as `FlaxViTModel`, and
 
         Args:
-            labels: (B,) class indices (-100 is left out), (B,) numbers for one label, or (B, K)
+            labels: (B,) class indices (-100 is ignored), (B,) numbers for one label, or (B, K)
                 for several labels; then `loss` is in the output. `config.problem_type` decides,
                 or, where it is None, the number of labels and the dtype.
 

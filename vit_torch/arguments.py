@@ -17,7 +17,7 @@ def check_tensors(**inputs: Any) -> None:
 
 
 def has_values(tensor) -> bool:
-    """Whether numbers can be looked at: not while a program is compiled, exported or captured, nor
+    """Whether the values can be read: not while a program is compiled, exported or captured, nor
     under the transformations of `torch.func`."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False

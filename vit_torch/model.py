@@ -62,7 +62,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def activation(name: str | Callable) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function of `hidden_act` or `pooler_act`; a callable is taken as it is."""
+    """The function of `hidden_act` or `pooler_act`; a callable is used as given."""
     return name if callable(name) else ACTIVATIONS[name]
 
 
@@ -121,7 +121,7 @@ class ViTPatchEmbeddings(ViTPart):
 
 
 class ViTEmbeddings(ViTPart):
-    """Patches, masked ones replaced; then the tokens in front of them; then positions."""
+    """Patch embeddings (masked ones replaced), the tokens in front of them, position embeddings."""
 
     def __init__(self, use_mask_token: bool = False, **kwargs):
         super().__init__(**kwargs)
@@ -356,7 +356,8 @@ class ViTOutput(ViTPart):
 
 
 class ViTDropPath(nn.Module):
-    """In training, zero for a share `p` of the images; the rest is scaled up to make up for it."""
+    """Stochastic depth: in training, zero for a share `p` of the images; the rest is scaled up to
+    keep the mean."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -373,7 +374,7 @@ class ViTLayer(ViTPart):
     """One pre-norm block: attention and MLP, each with a residual.
 
     Attributes:
-        drop_path_rate: how often, in training, an image goes around a branch.
+        drop_path_rate: how often, in training, an image skips a branch.
     """
 
     def __init__(self, drop_path_rate: float = 0.0, **kwargs):
@@ -403,7 +404,7 @@ class ViTLayer(ViTPart):
         Args:
             hidden_states: (B, S, D).
             head_mask: broadcasts against (B, A, S, S).
-            bias: added to the attention scores, as the one that all of BEiT's blocks share.
+            bias: added to the attention scores, such as the one that all of BEiT's blocks share.
             output_attentions: return the attention probabilities (B, A, S, S) too.
             grid: rows and columns of patches, for BEiT's bias; None means those of the config.
         """
@@ -491,7 +492,7 @@ class ViTEncoder(ViTPart):
 
 
 def spread_head_mask(head_mask, config: ViTConfig):
-    """(A,) or (L, A) -> (L, 1, A, 1, 1): one factor a layer and head."""
+    """(A,) or (L, A) -> (L, 1, A, 1, 1): one factor for each layer and head."""
     check_head_mask(head_mask.shape, config)
     if head_mask.ndim == 5:
         return head_mask
@@ -505,8 +506,8 @@ def mean_of_patches(hidden_states, config: ViTConfig):
 
 
 class ViTPooler(ViTPart):
-    """The class token, or the mean of the patches, through what `pooler_type` says: a dense layer
-    and `pooler_act`, a norm, or nothing."""
+    """One vector per image: the class token or the mean of the patches, and then, by `pooler_type`,
+    a dense layer with `pooler_act`, a norm, or nothing."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -627,7 +628,7 @@ def run_network(part: ViTPart, flags, pixel_values, **inputs):
 
 
 class ViTForImageClassificationModule(ViTPart):
-    """The base network and a linear classifier on the class token, or on what `pooling` says."""
+    """The base network and a linear classifier on the class token, or as `pooling` says."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -647,7 +648,7 @@ class ViTForImageClassificationModule(ViTPart):
         """Run the network; arguments as `ViTModel`, and
 
         Args:
-            labels: (B,) class indices (-100 is left out), (B,) numbers for one label, or (B, K)
+            labels: (B,) class indices (-100 is ignored), (B,) numbers for one label, or (B, K)
                 for several labels; then `loss` is in the output. `config.problem_type` decides,
                 or, where it is None, the number of labels and the dtype.
 
@@ -674,7 +675,7 @@ class ViTForImageClassificationModule(ViTPart):
 
 
 def classifier_input(outputs, config: ViTConfig):
-    """What the classifier looks at, (B, classifier_width)."""
+    """Input of the classifier, (B, classifier_width)."""
     hidden_states = outputs.last_hidden_state
     if config.classifier_has_pooler:
         return outputs.pooler_output
@@ -687,8 +688,8 @@ def classifier_input(outputs, config: ViTConfig):
 
 
 def classification_loss(logits, labels, config: ViTConfig):
-    """Mean loss of `logits` (B, K): squared error, cross entropy (label -100 is left out) or
-    binary cross entropy, as `problem_type` says or the labels' dtype tells."""
+    """Mean loss of `logits` (B, K): squared error, cross entropy (label -100 is ignored) or
+    binary cross entropy, chosen by `problem_type` or, without one, by the labels' dtype."""
     integer = not labels.dtype.is_floating_point and labels.dtype != torch.bool
     problem_type = resolve_problem_type(config, integer)
     values = labels.cpu().numpy() if integer and has_values(labels) else labels
@@ -749,7 +750,7 @@ class DeiTForImageClassificationWithTeacherModule(ViTPart):
 
 
 class BeitForMaskedImageModelingModule(ViTPart):
-    """The base network and the prediction of a visual token for each patch."""
+    """The base network and a head that predicts a visual token for each patch."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
