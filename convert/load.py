@@ -30,6 +30,7 @@ from vit_convert.rules import MappedTensor, unprefixed
 from vit_convert.source import Source, open_source
 
 _SHOWN = 40
+_LISTED = 12  # where each takes a line of its own
 """Names said in a message; the rest are counted."""
 
 
@@ -280,9 +281,9 @@ class _Fit:
         self._check_kinds()
         if self.mismatched and not self.ignore_mismatched_sizes:
             raise CheckpointError(
-                f"the shapes did not match {self.model}:\n" + "\n".join(self._mismatches()) + "\n"
-                "Give the configuration these weights were made with, or pass "
-                "`ignore_mismatched_sizes=True` to draw these parameters anew."
+                f"the shapes did not match {self.model}. Give the configuration these weights were "
+                "made with, or in Python pass `ignore_mismatched_sizes=True` to draw these "
+                f"parameters anew:\n{self._mismatches()}"
             )
         network = [
             name
@@ -383,20 +384,22 @@ class _Fit:
             "command, --ignore) with regular expressions of these names."
         )
 
-    def _mismatches(self) -> list[str]:
-        return [
+    def _mismatches(self) -> str:
+        """The first parameters of another shape, a line for each, and how many more there are."""
+        lines = [
             f"- {name}: found shape {shape} in the checkpoint and {tuple(self.shapes[name])} in "
             "the model"
             for name, shape in self.mismatched.items()
         ]
+        rest = len(lines) - _LISTED
+        return "\n".join(lines[:_LISTED] + ([f"- and {rest} more"] if rest > 0 else []))
 
     def warn(self) -> None:
         """One warning of what is drawn anew and what is left aside."""
         parts = []
         if self.mismatched:
             parts.append(
-                "newly initialized because the shapes did not match:\n"
-                + "\n".join(self._mismatches())
+                f"newly initialized because the shapes did not match:\n{self._mismatches()}"
             )
         fresh = [name for name in self.missing if name not in self.mismatched]
         if fresh:
