@@ -389,6 +389,7 @@ class _Fit:
         )
 
     def _mismatches(self) -> str:
+        """The first parameters of another shape, a line for each, and how many more there are."""
         lines = [
             f"- {name}: found shape {shape} in the checkpoint and {tuple(self.shapes[name])} in "
             "the model"

@@ -111,7 +111,8 @@ class Report:
             if self.verification.logits_max_abs is not None:
                 difference = f"{self.verification.logits_max_abs:.1e}"
                 scale = f"{self.verification.logits_scale:.3g}"
-                text += f"; outputs of source and target differ by {difference} (of {scale})"
+                text += f"; outputs of source and target differ by {difference}"
+                text += f" (largest output {scale})"
             yield "verified", text
 
 

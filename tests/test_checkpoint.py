@@ -72,6 +72,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 34629
         (POINTER, "a git-lfs pointer.*git lfs pull"),
         (b"\x89HDF\r\n\x1a\n", "a TensorFlow or Keras file"),
         (b"<!DOCTYPE html><html>", "not a weights file of a known kind"),
+        (b"\n <HTML><head>", r"this is a web page \(HTML\)\. Download the file itself"),
     ],
 )
 def test_what_is_no_weights_file_is_named(tmp_path: Path, data: bytes, message: str) -> None:
@@ -596,6 +597,7 @@ def test_text_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (b"[" * 100_000, "not valid JSON"),
         (b'{"a": ' + b"1" * 5000 + b"}", "not valid JSON"),
         (POINTER, "git-lfs pointer"),
+        (b"<!DOCTYPE html>\n<html>", r"not valid JSON: this is a web page \(HTML\)"),
     ],
 )
 def test_bad_json_is_refused(tmp_path: Path, data: bytes, message: str) -> None:

@@ -24,6 +24,7 @@ import pytest
 import transformers
 from hub_server import Repository, hub_server
 from networks import flax_twin, make_config, random_weights
+from safetensors.numpy import load_file
 
 import vit_cli.commands.predict
 from vit_cli.main import main
@@ -36,6 +37,7 @@ from vit_common.images.processor import ViTImageProcessor
 from vit_flax import FlaxViTForImageClassification, FlaxViTModel
 from vit_flax.inference import ImageClassifier, Prediction
 
+DIGITS = Path(__file__).parents[1] / "vit_common" / "digits"
 LABELS = ["cat", "dog", "a tree, and more", "Zürich", "写真"]
 HEAVY = ("jax", "jaxlib", "flax", "numpy", "PIL", "torch", "huggingface_hub", "rich", "typer")
 
@@ -891,3 +893,55 @@ def test_info_of_nothing(tmp_path, capsys, json_flag):
     out, err = capsys.readouterr()
     assert out == ""
     assert lines(err) == [f"vit: error: {tmp_path}/nothing: no such file or directory."]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["predcit", "x"], "no such command: predcit (did you mean predict?); wanted one of"),
+        (["--verison"], "no such option: --verison (did you mean --version?); see `vit --help`"),
+        (
+            ["predict", "x", "--modle", "y", "--topk=3"],
+            "unrecognized arguments: --modle (did you mean --model?), --topk=3 (did you mean "
+            "--top-k?); see `vit predict --help`",
+        ),
+        (["attention", ".", "--output", "map.png"], "wanted one image; given ., a folder"),
+    ],
+)
+def test_a_slip_is_answered_with_what_was_meant(arguments, said, capsys):
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_weights_of_another_shape_are_listed_line_by_line(tmp_path, capsys):
+    """The advice stands before the list, a line break is never printed as `\\n`, and a whole
+    network of another size does not fill the screen."""
+    for path in DIGITS.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    assert (
+        main(["predict", str(next((DIGITS / "images").iterdir())), "--model", str(tmp_path)]) == 2
+    )
+    err = capsys.readouterr().err
+    assert "\\n" not in err
+    head, *faults = err.splitlines()
+    assert "Give the configuration these weights were made with" in head
+    shapes = load_file(DIGITS / "model.safetensors")
+    wide = sum(48 in array.shape for array in shapes.values())
+    assert len(faults) == 13
+    assert faults[-1] == f"  - and {wide - 12} more"
+
+
+def test_the_last_line_counts_images_that_could_not_be_read(tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    image = (DIGITS / "images" / "digit-3-01.png").read_bytes()
+    (photos / "a.png").write_bytes(image)
+    (photos / "b.png").write_bytes(image[:40])
+    for name, said in (("a.csv", "2 images"), ("a.npz", "1 x 48 float32")):
+        command = "predict" if name == "a.csv" else "features"
+        assert main([command, str(photos), "--output", str(tmp_path / name)]) == 1
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last == f"vit: wrote {tmp_path / name}: {said}; 1 image could not be read"

@@ -577,3 +577,18 @@ def test_labels_of_imagenet():
     twice = {label for label in labels if labels.count(label) > 1}
     assert twice == {"crane"}
     assert [i for i, label in enumerate(labels) if label == "crane"] == [134, 517]
+
+
+def test_a_timm_folder_is_said_to_be_one(tmp_path):
+    """README's snippet with the folder of a timm checkpoint: the class that reads it is named."""
+    cfg = {"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9}
+    table = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": cfg}
+    (tmp_path / "config.json").write_text(json.dumps(table))
+    with pytest.raises(MissingFileError, match=r"`AutoImageProcessor\.from_pretrained` reads it"):
+        ViTImageProcessor.from_pretrained(tmp_path)
+    assert AutoImageProcessor.from_pretrained(tmp_path).crop_size == {"height": 8, "width": 8}
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(MissingFileError, match="no such file") as error:
+        ViTImageProcessor.from_pretrained(tmp_path)
+    assert "AutoImageProcessor" not in str(error.value)

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from vit_cli.options import Parser, pixels_limited
+from vit_cli.options import Parser, did_you_mean, pixels_limited
 from vit_cli.terminal.exit_codes import DONE
 from vit_cli.terminal.guard import guarded, prepare_streams
 from vit_cli.terminal.interrupt import exits_at_once
@@ -121,7 +121,8 @@ def _top(arguments: Sequence[str]) -> Callable[[], int]:
     elif rest:
         what = "option" if rest[0].startswith("-") else "command"
         wanted = f"; wanted one of {', '.join(_COMMANDS)}" if what == "command" else ""
-        parser.error(f"no such {what}: {rest[0]}{wanted}")
+        known = _COMMANDS if what == "command" else ("--help", "--version")
+        parser.error(f"no such {what}: {rest[0]}{did_you_mean(rest[0], known)}{wanted}")
     else:
         parser.print_help()
     return lambda: DONE

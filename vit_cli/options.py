@@ -71,7 +71,13 @@ class Parser(argparse.ArgumentParser):
             SystemExit: the help was asked for, and printed.
         """
         end = arguments.index("--") if "--" in arguments else len(arguments)
-        options = self.parse_intermixed_args(_joined(arguments[:end]))
+        options, unknown = self.parse_known_intermixed_args(_joined(arguments[:end]))
+        if unknown:
+            # argparse adds the names that follow an option it does not know.
+            wrong = [each for each in unknown if each.startswith("-")] or unknown
+            known = self._option_string_actions
+            listed = [each + did_you_mean(each.partition("=")[0], known) for each in wrong]
+            self.error(f"unrecognized arguments: {', '.join(listed)}")
         options.names.extend(arguments[end + 1 :])
         for check in self.checks:
             check(options)
@@ -87,6 +93,13 @@ class Parser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
         # argparse's own keeps quiet about a pipe that is closed or a disk that is full.
         (file or sys.stdout).write(self.format_help())
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """For the error about a word that is not known: ` (did you mean X?)` if one of the known words
+    is like it, else nothing."""
+    close = difflib.get_close_matches(given, known, n=1, cutoff=0.7)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _joined(arguments: Iterable[str]) -> list[str]:

@@ -209,8 +209,10 @@ def require(check: bool) -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if not missing:
         return
-    names = " and ".join(missing)
-    text = f"ONNX needs {names}, not installed here; run: pip install {' '.join(missing)}"
+    *most, last = missing
+    names = f"{', '.join(most)} and {last}" if most else last
+    are = "are" if most else "is"
+    text = f"ONNX needs {names}, which {are} not installed; run: pip install {' '.join(missing)}"
     if missing == ["onnxruntime"]:
         text += "; or pass --no-check (in Python `check=False`) to write a file that was not run"
     raise InputError(f"{text}.")

@@ -187,8 +187,9 @@ def read_timm_config(timm: Mapping[str, Any], note: Callable[..., None]) -> None
         # Other networks can have the same names: vit_base_patch16_rpn_224 has its norms elsewhere.
         raise ConfigError(
             f"timm's config.json: `architecture` is {architecture!r}, which is not one of the "
-            "networks known here. If its network is the same as one of them, move the weights "
-            "away from this config.json and give what they do not say as options."
+            "networks known here: timm's ViT, DeiT and BEiT. If it computes the same as one of "
+            "them, read the weights from a folder without this config.json, and give what they do "
+            "not say as options."
         )
     activation = ACTIVATIONS.get(architecture, "gelu")
     note(

@@ -65,6 +65,8 @@ def run(options: Options) -> int:
     layer = -1 if options.layer is None else options.layer
     if target.suffix.lower() not in _FORMATS:
         raise InputError(f"--output must end in {', '.join(_FORMATS)}; given {options.output!r}.")
+    if Path(options.names[0]).is_dir():
+        raise InputError(f"wanted one image; given {options.names[0]}, a folder.")
     check_target(target, force=options.force)
     picture = load_image(options.names[0])
 

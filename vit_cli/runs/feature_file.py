@@ -9,8 +9,8 @@ agree on. At the end the file is made of them:
   features and why; `made_with`, the settings as JSON.
 - `.safetensors`: a tensor `features`; in the metadata `files`, `failed`, `errors` and `made_with`,
   each as JSON.
-- `.parquet`: a row an image: `file`, `features` (a list of fixed size, null for an image without),
-  `error`; in the schema's metadata `shape`, that of each vector, and `made_with`.
+- `.parquet`: one row per image: `file`, `features` (a list of fixed size, null for an image
+  without), `error`; in the schema's metadata `shape`, that of each vector, and `made_with`.
 """
 
 from __future__ import annotations

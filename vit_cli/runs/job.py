@@ -143,7 +143,9 @@ class Job:
                 elif target is not None:
                     target.finish(every)
                     if summary := target.summary(len(every), outcome.done):
-                        say(f"wrote {self.stream.output}: {summary}")
+                        unread = failed - faults
+                        also = f"; {counted(unread)} could not be read" if unread else ""
+                        say(f"wrote {self.stream.output}: {summary}{also}")
                 return SOME_FAILED if failed else DONE
         except KeyboardInterrupt:
             left = INTERRUPTION

@@ -53,7 +53,7 @@ def check_output(path: str, suffixes: Sequence[str], instead: str) -> None:
 
 
 def check_begin(path: str, left: Iterable[Path], *, resume: bool, force: bool) -> None:
-    """See that an output can be begun, or gone on with; for who has locked it.
+    """Refuse an output that must not be begun or continued; the caller holds its lock.
 
     Args:
         path: the file.

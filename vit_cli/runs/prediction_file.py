@@ -49,7 +49,7 @@ class Journal(RowFile):
         return {".jsonl": self._jsonl, ".csv": self._csv, ".parquet": self._parquet}
 
     def _rows(self) -> Iterator[dict[str, Any]]:
-        """One row a class, or one with an error an image."""
+        """One row per class of an image, or one row with its error."""
         for _, line in self._lines():
             row = json.loads(line)
             if "error" in row:

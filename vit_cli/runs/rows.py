@@ -1,7 +1,7 @@
-"""What `Journal` and `FeatureFile` have in common: a row an image, written by one process or by
+"""What `Journal` and `FeatureFile` have in common: one row per image, written by one process or by
 several, and one file made of the rows in the end.
 
-Rows go to `FILE.partial`, one JSON object a line; those of several processes to
+Rows go to `FILE.partial`, one JSON object per line; those of several processes to
 `FILE.1-of-2.partial` and so on, one for each. What a process that died left unfinished at its end
 is cut off when the run is resumed, by as many processes as there are then; the file itself appears
 when every image is done.

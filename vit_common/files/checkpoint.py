@@ -28,7 +28,7 @@ from vit_common.files.containers import (
 )
 from vit_common.files.containers.tensor import DataFile, Progress, Tensor, as_tensor, no_progress
 from vit_common.files.replace import make_directory, replace_files, write_text
-from vit_common.files.texts import LFS_POINTER, cut, lfs_pointer, read_json
+from vit_common.files.texts import cut, not_the_file, read_json
 
 __all__ = [
     "Checkpoint",
@@ -155,8 +155,8 @@ def _container_of(file: DataFile) -> Container:
     head = file.read(0, 64)
     if not head:
         raise file.fail("this file is empty.")
-    if head.startswith(LFS_POINTER):
-        raise lfs_pointer(file.path)
+    if (other := not_the_file(head, file.path, "a weights file of a known kind")) is not None:
+        raise other
     if head.startswith(b"\x89HDF"):
         raise file.fail("a TensorFlow or Keras file (HDF5); wanted safetensors, msgpack or torch.")
     if head.startswith(torch_pickle.LEGACY_MAGIC):

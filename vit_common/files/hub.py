@@ -383,7 +383,7 @@ def _why_not_asked(place: _Repository, filename: str, hub: Mapping[str, Any]) ->
     from huggingface_hub.utils import build_hf_headers, get_session
 
     if hub.get("local_files_only"):
-        return "`local_files_only=True` was given"
+        return "`local_files_only=True` was given (--local-files-only in a command)"
     try:
         url = hf_hub_url(
             place.name,

@@ -15,6 +15,7 @@ MAX_JSON_BYTES = 100_000_000
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """First bytes of the stand-in that `git clone` leaves where git-lfs is not installed."""
+_WEB_PAGE = (b"<!doctype html", b"<html")
 
 
 _LONGEST = 600
@@ -42,6 +43,25 @@ def lfs_pointer(path: Path) -> CheckpointError:
     )
 
 
+def not_the_file(head: bytes, path: Path, wanted: str) -> CheckpointError | None:
+    """The refusal of what often stands where a file should be: a git-lfs pointer, or a web page
+    that was saved instead. None for anything else.
+
+    Args:
+        head: the first bytes of the file.
+        path: the file.
+        wanted: what it should be, in the error: "a weights file".
+    """
+    if head.startswith(LFS_POINTER):
+        return lfs_pointer(path)
+    if head[:64].lstrip().lower().startswith(_WEB_PAGE):
+        return CheckpointError(
+            f"{path}: not {wanted}: this is a web page (HTML). Download the file itself; on the "
+            "Hub, its link has `resolve` in it, not `blob`."
+        )
+    return None
+
+
 def parse_json(data: bytes, path: Path, what: str = "JSON", *, unique: bool = False) -> dict:
     """The JSON object in `data`; with `unique`, a key given twice is refused.
 
@@ -58,8 +78,8 @@ def parse_json(data: bytes, path: Path, what: str = "JSON", *, unique: bool = Fa
             )
         return table
 
-    if data.startswith(LFS_POINTER):
-        raise lfs_pointer(path)
+    if (other := not_the_file(data[:64], path, f"valid {what}")) is not None:
+        raise other
     try:
         table = json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs)
     except json.JSONDecodeError as error:
@@ -93,7 +113,7 @@ def read_json(path: str | os.PathLike, *, unique: bool = False) -> dict[str, Any
 
     Raises:
         MissingFileError: it cannot be read.
-        CheckpointError: it is not JSON, not an object, or a git-lfs pointer.
+        CheckpointError: it is not JSON, not an object, or a git-lfs pointer or a web page.
     """
     path = Path(path)
     try:

@@ -25,8 +25,8 @@ import PIL.Image
 from PIL.Image import Resampling
 
 from vit_common.config_fields import check_depth
-from vit_common.errors import ConfigError, ImageError, InputError, shown, warn
-from vit_common.files.hub import find_file, push_if_asked, split_hub_options
+from vit_common.errors import ConfigError, ImageError, InputError, ViTError, shown, warn
+from vit_common.files.hub import AbsentFileError, find_file, push_if_asked, split_hub_options
 from vit_common.files.replace import make_directory, write_text
 from vit_common.files.texts import read_json, reason
 from vit_common.images.options import (
@@ -626,7 +626,15 @@ class BaseImageProcessor:
             ConfigError: an option in the file is refused.
         """
         hub, overrides = split_hub_options(kwargs)
-        path = find_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub)
+        try:
+            path = find_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub)
+        except AbsentFileError as error:
+            if not _is_timm(pretrained_model_name_or_path, hub):
+                raise
+            raise AbsentFileError(
+                f"{error} timm's config.json is there and says how images are prepared: "
+                "`AutoImageProcessor.from_pretrained` reads it."
+            ) from error
         return cls._from_file(path, read_json(path), overrides)
 
     @classmethod
@@ -741,3 +749,11 @@ class ViTFeatureExtractor(ViTImageProcessor):
 ViTImageProcessorFast = ViTImageProcessor
 """The name of Transformers' processor on torchvision, whose pixels differ slightly: for code that
 imports it. The pixels are those of `ViTImageProcessor`."""
+
+
+def _is_timm(name_or_path: str | os.PathLike, hub: Mapping[str, Any]) -> bool:
+    """Whether a model's `config.json` is timm's, with what it says about images."""
+    try:
+        return "pretrained_cfg" in read_json(find_file(name_or_path, "config.json", **hub))
+    except ViTError:
+        return False
