@@ -532,12 +532,14 @@ class FlaxViTLayerCollection(FlaxViTPart):
         deterministic: bool = True,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        return_dict: bool = True,
         *,
         head_mask=None,
         bias=None,
         grid: tuple[int, int] | None = None,
     ):
-        """`FlaxBaseModelOutput` of the last block; `head_mask` is (L, 1, A, 1, 1) or None."""
+        """`FlaxBaseModelOutput` of the last block, or its tuple; `head_mask` is (L, 1, A, 1, 1) or
+        None."""
 
         def run(layer, hidden_states, layer_mask, rate):
             hidden_states, probabilities = layer(
@@ -569,11 +571,12 @@ class FlaxViTLayerCollection(FlaxViTPart):
                 )
                 all_hidden_states.append(hidden_states)
                 all_attentions.append(probabilities)
-        return FlaxBaseModelOutput(
+        output = FlaxBaseModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
+        return output if return_dict else output.to_tuple()
 
 
 class FlaxViTEncoder(FlaxViTPart):
@@ -590,6 +593,7 @@ class FlaxViTEncoder(FlaxViTPart):
         deterministic: bool = True,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        return_dict: bool = True,
         *,
         head_mask=None,
         grid: tuple[int, int] | None = None,
@@ -600,6 +604,7 @@ class FlaxViTEncoder(FlaxViTPart):
             hidden_states: (B, S, D).
             deterministic: no dropout.
             output_attentions, output_hidden_states: return those of every block too.
+            return_dict: False returns the output's tuple.
             head_mask: (A,) or (L, A), multiplies the attention probabilities.
             grid: rows and columns of patches, for BEiT's bias; None means those of the config.
         """
@@ -611,6 +616,7 @@ class FlaxViTEncoder(FlaxViTPart):
             deterministic,
             output_attentions,
             output_hidden_states,
+            return_dict,
             head_mask=head_mask,
             bias=self.relative_position_bias(grid or self.config.grid_size) if shared else None,
             grid=grid,
