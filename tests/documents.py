@@ -3,7 +3,8 @@
 A page is run from top to bottom, in a folder of its own that looks like a clone of this repository
 with a few photographs beside it. In a page
 
-- ```` ```console ````: each line that begins with `$ ` is run; the lines below are its output;
+- ```` ```console ````: each line that begins with `$ ` is run; the lines below are its output, as
+  on a terminal;
 - ```` ```python ````: is run, each page in one namespace; a `print(...)  # x` must print `x`;
 - ```` ```text ```` right after one of python is what that printed;
 - `<!-- online -->` before a block: it needs the Hub, and is not run here;
@@ -26,6 +27,8 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 _FENCE = re.compile(
@@ -179,7 +182,9 @@ class Reader:
                 contextlib.chdir(self.folder),
                 contextlib.redirect_stdout(output),
                 warnings.catch_warnings(),
+                pytest.MonkeyPatch.context() as patch,
             ):
+                patch.syspath_prepend(self.folder)
                 warnings.simplefilter("ignore", UserWarning)  # readers see them, and read on
                 # Not with this file's own `from __future__` imports.
                 exec(compile(text, "<page>", "exec", dont_inherit=True), self.names)
@@ -222,15 +227,36 @@ class Reader:
         # In this process: a page of twenty commands would start JAX twenty times.
         from vit_cli.main import main
 
-        output = io.StringIO()
+        output = _Terminal()
         with (
             contextlib.chdir(self.folder),
             contextlib.redirect_stdout(output),
-            contextlib.redirect_stderr(output),
+            contextlib.redirect_stderr(_Beside(output)),
             contextlib.suppress(SystemExit),
+            pytest.MonkeyPatch.context() as patch,
         ):
+            # A wide terminal without colours: no line goes on in the next one.
+            for name, value in {"TERM": "dumb", "COLUMNS": "1000", "LINES": "50"}.items():
+                patch.setenv(name, value)
             main(arguments)
         return output.getvalue()
+
+
+class _Terminal(io.StringIO):
+    """What a reader sees: commands write there as to a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class _Beside(io.TextIOBase):
+    """Standard error, to the same place; progress bars are not shown there."""
+
+    def __init__(self, place: io.StringIO) -> None:
+        self._place = place
+
+    def write(self, text: str) -> int:
+        return self._place.write(text)
 
 
 def _differs(place: str, expected: str, given: str) -> str:

@@ -4,10 +4,12 @@ used where none was named."""
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 import textwrap
 
+import PIL.Image
 import pytest
 import torch
 
@@ -16,6 +18,8 @@ from vit_cli.options import Parser
 from vit_cli.terminal.messages import say, show_warning
 from vit_cli.terminal.results import print_titled
 from vit_common.embedded import embedded_checkpoint, embedded_images
+from vit_common.errors import MissingFileError
+from vit_flax.inference import ImageClassifier
 
 
 def test_each_fault_has_a_line(capsys):
@@ -60,12 +64,19 @@ def make_weights(path):
     return path
 
 
-def test_the_model_that_is_used_is_said(capsys):
-    assert main(["predict", str(embedded_images()[0]), "--json"]) == 0
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("vit: no --model was given: this is the small network of handwritten")
-    model = str(embedded_checkpoint())
-    assert main(["predict", str(embedded_images()[0]), "--json", "--model", model]) == 0
+@pytest.mark.parametrize(
+    ("mode", "side", "told"), [("RGB", 8, True), ("L", 300, True), ("L", 28, False)]
+)
+def test_the_network_of_digits_is_said_to_be_one(tmp_path, capsys, mode, side, told):
+    """Where it answers about a photo; not where it is asked about digits."""
+    image = tmp_path / "cat.png"
+    PIL.Image.new(mode, (side, side)).save(image)
+    assert main(["predict", str(image), "--json"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == told
+    if told:
+        assert said[0].startswith("vit: no --model was given, so the small network of handwritten")
+    assert main(["predict", str(image), "--json", "--model", str(embedded_checkpoint())]) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -110,3 +121,26 @@ def test_a_parser_knows_its_options():
     parser.add_argument("--one")
     assert parser.has("--one")
     assert not parser.has("--two")
+
+
+def test_weights_of_another_shape_have_lines_too(tmp_path, capsys):
+    """The advice under them has one too."""
+    folder = tmp_path / "a"
+    assert main(["convert", str(embedded_checkpoint()), str(folder)]) == 0
+    config = json.loads((folder / "config.json").read_text()) | {"intermediate_size": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    image, output = str(embedded_images()[0]), str(tmp_path / "f.npz")
+    assert main(["features", image, "--model", str(folder), "--output", output]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "\\n" not in "".join(said)
+    assert "ignore_mismatched_sizes=True" in said.pop()
+    fault = r"  - \S+: found shape \(.*\) in the checkpoint and \(.*\) in the model"
+    assert all(re.fullmatch(fault, line) for line in said[-3:])
+
+
+def test_a_name_longer_than_any_path_is_not_repeated():
+    classify = ImageClassifier.from_pretrained(embedded_checkpoint())
+    with pytest.raises(MissingFileError, match="cannot be opened") as error:
+        classify("x" * 60_000)
+    assert len(str(error.value)) < 500

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vit_cli.terminal.messages import say
 from vit_common.errors import InputError
+
+_GREY = ("1", "L", "LA", "I;16", "I")
+_SMALL, _LOOKED_AT = 64, 8  # pixels on a side; images
 
 if TYPE_CHECKING:
     from vit_cli.options import StreamOptions
@@ -55,12 +60,13 @@ def load_for_inference(
         from vit_common.embedded import embedded_checkpoint
 
         model = str(embedded_checkpoint())
-        say("no --model was given: this is the small network of handwritten digits (8 x 8, grey)")
     return getattr(inference, name).from_pretrained(model, dtype=dtype, **options)
 
 
-def load_for_stream(name: str, stream: StreamOptions) -> Any:
-    """The same, as the options of a stream say."""
+def load_for_stream(name: str, stream: StreamOptions, files: Sequence[str]) -> Any:
+    """The same, as the options of a stream of image files say."""
+    if stream.model is None and stream.cluster is None:
+        mention_digits(files)
     return load_for_inference(
         name,
         stream.model,
@@ -70,3 +76,21 @@ def load_for_stream(name: str, stream: StreamOptions) -> Any:
         **stream.precision,
         **stream.reading.keywords,
     )
+
+
+def mention_digits(files: Sequence[str]) -> None:
+    """Say that the network of digits is used, where images are not like its own: small and grey."""
+    import PIL.Image
+
+    for file in files[:_LOOKED_AT]:
+        try:
+            with warnings.catch_warnings(action="ignore"), PIL.Image.open(file) as image:
+                alike = image.mode in _GREY and max(image.size) <= _SMALL
+        except Exception:  # it is reported when its turn comes
+            continue
+        if not alike:
+            say(
+                "no --model was given, so the small network of handwritten digits that comes with "
+                f"the package is used; {file} is not like its images (8 x 8 pixels, grey)"
+            )
+            return

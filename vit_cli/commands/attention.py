@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from vit_cli.models import load_for_inference
+from vit_cli.models import load_for_inference, mention_digits
 from vit_cli.options import Options, Parser, Reading, add_model, add_pixel_limit, add_reading
 from vit_cli.terminal.exit_codes import DONE
 from vit_cli.terminal.messages import say
@@ -70,6 +70,8 @@ def run(options: Options) -> int:
 
     from vit_flax.inference.maps import contact_sheet, overlay, patch_map
 
+    if options.model is None:
+        mention_digits(options.names)
     encoder = load_for_inference(
         "ImageEncoder", options.model, options.dtype, devices=1, **Reading.of(options).keywords
     )

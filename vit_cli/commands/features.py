@@ -70,7 +70,7 @@ def run(options: Options) -> int:
     pool = None if options.pool == "none" else options.pool
 
     def begin(files: list[str]) -> Work:
-        encoder = load_for_stream("ImageEncoder", stream)
+        encoder = load_for_stream("ImageEncoder", stream, files)
         size = stream.batch_size or encoder.default_batch_size
         return Work(encoder.stream_features(files, options.layers, pool, size), size)
 

@@ -58,7 +58,7 @@ def run(options: Options) -> int:
     stream = StreamOptions.of(options)
 
     def begin(files: list[str]) -> Work:
-        classifier = load_for_stream("ImageClassifier", stream)
+        classifier = load_for_stream("ImageClassifier", stream, files)
         size = stream.batch_size or classifier.default_batch_size
         rich = _has_rich()
         printer = None
