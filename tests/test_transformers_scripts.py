@@ -11,9 +11,10 @@ import optax
 import pytest
 import torch
 import transformers
-from flax.core import unfreeze
+from flax.core import freeze, unfreeze
 from flax.training import train_state
 from flax.training.common_utils import onehot
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import vit_flax
 import vit_torch
@@ -160,6 +161,106 @@ def test_a_module_of_ones_own(tmp_path):
         jax.tree.structure(params)
     )
     assert drawn.num_parameters() == sum(p.size for p in jax.tree.leaves(params))
+
+
+class OwnModel(vit_flax.FlaxPreTrainedModel):
+    """As people write a class for Transformers' base class: it builds and draws its module."""
+
+    config_class = vit_flax.ViTConfig
+    base_model_prefix = "vit"
+    module_class = Pooled
+
+    def __init__(
+        self, config, input_shape=None, seed=0, dtype=jnp.float32, _do_init=True, **kwargs
+    ):
+        module = self.module_class(config=config, dtype=dtype, **kwargs)
+        super().__init__(config, module, input_shape, seed=seed, dtype=dtype, _do_init=_do_init)
+
+    def init_weights(self, rng, input_shape, params=None):
+        drawn = self.module.init(rng, jnp.zeros(input_shape, self.dtype))["params"]
+        if params is None:
+            return freeze(drawn)
+        drawn, params = flatten_dict(unfreeze(drawn)), flatten_dict(unfreeze(params))
+        params |= {path: drawn[path] for path in self._missing_keys}
+        self._missing_keys = set()
+        return freeze(unflatten_dict(params))
+
+    def __call__(self, pixel_values, params=None, train=False):
+        params = params or self.params
+        images = jnp.transpose(pixel_values, (0, 2, 3, 1))
+        return self.module.apply({"params": params}, images, not train)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*newly initialized", "ignore:.*deprecated")
+def test_a_class_that_builds_its_module(tmp_path):
+    base = transformers.FlaxViTModel(transformers.ViTConfig(**VIT), seed=3)
+    base.save_pretrained(tmp_path / "base")
+    model = OwnModel.from_pretrained(tmp_path / "base")
+    without_pooler = {name: part for name, part in base.params.items() if name != "pooler"}
+    assert_equal(model.params["vit"], without_pooler)
+    want = base(IMAGES).last_hidden_state.mean(1)
+    want = nn.LayerNorm().apply({"params": model.params["norm"]}, want)
+    want = nn.Dense(5).apply({"params": model.params["fc"]}, want)
+    np.testing.assert_allclose(model(IMAGES), want, atol=1e-5)
+    model.save_pretrained(tmp_path / "mine")
+    again, params = OwnModel.from_pretrained(tmp_path / "mine", _do_init=False)
+    assert_equal(params, model.params)
+    np.testing.assert_array_equal(again(IMAGES, params=params), model(IMAGES))
+    with pytest.raises(InputError, match=r"`module` must be a linen module.*given a type"):
+        vit_flax.FlaxPreTrainedModel(vit_flax.ViTConfig(**VIT), Pooled)
+
+
+class Rebuilt(vit_flax.FlaxViTPreTrainedModel):
+    """A class as Transformers writes its own: the module alone says that there is a head."""
+
+    module_class = vit_flax.FlaxViTForImageClassificationModule
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_a_class_named_by_its_module_alone(tmp_path):
+    theirs = transformers.FlaxViTForImageClassification(transformers.ViTConfig(**VIT), seed=1)
+    theirs.save_pretrained(tmp_path)
+    model = Rebuilt.from_pretrained(tmp_path)
+    assert_equal(model.params, unfreeze(theirs.params))
+    np.testing.assert_allclose(model(IMAGES).logits, theirs(IMAGES).logits, atol=1e-5)
+
+
+class Network(nn.Module):
+    """A network put together anew from its parts, as scripts do to change one of them."""
+
+    config: vit_flax.ViTConfig
+    parts: object
+
+    def setup(self):
+        self.embeddings = self.parts.FlaxViTEmbeddings(self.config, dtype=jnp.float32)
+        self.encoder = self.parts.FlaxViTEncoder(self.config, dtype=jnp.float32)
+        self.layernorm = nn.LayerNorm(epsilon=self.config.layer_norm_eps)
+        self.pooler = self.parts.FlaxViTPooler(self.config, dtype=jnp.float32)
+
+    def __call__(self, images, return_dict):
+        outputs = self.encoder(
+            self.embeddings(images, deterministic=True),
+            deterministic=True,
+            output_attentions=True,
+            output_hidden_states=True,
+            return_dict=return_dict,
+        )
+        last = self.layernorm(outputs[0])
+        return last, self.pooler(last), *outputs[1:]
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_a_network_of_parts(return_dict):
+    theirs = transformers.FlaxViTModel(transformers.ViTConfig(**VIT), seed=1)
+    images = IMAGES.transpose(0, 2, 3, 1)
+    variables = {"params": theirs.params}
+    network = Network(transformers.ViTConfig(**VIT), transformers.models.vit.modeling_flax_vit)
+    want = network.apply(variables, images, True)  # without it they drop the hidden states
+    network = Network(vit_flax.ViTConfig(**VIT), vit_flax)
+    got = network.apply(variables, images, return_dict)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 
 def test_mappings_and_small_methods():

@@ -188,6 +188,10 @@ def __getattr__(name: str) -> Any:
             if name in vars(module):
                 globals()[name] = value = vars(module)[name]
                 return value
+    if name.startswith("FlaxViT"):  # the parts of a network, for scripts that build their own
+        part = vars(importlib.import_module("vit_flax.model")).get(name)
+        if part is not None:
+            return part
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

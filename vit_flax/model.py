@@ -438,12 +438,14 @@ class FlaxViTLayerCollection(FlaxViTPart):
         deterministic: bool = True,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        return_dict: bool = True,
         *,
         head_mask=None,
         bias=None,
         grid: tuple[int, int] | None = None,
     ):
-        """`FlaxBaseModelOutput` of the last block; `head_mask` is (L, 1, A, 1, 1) or None."""
+        """`FlaxBaseModelOutput` of the last block, or its tuple with `return_dict=False`;
+        `head_mask` is (L, 1, A, 1, 1) or None."""
 
         def run(layer, hidden_states, layer_mask, rate):
             inputs = (hidden_states, deterministic, output_attentions, layer_mask, bias, rate, grid)
@@ -452,18 +454,20 @@ class FlaxViTLayerCollection(FlaxViTPart):
         rates = self.config.drop_path_rates
         if self.scan_layers and self.layers:
             flags = (output_attentions, output_hidden_states)
-            return scan_blocks(run, self.layers[0], hidden_states, head_mask, rates, *flags)
+            output = scan_blocks(run, self.layers[0], hidden_states, head_mask, rates, *flags)
+            return output if return_dict else output.to_tuple()
         all_hidden_states, all_attentions = [hidden_states], []
         for i, layer in enumerate(self.layers):
             layer_mask = None if head_mask is None else head_mask[i]
             hidden_states, probabilities = run(layer, hidden_states, layer_mask, rates[i] or None)
             all_hidden_states.append(hidden_states)
             all_attentions.append(probabilities)
-        return FlaxBaseModelOutput(
+        output = FlaxBaseModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
+        return output if return_dict else output.to_tuple()
 
 
 class FlaxViTEncoder(FlaxViTPart):
@@ -480,6 +484,7 @@ class FlaxViTEncoder(FlaxViTPart):
         deterministic: bool = True,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        return_dict: bool = True,
         *,
         head_mask=None,
         grid: tuple[int, int] | None = None,
@@ -491,6 +496,7 @@ class FlaxViTEncoder(FlaxViTPart):
             deterministic: no dropout.
             head_mask: (A,) or (L, A), multiplies the attention probabilities.
             output_attentions, output_hidden_states: return those of every block too.
+            return_dict: False returns the output's tuple.
             grid: rows and columns of patches, for BEiT's bias; None means those of the config.
         """
         if head_mask is not None:
@@ -502,6 +508,7 @@ class FlaxViTEncoder(FlaxViTPart):
             deterministic,
             output_attentions,
             output_hidden_states,
+            return_dict,
             head_mask=head_mask,
             bias=bias,
             grid=grid,

@@ -80,27 +80,38 @@ _TORCH_FILES = (
 )
 
 
-class FlaxViTPreTrainedModel(Loadable, Savable):
-    """Base of the models: a module, its parameters, and their files.
+class FlaxPreTrainedModel(Loadable, Savable):
+    """Base of every model: a linen module, its parameters, and their files.
+
+    Classes of one's own are written as for Transformers' base class of the same name: their
+    constructor builds the module and hands it on. They may replace `init_weights` and `__call__`.
+    `FlaxViTPreTrainedModel` is the shorter way: it builds `module_class` itself.
 
     Args:
-        config: sizes; the network is fixed by it here, later changes to it do not reach the
-            network (flags such as `output_attentions` are read at every call).
-        input_shape: (B, H, W, C) of the images the model is drawn for; None means the config's.
-        seed: seed of the random parameters.
+        config: sizes; changes made to it later do not reach the network (flags such as
+            `output_attentions` are read at every call).
+        module: the network; it takes images as (B, H, W, C).
+        input_shape: (B, H, W, C) of the images that parameters are drawn for; None means the
+            config's.
+        seed: of the random parameters.
         dtype: compute dtype.
         _do_init: False leaves the model without parameters; pass them to each call.
-        param_dtype: dtype of new parameters.
-        precision: of matrix products, by JAX's names ("highest", "high", "default", None).
-        attn_implementation: see `vit_flax.attention`.
-        scan_layers: compile one block and run it for all of them, over parameters stacked along a
-            first axis (`vit_flax.stack_layers`): deep networks compile several times as fast. Saved
-            files are the same.
-        **kwargs: fields of the module (`add_pooling_layer`, `use_mask_token`).
+        param_dtype: dtype of parameters that are drawn anew.
 
     Raises:
         ConfigError: the configuration cannot be built.
         InputError: another argument does not fit.
+
+    Example:
+        >>> class MyModel(FlaxPreTrainedModel):
+        ...     config_class = ViTConfig
+        ...     base_model_prefix = "vit"
+        ...     module_class = MyModule
+        ...
+        ...     def __init__(self, config, input_shape=None, seed=0, dtype=jnp.float32, **kwargs):
+        ...         _do_init = kwargs.pop("_do_init", True)
+        ...         module = self.module_class(config=config, dtype=dtype, **kwargs)
+        ...         super().__init__(config, module, input_shape, seed, dtype, _do_init)
     """
 
     config_class: ClassVar[type] = ViTConfig
@@ -114,39 +125,24 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
     def __init__(
         self,
         config: ViTConfig,
+        module: nn.Module,
         input_shape: tuple[int, ...] | None = None,
         seed: int = 0,
         dtype: Any = jnp.float32,
         _do_init: bool = True,
         *,
         param_dtype: Any = jnp.float32,
-        precision: Any = None,
-        attn_implementation: str = "auto",
-        scan_layers: bool = False,
-        **kwargs: Any,
     ) -> None:
-        own = self._is_custom()
-        if self.module_class is None:
-            raise InputError(
-                f"{type(self).__name__} has no network of its own; use FlaxViTModel or one of the "
-                "FlaxViTFor... classes."
-            )
-        check_keywords(type(self).__name__, kwargs, self._constructor_keywords())
         self._config = as_config(config, self.config_class)
         self._config.validate()
+        if not isinstance(module, nn.Module):
+            raise InputError(
+                f"`module` must be a linen module, the network of {type(self).__name__}; given a "
+                f"{type(module).__name__}."
+            )
+        self._module = module
         self.dtype = float_dtype("dtype", dtype)
         self.param_dtype = float_dtype("param_dtype", param_dtype)
-        settings = {
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-            "precision": check_precision(precision),
-            "attn_implementation": check_implementation(attn_implementation),
-            "scan_layers": check_flag("scan_layers", scan_layers),
-        }
-        if own:  # a module of the caller's own has the fields that it declares
-            declared = {field.name for field in fields(self.module_class)}
-            settings = {name: value for name, value in settings.items() if name in declared}
-        self._module = self.module_class(config=copy.deepcopy(self._config), **settings, **kwargs)
         C, (H, W) = self._config.num_channels, self._config.image_height_width
         self.input_shape = (1, H, W, C) if input_shape is None else tuple(input_shape)
         if len(self.input_shape) != 4 or self.input_shape[1:] != (H, W, C):
@@ -159,28 +155,32 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
         self._single_shapes = self._flax_shapes()  # each block's own
         shapes = self._single_shapes
         self._shapes = stacked_shapes(shapes) if self.scan_layers else shapes
+        self._missing_keys: set[tuple[str, ...]] = set()  # for an `init_weights` of a subclass
         self._is_initialized = _do_init
         self._params: dict[str, Any] | None = None
         if _do_init:
-            self._params = self.init_weights(self.key, self.input_shape)
+            self._params = plain(self.init_weights(self.key, self.input_shape))
 
     @classmethod
     def _constructor_keywords(cls) -> list[str]:
         """Keywords of the constructor: its own, and the fields only this network has."""
         own = [*inspect.signature(cls).parameters.values()]
-        own += inspect.signature(FlaxViTPreTrainedModel).parameters.values()
+        if issubclass(cls, FlaxViTPreTrainedModel):
+            own += inspect.signature(FlaxViTPreTrainedModel).parameters.values()
         names = [p.name for p in own if p.name != "config" and p.kind is not p.VAR_KEYWORD]
         common = {field.name for field in fields(FlaxViTPart)}
-        if cls._is_custom():
+        if not issubclass(cls.module_class or FlaxViTPart, FlaxViTPart):
             common = {"parent", "name", "config"}
         names += [f.name for f in fields(cls.module_class or FlaxViTPart) if f.name not in common]
         return list(dict.fromkeys(names))
 
-    @classmethod
-    def _is_custom(cls) -> bool:
-        """Whether the module is a subclass's own, and not one of this package."""
-        module = cls.module_class
-        return module is not None and module.__module__.partition(".")[0] != "vit_flax"
+    def _is_custom(self) -> bool:
+        """Whether the module is a subclass's own, or one with a head that the class does not say:
+        then its parameters are found by tracing it."""
+        module = type(self._module)
+        return not module.__module__.startswith("vit_flax.") or (
+            self.head is None and not issubclass(module, FlaxViTModule)
+        )
 
     # -- what the model is
 
@@ -295,7 +295,7 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
         """Parameters as the module itself draws them."""
         rngs = dict(zip(("params", "dropout", "droppath"), jax.random.split(rng, 3), strict=True))
         pixel_values = jnp.zeros(self.input_shape, self.dtype)
-        return self._module.init(rngs, pixel_values, return_dict=False)["params"]
+        return self._module.init(rngs, pixel_values)["params"]
 
     # -- random parameters
 
@@ -576,7 +576,7 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
             *model_args,
             dtype=dtype,
             _do_init=False,
-            param_dtype=jnp.float32 if param_dtype is None else param_dtype,
+            **({} if param_dtype is None else {"param_dtype": param_dtype}),
             **{**source.left_over, **kwargs},
         )
         loaded = load_parameters(
@@ -607,7 +607,10 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
             if not finite:
                 not_finite.append(name)
         warn_if_not_finite(source.path, not_finite)
-        params = model.init_weights(model.key, params=unflatten_dict(flat))
+        model._missing_keys = model.required_params - flat.keys()
+        params = plain(
+            model.init_weights(model.key, model.input_shape, params=unflatten_dict(flat))
+        )
         info = (loaded.info,) if output_loading_info else ()
         if not _do_init:
             return model, params, *info
@@ -772,6 +775,62 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
         vars(self).pop("_jitted", None)
 
 
+class FlaxViTPreTrainedModel(FlaxPreTrainedModel):
+    """Base of the models of ViT: builds `module_class`, see `FlaxPreTrainedModel`.
+
+    Args:
+        config, input_shape, seed, dtype, _do_init, param_dtype: as `FlaxPreTrainedModel`.
+        precision: precision of matrix products, as JAX names it ("highest", "high", "default",
+            None).
+        attn_implementation: see `vit_flax.attention`.
+        scan_layers: compile one block and run it for all of them, over parameters stacked along a
+            first axis (`vit_flax.stack_layers`): deep networks compile several times as fast. What
+            is saved is as ever.
+        **kwargs: fields of the module (`add_pooling_layer`, `use_mask_token`).
+
+    Raises:
+        ConfigError: the configuration cannot be built.
+        InputError: another argument does not fit.
+    """
+
+    def __init__(
+        self,
+        config: ViTConfig,
+        input_shape: tuple[int, ...] | None = None,
+        seed: int = 0,
+        dtype: Any = jnp.float32,
+        _do_init: bool = True,
+        *,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        attn_implementation: str = "auto",
+        scan_layers: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if self.module_class is None:
+            raise InputError(
+                f"{type(self).__name__} has no network of its own; use FlaxViTModel or one of the "
+                "FlaxViTFor... classes."
+            )
+        check_keywords(type(self).__name__, kwargs, self._constructor_keywords())
+        config = as_config(config, self.config_class)
+        config.validate()
+        settings = {
+            "dtype": float_dtype("dtype", dtype),
+            "param_dtype": float_dtype("param_dtype", param_dtype),
+            "precision": check_precision(precision),
+            "attn_implementation": check_implementation(attn_implementation),
+            "scan_layers": check_flag("scan_layers", scan_layers),
+        }
+        if not issubclass(self.module_class, FlaxViTPart):  # it has the fields that it declares
+            declared = {field.name for field in fields(self.module_class)}
+            settings = {name: value for name, value in settings.items() if name in declared}
+        module = self.module_class(config=copy.deepcopy(config), **settings, **kwargs)
+        super().__init__(
+            config, module, input_shape, seed, dtype, _do_init, param_dtype=param_dtype
+        )
+
+
 class FlaxViTModel(FlaxViTPreTrainedModel):
     """The base network: hidden states, and a pooled output unless `add_pooling_layer=False`."""
 
@@ -914,5 +973,6 @@ class FlaxViTForMaskedImageModeling(FlaxViTPreTrainedModel):
         )
 
 
-FlaxPreTrainedModel = FlaxViTPreTrainedModel
-"""The base of every model here, by the name of Transformers' base class."""
+def plain(params: Any) -> Any:
+    """A frozen tree as the nested dict it holds."""
+    return unfreeze(params) if isinstance(params, FrozenDict) else params
