@@ -31,6 +31,8 @@ from vit_convert.source import Source, open_source
 
 _SHOWN = 40
 """Names said in a message; the rest are counted."""
+_LISTED = 10
+"""Shapes listed in an error, a line each; the rest are counted."""
 
 
 @dataclass
@@ -279,8 +281,11 @@ class _Fit:
         """What fits; CheckpointError if the rest is not what the caller can want."""
         self._check_kinds()
         if self.mismatched and not self.ignore_mismatched_sizes:
+            lines = self._mismatches()
+            if more := len(lines[_LISTED:]):
+                lines[_LISTED:] = [f"- and {more} more"]
             raise CheckpointError(
-                f"the shapes did not match {self.model}:\n" + "\n".join(self._mismatches()) + "\n"
+                f"the shapes did not match {self.model}:\n" + "\n".join(lines) + ".\n"
                 "Give the configuration these weights were made with, or pass "
                 "`ignore_mismatched_sizes=True` to draw these parameters anew."
             )
@@ -336,12 +341,15 @@ class _Fit:
             if kind == "network" and not cut and not self._is_ignored(name):
                 over.append(name)
         if over:
+            count, have = f"{len(over)} tensors", "have"
+            if len(over) == 1:
+                count, have = "1 tensor", "has"
             over = [
                 f"{name} ({source.parts[name]})" if name in source.parts else name
                 for name in sorted(over)
             ]
             raise CheckpointError(
-                f"{len(over)} tensors of the network in this file have no place in {self.model}, "
+                f"{count} of the network in this file {have} no place in {self.model}, "
                 f"so its outputs would be wrong: {some(over, 12)}. If they may be left "
                 "out, pass `ignore=` (in a command, --ignore) with regular expressions of their "
                 "names; if the "
@@ -393,11 +401,6 @@ class _Fit:
     def warn(self) -> None:
         """One warning of what is drawn anew and what is left aside."""
         parts = []
-        if self.mismatched:
-            parts.append(
-                "newly initialized because the shapes did not match:\n"
-                + "\n".join(self._mismatches())
-            )
         fresh = [name for name in self.missing if name not in self.mismatched]
         if fresh:
             parts.append(
@@ -408,8 +411,17 @@ class _Fit:
         left = [name for name in sorted(self.left) if not self._is_ignored(name)]
         if left:
             parts.append(f"in the checkpoint and not used: {some(left, _SHOWN)}")
+        if self.mismatched:  # a list of lines, so it comes last
+            parts.append(
+                "newly initialized because the shapes did not match:\n"
+                + "\n".join(self._mismatches())
+            )
         if parts:
-            warn(f"{self.model} from {self.source.path}: " + ". ".join(parts) + ".")
+            warn(
+                f"{self.model} from {self.source.path}: "
+                + ". ".join(parts)
+                + ("" if self.mismatched else ".")
+            )
 
 
 def warn_if_not_finite(path: Path, bad: list[str]) -> None:

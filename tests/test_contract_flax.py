@@ -300,7 +300,7 @@ def test_init_of_the_module_draws_alike(random_model):
 
 def test_no_draw_is_far_off_and_halves_are_drawn_in_full_precision():
     """A bound a hundred deviations away once came out of one draw in 2^23, of 0.8 % in bfloat16."""
-    draw = jax.jit(vit_flax.model.initializer(0.02), static_argnums=(1, 2))
+    draw = jax.jit(vit_flax.layers.initializer(0.02), static_argnums=(1, 2))
     values = draw(jax.random.PRNGKey(4), (4_000_000,), jnp.float32)
     assert 0.09 < float(jnp.abs(values).max()) <= 0.1
     for dtype in (jnp.bfloat16, jnp.float16):
@@ -308,11 +308,12 @@ def test_no_draw_is_far_off_and_halves_are_drawn_in_full_precision():
         assert values.dtype == dtype
         assert abs(float(values.astype(jnp.float32).std()) / 0.02 - 1) < 0.02
     # Where the bound of 2 matters it is that of PyTorch's truncated normal.
-    draw = vit_flax.model.initializer(1.5)
+    draw = vit_flax.layers.initializer(1.5)
     values = np.asarray(draw(jax.random.PRNGKey(0), (50_000,), jnp.float32))
     want = scipy.stats.truncnorm(-2 / 1.5, 2 / 1.5, scale=1.5)
     assert scipy.stats.kstest(values, want.cdf).pvalue > 1e-3
-    assert not np.asarray(vit_flax.model.initializer(0.0)(jax.random.PRNGKey(0), (9,), float)).any()
+    zeros = vit_flax.layers.initializer(0.0)(jax.random.PRNGKey(0), (9,), float)
+    assert not np.asarray(zeros).any()
 
 
 def test_init_weights_completes_what_is_missing(random_model):

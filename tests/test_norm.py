@@ -13,7 +13,7 @@ import torch
 
 from vit_common.config import ViTConfig
 from vit_flax import FlaxViTForImageClassification
-from vit_flax.norm import LayerNorm, normalized
+from vit_flax.layers import LayerNorm, normalized
 
 
 def arrays(dtype, shape=(2, 5, 48)):
