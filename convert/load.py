@@ -281,11 +281,8 @@ class _Fit:
         """What fits; CheckpointError if the rest is not what the caller can want."""
         self._check_kinds()
         if self.mismatched and not self.ignore_mismatched_sizes:
-            lines = self._mismatches()
-            if more := len(lines[_LISTED:]):
-                lines[_LISTED:] = [f"- and {more} more"]
             raise CheckpointError(
-                f"the shapes did not match {self.model}:\n" + "\n".join(lines) + ".\n"
+                f"the shapes did not match {self.model}:\n" + self._mismatches() + ".\n"
                 "Give the configuration these weights were made with, or pass "
                 "`ignore_mismatched_sizes=True` to draw these parameters anew."
             )
@@ -391,12 +388,15 @@ class _Fit:
             "command, --ignore) with regular expressions of these names."
         )
 
-    def _mismatches(self) -> list[str]:
-        return [
+    def _mismatches(self) -> str:
+        lines = [
             f"- {name}: found shape {shape} in the checkpoint and {tuple(self.shapes[name])} in "
             "the model"
             for name, shape in self.mismatched.items()
         ]
+        if more := len(lines[_LISTED:]):
+            lines[_LISTED:] = [f"- and {more} more"]
+        return "\n".join(lines)
 
     def warn(self) -> None:
         """One warning of what is drawn anew and what is left aside."""
@@ -413,8 +413,7 @@ class _Fit:
             parts.append(f"in the checkpoint and not used: {some(left, _SHOWN)}")
         if self.mismatched:  # a list of lines, so it comes last
             parts.append(
-                "newly initialized because the shapes did not match:\n"
-                + "\n".join(self._mismatches())
+                "newly initialized because the shapes did not match:\n" + self._mismatches()
             )
         if parts:
             warn(
