@@ -498,7 +498,7 @@ def test_orbax_folders_are_named_where_orbax_is_not_installed(tmp_path, monkeypa
     (tmp_path / "a" / "_METADATA").write_text("{}")
     monkeypatch.setitem(sys.modules, "orbax", None)
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
-    message = r"written by Orbax(.|\n)*\.restore\(folder\)\n.*to_bytes"
+    message = r"written by Orbax(.|\n)*\.restore\(folder\).*to_bytes"
     with pytest.raises(CheckpointError, match=message):
         convert(tmp_path / "a", tmp_path / "out")
 

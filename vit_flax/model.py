@@ -737,7 +737,7 @@ def classification_loss(logits, labels, config: ViTConfig):
         chosen = jnp.where(counted, chosen, 0)[:, None]
         log_probabilities = jax.nn.log_softmax(logits, axis=-1)  # (B, K)
         losses = -jnp.take_along_axis(log_probabilities, chosen, axis=-1)[:, 0]  # (B,)
-        return jnp.sum(jnp.where(counted, losses, 0.0)) / jnp.sum(counted)
+        return jnp.sum(jnp.where(counted, losses, 0.0)) / jnp.sum(counted).astype(losses.dtype)
     labels = labels.astype(logits.dtype)
     losses = -labels * jax.nn.log_sigmoid(logits) - (1.0 - labels) * jax.nn.log_sigmoid(-logits)
     return jnp.mean(losses)
@@ -853,7 +853,7 @@ def visual_token_loss(logits, labels, bool_masked_pos):
     chosen = jnp.where(counted, chosen, 0)[:, :, None]
     log_probabilities = jax.nn.log_softmax(logits, axis=-1)
     losses = -jnp.take_along_axis(log_probabilities, chosen, axis=-1)[:, :, 0]  # (B, N)
-    return jnp.sum(jnp.where(counted, losses, 0.0)) / jnp.sum(counted)
+    return jnp.sum(jnp.where(counted, losses, 0.0)) / jnp.sum(counted).astype(losses.dtype)
 
 
 class FlaxViTDecoder(FlaxViTPart):
