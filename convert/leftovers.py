@@ -14,7 +14,8 @@ model has been looked for, is of one of these kinds:
 
 - `ignore=` with a regular expression that matches the name: any kind;
 - `ignore_mismatched_sizes=True` or `allow_missing=True`: a head that is drawn anew;
-- `num_labels=` (or `id2label=`) of another number of classes than the head in the file has: likewise;
+- `num_labels=` (or `id2label=`) of another number of classes than a head of a name of its own has: likewise
+  (a classifier that was found and has another shape needs `ignore_mismatched_sizes=True`);
 - `num_hidden_layers=` or `config=`: the blocks that a model of fewer layers does not have.
 
 What may be missing of a file is the head (a checkpoint of the base network into a model with a

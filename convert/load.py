@@ -30,8 +30,9 @@ from vit_convert.rules import MappedTensor, unprefixed
 from vit_convert.source import Source, open_source
 
 _SHOWN = 40
-_LISTED = 12  # where each takes a line of its own
 """Names said in a message; the rest are counted."""
+_LISTED = 10
+"""Shapes listed in an error, a line each; the rest are counted."""
 
 
 @dataclass
@@ -337,12 +338,15 @@ class _Fit:
             if kind == "network" and not cut and not self._is_ignored(name):
                 over.append(name)
         if over:
+            count, have = f"{len(over)} tensors", "have"
+            if len(over) == 1:
+                count, have = "1 tensor", "has"
             over = [
                 f"{name} ({source.parts[name]})" if name in source.parts else name
                 for name in sorted(over)
             ]
             raise CheckpointError(
-                f"{len(over)} tensors of the network in this file have no place in {self.model}, "
+                f"{count} of the network in this file {have} no place in {self.model}, "
                 f"so its outputs would be wrong: {some(over, 12)}. If they may be left "
                 "out, pass `ignore=` (in a command, --ignore) with regular expressions of their "
                 "names; if the "
@@ -385,22 +389,18 @@ class _Fit:
         )
 
     def _mismatches(self) -> str:
-        """The first parameters of another shape, a line for each, and how many more there are."""
         lines = [
             f"- {name}: found shape {shape} in the checkpoint and {tuple(self.shapes[name])} in "
             "the model"
             for name, shape in self.mismatched.items()
         ]
-        rest = len(lines) - _LISTED
-        return "\n".join(lines[:_LISTED] + ([f"- and {rest} more"] if rest > 0 else []))
+        if more := len(lines[_LISTED:]):
+            lines[_LISTED:] = [f"- and {more} more"]
+        return "\n".join(lines)
 
     def warn(self) -> None:
         """One warning of what is drawn anew and what is left aside."""
         parts = []
-        if self.mismatched:
-            parts.append(
-                f"newly initialized because the shapes did not match:\n{self._mismatches()}"
-            )
         fresh = [name for name in self.missing if name not in self.mismatched]
         if fresh:
             parts.append(
@@ -411,8 +411,16 @@ class _Fit:
         left = [name for name in sorted(self.left) if not self._is_ignored(name)]
         if left:
             parts.append(f"in the checkpoint and not used: {some(left, _SHOWN)}")
+        if self.mismatched:  # a list of lines, so it comes last
+            parts.append(
+                "newly initialized because the shapes did not match:\n" + self._mismatches()
+            )
         if parts:
-            warn(f"{self.model} from {self.source.path}: " + ". ".join(parts) + ".")
+            warn(
+                f"{self.model} from {self.source.path}: "
+                + ". ".join(parts)
+                + ("" if self.mismatched else ".")
+            )
 
 
 def warn_if_not_finite(path: Path, bad: list[str]) -> None:

@@ -4,6 +4,7 @@ report. Longer than most modules here, because all of it is decided before anyth
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -35,7 +36,7 @@ PICKLES = (".pth", ".pt", ".bin")
 
 def is_file(target: Path) -> bool:
     """Whether a target is meant as one file, by its suffix."""
-    return target.suffix in (*SUFFIXES, *PICKLES) and not target.is_dir()
+    return target.suffix in (*SUFFIXES, *PICKLES) and not os.path.isdir(target)
 
 
 def target_format(target: Path, to: str | None) -> str:
@@ -59,7 +60,7 @@ def target_format(target: Path, to: str | None) -> str:
 
 def refuse_to_overwrite(paths: Iterable[Path], stale: Iterable[Path]) -> None:
     """Raise ExistingFileError if one of the files to write, or of older weights, is there."""
-    there = [str(path) for path in paths if path.exists()]
+    there = [str(path) for path in paths if os.path.exists(path)]
     older = [str(path) for path in stale if str(path) not in there]
     if older and not there:
         raise ExistingFileError(
@@ -80,7 +81,7 @@ def stale_weights(directory: Path) -> list[Path]:
         r"(model|flax_model|pytorch_model)(-\d{5,}-of-\d{5,})?"
         r"\.(safetensors|msgpack|bin|npz|pth)(\.index\.json)?"
     )
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         return []
     return [file for file in sorted(directory.iterdir()) if pattern.fullmatch(file.name)]
 
@@ -212,8 +213,9 @@ class Plan:
             raise CheckpointError(
                 f"not every tensor fits a network of the family {self.config.model_type!r} in the "
                 f"format {self.source.table.name!r} ({self.source.table.describes}); "
-                f"{len(faults)} faults:\n{shown}{more}.\nNothing was written. Name what may be "
-                "left aside with `--ignore PATTERN` (in Python `ignore=`)."
+                f"{len(faults)} fault{'s' * (len(faults) > 1)}:\n{shown}{more}.\n"
+                "Nothing was written. Name what may be left out with `--ignore PATTERN` (in Python "
+                "`ignore=`)."
             )
         return {name: found[name] for name in shapes}
 

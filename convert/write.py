@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -82,10 +83,10 @@ def write(
 
 def _make_directories(directory: Path) -> list[Path]:
     """Make a directory and those above it; which were made."""
-    made = [path for path in (*reversed(directory.parents), directory) if not path.exists()]
+    made = [path for path in (*reversed(directory.parents), directory) if not os.path.exists(path)]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no text that a path can be
         raise MissingFileError(f"{directory}: cannot be made ({reason(error)}).") from error
     return made
 

@@ -29,6 +29,11 @@ def pytest_addoption(parser):
         default="cpu",
         help="what JAX runs the networks on (default: cpu); the PyTorch twins stay on the CPU",
     )
+    parser.addoption(
+        "--processor-times",
+        metavar="FILE",
+        help="write the processor seconds of each test and its processes to FILE, dearest first",
+    )
 
 
 def pytest_configure(config):
@@ -42,6 +47,51 @@ def pytest_configure(config):
     if device == "gpu":
         # By default JAX takes most of the GPU's memory at once, and torch has none left.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if config.getoption("--processor-times"):
+        config.pluginmanager.register(ProcessorTimes(config.getoption("--processor-times")))
+
+
+class ProcessorTimes:
+    """What each test costs, set-up and tear-down included, whatever else the machine is doing.
+
+    A fixture that several tests share is counted in the first of them, a process that a test
+    started once it has ended.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.seconds = {}
+        self.before = 0.0
+
+    @staticmethod
+    def now():
+        return sum(os.times()[:4])  # without the last, the clock
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self):
+        self.before = self.now()
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self):
+        report = yield
+        now = self.now()
+        report.processor_seconds = now - self.before  # travels to the main process of `-n 2`
+        self.before = now
+        return report
+
+    def pytest_runtest_logreport(self, report):
+        spent = self.seconds.get(report.nodeid, 0.0)
+        self.seconds[report.nodeid] = spent + getattr(
+            report, "processor_seconds", 0.0
+        )  # a crash has none
+
+    def pytest_sessionfinish(self, session):
+        if hasattr(session.config, "workerinput"):
+            return  # the main process writes, for all workers
+        rows = sorted(self.seconds.items(), key=lambda row: -row[1])
+        with open(self.path, "w") as file:
+            file.writelines(f"{seconds:8.2f}  {name}\n" for name, seconds in rows)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("vit_common", "convert", "vit_flax", "vit_torch", "vit_cli", "tests", "pyproject.toml")
 FLAX, TORCH = "vit_flax/model.py", "vit_torch/model.py"
-NORM = "vit_flax/norm.py"
+LAYERS = "vit_flax/layers.py"
 FLAX_ATTENTION, TORCH_ATTENTION = "vit_flax/attention/__init__.py", "vit_torch/attention.py"
 FLAX_EAGER, FLAX_CHOICE = "vit_flax/attention/eager.py", "vit_flax/attention/choice.py"
 FLAX_PRIMITIVE = "vit_flax/attention/primitive.py"
@@ -89,17 +89,17 @@ MUTANTS = [
         "1.7",
         f"{_PARITY}activations[float64-quick_gelu]",
     ),
-    Mutant("eps", FLAX, "epsilon=part.config.layer_norm_eps", "epsilon=1e-6", STAGES),
+    Mutant("eps", LAYERS, "epsilon=part.config.layer_norm_eps", "epsilon=1e-6", STAGES),
     Mutant(
         "variance",
-        NORM,
+        LAYERS,
         "variance = jnp.square(wide - mean).mean(-1, keepdims=True)",
         "variance = jnp.square(wide).mean(-1, keepdims=True) - jnp.square(mean)",
         OFFSET,
     ),
     Mutant(
         "derivative of the norm",
-        NORM,
+        LAYERS,
         "factor * (dx - dx.mean(-1, keepdims=True) - unit * along)",
         "factor * (dx - dx.mean(-1, keepdims=True))",
         "tests/test_norm.py",
@@ -418,24 +418,23 @@ MUTANTS = [
     ),
     Mutant(
         "scan with the same masks in every block",
-        FLAX,
+        STACKING,
         '"dropout": True}',
         '"dropout": False}',
         SCANNED_DRAWS,
     ),
     Mutant(
         "scan with the rates of stochastic depth from the back",
-        FLAX,
+        STACKING,
         "jnp.asarray(rates) if any",
         "jnp.asarray(rates[::-1]) if any",
         SCANNED_TRAINING,
     ),
     Mutant(
         "scan with the head masks from the back",
-        FLAX,
-        "self.layers[0], hidden_states, head_mask, layer_rates",
-        "self.layers[0], hidden_states, head_mask if head_mask is None else head_mask[::-1], "
-        "layer_rates",
+        STACKING,
+        "layer, hidden_states, head_mask, layer_rates",
+        "layer, hidden_states, head_mask if head_mask is None else head_mask[::-1], layer_rates",
         SCANNED,
     ),
     Mutant(
@@ -510,7 +509,7 @@ MUTANTS = [
     ),
     Mutant(
         "the first block cut, not the last",
-        FLAX,
+        STACKING,
         "last if name == str(L - 1) else whole",
         "last if name == str(0) else whole",
         f"{FRONT}[vit]",

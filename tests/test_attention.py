@@ -93,9 +93,22 @@ def test_kernel_of_whole_images_against_torch(size, biased):
     compare(ours(*inputs, bias), reference(*inputs, bias))
 
 
-@pytest.mark.parametrize("most", [None, 2 * 50 * 50])
+FEW_SCORES = 2 * 50 * 50
+
+
+@pytest.mark.parametrize(
+    ("size", "most"),
+    [
+        *((size, None) for size in (*SIZES, (3, 50, 4, 16))),
+        *((size, FEW_SCORES) for size in (*SIZES[2:4], (3, 50, 4, 16))),
+        # One group of heads, as without the limit.
+        *(
+            pytest.param(size, FEW_SCORES, marks=pytest.mark.slow)
+            for size in (*SIZES[:2], SIZES[4])
+        ),
+    ],
+)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("size", [*SIZES, (3, 50, 4, 16)])
 def test_kernel_for_processors_against_torch(size, biased, most, monkeypatch):
     if most:
         monkeypatch.setattr(attention_cpu, "_MOST_SCORES", most)

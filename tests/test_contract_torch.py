@@ -235,9 +235,23 @@ def test_outputs_are_pytrees_and_pickle(output):
     assert torch.equal(doubled.attentions[1], 2 * output.attentions[1])
     without = output.replace(pooler_output=None)
     assert _pytree.tree_map(lambda v: v, without).keys() == without.keys()
+    # As Transformers' outputs, whose leaves are what is set.
+    theirs = transformers.modeling_outputs.BaseModelOutputWithPooling(**without)
+    leaves = _pytree.tree_leaves(theirs)
+    assert all(a is b for a, b in zip(_pytree.tree_leaves(without), leaves, strict=True))
     again = pickle.loads(pickle.dumps(output))
     assert type(again) is type(output)
     assert_same(again, output)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_over_a_model(x):
+    """Whose outputs torch refuses where one of their leaves is None."""
+    model = made(None)
+    with torch.no_grad():
+        mapped = torch.func.vmap(model)(x[:, None])
+        want = torch.stack([model(image[None]).last_hidden_state for image in x])
+    torch.testing.assert_close(mapped.last_hidden_state, want, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("head", CLASSES)

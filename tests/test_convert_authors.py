@@ -27,13 +27,14 @@ from peers import (
     run_peer,
     run_torch,
 )
-from test_convert_formats import google_forward, google_weights
+from test_convert_google import google_forward, google_weights
 from timm_models import timm
 
 import vit_torch
 from vit_common.errors import CheckpointError
 from vit_convert.convert import convert
 from vit_convert.formats import google, mae, moco
+from vit_flax import FlaxAutoModelForImageClassification
 
 HEADS = {"num_attention_heads": 4}
 
@@ -215,6 +216,24 @@ def test_the_batch_norm_of_a_linear_probe_is_folded(saved, tmp_path):
     assert_close(run_torch(path, x, **HEADS), want, bound)
     assert_close(run_torch(tmp_path / "hub", x), want, bound)
     assert_close(run_flax(load_flax(path, **HEADS), x), want, FLOAT32)
+
+
+@pytest.mark.parametrize("prefix", ["vit.", "backbone."])
+def test_a_batch_norm_under_other_names_is_not_dropped(prefix, tmp_path):
+    """Its epsilon is known for MAE's probes alone, so the head is refused, and named."""
+    config = transformers.ViTConfig(
+        hidden_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    network = transformers.ViTModel(config, add_pooling_layer=False)
+    norm = torch.nn.BatchNorm1d(48, affine=False)
+    head = torch.nn.Sequential(norm, torch.nn.Linear(48, 5))
+    config.save_pretrained(tmp_path)
+    state = {f"{prefix}{name}": tensor for name, tensor in network.state_dict().items()}
+    state |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    for cls in (vit_torch.AutoModelForImageClassification, FlaxAutoModelForImageClassification):
+        with pytest.raises(CheckpointError, match=r"head\.0\.running_mean"):
+            cls.from_pretrained(tmp_path)
 
 
 # -- Google

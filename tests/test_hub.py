@@ -20,6 +20,7 @@ import safetensors.numpy
 from hub_server import HubServer, hub_server
 from huggingface_hub import constants, file_download
 
+from vit_common.embedded import embedded_checkpoint
 from vit_common.errors import CheckpointError, InputError, MissingFileError
 from vit_common.files.checkpoint import open_checkpoint, save_checkpoint
 from vit_common.files.hub import (
@@ -32,6 +33,9 @@ from vit_common.files.hub import (
     push_if_asked,
     split_hub_options,
 )
+from vit_common.files.replace import make_directory
+from vit_convert import convert
+from vit_convert.source import read_config_file
 
 CONFIG = b'{"model_type": "vit"}\n'
 ARRAYS = {f"w{i}": np.random.default_rng(i).standard_normal((20, 30)) for i in range(4)}
@@ -680,3 +684,28 @@ def test_uploads_that_are_refused(hub: HubServer, tmp_path: Path, monkeypatch) -
     _point_at(monkeypatch, "http://127.0.0.1:9")
     refused(r"not uploaded to http://127\.0\.0\.1:9 \(Connection refused\)", token="hf_write")
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == files
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "owner/" + "x" * 100, "a--b", "owner/-x", "a..b"])
+def test_a_name_that_no_file_and_no_repository_can_have(name):
+    """By huggingface_hub's own rules."""
+    with pytest.raises(huggingface_hub.errors.HFValidationError):
+        huggingface_hub.utils.validate_repo_id(name)
+    for options in ({}, {"local_files_only": True}):
+        with pytest.raises(MissingFileError, match="nor a Hub name"):
+            read_config_file(name, **options)
+
+
+def test_a_shard_whose_name_no_file_can_have(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "x" * 5000}}))
+    with pytest.raises(CheckpointError, match="shard x"):
+        open_checkpoint(index)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800"])
+def test_a_folder_that_none_can_be_called(name, tmp_path):
+    with pytest.raises(MissingFileError, match="cannot be made"):
+        make_directory(tmp_path / name)
+    with pytest.raises(MissingFileError, match="cannot be made"):
+        convert(embedded_checkpoint(), tmp_path / name)

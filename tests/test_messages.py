@@ -4,6 +4,7 @@ used where none was named."""
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 import textwrap
@@ -16,7 +17,9 @@ from vit_cli.main import main
 from vit_cli.options import Parser
 from vit_cli.terminal.messages import say, show_warning
 from vit_cli.terminal.results import print_titled
-from vit_common.embedded import embedded_checkpoint
+from vit_common.embedded import embedded_checkpoint, embedded_images
+from vit_common.errors import MissingFileError
+from vit_flax.inference import ImageClassifier
 
 
 def test_each_fault_has_a_line(capsys):
@@ -118,3 +121,26 @@ def test_a_parser_knows_its_options():
     parser.add_argument("--one")
     assert parser.has("--one")
     assert not parser.has("--two")
+
+
+def test_weights_of_another_shape_have_lines_too(tmp_path, capsys):
+    """The advice under them has one too."""
+    folder = tmp_path / "a"
+    assert main(["convert", str(embedded_checkpoint()), str(folder)]) == 0
+    config = json.loads((folder / "config.json").read_text()) | {"intermediate_size": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    image, output = str(embedded_images()[0]), str(tmp_path / "f.npz")
+    assert main(["features", image, "--model", str(folder), "--output", output]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "\\n" not in "".join(said)
+    assert "ignore_mismatched_sizes=True" in said.pop()
+    fault = r"  - \S+: found shape \(.*\) in the checkpoint and \(.*\) in the model"
+    assert all(re.fullmatch(fault, line) for line in said[-5:-1])
+
+
+def test_a_name_longer_than_any_path_is_not_repeated():
+    classify = ImageClassifier.from_pretrained(embedded_checkpoint())
+    with pytest.raises(MissingFileError, match="cannot be opened") as error:
+        classify("x" * 60_000)
+    assert len(str(error.value)) < 500

@@ -174,7 +174,7 @@ def masked(config, batch: int, seed: int = 5, grid=None) -> np.ndarray:
 def test_twins_agree_at_other_sizes(rule, dtype):
     # Larger one way and smaller the other; the matrices have their own tests of every size.
     size = (24, 56)
-    config = make_config("plain", position_resize=rule)
+    config = make_config("plain", position_resize=rule, num_hidden_layers=1)
     weights = random_weights(config)
     flax_cls, torch_cls, _ = FAMILY[None]
     report = compare(
@@ -337,7 +337,8 @@ LOSSES = {
 @pytest.mark.parametrize("case", LOSSES)
 def test_losses_and_their_gradients_against_the_torch_reference(case):
     fields, labels = LOSSES[case]
-    config = make_config("plain", num_hidden_layers=1, **fields)
+    # A loss is behind the blocks: their gradients need one of the losses.
+    config = make_config("plain", num_hidden_layers=int(case == "classes"), **fields)
     before = config.to_dict()
     weights = random_weights(config, "classifier")
     x = images(config, 4)
@@ -390,7 +391,7 @@ def check_gradients(got, want: dict[str, np.ndarray], bound: str = "gradients fl
 
 @pytest.mark.parametrize("name", ["plain", "tanh gelu"])
 def test_gradients_of_every_parameter(name, dtype):
-    config = make_config(name)
+    config = make_config(name, num_hidden_layers=2 if name == "plain" else 1)
     weights = random_weights(config, add_pooling_layer=True)
     x = images(config).astype(dtype)
     flax_cls, torch_cls, reference_cls = FAMILY[None]
@@ -419,8 +420,18 @@ def test_gradients_of_every_parameter(name, dtype):
 # -- half precision
 
 
-@pytest.mark.parametrize("half", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["plain", "5 layers", "one head"])
+@pytest.mark.parametrize(
+    ("name", "half"),
+    [
+        ("plain", "bfloat16"),
+        ("plain", "float16"),
+        ("5 layers", "bfloat16"),
+        # As above, with another number of blocks or heads.
+        pytest.param("5 layers", "float16", marks=pytest.mark.slow),
+        pytest.param("one head", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("one head", "float16", marks=pytest.mark.slow),
+    ],
+)
 def test_half_precision_is_no_worse_than_torch(name, half):
     """Error against float32, beside that of Transformers' PyTorch model at the same precision."""
     config = make_config(name)

@@ -28,7 +28,7 @@ from vit_common.errors import InputError
 from vit_common.images.processor import ViTImageProcessor
 from vit_flax import stack_layers, unstack_layers
 from vit_flax.inference import ImageClassifier
-from vit_flax.model import REMAT_POLICIES
+from vit_flax.stacked import REMAT_POLICIES
 from vit_torch.parity import difference
 from vit_torch.pretrained import to_numpy
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -196,13 +195,15 @@ def test_what_cannot_be_trained():
 
 SHARDED = """
 import json, sys
+from pathlib import Path
 import jax, numpy as np, optax
 from flax.traverse_util import flatten_dict
-from test_training_step import batches, pair
+from vit_flax import FlaxViTForImageClassification
 from vit_flax.sharding import TRAINING_AXES, batch_sharding, make_mesh, tree_shardings
 from vit_flax.training import cross_entropy, init_state, make_step
 
-model, _ = pair("float32")
+place = Path(sys.argv[2])
+model = FlaxViTForImageClassification.from_pretrained(place / "model", precision="highest")
 optimizer = optax.adamw(1e-2, weight_decay=0.1)
 mesh = make_mesh(json.loads(sys.argv[1]), model.config, TRAINING_AXES)
 params = jax.device_put(model.params, tree_shardings(mesh, model.params))
@@ -210,7 +211,9 @@ state = init_state(optimizer, params)
 state = jax.device_put(state, tree_shardings(mesh, state))
 step = make_step(model, cross_entropy(), optimizer, mesh=mesh)
 losses = []
-for batch in batches(dtype=np.float32):
+given = np.load(place / "batches.npz")
+for batch in zip(given["pixel_values"], given["labels"]):
+    batch = dict(zip(("pixel_values", "labels"), batch))
     batch = jax.device_put(batch, batch_sharding(mesh))
     params, state, metrics = step(params, state, batch, None)
     losses.append(float(metrics["loss"]))
@@ -218,7 +221,7 @@ held = lambda tree: max(
     sum(shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards
         if shard.device == device) for device in mesh.devices.flat)
 whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-np.savez(sys.argv[2], **{"/".join(k): np.asarray(v) for k, v in flatten_dict(params).items()})
+np.savez(place / "after.npz", **flatten_dict(jax.tree.map(np.asarray, params), sep="/"))
 print(json.dumps([losses, held(params) / whole, held(state[0].mu) / whole, step._cache_size()]))
 """
 
@@ -234,13 +237,17 @@ print(json.dumps([losses, held(params) / whole, held(state[0].mu) / whole, step.
 )
 def test_several_devices_take_the_same_steps(tmp_path, mesh, share):
     """As torch takes them; each device holds its part of parameters and moments."""
+    ours, reference = pair(jnp.float32)
+    ours.save_pretrained(tmp_path / "model")
+    given = batches(dtype=np.float32)
+    np.savez(
+        tmp_path / "batches.npz",
+        **{name: np.stack([batch[name] for batch in given]) for name in given[0]},
+    )
     done = subprocess.run(
-        [sys.executable, "-c", SHARDED, json.dumps(mesh), str(tmp_path / "after.npz")],
+        [sys.executable, "-c", SHARDED, json.dumps(mesh), str(tmp_path)],
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(
-                [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-            ),
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
             + " --xla_force_host_platform_device_count=4",
@@ -254,7 +261,6 @@ def test_several_devices_take_the_same_steps(tmp_path, mesh, share):
     assert compiled == 1
     assert params <= share
     assert moments <= share
-    _, reference = pair(jnp.float32)
     optimizer = torch.optim.AdamW(reference.parameters(), 1e-2, weight_decay=0.1)
     for batch, found in zip(batches(), losses, strict=True):
         logits = reference(torch.tensor(batch["pixel_values"])).logits

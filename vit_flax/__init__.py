@@ -81,6 +81,7 @@ if TYPE_CHECKING:
         FlaxMaskedLMOutput,
         FlaxSequenceClassifierOutput,
     )
+    from vit_flax.params import from_transformers_tree, to_transformers_tree
     from vit_flax.pretrained import (
         FlaxPreTrainedModel,
         FlaxViTForImageClassification,
@@ -89,7 +90,6 @@ if TYPE_CHECKING:
         FlaxViTPreTrainedModel,
     )
     from vit_flax.stacked import stack_layers, unstack_layers
-    from vit_flax.trees import from_transformers_tree, to_transformers_tree
 
 __all__ = [
     "CONFIG_MAPPING",
@@ -174,7 +174,7 @@ _HOMES = (
     "vit_flax.families",
     "vit_flax.auto",
     "vit_flax.stacked",
-    "vit_flax.trees",
+    "vit_flax.params",
 )
 _MODULES = ("attention", "auto", "families", "model", "outputs", "pretrained")
 

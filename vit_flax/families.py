@@ -13,6 +13,7 @@ import numpy as np
 
 from vit_common.checks import Interpolate, check_rank, check_token_labels
 from vit_common.families import BeitConfig, DeiTConfig, Dinov2Config, Dinov2WithRegistersConfig
+from vit_flax.arguments import as_array, values_of
 from vit_flax.model import (
     FlaxBeitForMaskedImageModelingModule,
     FlaxDeiTForImageClassificationWithTeacherModule,
@@ -20,14 +21,12 @@ from vit_flax.model import (
     FlaxViTModule,
 )
 from vit_flax.outputs import FlaxBeitModelOutputWithPooling
+from vit_flax.params import Params
 from vit_flax.pretrained import (
     FlaxViTForImageClassification,
     FlaxViTForMaskedImageModeling,
     FlaxViTModel,
     FlaxViTPreTrainedModel,
-    Params,
-    as_array,
-    values_of,
 )
 
 # -- DeiT

@@ -13,6 +13,7 @@ token), S = T + N tokens, D width, L layers, A heads, I MLP width, K labels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import flax.linen as nn
@@ -34,9 +35,7 @@ from vit_common.config import ViTConfig
 from vit_common.errors import InputError
 from vit_common.positions import relative_distances, relative_position_index, resize_matrices
 from vit_flax.attention import attention, needs_no_kernel
-from vit_flax.int8 import Dense
-from vit_flax.layout import row_major
-from vit_flax.norm import LayerNorm
+from vit_flax.layers import add_parameter, convolution, dense, layer_norm, row_major
 from vit_flax.outputs import (
     FlaxBaseModelOutput,
     FlaxBaseModelOutputWithPooling,
@@ -45,6 +44,7 @@ from vit_flax.outputs import (
     FlaxMaskedLMOutput,
     FlaxSequenceClassifierOutput,
 )
+from vit_flax.stacked import make_blocks, scan_blocks
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -62,7 +62,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activation(name: str | Callable) -> Callable[[jax.Array], jax.Array]:
-    """The function of `hidden_act` or `pooler_act`; a callable is taken as it is.
+    """The function of `hidden_act` or `pooler_act`; a callable is used as given.
 
     In half precision it is computed in float32, as PyTorch's kernels do: JAX would round after
     every operation inside it, which doubles the error of a block.
@@ -75,30 +75,17 @@ def activation(name: str | Callable) -> Callable[[jax.Array], jax.Array]:
     return run
 
 
-REMAT_POLICIES = (
-    "nothing_saveable",
-    "dots_with_no_batch_dims_saveable",
-    "dots_saveable",
-    "everything_saveable",
-)
-"""What a block keeps for its gradient under gradient checkpointing, from the least to the most, by
-the names of `jax.checkpoint_policies`."""
-
-STACKED = "stacked"
-"""The name that takes the place of a block's number where all are in one array each."""
-
-
 class FlaxViTPart(nn.Module):
     """Base of every module here: sizes, dtypes, precision, kernel, and how blocks are run.
 
     Attributes:
         config: the sizes.
         dtype: compute dtype, also that of the residual stream.
-        param_dtype: dtype of newly drawn parameters.
+        param_dtype: dtype of new parameters.
         precision: precision of every matrix product; None means JAX's default for the device.
         attn_implementation: the attention kernel, see `vit_flax.attention`.
         scan_layers: compile one block and run it L times, over stacked parameters.
-        remat_policy: one of `REMAT_POLICIES`, for `config.gradient_checkpointing`.
+        remat_policy: one of `vit_flax.stacked.REMAT_POLICIES`, for `config.gradient_checkpointing`.
         front_tokens: number of tokens, from the first, that the last block computes, for heads that
             use no others; None means all. `scan_layers` always computes all.
     """
@@ -114,69 +101,9 @@ class FlaxViTPart(nn.Module):
 
 
 def options(part: FlaxViTPart) -> dict[str, Any]:
-    """Fields that a module passes on to the modules inside it."""
-    return {
-        "config": part.config,
-        "dtype": part.dtype,
-        "param_dtype": part.param_dtype,
-        "precision": part.precision,
-        "attn_implementation": part.attn_implementation,
-        "scan_layers": part.scan_layers,
-        "remat_policy": part.remat_policy,
-        "front_tokens": part.front_tokens,
-    }
-
-
-def initializer(std: float) -> Callable[..., jax.Array]:
-    """Truncated normal of standard deviation `initializer_range`, cut at -2 and 2."""
-    if std == 0.0:
-        return nn.initializers.zeros
-    # At most five deviations and at least float32: where the bound's probability rounds to zero,
-    # JAX gives the bound itself for one number in 2^23, a hundred deviations off at std 0.02.
-    bound = min(2.0 / std, 5.0)
-    normal = nn.initializers.truncated_normal(std, lower=-bound, upper=bound)
-
-    def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        return normal(key, shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
-
-    return draw
-
-
-def dense(part: FlaxViTPart, features: int, use_bias: bool = True) -> Dense:
-    return Dense(
-        features,
-        use_bias=use_bias,
-        dtype=part.dtype,
-        param_dtype=part.param_dtype,
-        precision=part.precision,
-        kernel_init=initializer(part.config.initializer_range),
-        bias_init=nn.initializers.zeros,
-    )
-
-
-def convolution(
-    part: FlaxViTPart, features: int, size: tuple[int, int], name: str | None = None
-) -> nn.Conv:
-    return nn.Conv(
-        features,
-        kernel_size=size,
-        strides=size,
-        padding="VALID",
-        dtype=part.dtype,
-        param_dtype=part.param_dtype,
-        precision=part.precision,
-        kernel_init=initializer(part.config.initializer_range),
-        bias_init=nn.initializers.zeros,
-        name=name,
-    )
-
-
-def layer_norm(part: FlaxViTPart) -> LayerNorm:
-    return LayerNorm(
-        epsilon=part.config.layer_norm_eps,
-        dtype=part.dtype,
-        param_dtype=part.param_dtype,
-    )
+    """Arguments that a module passes on to the modules inside it."""
+    names = (field.name for field in fields(FlaxViTPart))
+    return {name: getattr(part, name) for name in names if name not in ("parent", "name")}
 
 
 class FlaxViTPatchEmbeddings(FlaxViTPart):
@@ -192,36 +119,31 @@ class FlaxViTPatchEmbeddings(FlaxViTPart):
 
 
 class FlaxViTEmbeddings(FlaxViTPart):
-    """Patches, masked ones replaced; then the tokens in front of them; then positions."""
+    """Patch embeddings (masked ones replaced), the tokens in front of them, position embeddings."""
 
     use_mask_token: bool = False
 
     def setup(self):
         config, D = self.config, self.config.hidden_size
-        draw, zeros = initializer(config.initializer_range), nn.initializers.zeros
-        tokens = []
         if config.use_cls_token:
-            self.cls_token = self.param("cls_token", draw, (1, 1, D), self.param_dtype)
-            tokens.append(self.cls_token)
+            add_parameter(self, "cls_token", (1, 1, D), "normal")
         if config.use_distillation_token:
-            self.distillation_token = self.param(
-                "distillation_token", draw, (1, 1, D), self.param_dtype
-            )
-            tokens.append(self.distillation_token)
+            add_parameter(self, "distillation_token", (1, 1, D), "normal")
         if config.num_register_tokens:
-            R = config.num_register_tokens
-            self.register_tokens = self.param("register_tokens", zeros, (1, R, D), self.param_dtype)
-            tokens.append(self.register_tokens)
-        self.tokens = tokens
+            add_parameter(self, "register_tokens", (1, config.num_register_tokens, D), 0.0)
         if self.use_mask_token:
-            self.mask_token = self.param("mask_token", zeros, (1, 1, D), self.param_dtype)
+            add_parameter(self, "mask_token", (1, 1, D), 0.0)
         if config.use_absolute_position_embeddings:
             positions = config.num_prefix_positions + config.num_patches
-            self.position_embeddings = self.param(
-                "position_embeddings", draw, (1, positions, D), self.param_dtype
-            )
+            add_parameter(self, "position_embeddings", (1, positions, D), "normal")
         self.patch_embeddings = FlaxViTPatchEmbeddings(**options(self))
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
+
+    @property
+    def tokens(self) -> list[jax.Array]:
+        """The tokens in front of the patches, (1, 1, D) or (1, R, D)."""
+        names = ("cls_token", "distillation_token", "register_tokens")
+        return [getattr(self, name) for name in names if hasattr(self, name)]
 
     def __call__(
         self,
@@ -263,7 +185,7 @@ class FlaxViTEmbeddings(FlaxViTPart):
     def positions(self, grid: tuple[int, int]):
         """Position embeddings (1, k + N, D) for a grid (rows, columns) of patches; k tokens in
         front of them have one."""
-        positions = self.position_embeddings
+        positions: Any = self.position_embeddings
         if grid == self.config.grid_size:
             return positions.astype(self.dtype)
         exact = jnp.promote_types(positions.dtype, jnp.float32)
@@ -286,16 +208,11 @@ class FlaxViTRelativePositionBias(FlaxViTPart):
     """A learned bias on the scores of each head for each offset between two tokens."""
 
     def setup(self):
-        distances = relative_distances(self.config.grid_size)
-        self.relative_position_bias_table = self.param(
-            "relative_position_bias_table",
-            nn.initializers.zeros,
-            (distances, self.config.num_attention_heads),
-            self.param_dtype,
-        )
+        shape = (relative_distances(self.config.grid_size), self.config.num_attention_heads)
+        add_parameter(self, "relative_position_bias_table", shape, 0.0)
 
     def __call__(self, grid: tuple[int, int]):
-        table = self.relative_position_bias_table
+        table: Any = self.relative_position_bias_table
         table = table.astype(jnp.promote_types(table.dtype, jnp.float32))
         if grid != self.config.grid_size:
             (h, w), (H, W), A = self.config.grid_size, grid, self.config.num_attention_heads
@@ -309,7 +226,8 @@ class FlaxViTRelativePositionBias(FlaxViTPart):
                 precision="highest",
             )
             table = jnp.concatenate((offsets.reshape(target[0] * target[1], A), table[-3:]))
-        bias = table[relative_position_index(grid)]  # (S, S, A)
+        index = relative_position_index(grid)
+        bias = table[index]  # (S, S, A)
         return bias.transpose(2, 0, 1)[None]  # (1, A, S, S)
 
 
@@ -413,7 +331,8 @@ class FlaxViTIntermediate(FlaxViTPart):
 
     def setup(self):
         width = self.config.intermediate_size
-        self.dense = dense(self, 2 * width if self.config.use_swiglu_ffn else width)
+        features = 2 * width if self.config.use_swiglu_ffn else width
+        self.dense = dense(self, features)
 
     def __call__(self, hidden_states):
         hidden_states = self.dense(hidden_states)  # (B, S, I), or (B, S, 2 I)
@@ -436,8 +355,8 @@ class FlaxViTOutput(FlaxViTPart):
 
 
 class FlaxViTDropPath(nn.Module):
-    """In training, zero for a share `rate` of the images; the rest is scaled up to make up for
-    it."""
+    """Stochastic depth: in training, zero for a share `rate` of the images; the rest is scaled up
+    to keep the mean."""
 
     def __call__(self, hidden_states, rate, deterministic: bool):
         if deterministic or rate is None:
@@ -449,8 +368,8 @@ class FlaxViTDropPath(nn.Module):
 
 
 class FlaxViTLayer(FlaxViTPart):
-    """One pre-norm block: attention and MLP, each with a residual. With `front_tokens`, of those
-    alone: the others are looked at, and nothing is made of them."""
+    """One pre-norm block: attention and MLP, each with a residual. With `front_tokens`, only those
+    are computed; the others are only attended to."""
 
     def setup(self):
         self.attention = FlaxViTAttention(**options(self))
@@ -461,9 +380,8 @@ class FlaxViTLayer(FlaxViTPart):
         self.drop_path = FlaxViTDropPath()
         if self.config.has_layer_scale:
             D, value = self.config.hidden_size, self.config.layer_scale_init_value
-            start = nn.initializers.constant(value)
-            self.lambda_1 = self.param("lambda_1", start, (D,), self.param_dtype)
-            self.lambda_2 = self.param("lambda_2", start, (D,), self.param_dtype)
+            add_parameter(self, "lambda_1", (D,), value)
+            add_parameter(self, "lambda_2", (D,), value)
 
     def __call__(
         self,
@@ -480,10 +398,10 @@ class FlaxViTLayer(FlaxViTPart):
         Args:
             hidden_states: (B, S, D).
             deterministic: no dropout.
-            output_attentions: return the attention probabilities too.
             head_mask: broadcasts against (B, A, S, S).
-            bias: added to the attention scores, as the one that all of BEiT's blocks share.
-            drop_path_rate: how often, in training, an image goes around a branch; None is never.
+            bias: added to the attention scores, such as the one that all of BEiT's blocks share.
+            output_attentions: return the attention probabilities (B, A, S, S) too.
+            drop_path_rate: how often, in training, an image skips a branch; None means never.
             grid: rows and columns of patches, for BEiT's bias; None means those of the config.
         """
         attention_output, probabilities = self.attention(
@@ -508,23 +426,11 @@ class FlaxViTLayer(FlaxViTPart):
 
 
 class FlaxViTLayerCollection(FlaxViTPart):
-    """The L blocks. (PyTorch's `ModuleList`; it gives parameters the path `layer/{i}`, or, with
-    `scan_layers`, `layer/stacked` and an axis of L in front.)"""
+    """The L blocks, as PyTorch's `ModuleList`: parameters have the path `layer/{i}`, or, with
+    `scan_layers`, `layer/stacked` and an axis of L in front."""
 
     def setup(self):
-        layer, L = FlaxViTLayer, self.config.num_hidden_layers
-        if self.config.gradient_checkpointing:
-            layer = nn.remat(
-                FlaxViTLayer,
-                static_argnums=(2, 3, 7),  # self is 0
-                prevent_cse=not self.scan_layers,  # a loop's body is not merged with another's
-                policy=getattr(jax.checkpoint_policies, self.remat_policy),
-            )
-        names = [STACKED] if self.scan_layers and L else [str(i) for i in range(L)]
-        whole, last = options(self) | {"front_tokens": None}, options(self)
-        self.layers = [
-            layer(**(last if name == str(L - 1) else whole), name=name) for name in names
-        ]
+        self.layers = make_blocks(FlaxViTLayer, options(self))
 
     def __call__(
         self,
@@ -540,35 +446,19 @@ class FlaxViTLayerCollection(FlaxViTPart):
         """`FlaxBaseModelOutput` of the last block; `head_mask` is (L, 1, A, 1, 1) or None."""
 
         def run(layer, hidden_states, layer_mask, rate):
-            hidden_states, probabilities = layer(
-                hidden_states, deterministic, output_attentions, layer_mask, bias, rate, grid
-            )
-            return hidden_states, (hidden_states if output_hidden_states else None, probabilities)
+            inputs = (hidden_states, deterministic, output_attentions, layer_mask, bias, rate, grid)
+            return layer(*inputs)
 
-        all_hidden_states: list[jax.Array] = [hidden_states]
-        all_attentions: list[jax.Array] = []
         rates = self.config.drop_path_rates
         if self.scan_layers and self.layers:
-            scan = nn.scan(
-                run,
-                variable_axes={"params": 0, "intermediates": 0},
-                split_rngs={"params": True, "dropout": True},
-                length=len(rates),
-            )
-            layer_rates = jnp.asarray(rates) if any(rates) else None
-            hidden_states, (states, probabilities) = scan(
-                self.layers[0], hidden_states, head_mask, layer_rates
-            )
-            all_hidden_states += [] if states is None else jnp.unstack(states)
-            all_attentions += [] if probabilities is None else jnp.unstack(probabilities)
-        else:
-            for i, layer in enumerate(self.layers):
-                layer_mask = None if head_mask is None else head_mask[i]
-                hidden_states, (_, probabilities) = run(
-                    layer, hidden_states, layer_mask, rates[i] or None
-                )
-                all_hidden_states.append(hidden_states)
-                all_attentions.append(probabilities)
+            flags = (output_attentions, output_hidden_states)
+            return scan_blocks(run, self.layers[0], hidden_states, head_mask, rates, *flags)
+        all_hidden_states, all_attentions = [hidden_states], []
+        for i, layer in enumerate(self.layers):
+            layer_mask = None if head_mask is None else head_mask[i]
+            hidden_states, probabilities = run(layer, hidden_states, layer_mask, rates[i] or None)
+            all_hidden_states.append(hidden_states)
+            all_attentions.append(probabilities)
         return FlaxBaseModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
@@ -599,26 +489,27 @@ class FlaxViTEncoder(FlaxViTPart):
         Args:
             hidden_states: (B, S, D).
             deterministic: no dropout.
-            output_attentions, output_hidden_states: return those of every block too.
             head_mask: (A,) or (L, A), multiplies the attention probabilities.
+            output_attentions, output_hidden_states: return those of every block too.
             grid: rows and columns of patches, for BEiT's bias; None means those of the config.
         """
         if head_mask is not None:
             head_mask = spread_head_mask(head_mask, self.config)
         shared = self.config.use_shared_relative_position_bias
+        bias = self.relative_position_bias(grid or self.config.grid_size) if shared else None
         return self.layer(
             hidden_states,
             deterministic,
             output_attentions,
             output_hidden_states,
             head_mask=head_mask,
-            bias=self.relative_position_bias(grid or self.config.grid_size) if shared else None,
+            bias=bias,
             grid=grid,
         )
 
 
 def spread_head_mask(head_mask, config: ViTConfig):
-    """(A,) or (L, A) -> (L, 1, A, 1, 1): one factor a layer and head."""
+    """(A,) or (L, A) -> (L, 1, A, 1, 1): one factor for each layer and head."""
     check_head_mask(head_mask.shape, config)
     if head_mask.ndim == 5:
         return head_mask
@@ -634,8 +525,8 @@ def mean_of_patches(hidden_states, config: ViTConfig):
 
 
 class FlaxViTPooler(FlaxViTPart):
-    """The class token, or the mean of the patches, through what `pooler_type` says: a dense layer
-    and `pooler_act`, a norm, or nothing."""
+    """One vector per image: the class token or the mean of the patches, and then, by `pooler_type`,
+    a dense layer with `pooler_act`, a norm, or nothing."""
 
     def setup(self):
         if self.config.pooler_type == "dense":
@@ -651,6 +542,15 @@ class FlaxViTPooler(FlaxViTPart):
         if self.config.pooler_type == "token":
             return pooled  # (B, D)
         return activation(self.config.pooler_act)(self.dense(pooled))  # (B, pooler_output_size)
+
+
+def finish(output_class, outputs, flags, **results):
+    """An output with `results` and the hidden states and attentions of `outputs`; its tuple where
+    `flags` ask for that."""
+    output = output_class(
+        **results, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+    )
+    return output if flags.return_dict else output.to_tuple()
 
 
 class FlaxViTModule(FlaxViTPart):
@@ -687,7 +587,24 @@ class FlaxViTModule(FlaxViTPart):
         head_mask=None,
         interpolate_pos_encoding: Interpolate = None,
     ):
-        """Run the network; arguments as `FlaxViTModel`, but `pixel_values` is (B, H, W, C)."""
+        """Run the network.
+
+        Args:
+            pixel_values: (B, H, W, C), cast to `dtype`.
+            deterministic: no dropout.
+            bool_masked_pos: (B, N), 1 where a patch is replaced by the mask token.
+            head_mask: (A,) or (L, A), multiplies the attention probabilities.
+            output_attentions, output_hidden_states, return_dict: None means the config's.
+            interpolate_pos_encoding: accept other image sizes, resampling the positions; with
+                "crop" also sizes that hold no whole number of patches: the last rows and columns
+                of pixels are left out.
+
+        Returns:
+            `FlaxBaseModelOutputWithPooling`, or its tuple with `return_dict=False`.
+
+        Raises:
+            InputError: an argument does not fit the model.
+        """
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
         hidden_states = self.embeddings(
             pixel_values,
@@ -699,37 +616,44 @@ class FlaxViTModule(FlaxViTPart):
         outputs = self.encoder(
             hidden_states,
             deterministic,
-            flags.output_attentions,
-            flags.output_hidden_states,
             head_mask=head_mask,
+            output_attentions=flags.output_attentions,
+            output_hidden_states=flags.output_hidden_states,
             grid=(pixel_values.shape[1] // P[0], pixel_values.shape[2] // P[1]),
         )
         last_hidden_state = outputs.last_hidden_state  # (B, S, D)
         if not self.config.norm_after_pooling:
             last_hidden_state = self.layernorm(last_hidden_state)
         pooled = self.pooler(last_hidden_state) if self.add_pooling_layer else None
-        output = self.output_class(
+        return finish(
+            self.output_class,
+            outputs,
+            flags,
             last_hidden_state=last_hidden_state,
             pooler_output=pooled,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )
-        return output if flags.return_dict else output.to_tuple()
 
 
-def add_network(part: FlaxViTPart, *, add_pooling_layer: bool = False, **fields: Any) -> None:
-    """Give a model with a head its base network, by the family's name for it: `vit`, `beit`, ..."""
-    network = FlaxViTModule(**options(part), add_pooling_layer=add_pooling_layer, **fields)
-    setattr(part, part.config.base_model_prefix, network)
+def add_network(part: FlaxViTPart, **kwargs) -> None:
+    """Put the base network into a model with a head, under the name its family gives it."""
+    setattr(part, part.config.base_model_prefix, FlaxViTModule(**options(part), **kwargs))
 
 
-def network_of(part: FlaxViTPart) -> FlaxViTModule:
-    """The base network of a model with a head."""
-    return getattr(part, part.config.base_model_prefix)
+def run_network(part: FlaxViTPart, flags, pixel_values, deterministic: bool, **inputs):
+    """The base network of a model with a head, run with `inputs`; `flags` are the caller's."""
+    network = getattr(part, part.config.base_model_prefix)
+    return network(
+        pixel_values,
+        deterministic,
+        output_attentions=flags.output_attentions,
+        output_hidden_states=flags.output_hidden_states,
+        return_dict=True,
+        **inputs,
+    )
 
 
 class FlaxViTForImageClassificationModule(FlaxViTPart):
-    """The base network and a linear classifier on the class token, or on what `pooling` says."""
+    """The base network and a linear classifier on the class token, or as `pooling` says."""
 
     def setup(self):
         add_network(self, add_pooling_layer=self.config.classifier_has_pooler)
@@ -747,30 +671,37 @@ class FlaxViTForImageClassificationModule(FlaxViTPart):
         labels=None,
         interpolate_pos_encoding: Interpolate = None,
     ):
-        """Run the network; arguments as `FlaxViTForImageClassification`, but `pixel_values` is
-        (B, H, W, C)."""
+        """Run the network; arguments as `FlaxViTModule`, and
+
+        Args:
+            labels: (B,) class indices (-100 is ignored), (B,) numbers for one label, or (B, K)
+                for several labels; then `loss` is in the output. `config.problem_type` decides,
+                or, where it is None, the number of labels and the dtype.
+
+        Returns:
+            `FlaxSequenceClassifierOutput`, or its tuple with `return_dict=False`.
+
+        Raises:
+            InputError: an argument does not fit the model; a label is out of range.
+        """
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
-        outputs = network_of(self)(
+        outputs = run_network(
+            self,
+            flags,
             pixel_values,
             deterministic,
-            flags.output_attentions,
-            flags.output_hidden_states,
-            True,
             head_mask=head_mask,
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
         logits = self.classifier(classifier_input(outputs, self.config))  # (B, K)
-        output = FlaxSequenceClassifierOutput(
-            loss=None if labels is None else classification_loss(logits, labels, self.config),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        return output if flags.return_dict else output.to_tuple()
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, self.config)
+        return finish(FlaxSequenceClassifierOutput, outputs, flags, loss=loss, logits=logits)
 
 
 def classifier_input(outputs, config: ViTConfig):
-    """What the classifier looks at, (B, classifier_width)."""
+    """Input of the classifier, (B, classifier_width)."""
     hidden_states = outputs.last_hidden_state
     if config.classifier_has_pooler:
         return outputs.pooler_output
@@ -783,8 +714,8 @@ def classifier_input(outputs, config: ViTConfig):
 
 
 def classification_loss(logits, labels, config: ViTConfig):
-    """Mean loss of `logits` (B, K): squared error, cross entropy (label -100 is left out) or
-    binary cross entropy, as `problem_type` says or the labels' dtype tells."""
+    """Mean loss of `logits` (B, K): squared error, cross entropy (label -100 is ignored) or
+    binary cross entropy, chosen by `problem_type` or, without one, by the labels' dtype."""
     integer = jnp.issubdtype(labels.dtype, jnp.integer)
     problem_type = resolve_problem_type(config, integer)
     check_labels(labels, problem_type, logits.shape[0], config.num_labels)
@@ -794,7 +725,7 @@ def classification_loss(logits, labels, config: ViTConfig):
     if problem_type == "single_label_classification":
         labels = labels.reshape(-1)  # (B,)
         counted = labels != -100
-        # Traced labels cannot be looked at; one out of range makes the loss NaN, not another class.
+        # Traced labels have no values yet; one out of range makes the loss NaN, not another class.
         chosen = jnp.where(labels < 0, config.num_labels, labels)
         chosen = jnp.where(counted, chosen, 0)[:, None]
         log_probabilities = jax.nn.log_softmax(logits, axis=-1)  # (B, K)
@@ -810,7 +741,7 @@ class FlaxDeiTForImageClassificationWithTeacherModule(FlaxViTPart):
     are averaged."""
 
     def setup(self):
-        add_network(self)
+        add_network(self, add_pooling_layer=False)
         self.cls_classifier = dense(self, self.config.num_labels)
         self.distillation_classifier = dense(self, self.config.num_labels)
 
@@ -825,35 +756,41 @@ class FlaxDeiTForImageClassificationWithTeacherModule(FlaxViTPart):
         head_mask=None,
         interpolate_pos_encoding: Interpolate = None,
     ):
-        """Run the network; arguments as `FlaxDeiTForImageClassificationWithTeacher`, but
-        `pixel_values` is (B, H, W, C)."""
+        """Run the network; arguments as `FlaxViTModule`.
+
+        Returns:
+            `FlaxDeiTForImageClassificationWithTeacherOutput`, or its tuple with
+            `return_dict=False`.
+
+        Raises:
+            InputError: an argument does not fit the model.
+        """
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
-        outputs = network_of(self)(
+        outputs = run_network(
+            self,
+            flags,
             pixel_values,
             deterministic,
-            flags.output_attentions,
-            flags.output_hidden_states,
-            True,
             head_mask=head_mask,
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
         cls_logits = self.cls_classifier(outputs.last_hidden_state[:, 0])  # (B, K)
         distillation_logits = self.distillation_classifier(outputs.last_hidden_state[:, 1])
-        output = FlaxDeiTForImageClassificationWithTeacherOutput(
+        return finish(
+            FlaxDeiTForImageClassificationWithTeacherOutput,
+            outputs,
+            flags,
             logits=(cls_logits + distillation_logits) / 2,
             cls_logits=cls_logits,
             distillation_logits=distillation_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )
-        return output if flags.return_dict else output.to_tuple()
 
 
 class FlaxBeitForMaskedImageModelingModule(FlaxViTPart):
-    """The base network and the prediction of a visual token for each patch."""
+    """The base network and a head that predicts a visual token for each patch."""
 
     def setup(self):
-        add_network(self)
+        add_network(self, add_pooling_layer=False)
         self.lm_layernorm = layer_norm(self)
         self.lm_head = dense(self, self.config.vocab_size)
 
@@ -870,15 +807,23 @@ class FlaxBeitForMaskedImageModelingModule(FlaxViTPart):
         labels=None,
         interpolate_pos_encoding: Interpolate = None,
     ):
-        """Run the network; arguments as `FlaxBeitForMaskedImageModeling`, but `pixel_values` is
-        (B, H, W, C)."""
+        """Run the network; arguments as `FlaxViTModule`, and
+
+        Args:
+            labels: visual tokens, (B, N); then `loss`, over the masked patches, is in the output.
+
+        Returns:
+            `FlaxMaskedLMOutput`, or its tuple with `return_dict=False`.
+
+        Raises:
+            InputError: an argument does not fit the model.
+        """
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
-        outputs = network_of(self)(
+        outputs = run_network(
+            self,
+            flags,
             pixel_values,
             deterministic,
-            flags.output_attentions,
-            flags.output_hidden_states,
-            True,
             bool_masked_pos=bool_masked_pos,
             head_mask=head_mask,
             interpolate_pos_encoding=interpolate_pos_encoding,
@@ -888,13 +833,7 @@ class FlaxBeitForMaskedImageModelingModule(FlaxViTPart):
         loss = None
         if labels is not None:
             loss = visual_token_loss(logits, labels, bool_masked_pos)
-        output = FlaxMaskedLMOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        return output if flags.return_dict else output.to_tuple()
+        return finish(FlaxMaskedLMOutput, outputs, flags, loss=loss, logits=logits)
 
 
 def visual_token_loss(logits, labels, bool_masked_pos):
@@ -902,7 +841,7 @@ def visual_token_loss(logits, labels, bool_masked_pos):
     check_token_labels(labels, bool_masked_pos, logits.shape)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     counted = (bool_masked_pos != 0) & (labels != -100)
-    # Traced labels cannot be looked at; one out of range makes the loss NaN, not another token.
+    # Traced labels have no values yet; one out of range makes the loss NaN, not another token.
     chosen = jnp.where(labels < 0, logits.shape[-1], labels)
     chosen = jnp.where(counted, chosen, 0)[:, :, None]
     log_probabilities = jax.nn.log_softmax(logits, axis=-1)
@@ -927,7 +866,7 @@ class FlaxViTForMaskedImageModelingModule(FlaxViTPart):
     """The base network and a decoder back to pixels (SimMIM, Xie et al. 2022, arXiv:2111.09886)."""
 
     def setup(self):
-        add_network(self, use_mask_token=True)
+        add_network(self, add_pooling_layer=False, use_mask_token=True)
         self.decoder = FlaxViTDecoder(**options(self))
 
     def __call__(
@@ -942,17 +881,24 @@ class FlaxViTForMaskedImageModelingModule(FlaxViTPart):
         head_mask=None,
         interpolate_pos_encoding: Interpolate = None,
     ):
-        """Run the network; arguments as `FlaxViTForMaskedImageModeling`, but `pixel_values` is
-        (B, H, W, C). The reconstruction is (B, C, H, W)."""
+        """Run the network; arguments as `FlaxViTModule`. With `bool_masked_pos`, `loss` is in the
+        output.
+
+        Returns:
+            `FlaxMaskedImageModelingOutput` with `reconstruction` (B, C, H, W), or its tuple with
+            `return_dict=False`.
+
+        Raises:
+            InputError: an argument does not fit the model, `encoder_stride` not the patch side.
+        """
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
         if bool_masked_pos is not None:
             check_stride(self.config, pixel_values.shape[1], pixel_values.shape[2])
-        outputs = network_of(self)(
+        outputs = run_network(
+            self,
+            flags,
             pixel_values,
             deterministic,
-            flags.output_attentions,
-            flags.output_hidden_states,
-            True,
             bool_masked_pos=bool_masked_pos,
             head_mask=head_mask,
             interpolate_pos_encoding=interpolate_pos_encoding,
@@ -972,13 +918,9 @@ class FlaxViTForMaskedImageModelingModule(FlaxViTPart):
             mask = bool_masked_pos.reshape(B, rows, columns)
             mask = mask.repeat(P[0], axis=1).repeat(P[1], axis=2)[:, None]  # (B, 1, H, W)
             loss = masked_reconstruction_loss(target, reconstruction, mask, self.config)
-        output = FlaxMaskedImageModelingOutput(
-            loss=loss,
-            reconstruction=reconstruction,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+        return finish(
+            FlaxMaskedImageModelingOutput, outputs, flags, loss=loss, reconstruction=reconstruction
         )
-        return output if flags.return_dict else output.to_tuple()
 
 
 def masked_reconstruction_loss(pixel_values, reconstruction, mask, config: ViTConfig):

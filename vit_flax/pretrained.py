@@ -13,13 +13,12 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from functools import cached_property, partial
-from typing import Any, ClassVar, NamedTuple, Self
+from functools import cached_property
+from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -37,29 +36,39 @@ from vit_common.files.containers.tensor import as_tensor
 from vit_common.parameters import Head, head_tokens, initial_value, parameter_shapes
 from vit_convert.formats import TREE
 from vit_convert.load import Loadable, is_finite, load_parameters, warn_if_not_finite
-from vit_convert.rules import (
-    Mapped,
-    MappedTensor,
-    as_mapped,
-    to_canonical,
-    to_foreign,
-    unprefixed,
-)
+from vit_convert.rules import as_mapped, to_foreign, unprefixed
 from vit_convert.save import Savable, SaveFormat
 from vit_convert.source import Source
+from vit_flax.arguments import (
+    as_array,
+    check_flag,
+    check_key,
+    check_precision,
+    float_dtype,
+    values_of,
+)
 from vit_flax.attention import check_implementation, targets
 from vit_flax.model import (
-    REMAT_POLICIES,
     FlaxViTForImageClassificationModule,
     FlaxViTForMaskedImageModelingModule,
     FlaxViTModule,
     FlaxViTPart,
-    initializer,
 )
-from vit_flax.stacked import is_stacked, stack_layers, stacked_shapes, unstack_layers
-from vit_flax.trees import rename, transformers_paths, tree_shapes
-
-Params = Mapping[str, Any]
+from vit_flax.params import (
+    Parameter,
+    Params,
+    canonical,
+    check_params,
+    custom_parameters,
+    draw_normal,
+    read_path,
+    rename,
+    to_device,
+    to_devices,
+    transformers_paths,
+    tree_shapes,
+)
+from vit_flax.stacked import REMAT_POLICIES, stack_layers, stacked_shapes, unstack_layers
 
 # Weights in Flax's layout load as fast as those in PyTorch's; `from_pt=True` asks for the latter
 # where a directory has both.
@@ -71,24 +80,6 @@ _TORCH_FILES = (
 )
 
 
-class Parameter(NamedTuple):
-    """A parameter of a subclass's own module.
-
-    Attributes:
-        path: where it is in the tree.
-        shape: shape in the tree.
-        canonical: shape in files, where matrices lie as PyTorch has them.
-        name: name in files.
-        own: whether no network here has such a parameter.
-    """
-
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-    canonical: tuple[int, ...]
-    name: str
-    own: bool = False
-
-
 class FlaxViTPreTrainedModel(Loadable, Savable):
     """Base of the models: a module, its parameters, and their files.
 
@@ -96,15 +87,15 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
         config: sizes; the network is fixed by it here, later changes to it do not reach the
             network (flags such as `output_attentions` are read at every call).
         input_shape: (B, H, W, C) of the images the model is drawn for; None means the config's.
-        seed: of the random parameters.
-        dtype: of the computation.
+        seed: seed of the random parameters.
+        dtype: compute dtype.
         _do_init: False leaves the model without parameters; pass them to each call.
-        param_dtype: of parameters that are drawn anew.
-        precision: of matrix products, as JAX names it ("highest", "high", "default", None).
+        param_dtype: dtype of new parameters.
+        precision: of matrix products, by JAX's names ("highest", "high", "default", None).
         attn_implementation: see `vit_flax.attention`.
         scan_layers: compile one block and run it for all of them, over parameters stacked along a
-            first axis (`vit_flax.stack_layers`): deep networks compile several times as fast. What
-            is saved is as ever.
+            first axis (`vit_flax.stack_layers`): deep networks compile several times as fast. Saved
+            files are the same.
         **kwargs: fields of the module (`add_pooling_layer`, `use_mask_token`).
 
     Raises:
@@ -275,26 +266,7 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
         networks here has the canonical name; parts of its own are named by their path."""
         variables = jax.eval_shape(self._init_module, jax.random.PRNGKey(0))
         shapes = {path: leaf.shape for path, leaf in flatten_dict(unfreeze(variables)).items()}
-        network = parameter_shapes(self._config, None, add_pooling_layer=True, use_mask_token=True)
-        prefix, known = self.base_model_prefix, {}
-        for (name, canonical), (path, shape) in zip(
-            network.items(), tree_shapes(network, TREE).items(), strict=True
-        ):
-            known[path] = Parameter(path, shape, canonical, name)
-            path, name = (prefix, *path), f"{prefix}.{name}"
-            known[path] = Parameter(path, shape, canonical, name)
-        head = parameter_shapes(self._config, "classifier")
-        for (name, canonical), (path, shape) in zip(
-            head.items(), tree_shapes(head, TREE).items(), strict=True
-        ):
-            known.setdefault(path, Parameter(path, shape, canonical, name))
-        found = {}
-        for path, shape in shapes.items():
-            parameter = known.get(path)
-            if parameter is None or parameter.shape != shape:
-                parameter = Parameter(path, shape, shape, ".".join(path), own=True)
-            found[parameter.name] = parameter
-        return found
+        return custom_parameters(shapes, self._config, self.base_model_prefix)
 
     def _own_parts(self) -> dict[str, tuple[str, ...]]:
         """Name in files -> path, of parameters that only a subclass's own module has."""
@@ -375,17 +347,17 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
 
     @property
     def head_tokens(self) -> int | None:
-        """How many tokens, from the first, the head or a base network's pooler looks at; None where
-        patches are among them. Of what the network was built with."""
+        """Number of tokens, from the first, that the head or a base network's pooler uses; None if
+        patches are among them. Read from the configuration that the network was built with."""
         module = self._module
         pooler = getattr(module, "add_pooling_layer", False)
         return head_tokens(module.config, self.head, add_pooling_layer=pooler)
 
     def with_front_tokens(self, tokens: int | None) -> Self:
-        """This model with a last block that is computed for so many tokens in front alone.
+        """This model with a last block that computes only its first tokens.
 
-        A classifier on the class token looks at nothing else, so it gives the same logits for fewer
-        operations: of ViT-B 7% fewer. The last of the `hidden_states` and
+        A classifier on the class token needs no others, so it gives the same logits with fewer
+        operations (7% fewer for ViT-B). The last of the `hidden_states` and
         `last_hidden_state` are (B, `tokens`, D) then, the last of the `attentions` (B, A, `tokens`,
         S). With `scan_layers` the model stays as it is: one program runs all blocks.
 
@@ -518,7 +490,7 @@ class FlaxViTPreTrainedModel(Loadable, Savable):
             dtype: compute dtype.
             *model_args: further positional arguments of the constructor (`input_shape`, `seed`).
             config: configuration, or where to read it, if not beside the weights.
-            ignore_mismatched_sizes: draw parameters anew that have another shape in the file.
+            ignore_mismatched_sizes: draw parameters anew if the file has them in another shape.
             allow_missing: draw parameters of the network anew that the file lacks; without it only
                 those of a head may be missing.
             ignore: regular expressions of names in the file that may be left over. Without it,
@@ -873,7 +845,7 @@ class FlaxViTForImageClassification(FlaxViTPreTrainedModel):
         """Run the network; arguments as `FlaxViTModel`, and
 
         Args:
-            labels: (B,) class indices (-100 is left out), (B,) numbers for one label, or (B, K)
+            labels: (B,) class indices (-100 is ignored), (B,) numbers for one label, or (B, K)
                 for several labels; then `loss` is in the output. `config.problem_type` decides,
                 or, where it is None, the number of labels and the dtype.
 
@@ -942,178 +914,5 @@ class FlaxViTForMaskedImageModeling(FlaxViTPreTrainedModel):
         )
 
 
-def read_path(tree: Any, path: tuple[str, ...]) -> Any:
-    """The leaf of a nested dict at a path."""
-    for name in path:
-        tree = tree[name]
-    return tree
-
-
 FlaxPreTrainedModel = FlaxViTPreTrainedModel
 """The base of every model here, by the name of Transformers' base class."""
-
-
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def draw_normal(key: jax.Array, std: float, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """A new weight; compiled once for each shape, whichever model asks."""
-    return initializer(std)(key, shape, dtype)
-
-
-def values_of(name: str, array: Any) -> np.ndarray | None:
-    """The values of an argument; None while JAX traces, when it has none."""
-    try:
-        return np.asarray(array if isinstance(array, np.ndarray) else as_array(name, array))
-    except jax.errors.TracerArrayConversionError:
-        return None
-
-
-def canonical(params: Params) -> Mapped:
-    """A nested dict of arrays as tensors of canonical names (without the prefix of a model with a
-    head); `unused` names what is no parameter of a network."""
-    flat = {"/".join(path): array for path, array in flatten_dict(params).items()}
-    return to_canonical({name: as_tensor(name, array) for name, array in flat.items()}, TREE)
-
-
-def check_params(
-    params: Params, shapes: Mapping[tuple[str, ...], tuple[int, ...]]
-) -> dict[str, Any]:
-    """The parameters as a plain nested dict; InputError naming all that does not fit."""
-    if isinstance(params, FrozenDict):
-        params = unfreeze(params)
-    if not isinstance(params, Mapping):
-        raise InputError(
-            f"`params` must be a nested dict of arrays; given a {type(params).__name__}."
-        )
-    flat = flatten_dict(dict(params))
-    missing = ["/".join(path) for path in shapes if path not in flat]
-    if missing:
-        hint = ""
-        if "params" in params:
-            hint = ' (given {"params": ...}; pass what is in it).'
-        elif is_stacked(flat) != is_stacked(shapes):
-            hint = (
-                " (given stacked blocks, which the model takes one by one; pass "
-                "`vit_flax.unstack_layers(params)`, or make the model with `scan_layers=True`)."
-                if is_stacked(flat)
-                else " (given blocks one by one, which a model with `scan_layers=True` takes "
-                "stacked; pass `vit_flax.stack_layers(params)`)."
-            )
-        raise InputError(
-            "Some parameters are missing. Make sure that `params` include the following: "
-            + ", ".join(missing)
-            + hint
-        )
-    wrong = [
-        f"{'/'.join(path)} must have shape {shape}; given {np.shape(flat[path])}"
-        for path, shape in shapes.items()
-        if np.shape(flat[path]) != shape
-    ]
-    if wrong:
-        raise InputError("`params`: " + "; ".join(wrong) + ".")
-    return unflatten_dict(flat)
-
-
-def as_array(name: str, value: Any) -> jax.Array:
-    """A JAX array of a numpy or JAX array, a torch tensor or a nested list of numbers.
-
-    Raises:
-        InputError: it is none of these.
-    """
-    if hasattr(value, "detach"):  # a torch tensor: numpy takes neither gradients nor bfloat16
-        value = value.detach().cpu()
-        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
-    try:
-        array = None if value is None else jnp.asarray(value)
-    except (TypeError, ValueError):
-        array = None
-    if array is None or jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise InputError(f"`{name}` must be an array of real numbers; given {_described(value)}.")
-    return array
-
-
-def _described(value: Any) -> str:
-    dtype = getattr(value, "dtype", None)
-    return f"a {type(value).__name__}" + ("" if dtype is None else f" of {dtype}")
-
-
-def check_key(name: str, key: Any) -> None:
-    """Raise InputError unless `key` is a JAX random key, of the new or of the old kind."""
-    dtype, ndim = getattr(key, "dtype", None), np.ndim(key)
-    new = dtype is not None and ndim == 0 and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not new and not (dtype == np.uint32 and ndim == 1):
-        raise InputError(
-            f"`{name}` must be one JAX random key, as `jax.random.key(0)` gives it; given "
-            f"{_described(key)}" + (f" and shape {np.shape(key)}." if ndim else ".")
-        )
-
-
-def check_precision(precision: Any) -> Any:
-    """The precision itself; InputError if JAX knows none of that name."""
-    row = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-    try:
-        jax.eval_shape(lambda x: jnp.matmul(x, x, precision=precision), row)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            "`precision` must be None, 'default', 'high', 'highest' or another that "
-            f"`jax.numpy.matmul` takes; given {precision!r}."
-        ) from error
-    return precision
-
-
-def check_flag(name: str, value: Any) -> bool:
-    """The value itself; InputError unless it is True or False."""
-    if not isinstance(value, bool):
-        raise InputError(f"`{name}` must be True or False; given {value!r}.")
-    return value
-
-
-def float_dtype(name: str, dtype: Any) -> Any:
-    """The JAX dtype; InputError unless it is a floating one."""
-    if dtype is None:
-        raise InputError(f"`{name}` must be a floating dtype; given None.")
-    try:
-        dtype = jnp.dtype(dtype)
-    except TypeError as error:
-        raise InputError(f"`{name}` must be a floating dtype; given {dtype!r}.") from error
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise InputError(f"`{name}` must be a floating dtype; given {dtype}.")
-    return dtype
-
-
-def to_device(array: np.ndarray) -> jax.Array:
-    """A JAX array of what a checkpoint's tensor read, with no more copies than needed.
-
-    `device_put` turns a transposed view in one pass, twice as fast as `jnp.array` (ViT-B: 0.4 s
-    and 0.9 s), and on the CPU takes a contiguous array as it is. What a file reader gives is
-    fresh memory unless it is marked read-only; a view of the file is copied, the file may change.
-    """
-    if array.flags.c_contiguous and not array.flags.writeable:
-        array = array.copy()
-    return jax.block_until_ready(jax.device_put(array))
-
-
-def to_devices(
-    tensor: MappedTensor, sharding: jax.sharding.Sharding, dtype: Any = None
-) -> tuple[jax.Array, bool]:
-    """A checkpoint's tensor on the devices of a sharding, and whether all of it is finite.
-
-    Each part is read once, and is in this process's memory once at most, whichever devices hold
-    it; a tensor whose parts cannot be read by themselves is read whole, once.
-    """
-    whole = None if tensor.has_parts else tensor.read()
-    finite, parts = True, {}
-    where: dict[tuple[tuple[int, int], ...], tuple[tuple[slice, ...], list[Any]]] = {}
-    for device, index in sharding.addressable_devices_indices_map(tensor.shape).items():
-        index = index or ()
-        bounds = tuple(i.indices(n)[:2] for i, n in zip(index, tensor.shape, strict=True))
-        where.setdefault(bounds, (index, []))[1].append(device)
-    for index, devices in where.values():
-        array = tensor.read_part(index) if whole is None else whole[index]
-        finite = finite and is_finite(array)
-        array = array if dtype is None else array.astype(dtype)
-        if array.flags.c_contiguous and not array.flags.writeable:
-            array = array.copy()  # as in `to_device`
-        for device in devices:
-            parts[device] = jax.block_until_ready(jax.device_put(array, device))
-    arrays = list(parts.values())
-    return jax.make_array_from_single_device_arrays(tensor.shape, sharding, arrays), finite

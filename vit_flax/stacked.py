@@ -1,4 +1,5 @@
-"""Parameters of all blocks in one array each, as `scan_layers=True` takes them, and back.
+"""The L blocks: how they are built and, with `scan_layers=True`, run as one; and their parameters
+in one array each, as that takes them, and back.
 
 `encoder/layer/{i}/X`, one array for each of the L blocks, is `encoder/layer/stacked/X` with an axis
 of L in front. Nothing else is touched, and both directions are exact.
@@ -6,18 +7,102 @@ of L in front. Nothing else is touched, and both directions are exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_common.errors import InputError
-from vit_flax.model import STACKED
+from vit_flax.outputs import FlaxBaseModelOutput
+
+if TYPE_CHECKING:
+    from vit_flax.model import FlaxViTLayer
 
 Path = tuple[str, ...]
+
+REMAT_POLICIES = (
+    "nothing_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "dots_saveable",
+    "everything_saveable",
+)
+"""What a block keeps for its gradient under gradient checkpointing, from the least to the most, by
+the names of `jax.checkpoint_policies`."""
+
+STACKED = "stacked"
+"""The name that takes the place of a block's number where all are in one array each."""
+
+
+def make_blocks(layer: type[FlaxViTLayer], options: dict[str, Any]) -> list[FlaxViTLayer]:
+    """The L blocks, for the `setup` of the module that holds them; one, with `scan_layers`.
+
+    Under `config.gradient_checkpointing` each is computed anew in the backward pass. The last one
+    computes only `front_tokens`, unless it is all the others too.
+
+    Args:
+        layer: class of a block.
+        options: its arguments.
+    """
+    config, scanned = options["config"], options["scan_layers"]
+    L = config.num_hidden_layers
+    if config.gradient_checkpointing:
+        layer = nn.remat(
+            layer,
+            static_argnums=(2, 3, 7),  # self is 0
+            prevent_cse=not scanned,  # a loop's body is not merged with another's
+            policy=getattr(jax.checkpoint_policies, options["remat_policy"]),
+        )
+    names = [STACKED] if scanned and L else [str(i) for i in range(L)]
+    whole, last = options | {"front_tokens": None}, options
+    return [layer(**(last if name == str(L - 1) else whole), name=name) for name in names]
+
+
+def scan_blocks(
+    run: Callable[..., tuple[jax.Array, jax.Array | None]],
+    layer: FlaxViTLayer,
+    hidden_states: jax.Array,
+    head_mask: jax.Array | None,
+    rates: tuple[float, ...],
+    output_attentions: bool,
+    output_hidden_states: bool,
+) -> FlaxBaseModelOutput:
+    """One block, compiled once and run L times, over stacked parameters.
+
+    Args:
+        run: function of the block, hidden states, a head mask and a rate of stochastic depth, that
+            returns hidden states and attention probabilities or None.
+        layer: the block.
+        hidden_states: (B, S, D).
+        head_mask: (L, 1, A, 1, 1) or None.
+        rates: of stochastic depth, one for each block.
+        output_attentions, output_hidden_states: return those of every block too.
+
+    Returns:
+        As `FlaxViTLayerCollection`.
+    """
+
+    def step(layer, hidden_states, layer_mask, rate):
+        hidden_states, probabilities = run(layer, hidden_states, layer_mask, rate)
+        return hidden_states, (hidden_states if output_hidden_states else None, probabilities)
+
+    scan = nn.scan(
+        step,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        length=len(rates),
+    )
+    layer_rates = jnp.asarray(rates) if any(rates) else None
+    last, (states, probabilities) = scan(layer, hidden_states, head_mask, layer_rates)
+    return FlaxBaseModelOutput(
+        last_hidden_state=last,
+        hidden_states=None if states is None else (hidden_states, *jnp.unstack(states)),
+        attentions=tuple(jnp.unstack(probabilities)) if output_attentions else None,
+    )
 
 
 def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from vit_common.config import ViTConfig, as_config
 from vit_common.errors import InputError
 from vit_common.parameters import Head, initial_value
 from vit_torch.attention import check_implementation
-from vit_torch.model import ViTLayer, ViTModule, ViTPart, ViTSelfAttention, initialize, options
+from vit_torch.layers import initialize
+from vit_torch.model import ViTLayer, ViTModule, ViTPart, ViTSelfAttention, options
 
 
 class ModelBase(ViTPart):

@@ -34,7 +34,9 @@ from vit_common.checks import (
 from vit_common.config import ViTConfig
 from vit_common.errors import InputError
 from vit_common.positions import relative_distances, relative_position_index, resize_matrices
+from vit_torch.arguments import check_tensors, has_values
 from vit_torch.attention import attention
+from vit_torch.layers import add_parameter, convolution, dense, layer_norm
 from vit_torch.outputs import (
     BaseModelOutput,
     BaseModelOutputWithPooling,
@@ -60,15 +62,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def activation(name: str | Callable) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function of `hidden_act` or `pooler_act`; a callable is taken as it is."""
+    """The function of `hidden_act` or `pooler_act`; a callable is used as given."""
     return name if callable(name) else ACTIVATIONS[name]
-
-
-def check_tensors(**inputs: Any) -> None:
-    """Raise InputError unless each input is a tensor or None."""
-    for name, value in inputs.items():
-        if not (value is None or isinstance(value, torch.Tensor)):
-            raise InputError(f"`{name}` must be a torch tensor; given a {type(value).__name__}.")
 
 
 class ViTPart(nn.Module):
@@ -93,50 +88,9 @@ class ViTPart(nn.Module):
         return ViTModule(**options(self), **kwargs)
 
 
-def options(part: ViTPart) -> dict:
+def options(part: ViTPart) -> dict[str, Any]:
     """Arguments that a module passes on to the modules inside it."""
     return {"config": part.config}
-
-
-def initialize(parameter: torch.Tensor, config: ViTConfig) -> None:
-    """Truncated normal of standard deviation `initializer_range`, cut at -2 and 2, in place."""
-    if config.initializer_range == 0.0:
-        nn.init.zeros_(parameter)
-    else:
-        nn.init.trunc_normal_(parameter, mean=0.0, std=config.initializer_range, a=-2.0, b=2.0)
-
-
-def uninitialized(layer: Callable, *args, **kwargs) -> Any:
-    """A layer without PyTorch's own random weights, on the default device."""
-    made = layer(*args, **kwargs, device="meta").to_empty(device=torch.get_default_device())
-    made._is_hf_initialized = True  # see `ModelBase.init_weights`
-    return made
-
-
-def dense(part: ViTPart, inputs: int, features: int, use_bias: bool = True) -> nn.Linear:
-    layer = uninitialized(nn.Linear, inputs, features, bias=use_bias)
-    initialize(layer.weight, part.config)
-    if use_bias:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-def convolution(part: ViTPart, inputs: int, features: int, size: tuple[int, int]) -> nn.Conv2d:
-    layer = uninitialized(nn.Conv2d, inputs, features, kernel_size=size, stride=size, padding=0)
-    initialize(layer.weight, part.config)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def layer_norm(part: ViTPart) -> nn.LayerNorm:
-    norm = nn.LayerNorm(
-        part.config.hidden_size,
-        eps=part.config.layer_norm_eps,
-        elementwise_affine=True,
-        bias=True,
-    )
-    norm._is_hf_initialized = True  # type: ignore[assignment]
-    return norm
 
 
 class ViTPatchEmbeddings(ViTPart):
@@ -167,26 +121,25 @@ class ViTPatchEmbeddings(ViTPart):
 
 
 class ViTEmbeddings(ViTPart):
-    """Patches, masked ones replaced; then the tokens in front of them; then positions."""
+    """Patch embeddings (masked ones replaced), the tokens in front of them, position embeddings."""
 
     def __init__(self, use_mask_token: bool = False, **kwargs):
         super().__init__(**kwargs)
         config, D = self.config, self.config.hidden_size
         self.use_mask_token = use_mask_token
         if config.use_cls_token:
-            self.cls_token = nn.Parameter(torch.empty(1, 1, D))
-            initialize(self.cls_token, config)
+            add_parameter(self, "cls_token", (1, 1, D), "normal")
         if config.use_distillation_token:
-            self.distillation_token = nn.Parameter(torch.empty(1, 1, D))
-            initialize(self.distillation_token, config)
+            add_parameter(self, "distillation_token", (1, 1, D), "normal")
         if config.num_register_tokens:
-            R = config.num_register_tokens
-            self.register_tokens = nn.Parameter(torch.zeros(1, R, D))
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, D)) if use_mask_token else None
+            add_parameter(self, "register_tokens", (1, config.num_register_tokens, D), 0.0)
+        if self.use_mask_token:
+            add_parameter(self, "mask_token", (1, 1, D), 0.0)
+        else:
+            self.mask_token = None
         if config.use_absolute_position_embeddings:
             positions = config.num_prefix_positions + config.num_patches
-            self.position_embeddings = nn.Parameter(torch.empty(1, positions, D))
-            initialize(self.position_embeddings, config)
+            add_parameter(self, "position_embeddings", (1, positions, D), "normal")
         self.patch_embeddings = ViTPatchEmbeddings(**options(self))
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
@@ -229,10 +182,11 @@ class ViTEmbeddings(ViTPart):
     def positions(self, grid: tuple[int, int]):
         """Position embeddings (1, k + N, D) for a grid (rows, columns) of patches; k tokens in
         front of them have one."""
-        positions: torch.Tensor = self.position_embeddings
+        positions: Any = self.position_embeddings
         if grid == self.config.grid_size:
             return positions
-        exact = torch.promote_types(positions.dtype, torch.float32)
+        dtype = positions.dtype
+        exact = torch.promote_types(dtype, torch.float32)
         rows, columns = resize_matrices(self.config.position_resize, self.config.grid_size, grid)
         positions = positions.to(exact)
         k = self.config.num_prefix_positions
@@ -244,7 +198,7 @@ class ViTEmbeddings(ViTPart):
             table,
         )
         table = table.reshape(1, grid[0] * grid[1], self.config.hidden_size)  # (1, N, D)
-        return torch.cat((positions[:, :k], table), dim=1).to(self.position_embeddings.dtype)
+        return torch.cat((positions[:, :k], table), dim=1).to(dtype)
 
 
 class ViTRelativePositionBias(ViTPart):
@@ -252,13 +206,11 @@ class ViTRelativePositionBias(ViTPart):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        distances = relative_distances(self.config.grid_size)
-        self.relative_position_bias_table = nn.Parameter(
-            torch.zeros(distances, self.config.num_attention_heads)
-        )
+        shape = (relative_distances(self.config.grid_size), self.config.num_attention_heads)
+        add_parameter(self, "relative_position_bias_table", shape, 0.0)
 
     def forward(self, grid: tuple[int, int]):
-        table: torch.Tensor = self.relative_position_bias_table
+        table: Any = self.relative_position_bias_table
         table = table.to(torch.promote_types(table.dtype, torch.float32))
         if grid != self.config.grid_size:
             (h, w), (H, W), A = self.config.grid_size, grid, self.config.num_attention_heads
@@ -404,7 +356,8 @@ class ViTOutput(ViTPart):
 
 
 class ViTDropPath(nn.Module):
-    """In training, zero for a share `p` of the images; the rest is scaled up to make up for it."""
+    """Stochastic depth: in training, zero for a share `p` of the images; the rest is scaled up to
+    keep the mean."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -421,7 +374,7 @@ class ViTLayer(ViTPart):
     """One pre-norm block: attention and MLP, each with a residual.
 
     Attributes:
-        drop_path_rate: how often, in training, an image goes around a branch.
+        drop_path_rate: how often, in training, an image skips a branch.
     """
 
     def __init__(self, drop_path_rate: float = 0.0, **kwargs):
@@ -434,8 +387,8 @@ class ViTLayer(ViTPart):
         self.drop_path = ViTDropPath(drop_path_rate)
         if self.config.has_layer_scale:
             D, value = self.config.hidden_size, self.config.layer_scale_init_value
-            self.lambda_1 = nn.Parameter(torch.full((D,), value))
-            self.lambda_2 = nn.Parameter(torch.full((D,), value))
+            add_parameter(self, "lambda_1", (D,), value)
+            add_parameter(self, "lambda_2", (D,), value)
 
     def forward(
         self,
@@ -451,7 +404,7 @@ class ViTLayer(ViTPart):
         Args:
             hidden_states: (B, S, D).
             head_mask: broadcasts against (B, A, S, S).
-            bias: added to the attention scores, as the one that all of BEiT's blocks share.
+            bias: added to the attention scores, such as the one that all of BEiT's blocks share.
             output_attentions: return the attention probabilities (B, A, S, S) too.
             grid: rows and columns of patches, for BEiT's bias; None means those of the config.
         """
@@ -539,7 +492,7 @@ class ViTEncoder(ViTPart):
 
 
 def spread_head_mask(head_mask, config: ViTConfig):
-    """(A,) or (L, A) -> (L, 1, A, 1, 1): one factor a layer and head."""
+    """(A,) or (L, A) -> (L, 1, A, 1, 1): one factor for each layer and head."""
     check_head_mask(head_mask.shape, config)
     if head_mask.ndim == 5:
         return head_mask
@@ -553,8 +506,8 @@ def mean_of_patches(hidden_states, config: ViTConfig):
 
 
 class ViTPooler(ViTPart):
-    """The class token, or the mean of the patches, through what `pooler_type` says: a dense layer
-    and `pooler_act`, a norm, or nothing."""
+    """One vector per image: the class token or the mean of the patches, and then, by `pooler_type`,
+    a dense layer with `pooler_act`, a norm, or nothing."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -571,6 +524,15 @@ class ViTPooler(ViTPart):
         if self.config.pooler_type == "token":
             return pooled  # (B, D)
         return activation(self.config.pooler_act)(self.dense(pooled))  # (B, pooler_output_size)
+
+
+def finish(output_class, outputs, flags, **results):
+    """An output with `results` and the hidden states and attentions of `outputs`; its tuple where
+    `flags` ask for that."""
+    output = output_class(
+        **results, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+    )
+    return output if flags.return_dict else output.to_tuple()
 
 
 class ViTModule(ViTPart):
@@ -630,22 +592,22 @@ class ViTModule(ViTPart):
         P = self.config.patch_height_width
         outputs = self.encoder(
             hidden_states,
-            head_mask,
-            flags.output_attentions,
-            flags.output_hidden_states,
-            (pixel_values.shape[2] // P[0], pixel_values.shape[3] // P[1]),
+            head_mask=head_mask,
+            output_attentions=flags.output_attentions,
+            output_hidden_states=flags.output_hidden_states,
+            grid=(pixel_values.shape[2] // P[0], pixel_values.shape[3] // P[1]),
         )
         last_hidden_state = outputs.last_hidden_state  # (B, S, D)
         if not self.config.norm_after_pooling:
             last_hidden_state = self.layernorm(last_hidden_state)
         pooled = self.pooler(last_hidden_state) if self.pooler is not None else None
-        output = BaseModelOutputWithPooling(
+        return finish(
+            BaseModelOutputWithPooling,
+            outputs,
+            flags,
             last_hidden_state=last_hidden_state,
             pooler_output=pooled,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )
-        return output if flags.return_dict else output.to_tuple()
 
 
 def add_network(part: ViTPart, **kwargs) -> None:
@@ -653,13 +615,20 @@ def add_network(part: ViTPart, **kwargs) -> None:
     part.add_module(part.config.base_model_prefix, part.make_network(**kwargs))
 
 
-def network(part: ViTPart) -> nn.Module:
-    """The base network of a model with a head."""
-    return part.get_submodule(part.config.base_model_prefix)
+def run_network(part: ViTPart, flags, pixel_values, **inputs):
+    """The base network of a model with a head, run with `inputs`; `flags` are the caller's."""
+    network = part.get_submodule(part.config.base_model_prefix)
+    return network(
+        pixel_values,
+        output_attentions=flags.output_attentions,
+        output_hidden_states=flags.output_hidden_states,
+        return_dict=True,
+        **inputs,
+    )
 
 
 class ViTForImageClassificationModule(ViTPart):
-    """The base network and a linear classifier on the class token, or on what `pooling` says."""
+    """The base network and a linear classifier on the class token, or as `pooling` says."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -679,7 +648,7 @@ class ViTForImageClassificationModule(ViTPart):
         """Run the network; arguments as `ViTModel`, and
 
         Args:
-            labels: (B,) class indices (-100 is left out), (B,) numbers for one label, or (B, K)
+            labels: (B,) class indices (-100 is ignored), (B,) numbers for one label, or (B, K)
                 for several labels; then `loss` is in the output. `config.problem_type` decides,
                 or, where it is None, the number of labels and the dtype.
 
@@ -691,26 +660,22 @@ class ViTForImageClassificationModule(ViTPart):
         """
         check_tensors(labels=labels)
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
-        outputs = network(self)(
+        outputs = run_network(
+            self,
+            flags,
             pixel_values,
             head_mask=head_mask,
-            output_attentions=flags.output_attentions,
-            output_hidden_states=flags.output_hidden_states,
             interpolate_pos_encoding=interpolate_pos_encoding,
-            return_dict=True,
         )
         logits = self.classifier(classifier_input(outputs, self.config))  # (B, K)
-        output = ImageClassifierOutput(
-            loss=None if labels is None else classification_loss(logits, labels, self.config),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        return output if flags.return_dict else output.to_tuple()
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, self.config)
+        return finish(ImageClassifierOutput, outputs, flags, loss=loss, logits=logits)
 
 
 def classifier_input(outputs, config: ViTConfig):
-    """What the classifier looks at, (B, classifier_width)."""
+    """Input of the classifier, (B, classifier_width)."""
     hidden_states = outputs.last_hidden_state
     if config.classifier_has_pooler:
         return outputs.pooler_output
@@ -722,19 +687,9 @@ def classifier_input(outputs, config: ViTConfig):
     return torch.cat((hidden_states[:, 0], mean), dim=1)
 
 
-def has_values(tensor) -> bool:
-    """Whether numbers can be looked at: not while a program is compiled, exported or captured, nor
-    under the transformations of `torch.func`."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if type(tensor) is not torch.Tensor or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return False
-    return not (tensor.is_meta or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()))
-
-
 def classification_loss(logits, labels, config: ViTConfig):
-    """Mean loss of `logits` (B, K): squared error, cross entropy (label -100 is left out) or
-    binary cross entropy, as `problem_type` says or the labels' dtype tells."""
+    """Mean loss of `logits` (B, K): squared error, cross entropy (label -100 is ignored) or
+    binary cross entropy, chosen by `problem_type` or, without one, by the labels' dtype."""
     integer = not labels.dtype.is_floating_point and labels.dtype != torch.bool
     problem_type = resolve_problem_type(config, integer)
     values = labels.cpu().numpy() if integer and has_values(labels) else labels
@@ -775,28 +730,27 @@ class DeiTForImageClassificationWithTeacherModule(ViTPart):
             InputError: an argument does not fit the model.
         """
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
-        outputs = network(self)(
+        outputs = run_network(
+            self,
+            flags,
             pixel_values,
             head_mask=head_mask,
-            output_attentions=flags.output_attentions,
-            output_hidden_states=flags.output_hidden_states,
             interpolate_pos_encoding=interpolate_pos_encoding,
-            return_dict=True,
         )
         cls_logits = self.cls_classifier(outputs.last_hidden_state[:, 0])  # (B, K)
         distillation_logits = self.distillation_classifier(outputs.last_hidden_state[:, 1])
-        output = DeiTForImageClassificationWithTeacherOutput(
+        return finish(
+            DeiTForImageClassificationWithTeacherOutput,
+            outputs,
+            flags,
             logits=(cls_logits + distillation_logits) / 2,
             cls_logits=cls_logits,
             distillation_logits=distillation_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )
-        return output if flags.return_dict else output.to_tuple()
 
 
 class BeitForMaskedImageModelingModule(ViTPart):
-    """The base network and the prediction of a visual token for each patch."""
+    """The base network and a head that predicts a visual token for each patch."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -829,27 +783,20 @@ class BeitForMaskedImageModelingModule(ViTPart):
         """
         check_tensors(labels=labels)
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
-        outputs = network(self)(
+        outputs = run_network(
+            self,
+            flags,
             pixel_values,
             bool_masked_pos=bool_masked_pos,
             head_mask=head_mask,
-            output_attentions=flags.output_attentions,
-            output_hidden_states=flags.output_hidden_states,
             interpolate_pos_encoding=interpolate_pos_encoding,
-            return_dict=True,
         )
         hidden_states = self.lm_layernorm(outputs.last_hidden_state)
         logits = self.lm_head(hidden_states[:, self.config.num_prefix_tokens :])  # (B, N, vocab)
         loss = None
         if labels is not None:
             loss = visual_token_loss(logits, labels, bool_masked_pos)
-        output = MaskedLMOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        return output if flags.return_dict else output.to_tuple()
+        return finish(MaskedLMOutput, outputs, flags, loss=loss, logits=logits)
 
 
 def visual_token_loss(logits, labels, bool_masked_pos):
@@ -906,14 +853,13 @@ class ViTForMaskedImageModelingModule(ViTPart):
         flags = self.config.resolve_flags(output_attentions, output_hidden_states, return_dict)
         if bool_masked_pos is not None:
             check_stride(self.config, pixel_values.shape[2], pixel_values.shape[3])
-        outputs = network(self)(
+        outputs = run_network(
+            self,
+            flags,
             pixel_values,
             bool_masked_pos=bool_masked_pos,
             head_mask=head_mask,
-            output_attentions=flags.output_attentions,
-            output_hidden_states=flags.output_hidden_states,
             interpolate_pos_encoding=interpolate_pos_encoding,
-            return_dict=True,
         )
         B, _, H, W = pixel_values.shape
         P = self.config.patch_height_width
@@ -929,13 +875,9 @@ class ViTForMaskedImageModelingModule(ViTPart):
             mask = bool_masked_pos.reshape(B, rows, columns)
             mask = mask.repeat_interleave(P[0], 1).repeat_interleave(P[1], 2)[:, None]
             loss = masked_reconstruction_loss(pixel_values, reconstruction, mask, self.config)
-        output = MaskedImageModelingOutput(
-            loss=loss,
-            reconstruction=reconstruction,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+        return finish(
+            MaskedImageModelingOutput, outputs, flags, loss=loss, reconstruction=reconstruction
         )
-        return output if flags.return_dict else output.to_tuple()
 
 
 def masked_reconstruction_loss(pixel_values, reconstruction, mask, config: ViTConfig):

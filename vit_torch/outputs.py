@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from torch.utils import _pytree
 
 from vit_common.outputs import (
@@ -26,11 +29,15 @@ __all__ = [
 
 
 def _register(output: type[ModelOutput]) -> None:
-    names = field_names(output)
+    # Only what is set: None is a leaf to torch, and `torch.func.vmap` refuses it.
+    def build(values: Iterable[Any], names: list[str]) -> ModelOutput:
+        given = dict(zip(names, values, strict=True))
+        return output.from_fields(given.get(name) for name in field_names(output))
+
     _pytree.register_pytree_node(
         output,
-        lambda value: ([getattr(value, name) for name in names], None),
-        lambda values, _: output.from_fields(values),
+        lambda value: (list(value.values()), list(value.keys())),
+        build,
         serialized_type_name=f"vit_torch.{output.__name__}",
     )
 

@@ -25,11 +25,11 @@ from vit_convert.save import Savable, SaveFormat
 from vit_convert.source import Source
 from vit_torch.attention import check_implementation
 from vit_torch.base import ModelBase
+from vit_torch.layers import initialize
 from vit_torch.model import (
     ViTForImageClassificationModule,
     ViTForMaskedImageModelingModule,
     ViTModule,
-    initialize,
 )
 
 # Keywords of Transformers 4.57.6 -> the values that ask for what happens here anyway.

@@ -66,7 +66,8 @@ def folded(
     Source: `main_linprobe.py` of facebookresearch/mae: `BatchNorm1d(affine=False, eps=1e-6)`.
     """
     found = next((match for name in tensors if (match := _STATISTICS.fullmatch(name))), None)
-    if found is None:
+    # Only under MAE's own names is that epsilon known.
+    if found is None or "patch_embed.proj.weight" not in tensors:
         return dict(tensors), None
     stem, place = found[1], int(found[2])
     norm, layer = f"{stem}{place}.", f"{stem}{place + 1}."

@@ -1,4 +1,4 @@
-"""`vit bench`: how many images a second, how many the device could do, and where the time goes."""
+"""`vit bench`: images per second, how many the device could do, and where the time goes."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def _print_head(result: Mapping[str, Any]) -> None:
     several = f"{result['devices']} x " if result["devices"] > 1 else ""
     print(
         f"{several}{result['device']}, jax {result['jax']}, {result['dtype']}, {H} x {W}, "
-        f"{result['gflop_per_image']:.3g} GFLOP an image"
+        f"{result['gflop_per_image']:.3g} GFLOP per image"
     )
 
 

@@ -177,7 +177,7 @@ def child() -> None:
 
 
 def _print(found: TPUReport) -> None:
-    print(f"{one_line(found.model)}, {found.programs[0].batch} images a chip, {found.dtype}")
+    print(f"{one_line(found.model)}, {found.programs[0].batch} images per chip, {found.dtype}")
     rows = [_TITLES, *map(_row, found.programs)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

@@ -9,6 +9,7 @@ the file's real size.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from decimal import Decimal, InvalidOperation
@@ -124,7 +125,8 @@ def open_checkpoint(path: str | PathLike) -> Checkpoint:
     path = Path(path)
     if path.name.endswith(INDEX_SUFFIX):
         return _open_shards(path)
-    if path.is_dir() and (folder := orbax_folder.find(path)) is not None:
+    # os.path's, which takes a name that no file can have for that of none.
+    if os.path.isdir(path) and (folder := orbax_folder.find(path)) is not None:
         checkpoint = Checkpoint(path, "orbax", orbax_folder.read(folder), {}, [])
         checkpoint.files = sorted(file for file in folder.rglob("*") if file.is_file())
         return checkpoint

@@ -303,7 +303,7 @@ def _locate(name_or_path: str | os.PathLike, hub: Mapping[str, Any]) -> Path | _
         if path.is_file():
             return path
         path = path / hub.get("subfolder", "")
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise MissingFileError(f"{path}: no such directory.")
         return path
     name, _, revision = text.partition("@")
@@ -314,7 +314,7 @@ def _locate(name_or_path: str | os.PathLike, hub: Mapping[str, Any]) -> Path | _
         or name.endswith(("/", *_SUFFIXES))
     ):
         raise MissingFileError(f"{text}: no such file or directory.")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ("@" in text and not revision):
+    if not _is_hub_name(name) or ("@" in text and not revision):
         raise MissingFileError(
             f"{text!r} is neither a file or directory here nor a Hub name such as 'owner/name' or "
             "'owner/name@revision'."
@@ -325,6 +325,20 @@ def _locate(name_or_path: str | os.PathLike, hub: Mapping[str, Any]) -> Path | _
             f"two revisions were given: {revision!r} in {text!r}, and `revision={given!r}`."
         )
     return _Repository(name, revision or given)
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether a repository can have that name, by the rules of the Hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _contents(directory: Path) -> str:

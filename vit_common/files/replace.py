@@ -25,7 +25,7 @@ def make_directory(path: str | os.PathLike) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise MissingFileError(f"{path}: wanted a directory; a file has that name.") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise MissingFileError(f"{path}: cannot be made a directory ({reason(error)}).") from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise MissingFileError(f"{path}: this directory cannot be written (permission denied).")

@@ -145,4 +145,6 @@ def default_image_processor(config: ViTConfig) -> ViTImageProcessor:
 def naming(source: Any, text: str) -> str:
     """The text of an error, with the name of the file in front if there is one."""
     name = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else ""
+    if len(name) >= 4096:  # longer than any path
+        return text
     return text if not name or text.startswith(f"{name}: ") else f"{name}: {text}"

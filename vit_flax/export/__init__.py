@@ -66,7 +66,7 @@ _IMAGES = 3
 def disabled_checks() -> Sequence[Any]:
     """`jax.export.DisabledSafetyCheck`s of kernels whose custom calls JAX does not promise to keep
     stable: the one place to name them."""
-    # A word of XLA's own on how an array lies in a TPU's memory (vit_flax/layout.py).
+    # XLA's own way to say how an array lies in a TPU's memory (`vit_flax.layers.row_major`).
     return (jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint"),)
 
 

@@ -15,7 +15,7 @@ def flax_gradients(model, pixels, inputs, dtype) -> dict[str, np.ndarray]:
     import jax
     import jax.numpy as jnp
 
-    from vit_flax.pretrained import canonical
+    from vit_flax.params import canonical
 
     x = jnp.asarray(as_dtype(pixels, dtype))
     arrays, flags = arrays_and_flags(inputs)

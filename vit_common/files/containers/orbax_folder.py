@@ -56,9 +56,9 @@ def read(folder: Path) -> dict[str, Tensor]:
     except ImportError as error:
         raise CheckpointError(
             f"{folder}: a folder written by Orbax, which is needed to read it: `pip install "
-            "orbax-checkpoint`. Or write one file where it is installed:\n"
-            "  params = orbax.checkpoint.PyTreeCheckpointer().restore(folder)\n"
-            '  open("model.msgpack", "wb").write(flax.serialization.to_bytes(params))'
+            "orbax-checkpoint`. Or write one file where it is installed: `params = "
+            "orbax.checkpoint.PyTreeCheckpointer().restore(folder)`, then "
+            '`open("model.msgpack", "wb").write(flax.serialization.to_bytes(params))`.'
         ) from error
     checkpointer = ocp.PyTreeCheckpointer()
     try:
