@@ -282,9 +282,9 @@ class _Fit:
         self._check_kinds()
         if self.mismatched and not self.ignore_mismatched_sizes:
             raise CheckpointError(
-                f"the shapes did not match {self.model}:\n" + self._mismatches() + ".\n"
-                "Give the configuration these weights were made with, or pass "
-                "`ignore_mismatched_sizes=True` to draw these parameters anew."
+                f"the shapes did not match {self.model}. Give the configuration these weights were "
+                "made with, or in Python pass `ignore_mismatched_sizes=True` to draw these "
+                f"parameters anew:\n{self._mismatches()}"
             )
         network = [
             name

@@ -135,7 +135,8 @@ class Job:
                         say(f"{len(every) - len(files)} of {len(every)} images are done already")
                 if hosts is not None:
                     files = [file for file in files if in_shard(file, hosts.index, hosts.count)]
-                outcome = self._work(files, target, hosts)
+                before = len(every) - len(files) if hosts is None else 0
+                outcome = self._work(files, target, hosts, before)
                 failed += outcome.failed
                 if target is not None and hosts is not None:
                     failed += _finish_for_all(hosts, target, every, failed)
@@ -171,8 +172,16 @@ class Job:
             output, resume=stream.resume, force=stream.force, run=self._settings, part=part
         )
 
-    def _work(self, files: list[str], target: RowFile | None, hosts: Hosts | None) -> _Outcome:
+    def _work(
+        self, files: list[str], target: RowFile | None, hosts: Hosts | None, before: int
+    ) -> _Outcome:
         """Do the files, and write what comes out.
+
+        Args:
+            files: images to do.
+            target: where rows go; None is standard output.
+            hosts: the other processes, if there are any.
+            before: images that an earlier run has done, for the message about an interruption.
 
         Raises:
             KeyboardInterrupt: it was interrupted; that is said.
@@ -209,7 +218,8 @@ class Job:
                     writer.flush()
                     kept = target is not None and (done or target.done)
                     how = "; --resume goes on from there" if kept else ""
-                    say(f"interrupted: {done} of {counted(len(files))} done{how}")
+                    total = counted(before + len(files))
+                    say(f"interrupted: {before + done} of {total} done{how}")
                 raise
             with progress.hidden():
                 writer.flush()
