@@ -12,8 +12,10 @@ from typing import Any, ClassVar, Literal
 from vit_common.checks import check_keywords
 from vit_common.config import CONFIG_NAME, ViTConfig
 from vit_common.errors import CheckpointError, InputError
+from vit_common.files.cards import ModelCard
 from vit_common.files.checkpoint import make_directory, save_checkpoint
-from vit_common.files.hub import PUSH_OPTIONS, push_folder, push_if_asked
+from vit_common.files.hub import PUSH_OPTIONS, push_if_asked
+from vit_common.versions import PACKAGE
 from vit_convert.formats import DESCRIBED, FILES, table_for
 from vit_convert.rules import TensorLike, to_foreign
 
@@ -101,6 +103,7 @@ class Savable:
     _saving_keywords: ClassVar[tuple[str, ...]] = ("max_shard_size", "safe_serialization", "to")
 
     config: Any
+    model_tags: list[str] | None = None
 
     def _check_save_keywords(self, given: Iterable[str]) -> None:
         """Raise InputError if keywords of `save_pretrained` are nothing that it knows."""
@@ -128,7 +131,37 @@ class Savable:
             max_shard_size=max_shard_size,
             own=own,
         )
-        push_if_asked(Path(directory), dict(upload), files=[path.name for path in written])
+        names = [path.name for path in written]
+        push_if_asked(Path(directory), dict(upload), files=names, card=self._model_card())
+
+    def _model_card(self) -> ModelCard:
+        """The card that an upload gives to a repository without one."""
+        config, own_class = self.config, type(self)
+        name = own_class.__name__.removeprefix("Flax")
+        is_ours = own_class.__module__.split(".")[0] in ("vit_flax", "vit_torch")
+        # Transformers' `pipeline` refuses repositories that name another library.
+        theirs = is_ours and not config.is_extended
+        metadata = {"library_name": "transformers" if theirs else PACKAGE}
+        if getattr(self, "head", None) in ("classifier", "teacher"):
+            metadata["pipeline_tag"] = "image-classification"
+        height, width = config.image_height_width
+        text = (
+            f"\n# {{repo}}\n\n`{name}` of the family `{config.model_type}`: "
+            f"{config.num_hidden_layers} layers of hidden size {config.hidden_size}, images of "
+            f"{height} x {width} pixels.\n\n## How to load it\n"
+        )
+        if is_ours:
+            text += "".join(
+                f"\nWith {title}:\n\n```python\nfrom {package} import {prefix}{name}\n\n"
+                f'model = {prefix}{name}.from_pretrained("{{repo}}")\n```\n'
+                for title, package, prefix in (
+                    ("JAX and Flax", "vit_flax", "Flax"),
+                    ("PyTorch", "vit_torch", ""),
+                )
+            )
+        else:  # a class of the user's own, which only they can say where to import from
+            text += f'\n```python\nmodel = {own_class.__name__}.from_pretrained("{{repo}}")\n```\n'
+        return ModelCard(metadata, text, tags=(PACKAGE,), added=self.model_tags or ())
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Write `config.json` and the weights into a directory."""
@@ -136,6 +169,9 @@ class Savable:
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Save into a temporary directory and upload it to the Hub.
+
+        A repository without a model card (README.md) gets one that says how to load the model. A
+        card that is there stays; only tags given to `add_model_tags` are added to it.
 
         Args:
             repo_id: "owner/name"; made if it is not there.
@@ -157,8 +193,8 @@ class Savable:
         _check_keywords(f"{type(self).__name__}.push_to_hub", kwargs, self._saving_keywords)
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory, **saving)
-            options = {name: value for name, value in kwargs.items() if name in PUSH_OPTIONS}
-            return push_folder(directory, repo_id, **options)
+            options = {**kwargs, "push_to_hub": True, "repo_id": repo_id}
+            return str(push_if_asked(Path(directory), options, card=self._model_card()))
 
 
 def _check_keywords(what: str, given: Iterable[str], known: Iterable[str]) -> None:

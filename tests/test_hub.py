@@ -17,11 +17,12 @@ import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.numpy
-from hub_server import HubServer, hub_server
+from hub_server import HubServer, Repository, hub_server
 from huggingface_hub import constants, file_download
 
 from vit_common.embedded import embedded_checkpoint
 from vit_common.errors import CheckpointError, InputError, MissingFileError
+from vit_common.files.cards import ModelCard
 from vit_common.files.checkpoint import open_checkpoint, save_checkpoint
 from vit_common.files.hub import (
     HUB_OPTIONS,
@@ -657,6 +658,81 @@ def test_push_if_asked(hub: HubServer, tmp_path: Path) -> None:
     assert url == f"{hub.url}/someone/my-vit/commit/{repository.refs['main']}"
     assert repository.messages == ["", "mine"]
     assert sorted(repository.commits[repository.refs["main"]]) == [".gitattributes", "config.json"]
+
+
+CARD = ModelCard({"library_name": "lib"}, "\n# {repo}\n", tags=("ours",), added=("a: b", "cats"))
+
+
+def _without_card(directory: Path) -> None:
+    _model(directory)
+    (directory / "README.md").unlink()
+
+
+def _card_of(repository: Repository, branch: str = "main") -> str | None:
+    found = repository.commits[repository.refs[branch]].get("README.md")
+    return None if found is None else found.decode()
+
+
+@uploads
+def test_a_repository_without_a_model_card_gets_one(hub: HubServer, tmp_path: Path) -> None:
+    """Read back by huggingface_hub's own class."""
+    _without_card(tmp_path)
+    push_folder(tmp_path, "someone/vit", token="hf_write", card=CARD)
+    text = _card_of(hub.repositories["someone/vit"])
+    assert text is not None
+    card = huggingface_hub.ModelCard(text)
+    assert card.data.to_dict() == {"library_name": "lib", "tags": ["ours", "a: b", "cats"]}
+    assert card.text.strip() == "# someone/vit"
+    assert not (tmp_path / "README.md").exists()
+    push_folder(tmp_path, "someone/vit", token="hf_write", revision="dev", card=CARD)
+    assert _card_of(hub.repositories["someone/vit"], "dev") == text
+    plain = CARD._replace(tags=(), added=())
+    push_folder(tmp_path, "someone/new", token="hf_write", create_pr=True, card=plain)
+    text = _card_of(hub.repositories["someone/new"], "refs/pr/1")
+    assert huggingface_hub.ModelCard(str(text)).data.to_dict() == {"library_name": "lib"}
+    (tmp_path / "README.md").write_text("mine")
+    push_folder(tmp_path, "someone/other", token="hf_write", card=CARD)
+    assert _card_of(hub.repositories["someone/other"]) == "mine"
+
+
+@uploads
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("# Mine\n", ["a: b", "cats"]),
+        ("---\nlicense: mit\n---\n# Mine\n", ["a: b", "cats"]),
+        ("---\nlicense: mit\ntags:\n- cats\n- x\n---\n# Mine\n", ["cats", "x", "a: b"]),
+        ("---\ntags: cats\nlicense: mit\n---\n\n# Mine\n", ["cats", "a: b"]),
+        ("---\r\ntags: [x]\r\n---\r\n# Mine\r\n", ["x", "a: b", "cats"]),
+    ],
+)
+def test_tags_are_added_to_a_card_that_is_there(
+    hub: HubServer, tmp_path: Path, before: str, after: list[str]
+) -> None:
+    _without_card(tmp_path)
+    repository = hub.add("someone/vit", {"README.md": before.encode()})
+    push_folder(tmp_path, "someone/vit", token="hf_write", card=CARD._replace(added=()))
+    assert _card_of(repository) == before
+    push_folder(tmp_path, "someone/vit", token="hf_write", card=CARD)
+    text = str(_card_of(repository))
+    old, new = huggingface_hub.ModelCard(before), huggingface_hub.ModelCard(text)
+    assert new.text.strip() == old.text.strip() == "# Mine"
+    assert new.data.to_dict() == {**old.data.to_dict(), "tags": after}
+    push_folder(tmp_path, "someone/vit", token="hf_write", card=CARD)
+    assert _card_of(repository) == text
+
+
+@uploads
+@pytest.mark.parametrize("broken", ["---\ntags: [x\n---\n", "---\n- x\n---\n", b"\xff\xfe"])
+def test_a_card_that_cannot_be_read_stays(hub: HubServer, tmp_path: Path, broken) -> None:
+    _without_card(tmp_path)
+    content = broken if isinstance(broken, bytes) else broken.encode()
+    repository = hub.add("someone/vit", {"README.md": content})
+    with pytest.warns(UserWarning, match=r"someone/vit: the front matter of its README\.md cannot"):
+        push_folder(tmp_path, "someone/vit", token="hf_write", card=CARD)
+    files = repository.commits[repository.refs["main"]]
+    assert files["README.md"] == content
+    assert files["config.json"]
 
 
 def test_uploads_that_are_refused(hub: HubServer, tmp_path: Path, monkeypatch) -> None:

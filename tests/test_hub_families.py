@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import transformers
 from hub_server import HubServer
 from networks import randomize
-from test_hub import hub, waits  # noqa: F401  # fixtures
+from saved_models import framework_fixture, made  # noqa: F401  # fixtures
+from test_hub import hub, uploads, waits  # noqa: F401  # fixtures
 from timm_models import timm
 
 import vit_flax
@@ -117,3 +120,58 @@ def test_a_model_asks_for_its_configuration_once(hub, tmp_path, cls, monkeypatch
     monkeypatch.setattr(hub_module, "_download", counted)
     cls.from_pretrained("someone/vit")
     assert downloads == ["config.json", "model.safetensors"]
+
+
+def as_card(repository) -> huggingface_hub.ModelCard:
+    text = repository.commits[repository.refs["main"]]["README.md"].decode()
+    return huggingface_hub.ModelCard(text)
+
+
+@uploads
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
+def test_the_model_card_of_an_upload(hub, tmp_path, framework, way):  # noqa: F811
+    """It says what huggingface_hub reads out of it, and its code runs."""
+
+    def push(model, **options):
+        if way == "push_to_hub":
+            model.push_to_hub("someone/vit", **options)
+        else:
+            model.save_pretrained(tmp_path, push_to_hub=True, repo_id="someone/vit", **options)
+
+    model = made(framework, "classifier")
+    model.add_model_tags(["cats", "dogs"])
+    push(model, token="hf_write")
+    repository = hub.repositories["someone/vit"]
+    card = as_card(repository)
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "image-classification",
+        "tags": ["vitflax", "cats", "dogs"],
+    }
+    for code, twin in zip(
+        re.findall(r"```python\n(.+?)```", card.text, re.S),
+        (vit_flax.FlaxViTForImageClassification, vit_torch.ViTForImageClassification),
+        strict=True,
+    ):
+        names: dict = {}
+        exec(code, names)
+        assert type(names["model"]) is twin
+    assert not (tmp_path / "README.md").exists()
+    mine = b"---\nlicense: mit\ntags:\n- cats\n---\n# Mine\n"
+    repository.commit({"README.md": mine})
+    push(model, use_auth_token="hf_write")
+    theirs = transformers.utils.hub.create_and_tag_model_card("someone/vit", ["cats", "dogs"])
+    assert as_card(repository).data.to_dict() == theirs.data.to_dict()
+    assert as_card(repository).text.strip() == "# Mine"
+
+
+@uploads
+def test_model_cards_of_other_models(hub, framework):  # noqa: F811
+    made(framework, None).push_to_hub("someone/base", token="hf_write")
+    card = as_card(hub.repositories["someone/base"])
+    assert card.data.to_dict() == {"library_name": "transformers", "tags": ["vitflax"]}
+    # Transformers cannot hold this network.
+    made(framework, "classifier", num_register_tokens=1).push_to_hub(
+        "someone/more", token="hf_write"
+    )
+    assert as_card(hub.repositories["someone/more"]).data.library_name == "vitflax"

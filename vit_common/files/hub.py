@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from vit_common.errors import InputError, MissingFileError, some, warn
+from vit_common.files.cards import CARD_NAME, ModelCard
 from vit_common.files.checkpoint import INDEX_SUFFIX, shard_names
 from vit_common.files.containers import orbax_folder
 from vit_common.files.texts import reason
@@ -539,6 +540,7 @@ def push_folder(
     revision: str | None = None,
     create_pr: bool = False,
     exist_ok: bool = True,
+    card: ModelCard | None = None,
 ) -> str:
     """Upload the model in a directory as one commit; the repository is made if it is not there.
 
@@ -553,6 +555,8 @@ def push_folder(
         revision: branch to commit to, made if it is not there.
         create_pr: open a pull request instead of committing to the branch.
         exist_ok: whether the repository may be there already.
+        card: model card for a repository that has none, unless one is among the files; tags are
+            added to an existing one.
 
     Returns:
         The address of the commit, or of the pull request.
@@ -582,9 +586,13 @@ def push_folder(
         repo = api.create_repo(repo_id, private=private, exist_ok=exist_ok).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo, branch=revision, exist_ok=True)
+        added = [CommitOperationAdd(path.name, str(path)) for path in paths]
+        if card is not None and CARD_NAME not in [path.name for path in paths]:
+            text = card.to_upload(api, repo, revision)
+            added += [] if text is None else [CommitOperationAdd(CARD_NAME, text)]
         commit = api.create_commit(
             repo,
-            [CommitOperationAdd(path.name, str(path)) for path in paths],
+            added,
             commit_message=commit_message or "Upload model",
             revision=revision,
             create_pr=create_pr,
@@ -613,7 +621,10 @@ def _explain_upload(error: Exception, repo_id: str) -> MissingFileError:
 
 
 def push_if_asked(
-    directory: Path, kwargs: MutableMapping[str, Any], files: Iterable[str] | None = None
+    directory: Path,
+    kwargs: MutableMapping[str, Any],
+    files: Iterable[str] | None = None,
+    card: ModelCard | None = None,
 ) -> str | None:
     """Upload what a `save_pretrained` wrote, where its `push_to_hub=True` asks for that.
 
@@ -638,4 +649,6 @@ def push_if_asked(
     repo_id = kwargs.pop("repo_id", None) or Path(directory).resolve().name
     if not wanted:
         return None
+    if card is not None:
+        options["card"] = card
     return push_folder(directory, repo_id, files=files, **options)

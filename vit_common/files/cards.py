@@ -1,0 +1,89 @@
+"""Model cards: the README.md of a Hub repository, with YAML front matter that the Hub reads."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vit_common.errors import warn
+
+CARD_NAME = "README.md"
+
+
+class ModelCard(NamedTuple):
+    """What the card of an uploaded model says.
+
+    Attributes:
+        metadata: front matter of a new card, without tags.
+        text: body of a new card in Markdown; "{repo}" stands for the repository's name.
+        tags: tags that a new card starts with.
+        added: tags that are added to a new card and to one that is there already.
+    """
+
+    metadata: Mapping[str, Any]
+    text: str
+    tags: Sequence[str] = ()
+    added: Sequence[str] = ()
+
+    def to_upload(self, api: Any, repo: str, revision: str | None = None) -> bytes | None:
+        """The card to upload, or None where the repository's own stays as it is.
+
+        Only tags are ever added to a card that is there already.
+
+        Args:
+            api: `huggingface_hub.HfApi`, which asks the Hub.
+            repo: "owner/name" of a repository that exists.
+            revision: branch that is committed to.
+
+        Warns:
+            UserWarning: the front matter of the existing card cannot be read, so that tags cannot
+                be added.
+
+        Raises:
+            Exception: whatever `huggingface_hub` raises where the Hub does not answer.
+        """
+        exists = api.file_exists(repo, CARD_NAME, revision=revision)
+        if exists and not self.added:
+            return None
+        with tempfile.TemporaryDirectory() as directory:
+            if not exists:
+                path = Path(directory) / CARD_NAME
+                path.write_text(self.text.replace("{repo}", repo), encoding="utf-8")
+                tags = [*dict.fromkeys((*self.tags, *self.added))]
+                _save(path, {**self.metadata, **({"tags": tags} if tags else {})})
+                return path.read_bytes()
+            path = Path(
+                api.hf_hub_download(repo, CARD_NAME, revision=revision, local_dir=directory)
+            )
+            return _with_tags(path, self.added, repo)
+
+
+def _with_tags(path: Path, added: Sequence[str], repo: str) -> bytes | None:
+    """The card in a file with more tags; None if it has them all, or cannot be read."""
+    from huggingface_hub import metadata_load
+
+    try:
+        metadata = metadata_load(path) or {}
+        known = metadata.get("tags") or []
+        known = [known] if isinstance(known, str) else list(known)
+    except Exception as error:  # of the YAML parser: whatever people write there
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        warn(
+            f"{repo}: the front matter of its {CARD_NAME} cannot be read ({why}), so no tags were "
+            "added to it."
+        )
+        return None
+    new = [tag for tag in dict.fromkeys(added) if tag not in known]
+    if not new:
+        return None
+    _save(path, {**metadata, "tags": [*known, *new]})
+    return path.read_bytes()
+
+
+def _save(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write front matter into a card, in place of what there is."""
+    from huggingface_hub import metadata_save
+
+    metadata_save(path, dict(metadata))
