@@ -61,7 +61,7 @@ def _open_result(plan: Plan, written: Path):
             yield source.config, source.mapped.tensors
         return
     with open_checkpoint(written) as checkpoint:
-        hints = {"model_type": plan.config.model_type}
+        hints = {"model_type": plan.config.base_family}
         read = read_tensors(checkpoint, format=plan.to, hints=hints)
         yield plan.config, read.mapped.tensors
 

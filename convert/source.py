@@ -225,7 +225,7 @@ def open_source(
             settled, left_over = _settle(table, path, place, given, wanted, accept)
         hints = {"suffix": path.suffix}
         if settled is not None:
-            hints["model_type"] = settled.model_type
+            hints["model_type"] = settled.base_family
         if timm is not None:
             hints["architecture"] = str(timm["architecture"])
         read = read_tensors(checkpoint, format=format, hints=hints)

@@ -15,6 +15,7 @@ from tolerances import BOUNDS
 
 import vit_flax
 import vit_torch
+from vit_common import families
 from vit_common.config import AutoConfig, ViTConfig
 from vit_common.errors import ConfigError, InputError, MissingFileError
 from vit_torch.parity import difference
@@ -259,3 +260,129 @@ def test_public_names():
             config_class = getattr(package, f"{prefix}{family}PreTrainedModel").config_class
             assert config_class is getattr(package, f"{family}Config")
         assert {"AutoConfig", "AutoImageProcessor", f"{prefix}BeitForMaskedImageModeling"} <= names
+
+
+@pytest.fixture
+def unregistered(monkeypatch):
+    """What a test registers is gone afterwards."""
+    for mapping in (families.CONFIG_CLASSES, families.CONFIG_MAPPING):
+        for name in [*mapping]:  # so that each is put back
+            monkeypatch.setitem(mapping, name, mapping[name])
+    before = {id(m): dict(m) for m in (families.CONFIG_CLASSES, families.CONFIG_MAPPING)}
+    for autos in AUTO.values():
+        for auto in autos:
+            monkeypatch.setattr(auto, "registered", {})
+            if auto.mapping is not None:
+                monkeypatch.setattr(auto, "mapping", dict(auto.mapping))
+    yield
+    for mapping in (families.CONFIG_CLASSES, families.CONFIG_MAPPING):
+        for name in set(mapping) - set(before[id(mapping)]):
+            del mapping[name]
+
+
+@pytest.mark.parametrize("twin", [0, 1], ids=["flax", "torch"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_of_ones_own(unregistered, tmp_path, family, twin):
+    """Registered as with Transformers 4.57.6, whose own family of that kind gives the outputs."""
+    kind, flax = "ForImageClassification", twin == 0
+    package = vit_flax if flax else vit_torch
+    auto = AUTO[kind][twin]
+    theirs = reference(family, family + kind).eval()
+    base = getattr(package, ("Flax" if flax else "") + family + kind)
+    config_base = getattr(vit_torch, f"{family}Config")
+
+    class MineConfig(config_base):
+        model_type = "mine"
+
+        def __init__(self, extra=1, **kwargs):
+            self.extra = extra
+            super().__init__(**kwargs)
+
+    class Mine(base):
+        config_class = MineConfig
+
+    AutoConfig.register("mine", MineConfig)
+    auto.register(MineConfig, Mine)
+    AutoConfig.register("mine", MineConfig)  # Transformers takes the same twice
+    auto.register(MineConfig, Mine)
+    config = AutoConfig.for_model("mine", extra=3, **fields_of(family))
+    model = auto.from_config(config)
+    assert type(model) is Mine
+    theirs.save_pretrained(tmp_path)
+    table = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**table, "model_type": "mine", "extra": 3}))
+    model = auto.from_pretrained(tmp_path)
+    assert type(model) is Mine
+    assert type(model.config) is MineConfig
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == "mine"
+    again = auto.from_pretrained(tmp_path / "again")
+    assert type(again) is Mine
+    assert again.config.extra == 3
+    x = pixels()
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(x)).logits.numpy()
+        got = first(again(x if flax else torch.tensor(x)))
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-4)
+    if flax:
+        assert auto.mapping[MineConfig] is Mine
+
+
+def test_an_extended_network_of_a_family_of_ones_own(unregistered, tmp_path):
+    class MineConfig(ViTConfig):
+        model_type = "mine"
+
+    class Mine(vit_torch.ViTModel):
+        config_class = MineConfig
+
+    AutoConfig.register("mine", MineConfig)
+    vit_torch.AutoModel.register(MineConfig, Mine)
+    Mine(MineConfig(**SMALL, num_register_tokens=2)).save_pretrained(tmp_path)
+    again = vit_torch.AutoModel.from_pretrained(tmp_path)
+    assert type(again) is Mine
+    assert again.config.num_register_tokens == 2
+
+
+def test_what_cannot_be_registered(unregistered):
+    """Refused here and by Transformers 4.57.6; the built-in ones only with `exist_ok`."""
+
+    class MineConfig(ViTConfig):
+        model_type = "mine"
+
+    class TheirsConfig(transformers.ViTConfig):
+        model_type = "mine"
+
+    class Mine(vit_torch.ViTModel):
+        pass
+
+    for register, config in (
+        (transformers.AutoConfig.register, TheirsConfig),
+        (AutoConfig.register, MineConfig),
+    ):
+        with pytest.raises(ValueError, match="model_type"):
+            register("other", config)
+    with pytest.raises(ValueError, match="already used"):
+        transformers.AutoConfig.register("vit", transformers.ViTConfig)
+    with pytest.raises(ConfigError, match="'vit' is built in; use another"):
+        AutoConfig.register("vit", ViTConfig)
+    with pytest.raises(ConfigError, match="`config` must be a subclass of ViTConfig"):
+        AutoConfig.register("mine", TheirsConfig)
+    with pytest.raises(ValueError, match="not consistent"):
+        transformers.AutoModel.register(TheirsConfig, transformers.ViTModel)
+    with pytest.raises(InputError, match="must be that of ViTModel, ViTConfig; given MineConfig"):
+        vit_torch.AutoModel.register(MineConfig, vit_torch.ViTModel)
+    with pytest.raises(ValueError, match="already used"):
+        transformers.AutoModel.register(transformers.ViTConfig, transformers.ViTModel)
+    with pytest.raises(InputError, match="has a class for ViTConfig already"):
+        vit_torch.AutoModel.register(ViTConfig, Mine)
+    with pytest.raises(InputError, match="`model_class` must be a subclass"):
+        vit_torch.AutoModel.register(MineConfig, dict)
+    with pytest.raises(InputError, match="`config_class` must be a subclass"):
+        vit_torch.AutoModel.register(TheirsConfig, Mine)
+    vit_torch.AutoModel.register(ViTConfig, Mine, exist_ok=True)
+    assert type(vit_torch.AutoModel.from_config(ViTConfig(**SMALL))) is Mine
+    # Transformers' models take a subclass of their configuration, too.
+    assert type(vit_torch.ViTModel(MineConfig(**SMALL)).config) is MineConfig
+    transformers.ViTModel(TheirsConfig(**SMALL))
+    with pytest.raises(ConfigError, match="no class for the family 'mine'; wanted one of vit, "):
+        vit_torch.AutoModel.from_config(MineConfig(**SMALL))

@@ -90,6 +90,10 @@ class ViTConfig:
     """`model_type` in files of networks that Transformers' ViT cannot hold, so that it refuses them
     instead of running another network."""
 
+    base_family: ClassVar[str] = "vit"
+    """`model_type` of the family whose network this is; a subclass with a `model_type` of its own
+    keeps that of the class it is made from."""
+
     # As in Transformers, for code that asks.
     attribute_map: ClassVar[dict[str, str]] = {}
     sub_configs: ClassVar[dict[str, Any]] = {}
@@ -149,10 +153,13 @@ class ViTConfig:
         super().__init_subclass__(**kwargs)
         if fields is not None:
             cls.fields = fields
+            cls.base_family = cls.model_type
             _FAMILIES[cls.model_type] = cls
             _describe(cls)
         elif "__init__" in vars(cls):
             cls.__signature__ = None  # its own
+        if "model_type" in vars(cls) and "extended_type" not in vars(cls):
+            cls.extended_type = cls.model_type  # or its files would be read as another class
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if len(args) > len(self.fields):
@@ -316,7 +323,7 @@ class ViTConfig:
     @property
     def base_model_prefix(self) -> str:
         """Name of the network inside a model with a head; the prefix of its weights' names."""
-        return self.model_type
+        return self.base_family
 
     @property
     def use_key_bias(self) -> bool:
@@ -757,7 +764,7 @@ _FAMILIES: dict[str, type[ViTConfig]] = {
 _describe(ViTConfig)
 
 
-def config_classes() -> Mapping[str, type[ViTConfig]]:
+def config_classes() -> dict[str, type[ViTConfig]]:
     """`model_type` -> class, for every family."""
     importlib.import_module("vit_common.families")  # they announce themselves, see ViTConfig
     return _FAMILIES
@@ -807,7 +814,8 @@ def as_config(config: Any, wanted: type[ViTConfig] = ViTConfig) -> Any:
         ConfigError: it is neither, or of another architecture.
     """
     if isinstance(config, ViTConfig):
-        if config.model_type != wanted.model_type:
+        own = isinstance(config, wanted) and config.base_family == wanted.base_family
+        if config.model_type != wanted.model_type and not own:
             raise ConfigError(
                 f"`config` must be a {wanted.__name__}; given {type(config).__name__}. "
                 + config.use_instead()

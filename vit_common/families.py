@@ -177,6 +177,9 @@ CONFIG_CLASSES = config_classes()
 CONFIG_MAPPING = {cls.model_type: cls for cls in CONFIG_CLASSES.values()}
 """The same by Transformers' names alone, for code that imports its `CONFIG_MAPPING`."""
 
+BUILT_IN: Mapping[str, type[ViTConfig]] = dict(CONFIG_CLASSES)
+"""As `CONFIG_CLASSES`, without what `AutoConfig.register` adds."""
+
 
 # Keys of `vit_mae` for its decoder and its training, which an encoder does not have.
 _MAE_ONLY = (
@@ -222,6 +225,43 @@ class AutoConfig:
         raise ConfigError(
             "AutoConfig is not a configuration itself; call AutoConfig.from_pretrained(name)."
         )
+
+    @staticmethod
+    def register(model_type: str, config: type[ViTConfig], exist_ok: bool = False) -> None:
+        """Make a configuration class of one's own known by its `model_type`.
+
+        Args:
+            model_type: as in `config.json`.
+            config: a subclass of one of the configurations here, with that `model_type`.
+            exist_ok: True lets it take the place of a family that is built in.
+
+        Raises:
+            ConfigError: the class is none that can be registered, or the family is built in.
+
+        Source: `AutoConfig.register` of Transformers 4.57.6, `models/auto/configuration_auto.py`.
+
+        Example:
+            >>> class MyConfig(ViTConfig):
+            ...     model_type = "my_vit"
+            >>> AutoConfig.register("my_vit", MyConfig)
+        """
+        if not (isinstance(config, type) and issubclass(config, ViTConfig)):
+            raise ConfigError(
+                "`config` must be a subclass of ViTConfig or of another configuration here; given "
+                f"{shown(config)}."
+            )
+        if config.model_type != model_type:
+            raise ConfigError(
+                f"`model_type` must be that of {config.__name__}, {config.model_type!r}; given "
+                f"{shown(model_type)}. Set `model_type` in the class to change it."
+            )
+        if model_type in BUILT_IN and not exist_ok:
+            raise ConfigError(
+                f"the family {model_type!r} is built in; use another `model_type`, or pass "
+                "`exist_ok=True` to put your class in its place."
+            )
+        config_classes()[model_type] = config
+        CONFIG_MAPPING[model_type] = config
 
     @classmethod
     def for_model(cls, model_type: str, *args: Any, **kwargs: Any) -> ViTConfig:

@@ -70,3 +70,6 @@ FLAX_MODEL_MAPPING = _by_config(FlaxAutoModel)
 
 FLAX_MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING = _by_config(FlaxAutoModelForImageClassification)
 """Class of a configuration -> class of its classifier."""
+
+FlaxAutoModel.mapping = FLAX_MODEL_MAPPING
+FlaxAutoModelForImageClassification.mapping = FLAX_MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING

@@ -78,7 +78,7 @@ def to_transformers_tree(params: Mapping[str, Any], config: ViTConfig) -> dict[s
 def _turned(params: Mapping[str, Any], config: ViTConfig, back: bool) -> dict[str, Any]:
     flat = flatten_dict(unfreeze(params) if isinstance(params, FrozenDict) else dict(params))
     unknown: set[Path] = set(flat)
-    for head in _HEADS.get(config.model_type, (None, "classifier")):
+    for head in _HEADS.get(config.base_family, (None, "classifier")):
         names = parameter_shapes(config, head, add_pooling_layer=True, use_mask_token=True)
         paths, ours = transformers_paths(config, names), tree_shapes(names, TREE)
         if back:
@@ -107,7 +107,7 @@ def transformers_paths(config: ViTConfig, shapes: Shapes) -> dict[Path, Path]:
 
 def _table_shapes(shapes: Shapes, config: ViTConfig) -> dict[Path, tuple[int, ...]]:
     for table in FORMATS:
-        is_theirs = table.name == "flax" and config.model_type in table.families
+        is_theirs = table.name == "flax" and config.base_family in table.families
         if is_theirs and (table.fits is None or table.fits(config, None)):
             return tree_shapes(shapes, table)
     return tree_shapes(shapes, TREE)

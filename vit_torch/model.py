@@ -299,7 +299,7 @@ def with_probabilities(hidden_states, probabilities, output_attentions: bool, pa
     """
     if output_attentions:
         return hidden_states, probabilities
-    return (hidden_states,) if part.config.model_type == "beit" else hidden_states
+    return (hidden_states,) if part.config.base_family == "beit" else hidden_states
 
 
 class ViTAttention(ViTPart):

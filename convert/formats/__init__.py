@@ -87,7 +87,7 @@ def table_for(name: str, config: ViTConfig, head: Head | None = None) -> Format:
     """
     check_format(name)
     written = [table for table in FORMATS if table.name == name and table.written]
-    fitting = [table for table in written if config.model_type in table.families]
+    fitting = [table for table in written if config.base_family in table.families]
     if not fitting:
         families = ", ".join(dict.fromkeys(f for table in written for f in table.families))
         raise InputError(

@@ -105,7 +105,7 @@ def _architecture(config: ViTConfig) -> tuple[str, dict[str, Any]]:
     """The nearest of timm's names, and the arguments that make it this network."""
     rows, columns = config.patch_height_width
     patch: Any = rows if rows == columns else [rows, columns]
-    family = _FAMILIES.get(config.model_type, "vit")
+    family = _FAMILIES.get(config.base_family, "vit")
     sizes = (
         config.hidden_size,
         config.num_hidden_layers,

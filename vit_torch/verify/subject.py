@@ -86,7 +86,7 @@ class Subject:
         return getattr(module, flax + class_name(self.config, self.head))
 
     def _options(self) -> dict[str, Any]:
-        plain = self.head is None and self.config.model_type in ("vit", "deit")
+        plain = self.head is None and self.config.base_family in ("vit", "deit")
         parts = {"add_pooling_layer": self.pooled, "use_mask_token": self.masked} if plain else {}
         return {**parts, "ignore": self.ignore}
 
