@@ -561,6 +561,39 @@ def test_attributes_as_in_transformers(name, twin, peer):
     assert ASKED[name](twin) == ASKED[name](peer)
 
 
+@pytest.mark.parametrize("given", ["AutoModel", transformers.AutoModelForImageClassification])
+def test_register_for_auto_class(given):
+    class Ours(vit_torch.ViTModel):
+        pass
+
+    class Theirs(transformers.ViTModel):
+        pass
+
+    for cls, base in ((Ours, vit_torch.ViTModel), (Theirs, transformers.ViTModel)):
+        cls.register_for_auto_class()
+        assert cls._auto_class == "AutoModel"
+        cls.register_for_auto_class(given)
+        assert base._auto_class is None
+        with pytest.raises(ValueError, match=r"(?i)auto.class"):
+            cls.register_for_auto_class("Model")
+    assert Ours._auto_class == Theirs._auto_class
+
+
+@pytest.mark.parametrize("family", ["Dinov2", "Dinov2WithRegisters"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_parameters_without_a_gradient(family, masked):
+    """A mask token without `bool_masked_pos` has none, in Transformers too."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    without = []
+    for package in (vit_torch, transformers):
+        config = getattr(package, f"{family}Config")(**sizes, image_size=8, patch_size=4)
+        model = getattr(package, f"{family}Model")(config)
+        mask = {"bool_masked_pos": torch.tensor([[True, False, False, True]])} if masked else {}
+        model(torch.randn(1, 3, 8, 8), **mask).last_hidden_state.sum().backward()
+        without.append({n for n, p in model.named_parameters() if p.grad is None})
+    assert without[0] == without[1] == (set() if masked else {"embeddings.mask_token"})
+
+
 def test_a_tag_of_one_model_is_no_other_models(twin, peer):
     twin.add_model_tags("one")
     assert type(twin).model_tags is None

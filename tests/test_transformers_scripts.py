@@ -289,6 +289,30 @@ def test_mappings_and_small_methods():
     assert isinstance(beit(IMAGES), vit_flax.FlaxBeitModelOutputWithPooling)
 
 
+def test_attributes_of_flax_models_as_in_transformers(tmp_path):
+    class Ours(vit_flax.FlaxViTModel):
+        pass
+
+    class Theirs(transformers.FlaxViTModel):
+        pass
+
+    transformers.ViTModel(transformers.ViTConfig(**VIT)).save_pretrained(tmp_path)
+    ours, theirs = Ours.from_pretrained(tmp_path), Theirs.from_pretrained(tmp_path, from_pt=True)
+    assert ours.generation_config is theirs.generation_config is None
+    assert ours.name_or_path == str(tmp_path)  # as their PyTorch models have it
+    shapes = [
+        jax.tree.map(lambda x: (x.shape, x.dtype), m._params_shape_tree) for m in (ours, theirs)
+    ]
+    assert shapes[0] == unfreeze(shapes[1])
+    for model in (ours, theirs):
+        assert model._auto_class is None
+        model.register_for_auto_class()
+        assert type(model)._auto_class == "FlaxAutoModel"
+        with pytest.raises(ValueError, match=r"(?i)auto.class"):
+            model.register_for_auto_class("Model")
+    assert vit_flax.FlaxViTModel._auto_class is None
+
+
 class TrainState(train_state.TrainState):
     dropout_rng: jax.Array
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -29,6 +30,20 @@ def check_positive(name: str, value: Any) -> int:
     if number is None or number < 1:
         raise InputError(f"`{name}` must be a positive integer; given {shown(value)}.")
     return number
+
+
+def auto_class_name(auto_class: str | type) -> str:
+    """The name in an argument of `register_for_auto_class`: an `Auto` class or its name.
+
+    Raises:
+        InputError: it is no such name.
+    """
+    name = getattr(auto_class, "__name__", auto_class)
+    if not isinstance(name, str) or not re.fullmatch(r"(Flax|TF)?Auto[A-Z]\w*", name):
+        raise InputError(
+            f"`auto_class` must be an Auto class or the name of one; given {shown(auto_class)}."
+        )
+    return name
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

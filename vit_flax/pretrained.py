@@ -24,6 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_common.checks import (
     Interpolate,
+    auto_class_name,
     check_keywords,
     check_labels,
     check_positive,
@@ -119,6 +120,9 @@ class FlaxPreTrainedModel(Loadable, Savable):
     main_input_name: ClassVar[str] = "pixel_values"
     module_class: ClassVar[type[nn.Module] | None] = None
     head: ClassVar[Head | None] = None
+    generation_config: ClassVar[None] = None
+    model_tags: list[str] | None = None
+    _auto_class: str | None = None
     _saving_keywords: ClassVar = ("params", *Savable._saving_keywords)
     _preferred_files: ClassVar = ("from_pt", _TORCH_FILES)
 
@@ -243,6 +247,16 @@ class FlaxPreTrainedModel(Loadable, Savable):
                 for path, shape in self._shapes.items()
             }
         )
+
+    @property
+    def _params_shape_tree(self) -> dict[str, Any]:
+        """`params_shape_tree`, as Transformers 4.57.6 names it inside its models."""
+        return self.params_shape_tree
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the weights came from, or ""."""
+        return getattr(self._config, "name_or_path", "")
 
     def _canonical_shapes(self) -> dict[str, tuple[int, ...]]:
         module = self._module
@@ -716,7 +730,15 @@ class FlaxPreTrainedModel(Loadable, Savable):
         tree = self.params if self._is_initialized else self.params_shape_tree
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-    model_tags: list[str] | None = None
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "FlaxAutoModel") -> None:
+        """Record an Auto class's name in `_auto_class`. Nothing else follows: no code is written
+        beside weights or run from there. `FlaxAutoModel.register` makes a class load through Auto.
+
+        Raises:
+            InputError: it is not an Auto class.
+        """
+        cls._auto_class = auto_class_name(auto_class)
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         """Add tags for the model card; those that are there already are left."""

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from vit_common.checks import auto_class_name
 from vit_common.config import ViTConfig, as_config
 from vit_common.errors import InputError
 from vit_common.parameters import Head, initial_value
@@ -74,7 +75,7 @@ class ModelBase(ViTPart):
     _keys_to_ignore_on_load_unexpected: list[str] | None = None
     _keys_to_ignore_on_save: list[str] | None = None
     _tied_weights_keys: ClassVar[None] = None
-    _auto_class: ClassVar[None] = None
+    _auto_class: str | None = None
     _tp_plan: ClassVar[None] = None
     _pp_plan: ClassVar[None] = None
     _hf_peft_config_loaded: ClassVar[bool] = False
@@ -185,6 +186,16 @@ class ModelBase(ViTPart):
         """
         parameters = self.num_parameters(exclude_embeddings=exclude_embeddings)
         return 6 * self.estimate_tokens(input_dict) * parameters
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """Record an Auto class's name in `_auto_class`. Nothing else follows: no code is written
+        beside weights or run from there. `AutoModel.register` makes a class load through Auto.
+
+        Raises:
+            InputError: it is not an Auto class.
+        """
+        cls._auto_class = auto_class_name(auto_class)
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         """Add tags for the model card; those that are there already are left."""
