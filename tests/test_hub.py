@@ -430,7 +430,9 @@ def test_an_unknown_repository(hub: HubServer) -> None:
         )
     with pytest.raises(MissingFileError, match=r"vit-base: neither .* nor a repository"):
         find_file("vit-base", "config.json")
-    with pytest.raises(MissingFileError, match=r"a--b: neither a file or directory here nor a Hub"):
+    with pytest.raises(
+        MissingFileError, match=r"a--b' is neither a file or directory here nor a Hub"
+    ):
         find_file("owner/a--b", "config.json")
 
 

@@ -457,6 +457,7 @@ class ViTEncoder(ViTPart):
         head_mask=None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        return_dict: bool = True,
         grid: tuple[int, int] | None = None,
     ):
         """`BaseModelOutput` of the last block, before the final norm.
@@ -465,6 +466,7 @@ class ViTEncoder(ViTPart):
             hidden_states: (B, S, D).
             head_mask: (A,) or (L, A), multiplies the attention probabilities.
             output_attentions, output_hidden_states: return those of every block too.
+            return_dict: False returns the output's tuple.
             grid: rows and columns of patches, for BEiT's bias; None means those of the config.
         """
         if head_mask is not None:
@@ -484,11 +486,12 @@ class ViTEncoder(ViTPart):
                 hidden_states, *probabilities = hidden_states
                 all_attentions += probabilities
             all_hidden_states.append(hidden_states)
-        return BaseModelOutput(
+        output = BaseModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
+        return output if return_dict else output.to_tuple()
 
 
 def spread_head_mask(head_mask, config: ViTConfig):

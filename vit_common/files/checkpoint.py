@@ -392,8 +392,8 @@ def write_checkpoint(
         container = _EXTENSIONS.get(path.suffix.lower())
         if container is None:
             raise InputError(
-                f"{path}: the format follows from the suffix, and {path.suffix!r} is none; use "
-                f"one of {', '.join(_EXTENSIONS)}, or pass `container`."
+                f"{path}: the suffix must be one of {', '.join(_EXTENSIONS)}, or `container` say "
+                f"what to write; given {path.suffix!r}."
             )
     elif container not in _EXTENSIONS.values():
         known = ", ".join(map(repr, dict.fromkeys(_EXTENSIONS.values())))

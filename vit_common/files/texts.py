@@ -91,7 +91,12 @@ def parse_json(data: bytes, path: Path, what: str = "JSON", *, unique: bool = Fa
         raise CheckpointError(f"{path}: not valid {what}: not UTF-8 at line {line}.") from error
     except CheckpointError:
         raise
-    except (ValueError, RecursionError) as error:  # a number or a nesting without end
+    except RecursionError as error:
+        raise CheckpointError(
+            f"{path}: not valid {what}: a value must be nested at most 100 levels deep; this one "
+            "has many more."
+        ) from error
+    except ValueError as error:  # a number without end
         raise CheckpointError(f"{path}: not valid {what}: {reason(error)}.") from error
     if not isinstance(table, dict):
         raise CheckpointError(
