@@ -17,8 +17,11 @@ $(VENV)/bin/python:
 
 # torch comes first and alone: asked for by its exact version, pip takes a CPU build if it sees one.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP_INSTALL) torch==2.13.0
-	$(PIP_INSTALL) --editable '.[cli,torch]'
+	@echo "Installing PyTorch, JAX and this package into $(VENV); this takes a few minutes."
+	@echo "(If pip finds only the CUDA build of PyTorch, 3 GB, stop and run this first:"
+	@echo " $(BIN)/python -m pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu)"
+	@$(PIP_INSTALL) torch==2.13.0
+	@$(PIP_INSTALL) --editable '.[cli,torch]'
 	@touch $@
 
 # timm's models are oracles of the tests. Of torchvision they need the Python half, which fits any
@@ -30,6 +33,10 @@ $(VENV)/.test: $(VENV)/.demo
 
 demo: $(VENV)/.demo  ## classify real images with the embedded checkpoint, beside the PyTorch twin
 	@$(BIN)/python examples/demo.py
+	@echo
+	@echo "Now a picture of your own:"
+	@echo "    source $(BIN)/activate"
+	@echo "    vit predict photo.jpg --model google/vit-base-patch16-224"
 
 # A file's tests in one process share its fixtures and what they compiled: an eighth less work.
 test: $(VENV)/.test  ## the whole suite

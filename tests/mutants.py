@@ -590,6 +590,7 @@ def main(arguments: list[str] | None = None) -> int:
                 shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy2(source, folder / part)
+        (folder / "vit_convert").symlink_to("convert")
         code, output = run_tests(folder, sorted({m.test for m in chosen}))
         if code != 0:
             print(output, "the tests must pass before a fault is planted", sep="\n")
