@@ -14,7 +14,7 @@ from typing import Any
 from vit_cli.terminal import interrupt
 from vit_cli.terminal.messages import say
 from vit_common.checks import differences
-from vit_common.errors import ExistingFileError, InputError, MissingFileError, ViTError
+from vit_common.errors import ExistingFileError, InputError, MissingFileError, ViTError, shown
 from vit_common.files.replace import check_target
 from vit_common.files.texts import reason
 
@@ -82,6 +82,9 @@ def _has_bytes(path: Path) -> bool:
         return False
 
 
+_LISTED = 12  # settings named in a message; the rest are counted
+
+
 def check_run(path: Path, made: Mapping[str, Any], run: Mapping[str, Any], what: str) -> None:
     """Refuse to go on with what was made otherwise.
 
@@ -94,16 +97,20 @@ def check_run(path: Path, made: Mapping[str, Any], run: Mapping[str, Any], what:
     Raises:
         InputError: it was made otherwise.
     """
-    odd = [f"{name} {_shown(old)}, now {_shown(new)}" for name, old, new in differences(made, run)]
+    odd = [
+        f"{shown(name)[1:-1]} {_shown(old)}, now {_shown(new)}"
+        for name, old, new in differences(made, run)
+    ]
     if odd:
+        more = f"; and {len(odd) - _LISTED} more" if len(odd) > _LISTED else ""
         raise InputError(
-            f"{path}: its {what} were made with {'; '.join(odd)}. Run it as it was, or pass "
-            "--force to begin anew."
+            f"{path}: its {what} were made with {'; '.join(odd[:_LISTED])}{more}. Run it as it "
+            "was, or pass --force to begin anew."
         )
 
 
 def _shown(value: Any) -> str:
-    return "not given" if value is None else repr(value)
+    return "not given" if value is None else shown(value)
 
 
 class PartialFile:
