@@ -12,7 +12,6 @@ import importlib
 import inspect
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -33,7 +32,7 @@ from vit_common.config_fields import (
     refusal,
 )
 from vit_common.errors import ConfigError, shown
-from vit_common.files.hub import find_file, push_if_asked, split_hub_options
+from vit_common.files.hub import find_file, push_file, push_if_asked, split_hub_options
 from vit_common.files.replace import make_directory, write_text
 from vit_common.files.texts import read_json
 from vit_common.positions import ResizeRule
@@ -537,10 +536,7 @@ class ViTConfig:
         Raises:
             MissingFileError: the Hub cannot be reached or refuses.
         """
-        with tempfile.TemporaryDirectory() as directory:
-            self.to_json_file(Path(directory) / CONFIG_NAME)
-            options = {**kwargs, "push_to_hub": True, "repo_id": repo_id}
-            return push_if_asked(Path(directory), options, files=[CONFIG_NAME])
+        return push_file(self.to_json_file, CONFIG_NAME, repo_id, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Any:

@@ -51,11 +51,11 @@ class ExistingFileError(ViTError, FileExistsError):
     """A file that exists already and must not be overwritten without being asked to."""
 
 
-def some(names: Iterable[str], most: int) -> str:
+def some(names: Iterable[str], most: int, separator: str = ", ") -> str:
     """For a message: the first names, and how many more there are; "nothing" if there are none."""
     listed = list(names)
     rest = len(listed) - most
-    return (", ".join(listed[:most]) or "nothing") + (f" and {rest} more" if rest > 0 else "")
+    return (separator.join(listed[:most]) or "nothing") + (f" and {rest} more" if rest > 0 else "")
 
 
 # Frames that a warning does not point at: this project, and what only passes a call on.

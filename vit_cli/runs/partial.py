@@ -14,7 +14,7 @@ from typing import Any
 from vit_cli.terminal import interrupt
 from vit_cli.terminal.messages import say
 from vit_common.checks import differences
-from vit_common.errors import ExistingFileError, InputError, MissingFileError, ViTError, shown
+from vit_common.errors import ExistingFileError, InputError, MissingFileError, ViTError, shown, some
 from vit_common.files.replace import check_target
 from vit_common.files.texts import reason
 
@@ -102,9 +102,8 @@ def check_run(path: Path, made: Mapping[str, Any], run: Mapping[str, Any], what:
         for name, old, new in differences(made, run)
     ]
     if odd:
-        more = f"; and {len(odd) - _LISTED} more" if len(odd) > _LISTED else ""
         raise InputError(
-            f"{path}: its {what} were made with {'; '.join(odd[:_LISTED])}{more}. Run it as it "
+            f"{path}: its {what} were made with {some(odd, _LISTED, '; ')}. Run it as it "
             "was, or pass --force to begin anew."
         )
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -618,6 +619,19 @@ def _explain_upload(error: Exception, repo_id: str) -> MissingFileError:
     if status is not None:
         return MissingFileError(f"{repo_id}: not uploaded; the Hub answers {status} ({why}).")
     return MissingFileError(f"{repo_id}: not uploaded to {constants.ENDPOINT} ({why}).")
+
+
+def push_file(
+    write: Callable[[Path], object], name: str, repo_id: str, **kwargs: Any
+) -> str | None:
+    """Upload one file, which `write` makes at the path that it is given.
+
+    Returns, Raises: as `push_if_asked`.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        write(Path(directory) / name)
+        options = {**kwargs, "push_to_hub": True, "repo_id": repo_id}
+        return push_if_asked(Path(directory), options, files=[name])
 
 
 def push_if_asked(

@@ -14,7 +14,6 @@ import copy
 import inspect
 import json
 import os
-import tempfile
 from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,13 @@ from PIL.Image import Resampling
 
 from vit_common.config_fields import check_depth
 from vit_common.errors import ConfigError, ImageError, InputError, ViTError, shown, warn
-from vit_common.files.hub import AbsentFileError, find_file, push_if_asked, split_hub_options
+from vit_common.files.hub import (
+    AbsentFileError,
+    find_file,
+    push_file,
+    push_if_asked,
+    split_hub_options,
+)
 from vit_common.files.replace import make_directory, write_text
 from vit_common.files.texts import read_json, reason
 from vit_common.images.options import (
@@ -561,10 +566,7 @@ class BaseImageProcessor:
         Raises:
             MissingFileError: the Hub cannot be reached or refuses.
         """
-        with tempfile.TemporaryDirectory() as directory:
-            self.to_json_file(Path(directory) / PROCESSOR_NAME)
-            options = {**kwargs, "push_to_hub": True, "repo_id": repo_id}
-            return push_if_asked(Path(directory), options, files=[PROCESSOR_NAME])
+        return push_file(self.to_json_file, PROCESSOR_NAME, repo_id, **kwargs)
 
     @classmethod
     def from_dict(cls, image_processor_dict: Mapping[str, Any], **overrides: Any) -> Any:
