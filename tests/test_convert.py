@@ -286,9 +286,9 @@ def test_a_real_network_in_timm_layout_names_the_photos():
     x = np.stack([imagenet_pixels(photo()) for photo in (data.chelsea, data.coffee)])
     logits = np.asarray(model(x).logits)
     assert logits.argmax(-1).tolist() == [285, 967]  # Egyptian cat, espresso
-    report = compare(model, twin, x)
-    for stage in report.stages:
-        # Trained weights: activations reach hundreds, so the bound is on the relative difference.
+    # This network lets roundings grow: after block 9, torch's own float32 is 4.0e-4 from float64
+    # (activations to 20) and Flax's 2.0e-4. So the bound is held against the twin in float64.
+    for stage in compare(model, twin.double(), x).stages:
         assert stage.max_abs <= BOUNDS["twins float32"] * max(stage.scale, 1.0), stage
 
 
