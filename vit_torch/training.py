@@ -139,36 +139,45 @@ def schedule_of(recipe: Recipe, steps: int) -> Callable[[int], float]:
         steps: number of updates of the whole run.
 
     Raises:
-        InputError: the warm-up is not shorter than the run.
+        InputError: no steps, or the warm-up is not shorter than the run.
 
     Example:
         >>> rate = schedule_of(recipe("fine-tune", learning_rate=1.0, warmup_steps=2), 10)
         >>> [rate(0), rate(1), rate(2)]
         [0.0, 0.5, 1.0]
     """
+    if steps < 1:
+        raise InputError(f"a run must have at least one step; given {steps}.")
     peak, start, end = (
         recipe.learning_rate,
         recipe.warmup_learning_rate,
         recipe.final_learning_rate,
     )
     if recipe.scale_by_batch is not None:
-        peak, start, end = (
-            value * recipe.batch_size / recipe.scale_by_batch for value in (peak, start, end)
-        )
-    warmup = recipe.warmup_steps
+        peak = peak * recipe.batch_size / recipe.scale_by_batch
+    warmup: float | None = recipe.warmup_steps
     if warmup is None:
         warmup = round(steps * recipe.warmup_epochs / recipe.epochs)
-    if warmup >= steps > 0 and warmup:
+    if warmup and warmup >= steps:
         raise InputError(
-            f"the warm-up must be shorter than the run; given {warmup} of {steps} steps."
+            f"the warm-up must be shorter than the run; given {warmup} of {steps} steps. Set "
+            "`warmup_steps` or `warmup_epochs`."
         )
+    length: float = steps
+    per_epoch = steps / recipe.epochs
+    if recipe.schedule_by == "epoch":
+        warmup, length = warmup / per_epoch, recipe.epochs
 
     def rate(step: int) -> float:
-        if step < warmup:
-            return start + (peak - start) * step / warmup
+        at: float = min(step, steps - 1)
+        if recipe.schedule_by == "epoch":
+            at = math.floor(at / per_epoch + 1e-9)
+        if at < warmup:
+            return start + (peak - start) * at / warmup
         if recipe.schedule == "constant":
             return peak
-        share = min((step - warmup) / max(steps - warmup, 1), 1.0)
+        done = warmup if recipe.warmup_prefix else 0
+        share = min((at - done) / (length - done), 1.0)
         if recipe.schedule == "linear":
             return peak + (end - peak) * share
         return end + (peak - end) * 0.5 * (1.0 + math.cos(math.pi * share))

@@ -249,129 +249,100 @@ class Variant(Trainer):
 def alternatives(setup: Setup) -> Iterator[tuple[str, Setup]]:
     """(what is changed, the changed setup) for each definition known to differ between libraries,
     the commonest first."""
-    r, d = setup.recipe, setup.definitions
-    for text, changes in _changes(r, d):
-        now = {**r.to_dict(), **dataclasses.asdict(d)}
+    now = {**setup.recipe.to_dict(), **dataclasses.asdict(setup.definitions)}
+    for text, changes in _changes(setup.recipe, setup.definitions):
         if any(now[name] != value for name, value in changes.items()):
-            yield text, setup.change(**changes)
+            named = ", ".join(f"{name} = {value!r}" for name, value in changes.items())
+            yield f"{text} ({named})", setup.change(**changes)
 
 
 def _changes(r: Recipe, d: Definitions) -> Iterator[tuple[str, dict[str, Any]]]:
-    adam = r.optimizer == "adamw"
     if r.clip is None:
-        yield "gradients clipped at 1 (clip = 1.0)", {"clip": 1.0}
+        yield "gradients clipped at norm 1", {"clip": 1.0}
     else:
         yield (
-            "a clipping epsilon of 1e-6, as in torch's clip_grad_norm_ (clip_rule = 'torch')",
+            "a clipping epsilon of 1e-6, as in torch's clip_grad_norm_",
             {"clip_rule": "torch"},
         )
-        yield (
-            "a clipping epsilon of 0, as in optax (clip_rule = 'exact')",
-            {"clip_rule": "exact"},
-        )
-        yield "no clipping (clip = None)", {"clip": None}
-    offset = d.schedule_offset
-    for other in (offset + 1, offset - 1):
-        way = "ahead" if other > offset else "back"
-        yield (
-            f"a schedule one step {way} (schedule_offset = {other})",
-            {"schedule_offset": other},
-        )
-    defaults = {
-        0.0: "none at all",
-        1e-4: "the default of optax.adamw",
-        1e-2: "the default of torch.optim.AdamW",
-        5e-2: "as most recipes have it",
-    }
-    for decay, whose in defaults.items():
-        yield f"weight decay {decay:g}, {whose} (weight_decay = {decay:g})", {"weight_decay": decay}
+        yield "a clipping epsilon of 0, as in optax", {"clip_rule": "exact"}
+        yield "gradients that are not clipped", {"clip": None}
+    yield "a schedule one step ahead", {"schedule_offset": d.schedule_offset + 1}
+    yield "a schedule one step behind", {"schedule_offset": d.schedule_offset - 1}
+    yield "no weight decay", {"weight_decay": 0.0}
+    yield "the weight decay of optax.adamw's default", {"weight_decay": 1e-4}
+    yield "the weight decay of torch.optim.AdamW's default", {"weight_decay": 1e-2}
+    yield "the weight decay of most recipes", {"weight_decay": 5e-2}
     if r.weight_decay:
-        yield (
-            "weight decay as part of the gradient, as in torch.optim.Adam (coupled_decay = True)",
-            {"coupled_decay": True},
-        )
-        yield (
-            "weight decay apart from the gradient, as in AdamW (coupled_decay = False)",
-            {"coupled_decay": False},
-        )
-        for rule, text in {
-            "timm": "no weight decay of vectors, tokens and positions",
-            "transformers": "weight decay of tokens and positions too",
-            "kernels": "weight decay of matrices and convolutions alone",
-            "none": "weight decay of every parameter",
-        }.items():
-            yield f"{text} (no_decay = {rule!r})", {"no_decay": rule}
-        for rate, text in {
-            "layer": "weight decay times the parameter's own learning rate",
-            "schedule": "weight decay times the learning rate before layer-wise decay",
-            "nothing": "weight decay that no learning rate multiplies",
-        }.items():
-            yield f"{text} (decay_rate = {rate!r})", {"decay_rate": rate}
-    if adam:
-        root = r.eps**2
-        yield (
-            f"Adam's epsilon inside the root, optax's eps_root (eps_root = {root:g})",
-            {"eps_root": root},
-        )
-        yield "Adam's epsilon outside the root (eps_root = 0)", {"eps_root": 0.0}
-        for eps in (1e-8, 1e-7, 1e-6):
-            yield f"Adam's epsilon {eps:g} (eps = {eps:g})", {"eps": eps}
-        yield "moments without bias correction", {"bias_correction": False}
-        yield "moments with bias correction", {"bias_correction": True}
-        for b2 in (0.999, 0.99, 0.98, 0.95):
-            yield f"b2 = {b2}", {"b2": b2}
+        yield from _decays()
+    if r.optimizer == "adamw":
+        yield from _adam(r)
     if r.optimizer == "sgd":
-        yield "Nesterov's momentum", {"nesterov": True}
-        yield "momentum that is not Nesterov's", {"nesterov": False}
-        yield (
-            "a momentum that is an average of gradients (dampening = momentum)",
-            {"dampening": r.momentum},
-        )
-        yield "a momentum that is a sum of gradients (dampening = 0)", {"dampening": 0.0}
-        for momentum in (0.9, 0.0):
-            yield f"momentum {momentum}", {"momentum": momentum}
+        yield from _sgd(r)
     if r.ema is not None:
-        yield "a running average with timm's warm-up (ema_rule = 'warmup')", {"ema_rule": "warmup"}
-        yield "a running average without a warm-up (ema_rule = 'plain')", {"ema_rule": "plain"}
+        yield "a running average with timm's warm-up", {"ema_rule": "warmup"}
+        yield "a running average without a warm-up", {"ema_rule": "plain"}
         yield "a running average taken before the update", {"average": "before"}
         yield "a running average taken after the update", {"average": "after"}
     if r.label_smoothing:
-        yield (
-            "label smoothing spread over the other classes (smoothing = 'others')",
-            {"smoothing": "others"},
-        )
-        yield "label smoothing spread over all classes (smoothing = 'all')", {"smoothing": "all"}
-        yield "no label smoothing (label_smoothing = 0)", {"label_smoothing": 0.0}
+        yield "label smoothing spread over the other classes", {"smoothing": "others"}
+        yield "label smoothing spread over all classes", {"smoothing": "all"}
+        yield "no label smoothing", {"label_smoothing": 0.0}
     else:
-        yield "label smoothing 0.1", {"label_smoothing": 0.1}
+        yield "label smoothing", {"label_smoothing": 0.1}
     if r.layer_decay is not None:
-        yield (
-            "the last block's rate for the final norm (layer_decay_rule = 'timm')",
-            {"layer_decay_rule": "timm"},
-        )
-        yield (
-            "the full rate for the final norm (layer_decay_rule = 'mae')",
-            {"layer_decay_rule": "mae"},
-        )
-        yield "no layer-wise decay (layer_decay = None)", {"layer_decay": None}
+        yield "the last block's learning rate for the final norm", {"layer_decay_rule": "timm"}
+        yield "the head's learning rate for the final norm", {"layer_decay_rule": "mae"}
+        yield "no layer-wise decay of the learning rate", {"layer_decay": None}
     if r.accumulate > 1:
-        yield (
-            "the mean of the parts' means for a batch in parts (accumulation = 'mean')",
-            {"accumulation": "mean"},
-        )
-        yield (
-            "the sum over a batch's parts by how many images count (accumulation = 'sum')",
-            {"accumulation": "sum"},
-        )
-    yield "learning rates in float32, as in optax's warm-up", {"schedule_dtype": "float32"}
+        yield "the mean of the parts' means as a batch's loss", {"accumulation": "mean"}
+        yield "the mean over all images that count as a batch's loss", {"accumulation": "sum"}
+    yield "learning rates rounded to float32", {"schedule_dtype": "float32"}
     yield "learning rates in float64", {"schedule_dtype": "float64"}
     for name in ("cosine", "linear", "constant"):
-        yield f"schedule {name!r}", {"schedule": name}
+        yield f"a {name} schedule", {"schedule": name}
     yield "no warm-up", {"warmup_steps": 0}
     yield "a schedule that ends at 0", {"final_learning_rate": 0.0}
     yield "parameters without a gradient left alone, as in torch.optim", {"unused": "skip"}
     yield "parameters without a gradient decayed, as in optax", {"unused": "decay"}
     if r.train != "all":
-        yield "every parameter trained (train = 'all')", {"train": "all"}
+        yield "every parameter trained", {"train": "all"}
     if r.scale_by_batch is not None:
-        yield "a learning rate not scaled by the batch", {"scale_by_batch": None}
+        yield "a learning rate not scaled by the batch size", {"scale_by_batch": None}
+
+
+def _decays() -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "weight decay added to the gradient, as in torch.optim.Adam", {"coupled_decay": True}
+    yield "weight decay apart from the gradient, as in AdamW", {"coupled_decay": False}
+    for rule, text in {
+        "timm": "no weight decay of vectors, tokens and positions",
+        "transformers": "weight decay of tokens and positions too",
+        "kernels": "weight decay of matrices and convolutions only",
+        "none": "weight decay of every parameter",
+    }.items():
+        yield text, {"no_decay": rule}
+    for rate, text in {
+        "layer": "weight decay multiplied by the parameter's own learning rate",
+        "schedule": "weight decay multiplied by the learning rate before layer-wise decay",
+        "nothing": "weight decay multiplied by no learning rate",
+    }.items():
+        yield text, {"decay_rate": rate}
+
+
+def _adam(r: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "Adam's epsilon inside the root, optax's eps_root", {"eps_root": r.eps**2}
+    yield "Adam's epsilon outside the root", {"eps_root": 0.0}
+    for eps in (1e-8, 1e-7, 1e-6):
+        yield "another epsilon of Adam", {"eps": eps}
+    yield "moments without bias correction", {"bias_correction": False}
+    yield "moments with bias correction", {"bias_correction": True}
+    for b2 in (0.999, 0.99, 0.98, 0.95):
+        yield "another decay of the second moment", {"b2": b2}
+
+
+def _sgd(r: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "Nesterov's momentum", {"nesterov": True}
+    yield "momentum that is not Nesterov's", {"nesterov": False}
+    yield "momentum that averages the gradients", {"dampening": r.momentum}
+    yield "momentum that adds up the gradients", {"dampening": 0.0}
+    for momentum in (0.9, 0.0):
+        yield "another momentum", {"momentum": momentum}

@@ -22,11 +22,12 @@ from vit_common.errors import InputError
 from vit_common.recipes import Recipe
 from vit_common.versions import versions
 from vit_torch.pretrained import to_numpy
-from vit_torch.training import OPTIMIZERS, split
+from vit_torch.training import OPTIMIZERS, schedule_of, split
 from vit_torch.verify.bounds import BOUNDS
 from vit_torch.verify.definitions import Setup, Variant, alternatives
 from vit_torch.verify.diagnose import Cause
 from vit_torch.verify.parity import Stage
+from vit_torch.verify.pixels import model_inputs
 from vit_torch.verify.results import Checked, Row, Verification
 from vit_torch.verify.run import PACKAGES, places
 from vit_torch.verify.subject import Subject
@@ -249,8 +250,10 @@ class FlaxRun:
             trainable=trainable,
         )
         self.now = training.TrainState.create(model, optimizer, ema=ema, trainable=trainable)
-        self.rate = training.schedule_of(recipe, steps)
+        schedule = training.schedule_of(recipe, steps)
+        self.rates = [float(rate) for rate in np.asarray(schedule(np.arange(steps)))]
         self.number = 0
+        self.names: dict[str, _Names] = {}
 
     def step(self, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
         """One update."""
@@ -260,7 +263,7 @@ class FlaxRun:
             for name, array in batch.items()
         }
         self.now, metrics = self.run(self.now, given)
-        rate = float(self.rate(self.number))
+        rate = self.rates[self.number]
         self.number += 1
         return {
             "loss": float(metrics["loss"]),
@@ -273,7 +276,10 @@ class FlaxRun:
         found = {"parameter": self.now.params, **moments(self.now.opt_state)}
         if self.now.ema is not None:
             found["average"] = self.now.ema
-        return {kind: _named(tree) for kind, tree in found.items()}
+        for kind, tree in found.items():
+            if kind not in self.names:
+                self.names[kind] = _Names(tree)
+        return {kind: self.names[kind].read(tree) for kind, tree in found.items()}
 
 
 def _has_own_loss(model: Any) -> bool:
@@ -322,10 +328,37 @@ def moments(opt_state: Any) -> dict[str, Any]:
     return {kind: unflatten_dict(flat) for kind, flat in found.items()}
 
 
-def _named(tree: Any) -> dict[str, np.ndarray]:
-    from vit_flax.params import canonical
+class _Leaf:
+    """A leaf of a tree that changes from step to step."""
 
-    return {name: np.asarray(tensor.read()) for name, tensor in canonical(tree).tensors.items()}
+    def __init__(self, array: Any) -> None:
+        self.shape, self.dtype, self.array = tuple(array.shape), np.dtype(array.dtype), array
+
+    def read(self) -> np.ndarray:
+        return np.asarray(self.array)
+
+
+class _Names:
+    """Reads trees of one form under canonical names, in PyTorch's layouts."""
+
+    def __init__(self, tree: Any) -> None:
+        from flax.traverse_util import flatten_dict
+
+        from vit_convert.formats import TREE
+        from vit_convert.rules import to_canonical
+
+        self.leaves = {path: _Leaf(array) for path, array in flatten_dict(tree).items()}
+        named = {"/".join(path): leaf for path, leaf in self.leaves.items()}
+        self.tensors = to_canonical(named, TREE).tensors
+
+    def read(self, tree: Any) -> dict[str, np.ndarray]:
+        """The arrays of a tree; views of them where the layout allows it."""
+        for path, leaf in self.leaves.items():
+            node = tree
+            for key in path:
+                node = node[key]
+            leaf.array = node
+        return {name: tensor.read() for name, tensor in self.tensors.items()}
 
 
 # -- how far apart they are
@@ -506,7 +539,12 @@ def compare_runs(
     exact = dtype == "float64"
     held = _ORDER if exact else ("learning rate", "loss")
     bound = bounds[f"training {dtype}" if exact or recipe.optimizer != "sgd" else "training SGD"]
-    record = Record(bound, bounds["training key biases"], held, recipe.learning_rate)
+    rates = schedule_of(recipe, steps)
+    peak = max(rate for rate in map(rates, range(steps)))
+    loose = bounds["training key biases"]
+    if recipe.optimizer == "lion":  # which moves them by the learning rate, up or down
+        loose = 2.0 * steps * peak
+    record = Record(bound, loose, held, peak)
     parameters = dict(torch_model.named_parameters())
     prefix = f"{torch_model.config.base_model_prefix}."
     small = sum(p.numel() for p in parameters.values()) <= _SMALL
@@ -602,6 +640,8 @@ def find_causes(
 
     found: list[Cause] = []
     start = before = distance(setup, float("inf"))
+    if start <= record.bound:  # it is only key biases
+        return []
     said: list[str] = []
     for _ in range(3):
         tried: list[tuple[float, str, Setup]] = []
@@ -635,7 +675,7 @@ def verify_training(
     steps: int,
     recipe: Recipe | None = None,
     changes: Mapping[str, Any] | None = None,
-    pixels: Any = None,
+    images: Sequence[Any] | None = None,
     devices: Sequence[str] = ("cpu",),
     dtypes: Sequence[str] = ("float64",),
     batch: int | None = None,
@@ -655,7 +695,7 @@ def verify_training(
         recipe: the settings; augmentation, mixing and dropout are turned off.
         changes: settings and definitions of the PyTorch run alone, as
             `vit_torch.verify.definitions` has them: what another program's run has.
-        pixels: images (N, C, H, W) to train on; None draws them.
+        images: PIL images or arrays to train on, under labels that are drawn; None draws both.
         devices: "cpu", "gpu", "tpu": where the Flax model trains.
         dtypes: "float64", which holds every number of the run; "float32", the losses only.
         batch: images in a batch; None is 16.
@@ -700,6 +740,9 @@ def verify_training(
     if subject.head is None:
         subject.head = "classifier"
         notes.append("the checkpoint has no head; both runs have the same new classifier")
+    pixels = None
+    if images is not None:
+        pixels = model_inputs(subject, images, None, 2)[0].astype(np.float64)
     rows: list[Row] = []
     for place in places(devices):
         for dtype in dtypes:
