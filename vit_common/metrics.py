@@ -43,6 +43,9 @@ USUAL = {
 LOWER_IS_BETTER = frozenset({"loss", "log_loss", "ece", "mce", "brier", "mse", "rmse", "mae"})
 """Measures that are better the lower they are; all others are better the higher they are."""
 
+MOST_CLASSES = 4096
+"""Classes up to which there is a confusion matrix."""
+
 _ROWS_AT_ONCE = 4096
 
 
@@ -145,8 +148,9 @@ def classification(
         classes where they exist), "log_loss", "brier" (mean squared distance of the probabilities
         from the label's), "ece", "mce"; "per_class": a dict per class with "class", "index",
         "images", "predicted", "precision", "recall", "f1"; "confusion": (K, K) int64, true classes
-        down, predicted classes across; "calibration": a dict per bin with "low", "high", "images",
-        "confidence", "accuracy" (None in an empty bin). Everything but "confusion" is plain Python.
+        down, predicted classes across, or None with more than 4096 classes; "calibration": a dict
+        per bin with "low", "high", "images", "confidence", "accuracy" (None in an empty bin).
+        Everything but "confusion" is plain Python.
 
     Raises:
         InputError: no images, other shapes, labels that are no classes, or logits with NaN.
@@ -169,8 +173,7 @@ def classification(
         losses[part] = np.log(total) - rows[index, true]
         probabilities[index, true] -= 1.0
         squares[part] = np.square(probabilities).sum(axis=1)
-    confusion = confusion_matrix(labels, predicted, K)
-    rows_of_classes = per_class(confusion, names)
+    rows_of_classes = per_class(labels, predicted, names)
     table = reliability(confidence, place == 0, bins)
     return {
         "images": N,
@@ -181,7 +184,7 @@ def classification(
         "brier": float(squares.mean()),
         **calibration_error(table),
         "per_class": rows_of_classes,
-        "confusion": confusion,
+        "confusion": confusion_matrix(labels, predicted, K) if K <= MOST_CLASSES else None,
         "calibration": table,
     }
 
@@ -196,19 +199,25 @@ def confusion_matrix(labels: Any, predicted: Any, num_classes: int) -> np.ndarra
     return counts.reshape(num_classes, num_classes)
 
 
-def per_class(confusion: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Precision, recall and F1 of each class, from a confusion matrix; None where undefined."""
-    right = np.diag(confusion)
-    true, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
+def per_class(labels: Any, predicted: Any, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Precision, recall and F1 of each class; None where undefined.
+
+    Args:
+        labels, predicted: (N,) class indices.
+        names: of all classes.
+    """
+    labels, predicted = np.asarray(labels, np.int64), np.asarray(predicted, np.int64)
+    of = [labels, predicted, labels[labels == predicted]]
+    true, taken, right = (np.bincount(each, minlength=len(names)).tolist() for each in of)
     return [
         {
-            "class": names[i],
+            "class": name,
             "index": i,
-            "images": int(true[i]),
-            "predicted": int(predicted[i]),
-            **_scores(int(right[i]), int(predicted[i]), int(true[i])),
+            "images": true[i],
+            "predicted": taken[i],
+            **_scores(right[i], taken[i], true[i]),
         }
-        for i in range(len(confusion))
+        for i, name in enumerate(names)
     ]
 
 
