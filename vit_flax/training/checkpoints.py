@@ -207,12 +207,17 @@ class Checkpoints:
             with contextlib.suppress(Exception):
                 self._manager.close()
 
+    def delete(self, step: int) -> None:
+        """Delete the checkpoint of a step."""
+        self.wait()
+        self._manager.delete(step)
+        self._values.pop(step, None)
+
     def forget_after(self, step: int) -> None:
         """Delete the checkpoints of later steps: a run that goes on from here writes them anew."""
         for later in self.steps:
             if later > step:
-                self._manager.delete(later)
-                self._values.pop(later, None)
+                self.delete(later)
 
     @contextlib.contextmanager
     def _failing(self, step: int) -> Iterator[None]:
