@@ -6,7 +6,7 @@ import PIL.Image
 
 from vit_common.augment.draws import Draws
 from vit_common.augment.geometry import EITHER, RESAMPLING, crop_box
-from vit_common.checks import as_integer
+from vit_common.checks import check_positive
 from vit_common.errors import InputError, shown
 from vit_common.recipes import Recipe
 
@@ -39,10 +39,8 @@ class Augment:
         channels: int = 3,
         mean: tuple[float, ...] | None = None,
     ) -> None:
-        side = as_integer(size)
-        self.size = (side, side) if side is not None else (int(size[0]), int(size[1]))
-        if min(self.size) < 1:
-            raise InputError(f"`size` must be positive; given {shown(size)}.")
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        self.size = (check_positive("size", height), check_positive("size", width))
         self.channels = channels
         self.recipe = recipe
         if recipe.interpolation != "random" and recipe.interpolation not in RESAMPLING:

@@ -110,7 +110,7 @@ class LabelledImages:
             raise InputError("images without classes have no counts; wanted classification.")
         if self.problem_type == SINGLE:
             return np.bincount(self.labels, minlength=len(self.classes))
-        return (self.labels > 0).sum(axis=0)
+        return np.count_nonzero(self.labels, axis=0)
 
 
 def _name(sources: Sequence[Any], index: int) -> str:
@@ -125,7 +125,8 @@ class _Picked(Sequence):
     def __init__(self, items: Any, indices: np.ndarray) -> None:
         if isinstance(items, _Picked):
             items, indices = items.items, items.indices[indices]
-        self.items, self.indices = items, indices
+        self.items: Any = items
+        self.indices = indices
 
     def __len__(self) -> int:
         return len(self.indices)

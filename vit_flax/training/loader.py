@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -242,8 +242,8 @@ def _rows_of(batch_size: Any, process_index: Any, process_count: Any) -> range:
         )
     if batch_size % process_count:
         raise InputError(
-            f"a batch of {batch_size} images cannot be shared equally by {process_count} processes; "
-            f"give a multiple of {process_count}."
+            f"a batch of {batch_size} images cannot be shared equally by {process_count} "
+            f"processes; give a multiple of {process_count}."
         )
     share = batch_size // process_count
     return range(index * share, (index + 1) * share)
@@ -267,7 +267,7 @@ def _picture(given: Any, channels: int) -> PIL.Image.Image:
 
 def _ahead(
     steps: Sequence[np.ndarray], read: Callable[[int], Any], workers: int
-) -> Iterator[list[Any]]:
+) -> Generator[list[Any], None, None]:
     """For each step, what `read` made of its places, or the error that it raised for one; threads
     read a few steps ahead."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="vit-decode")
