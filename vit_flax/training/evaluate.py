@@ -68,9 +68,14 @@ class Evaluation:
     def probabilities(self) -> np.ndarray:
         """(N, K) float64: the softmax of the logits, their sigmoid where an image may have several
         classes, or the quantities themselves."""
+        return self.probabilities_of(slice(None))
+
+    def probabilities_of(self, images: Any) -> np.ndarray:
+        """The same, of the images with these indices alone: (K,) of one."""
+        logits = self.logits[images]
         if self.problem_type == _QUANTITY:
-            return self.logits.astype(np.float64)
-        return softmax(self.logits) if self.problem_type == _SINGLE else sigmoid(self.logits)
+            return logits.astype(np.float64)
+        return softmax(logits) if self.problem_type == _SINGLE else sigmoid(logits)
 
     @property
     def predicted(self) -> np.ndarray:
