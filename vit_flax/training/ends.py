@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -38,7 +39,7 @@ def write_result(plan: Plan, run: Run, step: int, *, name: str, merge: bool = Fa
     Args:
         plan, run: as `fine_tune` has them.
         step: that the parameters are of.
-        name: of the model that the run began with.
+        name: of the model that the run began with, as the user gave it.
         merge: write the whole model where the run has an adapter.
 
     Raises:
@@ -59,6 +60,11 @@ def write_result(plan: Plan, run: Run, step: int, *, name: str, merge: bool = Fa
     write_card(run.folder / CARD_NAME, card)
 
 
+def _shown(name: str) -> str:
+    """A name that says nothing of this machine."""
+    return Path(name).resolve().name if os.path.exists(name) else name
+
+
 def _base(name: str) -> dict[str, str]:
     """The front matter's word for a model of the Hub that this one was made of."""
     return {"base_model": name} if name.count("/") == 1 and not os.path.exists(name) else {}
@@ -66,7 +72,7 @@ def _base(name: str) -> dict[str, str]:
 
 def card_text(plan: Plan, run: Run, step: int, name: str) -> str:
     """What the card says of the training, in Markdown: data, results, curve, recipe, versions."""
-    parts = [f"\n## Training\n\nTrained from `{name}` with `vit train`; {step} steps.\n"]
+    parts = [f"\n## Training\n\nTrained from `{_shown(name)}` with `vit train`; {step} steps.\n"]
     parts.append(_data_text(plan, run))
     numbers = {
         key: value

@@ -21,20 +21,31 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vit_common.datasets import split
+from vit_common.datasets.labelled import SINGLE
 from vit_common.errors import CheckpointError, InputError, ViTError, some
 from vit_common.images.processor import BaseImageProcessor
 from vit_common.metrics import LOWER_IS_BETTER, USUAL, is_better
-from vit_common.recipes import Recipe
+from vit_common.recipes import Recipe, learning_rates
 from vit_common.recipes import recipe as recipe_named
-from vit_flax.sharding import DATA, FSDP, MODEL, batch_sharding, place, replicated
+from vit_flax.sharding import (
+    DATA,
+    FSDP,
+    MODEL,
+    TRAINING_AXES,
+    batch_sharding,
+    make_mesh,
+    place,
+    replicated,
+)
 from vit_flax.training.begin import begin, outputs_of
 from vit_flax.training.checkpoints import Checkpoints
 from vit_flax.training.evaluate import Evaluation, Evaluator
 from vit_flax.training.loader import Loader
 from vit_flax.training.logs import Log, RunFolder, read_log
-from vit_flax.training.losses import check_labels
-from vit_flax.training.optimizers import make_optimizer, schedule_of, trainable_of
+from vit_flax.training.losses import balanced_weights, check_labels
+from vit_flax.training.optimizers import make_optimizer, trainable_of
 from vit_flax.training.step import TrainState, ema_of, make_step
+from vit_flax.training.tasks import task_of
 
 __all__ = ["Best", "Diverged", "Plan", "Run", "Stopped", "Watcher", "fine_tune", "make_plan"]
 
@@ -175,13 +186,13 @@ class Plan:
     def placed(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch of the loader as the step takes it."""
         batch = {name: array for name, array in batch.items() if name != "index"}
-        if self.mesh is None:
-            return batch
-        sharding = batch_sharding(self.mesh)
-        return {
-            name: jax.make_array_from_process_local_data(sharding, array)
-            for name, array in batch.items()
-        }
+        if self.mesh is not None:
+            sharding = batch_sharding(self.mesh)
+            batch = {
+                name: jax.make_array_from_process_local_data(sharding, array)
+                for name, array in batch.items()
+            }
+        return {**batch, **self.task.constants}
 
     def batches(self, step: int) -> Iterator[dict[str, np.ndarray]]:
         """The batches from a step on, to the end of its epoch."""
@@ -231,8 +242,18 @@ def make_plan(
     model, processor = beginning
     if recipe.task != "mim":
         check_labels(train.labels, model.config.num_labels, problem_type=train.problem_type)
+    mesh = make_mesh(mesh, model.config, TRAINING_AXES)
     _check_batch(recipe, mesh)
-    task = _task_of(recipe, model, processor, train, teacher, class_weights)
+    if recipe.class_weights == "balanced" and class_weights is None:
+        if train.problem_type != SINGLE:
+            raise InputError(
+                "balanced class weights need one class for each image; given "
+                f"{train.problem_type}. Use class_weights=none."
+            )
+        class_weights = balanced_weights(train.labels, outputs_of(train))
+    task = task_of(
+        recipe, model, teacher, processor=processor, class_weights=class_weights, mesh=mesh
+    )
     loader = _loader(recipe, model, processor, train, seed, workers, on_error)
     if len(train) < recipe.batch_size:
         say(
@@ -241,7 +262,7 @@ def make_plan(
         )
     per_epoch = loader.steps_per_epoch
     steps = recipe.steps or max(1, round(recipe.epochs * per_epoch))
-    rate = schedule_of(recipe, steps)  # before anything is compiled
+    rates = learning_rates(recipe, steps)
     trainable = trainable_of(recipe)
     params, materialize, adapter = task.model.params, None, None
     optimizer = make_optimizer(recipe, params, steps=steps, trainable=trainable)
@@ -283,7 +304,7 @@ def make_plan(
         steps_per_epoch=per_epoch,
         loader=loader,
         optimizer=optimizer,
-        rate=lambda step: float(rate(step)),
+        rate=lambda step: float(rates[step]),
         trainable=trainable,
         mesh=mesh,
         make_state=make_state,
@@ -906,27 +927,4 @@ def _finished(folder: RunFolder, watcher: Watcher) -> Run:
         history=rows,
         folder=folder.path,
         steps=int(found.get("step", 0)),
-    )
-
-
-def _task_of(
-    recipe: Recipe,
-    model: Any,
-    processor: BaseImageProcessor,
-    train: Any,
-    teacher: Any,
-    class_weights: Any,
-) -> Any:
-    from types import SimpleNamespace
-
-    from vit_flax.training.losses import balanced_weights, loss_of
-    from vit_flax.training.mixing import mixing
-
-    if recipe.class_weights == "balanced":
-        class_weights = balanced_weights(train.labels, outputs_of(train))
-    mean, std, rescale = normalization(processor, model.config.num_channels)
-    return SimpleNamespace(
-        model=model,
-        loss=loss_of(recipe, model.config, class_weights),
-        prepare=mixing(recipe, model.config.num_labels, mean, std, rescale),
     )
