@@ -263,7 +263,7 @@ def make_plan(
     per_epoch = loader.steps_per_epoch
     steps = recipe.steps or max(1, round(recipe.epochs * per_epoch))
     rates = learning_rates(recipe, steps)
-    trainable = trainable_of(recipe)
+    trainable = trainable_of(recipe, model)
     params, materialize, adapter = task.model.params, None, None
     optimizer = make_optimizer(recipe, params, steps=steps, trainable=trainable)
     ema = ema_of(recipe)
