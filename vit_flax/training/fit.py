@@ -552,9 +552,7 @@ def fine_tune(
             options=options,
             say=watcher.say,
         )
-        loop = _Loop(
-            plan, folder, watcher, stop, save_every, keep, tensorboard, detect_nan, merge
-        )
+        loop = _Loop(plan, folder, watcher, stop, save_every, keep, tensorboard, detect_nan, merge)
         return loop.run()
     finally:
         if folder is not None:

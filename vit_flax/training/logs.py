@@ -1,8 +1,8 @@
 """The folder of a training run: its settings, its log, and the lock that keeps other runs out.
 
-    OUTPUT/run.json        settings, versions, how far the run is
-    OUTPUT/log.jsonl       one JSON object for each step and each validation
-    OUTPUT/checkpoints/    see `vit_flax.training.checkpoints`
+OUTPUT/run.json        settings, versions, how far the run is
+OUTPUT/log.jsonl       one JSON object for each step and each validation
+OUTPUT/checkpoints/    see `vit_flax.training.checkpoints`
 """
 
 from __future__ import annotations
@@ -161,7 +161,9 @@ def read_run(path: str | os.PathLike) -> dict[str, Any] | None:
     try:
         found = read_json(file)
     except ViTError as error:
-        raise InputError(f"{file}: cannot be read ({error}); pass --force to begin anew.") from error
+        raise InputError(
+            f"{file}: cannot be read ({error}); pass --force to begin anew."
+        ) from error
     if found.get("kind") != _KIND:
         raise InputError(f"{file}: was not written by a training run; wanted another --output.")
     return found
