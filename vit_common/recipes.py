@@ -76,6 +76,8 @@ class Recipe:
         ema_rule: "plain" (DeiT) or "warmup" (timm: min(decay, 1 - (1 + t) ** (-2 / 3))).
         train: "all", "head", or regular expressions of canonical parameter names, separated by
             commas.
+        freeze: regular expressions of names of parameters that do not train, whatever `train` says,
+            separated by commas.
         head: first values of a new head: "zero" or "normal".
         class_weights: "none", "balanced" (each class by n / (K * its images)), or "sampling"
             (each class drawn as often as every other).
@@ -139,6 +141,7 @@ class Recipe:
     ema: float | None = None
     ema_rule: Literal["plain", "warmup"] = "plain"
     train: str = "all"
+    freeze: str = ""
     head: Literal["zero", "normal"] = "zero"
     class_weights: Literal["none", "balanced", "sampling"] = "none"
     patience: int | None = None

@@ -141,22 +141,38 @@ def trainable_of(recipe: Recipe, model: Any = None) -> Trainable | None:
         >>> trains("vit/encoder/layer/11/output/dense/kernel")
         True
     """
+    frozen = _patterns("freeze", recipe.freeze, model)
+    chosen: Trainable | None
     if recipe.train == "all":
-        return None
-    if recipe.train == "head":
-        return lambda name: bool(_HEAD.search(name))
+        chosen = None
+    elif recipe.train == "head":
+        chosen = lambda name: bool(_HEAD.search(name))  # noqa: E731
+    else:
+        patterns = _patterns("train", recipe.train, model)
+        if not patterns:
+            raise InputError("`train` must be 'all', 'head' or regular expressions; given nothing.")
+        chosen = lambda name: any(_found(each, name) for each in patterns)  # noqa: E731
+    if not frozen:
+        return chosen
+    return lambda name: (
+        (chosen is None or chosen(name)) and not any(_found(each, name) for each in frozen)
+    )
+
+
+def _patterns(setting: str, given: str, model: Any) -> list[re.Pattern[str]]:
+    """The regular expressions of a setting; of a model, each must match a parameter."""
     known = None if model is None else paths(model)
     patterns = []
-    for text in filter(None, map(str.strip, recipe.train.split(","))):
+    for text in filter(None, map(str.strip, given.split(","))):
         try:
             patterns.append(re.compile(text))
         except re.error as error:
-            raise InputError(f"`train`: {text!r} is not a regular expression: {error}.") from error
+            raise InputError(
+                f"`{setting}`: {text!r} is not a regular expression: {error}."
+            ) from error
         if known is not None and not any(_found(patterns[-1], name) for name in known):
-            raise InputError(f"`train`: no parameter matches {text!r}; one is {known[0]}.")
-    if not patterns:
-        raise InputError("`train` must be 'all', 'head' or regular expressions; given nothing.")
-    return lambda name: any(_found(pattern, name) for pattern in patterns)
+            raise InputError(f"`{setting}`: no parameter matches {text!r}; one is {known[0]}.")
+    return patterns
 
 
 def _found(pattern: re.Pattern[str], name: str) -> bool:

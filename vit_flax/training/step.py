@@ -27,6 +27,9 @@ Trainable = Callable[[str], bool]
 """Whether a parameter trains, by its path, such as "vit/encoder/layer/0/output/dense/kernel"."""
 
 
+CONSTANTS = "constants"
+
+
 class Total(NamedTuple):
     """A loss as a sum and the number of what was summed, so that parts of a batch add up to it.
 
