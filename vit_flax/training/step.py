@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from vit_common.errors import InputError
 from vit_common.recipes import Recipe
-from vit_flax.sharding import DATA, FSDP, batch_sharding, replicated, tree_shardings
+from vit_flax.sharding import DATA, FSDP, batch_sharding, tree_shardings
 
 __all__ = ["Ema", "Optimizer", "Total", "TrainState", "ema_of", "init_state", "make_step"]
 
