@@ -126,8 +126,37 @@ def test_parts_by_their_usual_names(tmp_path):
 
 
 def test_a_class_may_be_called_train(tmp_path):
-    photos(tmp_path, train=2, boat=2, test=1)
-    assert open_images(tmp_path)["train"].classes == ("boat", "test", "train")
+    photos(tmp_path / "1", train=2, boat=2, test=1)
+    assert open_images(tmp_path / "1")["train"].classes == ("boat", "test", "train")
+    photos(tmp_path / "2", train=2, test=1)
+    assert open_images(tmp_path / "2")["train"].classes == ("test", "train")
+    photos(tmp_path / "3" / "test", a=2, b=1)
+    photos(tmp_path / "3" / "val", b=1)
+    assert {part: len(data) for part, data in open_images(tmp_path / "3").items()} == {
+        "val": 1,
+        "test": 3,
+    }
+    assert open_images(tmp_path / "3", part="val")["val"].labels.tolist() == [1]
+    photos(tmp_path / "4" / "train", a=2, b=1)
+    photos(tmp_path / "4", notes=0)
+    assert "no images for 1 class (notes)" in refused(open_images, tmp_path / "4")
+
+
+def test_a_table_beside_the_images(tmp_path):
+    """As Hugging Face's `imagefolder` has it; one of captions alone has no say."""
+    for part in ("train", "validation"):
+        photos(tmp_path, **{part: 2})
+        text = "file_name,label\n0.png,cat\n1.png,dog\n"
+        (tmp_path / part / "metadata.csv").write_text(text)
+    parts = open_images(tmp_path)
+    assert {part: data.labels.tolist() for part, data in parts.items()} == {
+        "train": [0, 1],
+        "val": [0, 1],
+    }
+    assert open_images(tmp_path / "train")["train"].classes == ("cat", "dog")
+    photos(tmp_path / "x", cat=1, dog=1)
+    (tmp_path / "x" / "metadata.csv").write_text("file_name,text\ncat/0.png,a cat\n")
+    assert open_images(tmp_path / "x")["train"].classes == ("cat", "dog")
 
 
 def test_names_in_another_unicode_form_are_the_same_class(tmp_path):
