@@ -544,6 +544,11 @@ def test_objects_that_are_none():
     assert "no key for the label; the items have image, x" in refused(
         as_images, [{"image": 1, "x": 2}]
     )
+    source = grain.MapDataset.source([(1, 0), (2, 1), (3, 1)])
+    assert "so it repeats without end; give one pass" in refused(as_images, source.repeat())
+    holes = source.filter(lambda pair: pair[0] != 2)
+    assert "item 1 is None; wanted an image and a label" in refused(as_images, holes)
+    assert "A stream has no order" in refused(as_images, source.to_iter_dataset())
     assert "1 row with a negative label (item 1)" in refused(as_images, [(1, 0), (1, -1)])
 
 
