@@ -85,6 +85,16 @@ def open_images(
     return parts
 
 
+def part_names(path: str | os.PathLike) -> tuple[str, ...]:
+    """The parts that `open_images` finds at a path: some of "train", "val" and "test".
+
+    Raises:
+        MissingFileError, InputError: as there.
+    """
+    found = _openers(Path(path), True, {})
+    return tuple(name for name in PARTS if name in found)
+
+
 def _openers(root: Path, labelled: bool, options: dict[str, Any]) -> dict[str, Opener]:
     """What opens each part there is."""
     if _is_table(root) and not root.is_dir():
