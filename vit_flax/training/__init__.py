@@ -1,5 +1,33 @@
 """Training: one step of gradient descent, as a pure function, with any optimizer of optax."""
 
-from vit_flax.training.step import cross_entropy, init_state, make_step
+from vit_flax.training.losses import (
+    balanced_weights,
+    binary_cross_entropy,
+    check_labels,
+    cross_entropy,
+    loss_of,
+    regression,
+)
+from vit_flax.training.mixing import mixing
+from vit_flax.training.optimizers import explain, make_optimizer, schedule_of, trainable_of
+from vit_flax.training.step import Ema, Total, TrainState, ema_of, init_state, make_step
 
-__all__ = ["cross_entropy", "init_state", "make_step"]
+__all__ = [
+    "Ema",
+    "Total",
+    "TrainState",
+    "balanced_weights",
+    "binary_cross_entropy",
+    "check_labels",
+    "cross_entropy",
+    "ema_of",
+    "explain",
+    "init_state",
+    "loss_of",
+    "make_optimizer",
+    "make_step",
+    "mixing",
+    "regression",
+    "schedule_of",
+    "trainable_of",
+]
