@@ -127,7 +127,11 @@ def _named(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model, info = auto.from_source(
-                source, dtype=dtype, **loading, ignore_mismatched_sizes=True, output_loading_info=True
+                source,
+                dtype=dtype,
+                **loading,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
     for each in caught:
         if "newly initialized" not in str(each.message):

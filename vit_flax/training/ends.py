@@ -192,7 +192,7 @@ def first_not_finite(plan: Plan, state: TrainState, batch: Mapping[str, Any], st
     bad = _names_not_finite(gradients)
     if bad:
         return f"The loss is finite; the gradient is not, of {some(bad[::-1], _SHOWN)}."
-    return "With the same images, each layer's output and gradient is finite: the update is not."
+    return "All outputs and gradients are finite, but together too large for their dtype."
 
 
 def _first_layer(model: Any, params: Any, batch: Mapping[str, Any], key: Any) -> str | None:

@@ -152,6 +152,9 @@ class Plan:
         materialize: parameters of the state -> parameters of the model.
         metric: of the validation that decides; "" if none does.
         seed: of everything that is drawn.
+        task: what the step runs (`vit_flax.training.tasks`).
+        adapter: of a recipe that trains one; None otherwise.
+        parameters: that the run begins with, as the state holds them.
     """
 
     model: Any
@@ -171,8 +174,9 @@ class Plan:
     materialize: Callable[[Any], Any]
     metric: str
     seed: int
-    task: Any = None
-    adapter: Any = None
+    task: Any
+    adapter: Any
+    parameters: Any
 
     @property
     def epochs(self) -> int:
@@ -180,7 +184,7 @@ class Plan:
         return -(-self.steps // self.steps_per_epoch)
 
     def params_of(self, state: TrainState) -> Any:
-        """The parameters of the model: those that train by their moving average, if there is one."""
+        """The parameters of the model, averaged if the run keeps an average."""
         return self.materialize(state.averaged)
 
     def placed(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -314,6 +318,7 @@ def make_plan(
         seed=seed,
         task=task,
         adapter=adapter,
+        parameters=params,
     )
 
 
@@ -532,7 +537,7 @@ def fine_tune(
         writes = jax.process_index() == 0
         folder = RunFolder(output, settings, resume=resume, force=force, writes=writes)
     try:
-        if folder is not None and (folder.found or {}).get("status") == "finished":
+        if folder is not None and folder.is_finished:
             return _finished(folder, watcher)
         plan = make_plan(
             model,
@@ -552,9 +557,7 @@ def fine_tune(
             options=options,
             say=watcher.say,
         )
-        loop = _Loop(
-            plan, folder, watcher, stop, save_every, keep, tensorboard, detect_nan, merge
-        )
+        loop = _Loop(plan, folder, watcher, stop, save_every, keep, tensorboard, detect_nan, merge)
         return loop.run()
     finally:
         if folder is not None:

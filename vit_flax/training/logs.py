@@ -1,8 +1,8 @@
 """The folder of a training run: its settings, its log, and the lock that keeps other runs out.
 
-    OUTPUT/run.json        settings, versions, how far the run is
-    OUTPUT/log.jsonl       one JSON object for each step and each validation
-    OUTPUT/checkpoints/    see `vit_flax.training.checkpoints`
+OUTPUT/run.json        settings, versions, how far the run is
+OUTPUT/log.jsonl       one JSON object for each step and each validation
+OUTPUT/checkpoints/    see `vit_flax.training.checkpoints`
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class RunFolder:
             self.found = self._look(resume, force)  # another run may have ended meanwhile
             if self.found is None:
                 self._clear()
-            self.note(**({} if self.found is None else {"status": "running"}))
+            if not self.is_finished:
+                self.note(status="running")
         except BaseException:
             self.close()
             raise
@@ -109,6 +110,11 @@ class RunFolder:
         for name in (RUN, LOG):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run was finished before."""
+        return self.found is not None and self.found.get("status") == "finished"
 
     @property
     def checkpoints(self) -> Path:
@@ -161,7 +167,9 @@ def read_run(path: str | os.PathLike) -> dict[str, Any] | None:
     try:
         found = read_json(file)
     except ViTError as error:
-        raise InputError(f"{file}: cannot be read ({error}); pass --force to begin anew.") from error
+        raise InputError(
+            f"{file}: cannot be read ({error}); pass --force to begin anew."
+        ) from error
     if found.get("kind") != _KIND:
         raise InputError(f"{file}: was not written by a training run; wanted another --output.")
     return found
