@@ -119,6 +119,7 @@ class Loadable:
         flag, files = cls._preferred_files
         prefer = files if rest.pop(flag, False) else None
         config, format = rest.pop("config", None), rest.pop("format", None)
+        adapter = rest.pop("adapter", None)
         loading = {name: rest.pop(name) for name in cls._loading_keywords() if name in rest}
 
         def accept(settled: ViTConfig, left_over: Mapping[str, Any]) -> None:
@@ -132,6 +133,7 @@ class Loadable:
             wanted=wanted,
             prefer=prefer,
             accept=accept,
+            adapter=adapter,
             **hub,
         )
         return source, loading
@@ -154,7 +156,7 @@ def check_left_over(model: Any, left_over: Mapping[str, Any], config: Any) -> No
     unknown = [name for name in left_over if name not in constructor]
     parameters = inspect.signature(model.from_pretrained).parameters.values()
     own = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    what, known = f"{model.__name__}.from_pretrained", [*own, *constructor, *HUB_OPTIONS]
+    what, known = f"{model.__name__}.from_pretrained", [*own, *constructor, "adapter", *HUB_OPTIONS]
     if config is None or isinstance(config, (str, os.PathLike)):
         known += ["num_labels", *FIELDS]
     else:

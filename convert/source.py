@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_common.config import CONFIG_NAME, OURS, ViTConfig, as_config, is_timm
-from vit_common.errors import CheckpointError, ConfigError, some
+from vit_common.errors import CheckpointError, ConfigError, MissingFileError, some
 from vit_common.families import CONFIG_CLASSES, AutoConfig, config_class
 from vit_common.files.checkpoint import Checkpoint, open_checkpoint
 from vit_common.files.hub import AbsentFileError, ModelFiles, find_file
@@ -24,6 +24,7 @@ from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor
 from vit_common.images.sizes import processor_at_size
 from vit_common.images.timm import processor_from_timm
 from vit_common.parameters import Head
+from vit_convert.adapters import Adapter, classes_of, is_adapter, merged, read_adapter
 from vit_convert.detect import Root
 from vit_convert.formats.format import family_prefix
 from vit_convert.formats.timm_config import TRANSFORM
@@ -59,6 +60,8 @@ class Source:
         left_over: keywords of the caller that are no fields of the configuration.
         trained: the configuration at the image size of the file, where the caller asked for
             another: positions in `mapped` are resampled then.
+        adapter: the adapter that is merged into `mapped`; None where there is none.
+        adapter_files: its files; those of the base model are `files`.
     """
 
     path: Path
@@ -79,6 +82,8 @@ class Source:
     config_given: bool = False
     left_over: Mapping[str, Any] = field(default_factory=dict)
     trained: ViTConfig | None = None
+    adapter: Adapter | None = None
+    adapter_files: ModelFiles | None = None
 
     @property
     def head(self) -> Head | None:
@@ -170,16 +175,18 @@ def open_source(
     prefer: tuple[str, ...] | None = None,
     accept: Accept = refuse_left_over,
     fetch: bool = True,
+    adapter: str | os.PathLike | ModelFiles | None = None,
     **hub: Any,
 ) -> Source:
-    """Find, open and understand a checkpoint.
+    """Find, open and understand a checkpoint, or a LoRA adapter with its base model.
 
     The configuration is settled before the weights are looked for, so what it refuses costs no
     download: from `config`, or `config.json`, or a safetensors file's header; and where none of
     them says what the network is, from the weights.
 
     Args:
-        name_or_path: directory, weights file, index of shards, or "owner/name".
+        name_or_path: directory, weights file, index of shards, or "owner/name"; or an adapter
+            folder of PEFT, whose base model is then opened, with the adapter merged.
         format: the weights' format, if it cannot be detected.
         config: the configuration, or where to read it, if not from beside the weights.
         overrides: fields of the configuration that the caller knows better, mixed with other
@@ -190,6 +197,8 @@ def open_source(
         accept: called with the configuration and with the other keywords, before weights are
             fetched where that is possible.
         fetch: False takes only weights that are on this machine already.
+        adapter: adapter folder to merge, or "owner/name[@revision]"; `name_or_path` is then its
+            base model, whatever the adapter names.
         **hub: options of the Hub.
 
     Returns:
@@ -207,8 +216,22 @@ def open_source(
     """
     files = name_or_path if isinstance(name_or_path, ModelFiles) else None
     files = ModelFiles(name_or_path, **hub) if files is None else files  # type: ignore[arg-type]
-    given = dict(overrides or {})
+    options = {
+        "format": format,
+        "overrides": overrides,
+        "wanted": wanted,
+        "prefer": prefer,
+        "accept": accept,
+        "fetch": fetch,
+    }
+    if adapter is not None:
+        if not isinstance(adapter, ModelFiles):
+            adapter = ModelFiles(adapter, **_without(hub, "revision", "subfolder"))
+        return _open_adapted(adapter, files, config, options)
     said_by, place = files.find(CONFIG_NAME), str(files.name)
+    if is_adapter(files, described=said_by is not None):
+        return _open_adapted(files, None, config, options)
+    given = dict(overrides or {})
     found = None if said_by is None else read_json(said_by)
     timm = found if is_timm(found) else None
     table = _without_timm(found)
@@ -298,6 +321,80 @@ def open_source(
         left_over=left_over,
         trained=trained,
     )
+
+
+def _open_adapted(
+    files: ModelFiles, base: ModelFiles | None, config: Any, options: Mapping[str, Any]
+) -> Source:
+    """An adapter's base model, with the adapter merged.
+
+    Args:
+        files: of the adapter.
+        base: of the base model; None is the one that the adapter names.
+        config: as in `open_source`; None takes the adapter's `config.json`, if it has one, which
+            names its classes.
+        options: more of `open_source`.
+    """
+    if files.local is not None and files.local.is_file():
+        files = ModelFiles(files.local.parent)
+    adapter = read_adapter(files)
+    place = str(files.name)
+    if base is None:
+        base = _base_files(files, adapter)
+    if config is None:
+        config = files.find(CONFIG_NAME)
+    try:
+        source = open_source(base, config=config, **options)
+    except MissingFileError as error:
+        raise type(error)(
+            f"the base model of the adapter {place}: {error} Name another place of it with --base "
+            "(in Python `from_pretrained(base, adapter=...)`)."
+        ) from error
+    try:
+        if source.adapter is not None:
+            raise CheckpointError(
+                f"{place}: its base model {base.name} is an adapter itself; merge that first "
+                "(`vit convert`)."
+            )
+        source.mapped.tensors = merged(adapter, source.mapped.tensors, source.config)
+        count = classes_of(adapter)
+        if count is not None:
+            source.classifier = ""
+            if not {"id2label", "num_labels"} & source.given.keys() and not source.config_given:
+                source.config.num_labels = count
+    except BaseException:
+        source.close()
+        raise
+    source.adapter, source.adapter_files = adapter, files
+    source.notes.append(Note("adapter", adapter.describe(), place))
+    return source
+
+
+def _base_files(files: ModelFiles, adapter: Adapter) -> ModelFiles:
+    """The files of the base model that an adapter names."""
+    name, settings = adapter.settings.base, adapter.settings
+    if name is None:
+        raise ConfigError(
+            f"{files.name}: its adapter_config.json names no base model. Name it with --base (in "
+            "Python `from_pretrained(base, adapter=...)`)."
+        )
+    local = files.local
+    if local is not None and not os.path.exists(name) and not os.path.isabs(name):
+        beside = (local if local.is_dir() else local.parent) / name
+        if beside.exists():
+            name = str(beside)
+    hub = _without(files.hub, "revision", "subfolder")
+    try:
+        return ModelFiles(name, revision=settings.revision, **hub)
+    except MissingFileError as error:
+        raise type(error)(
+            f"the base model of the adapter {files.name}: {error} Name another place of it with "
+            "--base (in Python `from_pretrained(base, adapter=...)`)."
+        ) from error
+
+
+def _without(table: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in table.items() if name not in names}
 
 
 def _without_timm(table: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -402,16 +499,19 @@ def _named(where: str | Path, build: Any, *args: Any, **kwargs: Any) -> Any:
 def find_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
     """What prepares images for a source, and what says so; None where nothing does.
 
-    In this order: `preprocessor_config.json`; timm's `pretrained_cfg`; what networks of the
-    source's format were trained on. Where the source was opened at another `image_size` than the
-    file's, images are prepared in the same way for that size.
+    In this order: `preprocessor_config.json`, of the adapter before the base model's; timm's
+    `pretrained_cfg`; what networks of the source's format were trained on. Where the source was
+    opened at another `image_size` than the file's, images are prepared in the same way for that
+    size.
 
     Raises:
         ConfigError: the file is refused. MissingFileError: it cannot be reached.
     """
     size = source.config.image_height_width
     trained = size if source.trained is None else source.trained.image_height_width
-    path = source.files.find(PROCESSOR_NAME)
+    places = (source.adapter_files, source.files)
+    files = (place.find(PROCESSOR_NAME) for place in places if place is not None)
+    path = next((path for path in files if path is not None), None)
     if path is not None:
         found = AutoImageProcessor.from_pretrained(path)
         return _at_size(source, found), PROCESSOR_NAME

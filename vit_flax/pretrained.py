@@ -500,7 +500,8 @@ class FlaxPreTrainedModel(Loadable, Savable):
 
         Args:
             pretrained_model_name_or_path: directory, weights file (with `config.json` beside it
-                or `config=`), or "owner/name" on the Hub.
+                or `config=`), or "owner/name" on the Hub; or an adapter folder of PEFT, which is
+                merged into the base model that it names.
             dtype: compute dtype.
             *model_args: further positional arguments of the constructor (`input_shape`, `seed`).
             config: configuration, or where to read it, if not beside the weights.
@@ -521,7 +522,8 @@ class FlaxPreTrainedModel(Loadable, Savable):
             shardings: function from the path of a parameter, such as ("vit", "layernorm", "bias"),
                 to its sharding; each device reads only its own part if the file allows it. None is
                 JAX's default device.
-            **kwargs: options of the Hub (`revision`, `subfolder`, `token`, `cache_dir`,
+            **kwargs: `adapter`, an adapter folder to merge into this model, whatever base model it
+                names; options of the Hub (`revision`, `subfolder`, `token`, `cache_dir`,
                 `local_files_only`, `force_download`), fields of the config, arguments of the
                 constructor. With another `image_size` than the checkpoint's, positions are
                 resampled by its own rule.

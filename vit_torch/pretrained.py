@@ -140,7 +140,8 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
 
         Args:
             pretrained_model_name_or_path: directory, weights file (with `config.json` beside it
-                or `config=`), or "owner/name" on the Hub.
+                or `config=`), or "owner/name" on the Hub; or an adapter folder of PEFT, which is
+                merged into the base model that it names.
             *model_args: further positional arguments of the constructor.
             config: configuration, or where to read it, if not beside the weights.
             dtype, torch_dtype: dtype of the parameters, "auto" for the file's; None is float32.
@@ -159,7 +160,8 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
                 be detected.
             from_flax: prefer weights in Flax's layout where there are both. (Both are read
                 without it.)
-            **kwargs: options of the Hub (`revision`, `subfolder`, `token`, `cache_dir`,
+            **kwargs: `adapter`, an adapter folder to merge into this model, whatever base model it
+                names; options of the Hub (`revision`, `subfolder`, `token`, `cache_dir`,
                 `local_files_only`, `force_download`), fields of the config, arguments of the
                 constructor. With another `image_size` than the checkpoint's, positions are
                 resampled by its own rule.

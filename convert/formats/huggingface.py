@@ -117,8 +117,8 @@ _V5_SWIGLU = tuple(
         Rule(f"{_V4}mlp.down_proj.{leaf}", f"{_V4}output.dense.{leaf}"),
     )
 )
-_V4_NAMES = "Hub torch layout, names of Transformers v4"
-_V5_NAMES = "Hub torch layout, names of Transformers v5"
+V4_NAMES = "Hub torch layout, names of Transformers v4"
+V5_NAMES = "Hub torch layout, names of Transformers v5"
 _VIT, _BEIT, _DINOV2 = ("vit", "deit"), ("beit",), ("dinov2", "dinov2_with_registers")
 
 
@@ -171,23 +171,23 @@ def _format(families, rules, describes, written=True, **more) -> Format:
 
 
 FORMATS = (
-    _format(_VIT, _top() + _block(_SAME, _V4), _V4_NAMES),
-    _format(_BEIT, _top() + _block(_SAME, _V4), _V4_NAMES, only_with_prefix=BEIT_HEAD),
-    _format(_DINOV2, _top(TOKEN) + _block(DINOV2_BLOCK, _V4), _V4_NAMES, fits=plain),
-    _format(_DINOV2, _top(TOKEN) + _block(DINOV2_SWIGLU_BLOCK, _V4), _V4_NAMES, fits=gated),
-    _format(_VIT, _top() + _block(BLOCK, _V5), _V5_NAMES, False),
+    _format(_VIT, _top() + _block(_SAME, _V4), V4_NAMES),
+    _format(_BEIT, _top() + _block(_SAME, _V4), V4_NAMES, only_with_prefix=BEIT_HEAD),
+    _format(_DINOV2, _top(TOKEN) + _block(DINOV2_BLOCK, _V4), V4_NAMES, fits=plain),
+    _format(_DINOV2, _top(TOKEN) + _block(DINOV2_SWIGLU_BLOCK, _V4), V4_NAMES, fits=gated),
+    _format(_VIT, _top() + _block(BLOCK, _V5), V5_NAMES, False),
     _format(
         _BEIT,
         _top(shared="shared_position_bias.relative_position_bias_table") + _block(BLOCK, _V5),
-        _V5_NAMES,
+        V5_NAMES,
         False,
         only_with_prefix=BEIT_HEAD,
     ),
-    _format(_DINOV2, _top(TOKEN) + _block(_V5_DINOV2, _V4), _V5_NAMES, False),
+    _format(_DINOV2, _top(TOKEN) + _block(_V5_DINOV2, _V4), V5_NAMES, False),
     _format(
         _DINOV2,
         _top(TOKEN) + _block(_V5_DINOV2, _V4, ("intermediate.dense", "output.dense")) + _V5_SWIGLU,
-        _V5_NAMES,
+        V5_NAMES,
         False,
     ),
     *(

@@ -235,6 +235,7 @@ def _open(name: str, options: Options) -> _Found:
             "config": source.config,
             "format": source.table.name,
             "ignore": reading.ignore,
+            "adapter": source.adapter_files,
         }
         return _Found(source.path, loading, found[0] if found else None, options.output)
 

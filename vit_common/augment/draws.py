@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+import math
+from typing import Protocol
 
 import numpy as np
 
 from vit_common.datasets.order import check_seed
 
 _AUGMENT = 16  # apart from the purposes of `vit_common.datasets.order`
-
-T = TypeVar("T")
 
 
 class Draws(Protocol):
@@ -52,3 +51,10 @@ def uniform(source: Draws, low: float, high: float) -> float:
 def integer(source: Draws, low: int, high: int) -> int:
     """An integer from `low` to `high`, both included."""
     return low + int(source.random() * (high - low + 1))
+
+
+def gauss(source: Draws, mean: float, deviation: float) -> float:
+    """A normal number, by the formula of Box and Muller (1958) from two uniform ones."""
+    angle = source.random() * 2 * math.pi
+    radius = math.sqrt(-2.0 * math.log(1.0 - source.random()))
+    return mean + math.cos(angle) * radius * deviation

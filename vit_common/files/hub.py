@@ -145,6 +145,20 @@ class ModelFiles:
         self._asked = False
         self._alone: str | None = None
 
+    @property
+    def local(self) -> Path | None:
+        """The folder or file on this machine; None for a repository on the Hub."""
+        return None if isinstance(self._place, _Repository) else self._place
+
+    def has_weights(self) -> bool:
+        """Whether a local folder holds weights of a whole model."""
+        place = self.local
+        if place is None or not place.is_dir():
+            return False
+        if any((place / name).is_file() for name in WEIGHTS):
+            return True
+        return orbax_folder.find(place) is not None
+
     def find(self, filename: str) -> Path | None:
         """The path of one file, downloaded if it has to be; None if the model has no such file.
 

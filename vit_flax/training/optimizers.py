@@ -154,8 +154,8 @@ def trainable_of(recipe: Recipe, model: Any = None) -> Trainable | None:
         chosen = lambda name: any(_found(each, name) for each in patterns)  # noqa: E731
     if not frozen:
         return chosen
-    return lambda name: (chosen is None or chosen(name)) and not any(
-        _found(each, name) for each in frozen
+    return lambda name: (
+        (chosen is None or chosen(name)) and not any(_found(each, name) for each in frozen)
     )
 
 

@@ -1,0 +1,36 @@
+"""LoRA adapters in PEFT's files: read, merged into a base model, written for either generation of
+Transformers.
+
+`open_source` of an adapter folder, and with it every `from_pretrained` and command, gives the base
+model with the adapter merged.
+"""
+
+from __future__ import annotations
+
+from vit_convert.adapters.folder import (
+    CONFIG_NAME,
+    WEIGHTS_NAMES,
+    Adapter,
+    is_adapter,
+    read_adapter,
+    write_adapter,
+)
+from vit_convert.adapters.lowrank import LowRank
+from vit_convert.adapters.merge import classes_of, merged
+from vit_convert.adapters.names import GENERATIONS
+from vit_convert.adapters.settings import LoraSettings, plain_table
+
+__all__ = [
+    "CONFIG_NAME",
+    "GENERATIONS",
+    "WEIGHTS_NAMES",
+    "Adapter",
+    "LoraSettings",
+    "LowRank",
+    "classes_of",
+    "is_adapter",
+    "merged",
+    "plain_table",
+    "read_adapter",
+    "write_adapter",
+]
