@@ -1,5 +1,6 @@
 """Training: one step of gradient descent, as a pure function, with any optimizer of optax."""
 
+from vit_flax.training.distill import Teacher, load_teacher
 from vit_flax.training.losses import (
     balanced_weights,
     binary_cross_entropy,
@@ -11,9 +12,12 @@ from vit_flax.training.losses import (
 from vit_flax.training.mixing import mixing
 from vit_flax.training.optimizers import explain, make_optimizer, schedule_of, trainable_of
 from vit_flax.training.step import Ema, Total, TrainState, ema_of, init_state, make_step
+from vit_flax.training.tasks import Task, task_of
 
 __all__ = [
     "Ema",
+    "Task",
+    "Teacher",
     "Total",
     "TrainState",
     "balanced_weights",
@@ -23,11 +27,13 @@ __all__ = [
     "ema_of",
     "explain",
     "init_state",
+    "load_teacher",
     "loss_of",
     "make_optimizer",
     "make_step",
     "mixing",
     "regression",
     "schedule_of",
+    "task_of",
     "trainable_of",
 ]
