@@ -432,8 +432,8 @@ def _named(where: str | Path, build: Any, *args: Any, **kwargs: Any) -> Any:
 def find_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
     """What prepares images for a source, and what says so; None where nothing does.
 
-    In this order: `preprocessor_config.json`, of the adapter before the base model's; timm's `pretrained_cfg`; what networks of the
-    source's format were trained on.
+    In this order: `preprocessor_config.json`, an adapter's before its base model's; timm's
+    `pretrained_cfg`; what networks of the source's format were trained on.
 
     Raises:
         ConfigError: the file is refused. MissingFileError: it cannot be reached.
