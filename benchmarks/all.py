@@ -23,6 +23,7 @@ BENCHMARKS: dict[str, tuple[list[str], str | None]] = {
     "parity": ([], None),
     "conversion": ([], None),
     "inference": ([], None),
+    "training": ([], None),
     "scan": ([], None),
     "tpu": ([], "libtpu"),
 }

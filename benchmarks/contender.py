@@ -134,7 +134,8 @@ def vit_torch(folder: Path, device: str, dtype: str) -> Run:
     return on_torch(model, device, dtype, False)
 
 
-def timm(folder: Path, device: str, dtype: str, way: str) -> Run:
+def timm_network(folder: Path) -> Any:
+    """timm's network with the weights of a folder."""
     from safetensors.torch import load_file
 
     try:
@@ -154,7 +155,11 @@ def timm(folder: Path, device: str, dtype: str, way: str) -> Run:
         num_classes=1000,
     )
     network.load_state_dict(load_file(folder / "timm.safetensors"))
-    return on_torch(network, device, dtype, way == "compiled")
+    return network
+
+
+def timm(folder: Path, device: str, dtype: str, way: str) -> Run:
+    return on_torch(timm_network(folder), device, dtype, way == "compiled")
 
 
 KINDS: dict[str, Callable[[Path, str, str], Run]] = {

@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,19 @@ convert({path!r}, {path!r} + "/timm.safetensors", to="timm", verify=False)
 class Contender:
     """A process that runs one network."""
 
-    def __init__(self, name: str, python: str, folder: str, device: str, dtype: str) -> None:
-        script = str(Path(__file__).with_name("contender.py"))
+    def __init__(
+        self,
+        name: str,
+        python: str,
+        arguments: Sequence[str],
+        *,
+        script: str = "contender.py",
+        device: str = "cpu",
+    ) -> None:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # as long as the process
         self._process = subprocess.Popen(
-            [python, script, name, folder, device, dtype],
+            [python, str(Path(__file__).with_name(script)), name, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -109,7 +117,8 @@ def main() -> None:
         for name in dict.fromkeys([OURS, LIMIT, *arguments.only]):
             python = pythons.get(name, sys.executable)
             try:
-                contenders.append(Contender(name, python, path, arguments.device, arguments.dtype))
+                options = [path, arguments.device, arguments.dtype]
+                contenders.append(Contender(name, python, options, device=arguments.device))
                 contenders[-1].ask("1")
             except RuntimeError as error:
                 left_out[name] = str(error).strip().splitlines()[-1]

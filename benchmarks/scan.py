@@ -118,7 +118,7 @@ def memory_one(policy: str, scanned: bool) -> dict[str, Any]:
     from vit_common.presets import preset
     from vit_flax.attention import compiled_for
     from vit_flax.tpu_check import libtpu_environment
-    from vit_flax.training import cross_entropy, init_state, make_step
+    from vit_flax.training import TrainState, cross_entropy, make_step
 
     config = preset("large", num_labels=1000, num_hidden_layers=MEMORY_LAYERS)
     model = model_of(config, scanned, "bfloat16")
@@ -128,7 +128,9 @@ def memory_one(policy: str, scanned: bool) -> dict[str, Any]:
     # Plain gradient descent keeps nothing between steps: what is measured are the activations.
     optimizer = optax.sgd(0.1)
     step = make_step(model, cross_entropy(), optimizer)
-    params = model.params_shape_tree
+    state = jax.eval_shape(
+        lambda params: TrainState.create(model, optimizer, params=params), model.params_shape_tree
+    )
     with libtpu_environment(), compiled_for("tpu"):
         place = on_chip()["in_shardings"]
         batch = {
@@ -137,9 +139,9 @@ def memory_one(policy: str, scanned: bool) -> dict[str, Any]:
         }
         arguments = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            (params, jax.eval_shape(lambda p: init_state(optimizer, p), params), batch),
+            (state, batch),
         )
-        compiled, seconds = stages(step, *arguments, None)
+        compiled, seconds = stages(step, *arguments)
     memory = compiled.memory_analysis()
     return {"temporary_bytes": memory.temp_size_in_bytes, "seconds": seconds}
 

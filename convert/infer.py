@@ -378,8 +378,8 @@ def _image_size(table: Format, shapes, known, given, family: str, note: Any) -> 
     if "image_size" in given:
         raise CheckpointError(
             f"{rows} positions do not fit an image of {h} x {w} pixels (height x width) with "
-            f"patches of {patch}. Give the size these weights were trained at; to change it, "
-            "resample with `vit convert --image-size`."
+            f"patches of {patch}. Give the size these weights were trained at; to run at "
+            "another, first convert them with `vit convert --set image_size=... --image-size ...`."
         )
     raise CheckpointError(
         _ask_for_size(f"{rows} positions do not make a square image with patches of {patch}")

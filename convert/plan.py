@@ -3,27 +3,27 @@ report. Longer than most modules here, because all of it is decided before anyth
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vit_common.config import CONFIG_NAME, FLOATS, ViTConfig
+from vit_common.config import CONFIG_NAME, FLOATS
 from vit_common.errors import CheckpointError, ConfigError, ExistingFileError, InputError
 from vit_common.files.containers.tensor import DTYPES, Tensor
 from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor
+from vit_common.images.sizes import processor_at_size
 from vit_common.images.usual import USUAL
 from vit_common.parameters import class_name, parameter_shapes
-from vit_common.positions import relative_distances, resize_positions, resize_relative_positions
 from vit_convert.formats import DEFAULT, FILES, check_format, table_for
 from vit_convert.infer import Note, infer_config
 from vit_convert.leftovers import check_patterns, is_ignored
-from vit_convert.read import fixed_positions
+from vit_convert.read import resample
 from vit_convert.report import Report
 from vit_convert.rules import Mapped, TensorLike, to_foreign, unprefixed
 from vit_convert.source import Source
@@ -232,39 +232,14 @@ class Plan:
     # -- changes
 
     def _resample(self, tensors: dict[str, TensorLike], size: Any) -> dict[str, TensorLike]:
-        old, family = self.config.grid_size, self.config
+        trained = copy.deepcopy(self.config)
         self.config.image_size = size
         self.config.validate()
-        height, width = self.config.image_height_width
-        p, q = self.config.patch_height_width
-        if height % p or width % q:
-            raise InputError(
-                f"`image_size` must be a multiple of the patch, {p} x {q} (height x width); given "
-                f"{height} x {width}."
-            )
-        new, rule, k = self.config.grid_size, family.position_resize, family.num_prefix_positions
+        resampled, how = resample(tensors, self.source.table, trained, self.config)
         self.notes = [note for note in self.notes if note.field != "image_size"]
-        tables = any(name.endswith("relative_position_bias_table") for name in tensors)
-        how = f"by {rule}" if self.source.table.positions is None else "computed anew"
-        by = [f"positions {how}"] * ("embeddings.position_embeddings" in tensors)
-        relative = self.source.table.relative_resize
-        by += [f"relative positions by {relative}"] * tables
-        self.notes.append(Note("image_size", self.config.image_size, "; ".join(["given", *by])))
-        out = dict(tensors)
-        for name, tensor in tensors.items():
-            if name == "embeddings.position_embeddings":
-                shape: tuple[int, ...] = (1, k + new[0] * new[1], tensor.shape[2])
-                if (fixed := self.source.table.positions) is None:
-                    load = partial(_resized, tensor, resize_positions, old, new, rule, k)
-                else:  # the authors' own code computes them for any size
-                    load = partial(fixed_positions, fixed, new, tensor)
-            elif name.endswith("relative_position_bias_table"):
-                load = partial(_resized, tensor, resize_relative_positions, old, new, relative)
-                shape = (relative_distances(new), tensor.shape[1])
-            else:
-                continue
-            out[name] = Tensor(name, shape, tensor.dtype, load)
-        return out
+        said = "; ".join(filter(None, ("given", how)))
+        self.notes.append(Note("image_size", self.config.image_size, said))
+        return {**tensors, **resampled}
 
     # -- the target's side
 
@@ -393,7 +368,8 @@ class Plan:
         said in the report."""
         found, origin = processor or (None, "")
         if found is not None and self.config.grid_size != self.source.config.grid_size:
-            found = _at_size(found, self.source.config, self.config)
+            old, new = (each.image_height_width for each in (self.source.config, self.config))
+            found = processor_at_size(found, old, new)
         if is_file(target):
             report.warnings += self._preprocessing_lost(target, found, origin)
             return {}
@@ -454,28 +430,3 @@ def _cast(name: str, tensor: TensorLike, dtype: np.dtype) -> TensorLike:
         return out
 
     return Tensor(name, tuple(tensor.shape), dtype, load)
-
-
-def _resized(tensor: TensorLike, resize: Callable[..., np.ndarray], *args: Any) -> np.ndarray:
-    return resize(tensor.read(), *args)
-
-
-def _at_size(processor: Any, old: ViTConfig, new: ViTConfig) -> Any:
-    """The same preparation for images of another size."""
-    (H, W) = new.image_height_width
-    table = processor.to_dict()
-    size = dict(table.get("size") or {})
-    crop = dict(table.get("crop_size") or {}) if table.get("do_center_crop") else {}
-    # What comes out now: the crop, or else what images are resized to. It need not be the
-    # configuration's size: DINOv2's is 518 and its images are 224.
-    now = crop or size
-    h, w = now.get("height"), now.get("width")
-    if not (h and w):
-        h, w = old.image_height_width
-    for key, factor in (("height", H / h), ("width", W / w), ("shortest_edge", H / h)):
-        if size.get(key):
-            size[key] = round(size[key] * factor)
-    table["size"] = size
-    if crop:
-        table["crop_size"] = {"height": H, "width": W}
-    return type(processor).from_dict(table)

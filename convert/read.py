@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from vit_common.config import ViTConfig
+from vit_common.errors import InputError
 from vit_common.files.checkpoint import Tensor
 from vit_common.parameters import TOP_PARAMETERS
+from vit_common.positions import relative_distances, resize_positions, resize_relative_positions
 from vit_convert.detect import Root, detect_format, find_root
 from vit_convert.formats import PREPARED
 from vit_convert.formats.format import Format
@@ -20,6 +23,8 @@ from vit_convert.leftovers import kind_of
 from vit_convert.rules import Mapped, TensorLike, as_mapped, to_canonical
 
 POSITIONS = "embeddings.position_embeddings"
+TABLE = "relative_position_bias_table"
+"""What the names of relative position bias tables end with."""
 _PROJECTION = "embeddings.patch_embeddings.projection.weight"
 _MATRIX = re.compile(r"(?P<stem>.*?)(?P<leaf>[./]?(?:weight|kernel))")
 # Part of the name of a module that is a classifier: fc, head, classifier.1, linear, lin_cls, ...
@@ -80,6 +85,75 @@ def fixed_positions(
     """The positions (1, N, D) that a format's networks have for a grid of patches, of the width and
     dtype of a tensor."""
     return positions(grid, like.shape[2])[None].astype(like.dtype)
+
+
+def check_divides(config: ViTConfig) -> None:
+    """Raise InputError if images of a configuration's size hold no whole number of patches."""
+    (height, width), (p, q) = config.image_height_width, config.patch_height_width
+    if height % p or width % q:
+        raise InputError(
+            f"`image_size` must be a multiple of the patch, {p} x {q} (height x width); given "
+            f"{height} x {width}."
+        )
+
+
+def fits_grid(tensors: Mapping[str, TensorLike], config: ViTConfig) -> bool:
+    """Whether positions, absolute and relative, are those of the configuration's grid."""
+    grid = config.grid_size
+    rows = config.num_prefix_positions + grid[0] * grid[1]
+    return all(
+        tensor.shape[1] == rows
+        if name == POSITIONS
+        else tensor.shape[0] == relative_distances(grid)
+        for name, tensor in tensors.items()
+        if name == POSITIONS or name.endswith(TABLE)
+    )
+
+
+def resample(
+    tensors: Mapping[str, TensorLike], table: Format, old: ViTConfig, new: ViTConfig
+) -> tuple[dict[str, Tensor], str]:
+    """Positions for images of another size, by the rule of the checkpoint they come from.
+
+    Args:
+        tensors: canonical name -> tensor, of which positions are looked at.
+        table: the format they were read in.
+        old: the configuration that they fit.
+        new: the same with another `image_size`.
+
+    Returns:
+        The tensors that change, not read yet; and how they are resampled, for a report.
+
+    Raises:
+        InputError: the patch does not divide the new size.
+    """
+    check_divides(new)
+    source, target, count = old.grid_size, new.grid_size, old.num_prefix_positions
+    out: dict[str, Tensor] = {}
+    how: dict[str, None] = {}
+    for name, tensor in tensors.items():
+        if name == POSITIONS:
+            shape: tuple[int, ...] = (1, count + target[0] * target[1], tensor.shape[2])
+            if (fixed := table.positions) is None:
+                rule = old.position_resize
+                load = partial(_resized, tensor, resize_positions, source, target, rule, count)
+                how[f"positions by {rule}"] = None
+            else:  # the authors' own code computes them for any size
+                load = partial(fixed_positions, fixed, target, tensor)
+                how["positions computed anew"] = None
+        elif name.endswith(TABLE):
+            relative = table.relative_resize
+            load = partial(_resized, tensor, resize_relative_positions, source, target, relative)
+            shape = (relative_distances(target), tensor.shape[1])
+            how[f"relative positions by {relative}"] = None
+        else:
+            continue
+        out[name] = Tensor(name, shape, tensor.dtype, load)
+    return out, "; ".join(how)
+
+
+def _resized(tensor: TensorLike, resize: Callable[..., np.ndarray], *args: Any) -> np.ndarray:
+    return resize(tensor.read(), *args)
 
 
 def read_tensors(

@@ -5,6 +5,8 @@ What `from_pretrained`, `convert` and `vit inspect` have in common. No weight is
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from vit_common.files.hub import AbsentFileError, ModelFiles, find_file
 from vit_common.files.texts import parse_json, read_json
 from vit_common.images.auto import AutoImageProcessor
 from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor
+from vit_common.images.sizes import processor_at_size
 from vit_common.images.timm import processor_from_timm
 from vit_common.parameters import Head
 from vit_convert.adapters import Adapter, classes_of, is_adapter, merged, read_adapter
@@ -26,8 +29,8 @@ from vit_convert.detect import Root
 from vit_convert.formats.format import family_prefix
 from vit_convert.formats.timm_config import TRANSFORM
 from vit_convert.infer import Note, infer_config
-from vit_convert.read import Read, read_tensors
-from vit_convert.rules import Format, Mapped
+from vit_convert.read import Read, check_divides, fits_grid, read_tensors, resample
+from vit_convert.rules import Format, Mapped, as_mapped
 
 METADATA_KEY = "vit_config"
 """Key of the metadata of a safetensors file under which it carries its configuration."""
@@ -55,6 +58,8 @@ class Source:
         given: fields of the configuration that the caller set.
         config_given: whether the caller gave the configuration as an object.
         left_over: keywords of the caller that are no fields of the configuration.
+        trained: the configuration at the image size of the file, where the caller asked for
+            another: positions in `mapped` are resampled then.
         adapter: the adapter that is merged into `mapped`; None where there is none.
         adapter_files: its files; those of the base model are `files`.
     """
@@ -76,6 +81,7 @@ class Source:
     given: Mapping[str, Any] = field(default_factory=dict)
     config_given: bool = False
     left_over: Mapping[str, Any] = field(default_factory=dict)
+    trained: ViTConfig | None = None
     adapter: Adapter | None = None
     adapter_files: ModelFiles | None = None
 
@@ -184,7 +190,8 @@ def open_source(
         format: the weights' format, if it cannot be detected.
         config: the configuration, or where to read it, if not from beside the weights.
         overrides: fields of the configuration that the caller knows better, mixed with other
-            keywords; all of them are other keywords where `config` is an object.
+            keywords; all of them are other keywords where `config` is an object. Positions are
+            resampled to an `image_size` that is not that of the weights.
         wanted: class of the configuration; None takes any family's.
         prefer: names of weights files to look for before the others.
         accept: called with the configuration and with the other keywords, before weights are
@@ -201,6 +208,7 @@ def open_source(
         MissingFileError: it is not there.
         CheckpointError: it is corrupt, of no format known here, or of several.
         ConfigError: its configuration is refused.
+        InputError: the patch does not divide the `image_size` to resample to.
 
     Example:
         >>> with open_source("google/vit-base-patch16-224") as source:
@@ -233,19 +241,21 @@ def open_source(
         found, config = read_json(said_by), None
         timm = found if is_timm(found) else timm
         table = _without_timm(found)
-    settled, left_over = None, dict(given)
+    settled, trained, left_over = None, None, dict(given)
     if config is not None:
         settled = as_config(config, wanted or config_class(getattr(config, "model_type", "vit")))
         accept(settled, left_over)
     elif table is not None:
         assert said_by is not None
         settled, left_over = _settle(table, said_by, place, given, wanted, accept)
+        trained = _trained(table, said_by, place, given, wanted, settled)
     path = files.weights(prefer, fetch=fetch)
     checkpoint = open_checkpoint(path)
     try:
         if settled is None and METADATA_KEY in checkpoint.metadata:
             table = parse_json(checkpoint.metadata[METADATA_KEY].encode(), path, "configuration")
             settled, left_over = _settle(table, path, place, given, wanted, accept)
+            trained = _trained(table, path, place, given, wanted, settled)
         hints = {"suffix": path.suffix}
         if settled is not None:
             hints["model_type"] = settled.base_family
@@ -266,7 +276,7 @@ def open_source(
             known = {name for cls in CONFIG_CLASSES.values() for name in cls.fields}
             left_over = {n: v for n, v in given.items() if n not in known and n != "num_labels"}
             given = {name: value for name, value in given.items() if name not in left_over}
-            settled, notes = _inferred(read, timm, given)
+            settled, notes, trained = _inferred(read, timm, given)
             object.__setattr__(settled, "_name_or_path", place)
             settled = settled if wanted is None else _named(place, as_config, settled, wanted)
             accept(settled, left_over)
@@ -276,6 +286,11 @@ def open_source(
             and not {"id2label", "num_labels"} & {*(table or {}), *given}
         ):
             settled.num_labels = read.labels
+        if trained is not None and not fits_grid(read.mapped.tensors, trained):
+            trained = None  # the size that is given is right, and the file's wrong
+        if trained is not None and trained.grid_size != settled.grid_size:
+            notes = [note for note in notes if note.field != "image_size"]
+            notes += _resample(read, trained, settled)
         read.complete(settled)
         notes += read.notes
     except (CheckpointError, ConfigError) as error:
@@ -304,6 +319,7 @@ def open_source(
         given={name: value for name, value in given.items() if name not in left_over},
         config_given=config is not None,
         left_over=left_over,
+        trained=trained,
     )
 
 
@@ -409,17 +425,68 @@ def _settle(
     return config, left_over
 
 
+def _trained(
+    table: Mapping[str, Any],
+    path: Path,
+    place: str,
+    given: Mapping[str, Any],
+    wanted: type[ViTConfig] | None,
+    settled: ViTConfig,
+) -> ViTConfig | None:
+    """The configuration in a table with all that the caller gave but an image size; None where he
+    gave none."""
+    if given.get("image_size") is None:
+        return None
+    others = {name: value for name, value in given.items() if name != "image_size"}
+    trained, _ = _settle(table, path, place, others, wanted, lambda *_: None)
+    if trained.image_height_width != settled.image_height_width:
+        check_divides(settled)  # before weights are fetched
+    return trained
+
+
+def _resample(read: Read, trained: ViTConfig, config: ViTConfig) -> list[Note]:
+    """Resample positions from one grid to another's, and say so."""
+    found = read.mapped.tensors
+    resampled, how = resample(found, read.table, trained, config)
+    found.update({name: as_mapped(tensor) for name, tensor in resampled.items()})
+    return [Note("image_size", config.image_size, "; ".join(filter(None, ("given", how))))]
+
+
 def _inferred(
     read: Read, timm: Mapping[str, Any] | None, given: Mapping[str, Any]
-) -> tuple[ViTConfig, list[Note]]:
-    """The configuration that the weights imply, and what says so."""
+) -> tuple[ViTConfig, list[Note], ViTConfig | None]:
+    """The configuration that the weights imply, what says so, and the same at the weights' own
+    image size where the caller asked for another."""
+
+    def infer(fields: Mapping[str, Any]) -> tuple[ViTConfig, list[Note]]:
+        return infer_config(read.table, read.mapped, read.tensors, timm, fields)
+
+    def fits(fields: Mapping[str, Any]) -> bool:
+        with contextlib.suppress(CheckpointError, ConfigError):
+            return fits_grid(read.mapped.tensors, infer(fields)[0])
+        return False
+
+    others = {name: value for name, value in given.items() if name != "image_size"}
     try:
-        return infer_config(read.table, read.mapped, read.tensors, timm, given)
+        if given.get("image_size") is None or not fits(others):
+            return *infer(given), None
+        trained, notes = infer(others)
+        # Shapes alone leave it open whether 16 patches are 4 x 4 or 2 x 8.
+        says = [note.origin for note in notes if note.field == "image_size"]
+        if says == ["shapes"] and fits(given):
+            return *infer(given), None
+        config = copy.deepcopy(trained)
+        config.image_size = given["image_size"]
+        config.validate()
     except (CheckpointError, ConfigError) as error:
         if not read.unexplained:
             raise
         names = some(read.unexplained, 60)
         raise type(error)(f"{error} Names in the file that are not known here: {names}.") from error
+    if config.image_height_width != trained.image_height_width:
+        check_divides(config)
+    notes = [note for note in notes if note.field != "image_size"]
+    return config, [*notes, Note("image_size", config.image_size, "given")], trained
 
 
 def _named(where: str | Path, build: Any, *args: Any, **kwargs: Any) -> Any:
@@ -433,28 +500,47 @@ def find_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
     """What prepares images for a source, and what says so; None where nothing does.
 
     In this order: `preprocessor_config.json`, an adapter's before its base model's; timm's
-    `pretrained_cfg`; what networks of the source's format were trained on.
+    `pretrained_cfg`; what networks of the source's format were trained on. Where the source was
+    opened at another `image_size` than the file's, images are prepared in the same way for that
+    size.
 
     Raises:
         ConfigError: the file is refused. MissingFileError: it cannot be reached.
     """
+    size = source.config.image_height_width
+    trained = size if source.trained is None else source.trained.image_height_width
     places = (source.adapter_files, source.files)
-    found = (place.find(PROCESSOR_NAME) for place in places if place is not None)
-    path = next((path for path in found if path is not None), None)
+    files = (place.find(PROCESSOR_NAME) for place in places if place is not None)
+    path = next((path for path in files if path is not None), None)
     if path is not None:
-        return AutoImageProcessor.from_pretrained(path), PROCESSOR_NAME
+        found = AutoImageProcessor.from_pretrained(path)
+        return _at_size(source, found), PROCESSOR_NAME
     own = (source.timm or {}).get("pretrained_cfg")
     # Without a mean it says nothing about images: a conversion that knew nothing wrote it.
     if isinstance(own, Mapping) and "mean" in own:
+        timms = {**own, "input_size": [source.config.num_channels, *size]}
         try:
-            return processor_from_timm(own), TRANSFORM
+            if trained != size and size[0] == size[1]:  # with timm's own rounding
+                return processor_from_timm(timms), TRANSFORM
+            return _at_size(source, processor_from_timm(own)), TRANSFORM
         except ConfigError:
             # What timm does and no processor here can do leaves the images to the caller.
             return implied_processor(source)
     return implied_processor(source)
 
 
+def _at_size(source: Source, processor: BaseImageProcessor) -> BaseImageProcessor:
+    """A processor of the file's image size as one of the source's."""
+    if source.trained is None:
+        return processor
+    old, new = source.trained.image_height_width, source.config.image_height_width
+    return processor_at_size(processor, old, new)
+
+
 def implied_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
     """What networks of a source's format were trained on, and what says so."""
     implied = source.table.preprocessing
-    return implied(source.config) if implied and source.config.num_channels == 3 else None
+    if implied is None or source.config.num_channels != 3:
+        return None
+    found = implied(source.config if source.trained is None else source.trained)
+    return None if found is None else (_at_size(source, found[0]), found[1])

@@ -26,7 +26,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from vit_flax import FlaxViTForImageClassification, ViTConfig, ViTImageProcessor
-from vit_flax.training import cross_entropy, init_state, make_step
+from vit_flax.training import TrainState, cross_entropy, make_step
 
 BATCH_SIZE = 32
 LEARNING_RATE = 3e-3
@@ -98,7 +98,7 @@ def train(model, pixel_values, labels, epochs, seed):
     )
 
     step = make_step(model, cross_entropy(LABEL_SMOOTHING), optimizer)
-    params, state = model.params, init_state(optimizer, model.params)
+    state = TrainState.create(model, optimizer)
     shuffle, key = np.random.default_rng(seed), jax.random.key(seed)
     start = time.perf_counter()
     for epoch in range(1, epochs + 1):
@@ -106,13 +106,11 @@ def train(model, pixel_values, labels, epochs, seed):
         for batch in order.reshape(steps_per_epoch, BATCH_SIZE):
             key, now = jax.random.split(key)
             images = augment(now, pixel_values[batch])
-            params, state, metrics = step(
-                params, state, {"pixel_values": images, "labels": labels[batch]}, None
-            )
+            state, metrics = step(state, {"pixel_values": images, "labels": labels[batch]})
         if epoch % 10 == 0 or epoch == epochs:
             seconds = time.perf_counter() - start
             print(f"epoch {epoch}: loss {metrics['loss']:.3f}, {seconds:.0f} s", file=sys.stderr)
-    return params
+    return state.params
 
 
 def main() -> None:

@@ -153,7 +153,8 @@ def test_missing_parameters_of_the_network_are_an_error_that_names_all(tmp_path,
 def test_mismatched_shapes_are_an_error_that_names_all(tmp_path, framework):
     path = write(tmp_path, weights_of("classifier"))
     cls = twin(framework, "classifier")
-    overrides = {"num_labels": 10, "image_size": 16}
+    # In an object: `image_size=16` beside the name would resample the positions.
+    overrides = {"config": config_of(num_labels=10, image_size=16)}
     with pytest.raises(ValueError, match="the shapes did not match") as error:
         cls.from_pretrained(path, **overrides)
     text = str(error.value)

@@ -21,7 +21,7 @@ from networks import flax_tree, flax_twin, make_config, random_weights
 from vit_common.errors import InputError
 from vit_flax import FlaxViTForImageClassification
 from vit_flax.int8 import quantize
-from vit_flax.training import cross_entropy, init_state, make_step
+from vit_flax.training import TrainState, cross_entropy, make_step
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 24, "image_size": 8, "patch_size": 4}
@@ -75,7 +75,7 @@ def test_steps_are_those_of_torch(name, smoothing):
         optimizer = theirs(reference.parameters())
         step = make_step(model, cross_entropy(smoothing), ours)
         first = flatten_dict(jax.tree.map(np.asarray, model.params))
-        params, state = jax.tree.map(jnp.copy, model.params), init_state(ours, model.params)
+        state = TrainState.create(model, ours)
         for batch in batches():
             logits = reference(torch.tensor(batch["pixel_values"])).logits
             loss = torch.nn.functional.cross_entropy(
@@ -85,12 +85,12 @@ def test_steps_are_those_of_torch(name, smoothing):
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), float("inf"))
             optimizer.step()
-            params, state, metrics = step(params, state, batch, None)
+            state, metrics = step(state, batch)
             assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-10)
             assert metrics["gradient_norm"] == pytest.approx(norm.item(), rel=1e-10)
         after = {name: each.detach().numpy() for name, each in reference.named_parameters()}
         wanted = flatten_dict(flax_tree(after, jnp.float64))
-        for path, value in flatten_dict(params).items():
+        for path, value in flatten_dict(state.params).items():
             np.testing.assert_allclose(value, wanted[path], rtol=0, atol=1e-10, err_msg=path)
             assert path[-2] == "key" or np.abs(value - first[path]).max() > 1e-3
         assert step._cache_size() == 1
@@ -105,7 +105,8 @@ def test_a_module_takes_the_same_step():
         step = make_step(network, cross_entropy(), optimizer, donate=False)
         batch = batches(1, np.float32)[0]
         batch["pixel_values"] = batch["pixel_values"].transpose(axes)
-        found.append(step(model.params, init_state(optimizer, model.params), batch, None)[0])
+        state = TrainState.create(network, optimizer, params=model.params)
+        found.append(step(state, batch)[0].params)
     for one, other in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
 
@@ -123,38 +124,44 @@ def test_dropout_is_on_and_its_key_decides():
     step = make_step(Half(), lambda outputs, batch: outputs.sum(), optax.sgd(1.0), donate=False)
     params = {"weight": jnp.ones(1)}
     batch = {"pixel_values": jnp.ones((64, 1))}
+    state = TrainState.create(Half(), optax.sgd(1.0), params=params, key=jax.random.key(3))
 
-    def lost(key):
-        return float(step(params, optax.sgd(1.0).init({}), batch, key)[2]["loss"])
+    def lost(number):
+        return float(step(state.replace(step=jnp.int32(number)), batch)[1]["loss"])
 
-    key = jax.random.key(0)
-    assert lost(jax.random.fold_in(key, 1)) == lost(jax.random.fold_in(key, 1)) != 64
-    assert len({lost(jax.random.fold_in(key, i)) for i in range(8)}) > 2
-    # As Flax itself drops them with this key.
+    assert lost(1) == lost(1) != 64
+    assert len({lost(i) for i in range(8)}) > 2
+    # As Flax itself drops them with the key of the step's first part.
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 5), 1)
     kept = Half().apply({"params": params}, batch["pixel_values"], False, rngs={"dropout": key})
-    assert lost(key) == float(kept.sum())
+    assert lost(5) == float(kept.sum())
 
 
-def test_moments_of_half_parameters_are_float32():
+def test_half_parameters_train_in_float32():
+    """Whatever the file held: small updates would be lost."""
     model, _ = pair(jnp.bfloat16)
     optimizer = optax.adamw(1e-2)
-    state = init_state(optimizer, model.params)
-    step = make_step(model, cross_entropy(), optimizer)
-    params, state, metrics = step(model.params, state, batches(1, np.float32)[0], None)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
-    moments = {leaf.dtype.name for leaf in jax.tree.leaves((state[0].mu, state[0].nu))}
-    assert moments == {"float32"}
-    assert {value.dtype.name for value in metrics.values()} == {"float32"}
+    state = TrainState.create(model, optimizer, ema=0.9)
+    state, metrics = make_step(model, cross_entropy(), optimizer, ema=0.9)(
+        state, batches(1, np.float32)[0]
+    )
+    trees = (state.params, state.opt_state[0].mu, state.opt_state[0].nu, state.ema)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(trees)} == {"float32"}
+    assert {name: value.dtype.name for name, value in metrics.items()} == {
+        **dict.fromkeys(("loss", "accuracy", "gradient_norm", "update_norm"), "float32"),
+        "finite": "bool",
+    }
 
 
 def test_the_old_state_gives_its_memory():
     model, _ = pair(jnp.float32)
     optimizer = optax.adamw(1e-2)
-    params = jax.tree.map(jnp.copy, model.params)
-    state = init_state(optimizer, params)
+    state = TrainState.create(model, optimizer)
     step = make_step(model, cross_entropy(), optimizer)
-    step(params, state, batches(1, np.float32)[0], None)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, state[0].mu, state[0].nu)))
+    step(state, batches(1, np.float32)[0])
+    old = (state.params, state.opt_state[0].mu, state.opt_state[0].nu)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(model.params))
 
 
 def test_labels_may_be_probabilities_and_a_loss_may_tell_more():
@@ -169,11 +176,13 @@ def test_labels_may_be_probabilities_and_a_loss_may_tell_more():
             return transformers.modeling_flax_outputs.FlaxSequenceClassifierOutput(logits=x)
 
     def loss(outputs, batch):
-        return cross_entropy(0.2)(outputs, batch), {"largest": outputs.logits.max()}
+        total = cross_entropy(0.2)(outputs, batch)
+        return total.sum / total.count, {"largest": outputs.logits.max()}
 
     step = make_step(Logits(), loss, optax.sgd(1.0), donate=False)
     batch = {"pixel_values": logits, "labels": targets}
-    metrics = step({"unused": jnp.ones(1)}, optax.sgd(1.0).init({}), batch, None)[2]
+    state = TrainState.create(Logits(), optax.sgd(1.0), params={"unused": jnp.ones(1)})
+    metrics = step(state, batch)[1]
     wanted = torch.nn.functional.cross_entropy(
         torch.tensor(logits), torch.tensor(targets), label_smoothing=0.2
     )
@@ -185,12 +194,16 @@ def test_labels_may_be_probabilities_and_a_loss_may_tell_more():
 def test_what_cannot_be_trained():
     model, _ = pair(jnp.float32)
     optimizer = optax.sgd(0.1)
+    batch = batches(1, np.float32)[0]
+    with pytest.raises(InputError, match=r"kernel is int8, which cannot be trained"):
+        TrainState.create(model, optimizer, params=quantize(model.params))
+    state = TrainState.create(model, optimizer)
     step = make_step(model, cross_entropy(), optimizer)
     with pytest.raises(InputError, match=r"kernel is int8, which cannot be trained"):
-        step(quantize(model.params), optax.sgd(1.0).init({}), batches(1, np.float32)[0], None)
+        step(state.replace(params=quantize(model.params)), batch)
     step = make_step(model, lambda outputs, batch: outputs.logits, optimizer)
     with pytest.raises(InputError, match=r"one number for the batch; given shape \(4, 5\)"):
-        step(model.params, optax.sgd(1.0).init({}), batches(1, np.float32)[0], None)
+        step(state, batch)
 
 
 SHARDED = """
@@ -199,30 +212,29 @@ from pathlib import Path
 import jax, numpy as np, optax
 from flax.traverse_util import flatten_dict
 from vit_flax import FlaxViTForImageClassification
-from vit_flax.sharding import TRAINING_AXES, batch_sharding, make_mesh, tree_shardings
-from vit_flax.training import cross_entropy, init_state, make_step
+from vit_flax.sharding import TRAINING_AXES, batch_sharding, make_mesh
+from vit_flax.training import TrainState, cross_entropy, make_step
 
 place = Path(sys.argv[2])
 model = FlaxViTForImageClassification.from_pretrained(place / "model", precision="highest")
 optimizer = optax.adamw(1e-2, weight_decay=0.1)
 mesh = make_mesh(json.loads(sys.argv[1]), model.config, TRAINING_AXES)
-params = jax.device_put(model.params, tree_shardings(mesh, model.params))
-state = init_state(optimizer, params)
-state = jax.device_put(state, tree_shardings(mesh, state))
+state = TrainState.create(model, optimizer, mesh=mesh)
 step = make_step(model, cross_entropy(), optimizer, mesh=mesh)
 losses = []
 given = np.load(place / "batches.npz")
 for batch in zip(given["pixel_values"], given["labels"]):
     batch = dict(zip(("pixel_values", "labels"), batch))
     batch = jax.device_put(batch, batch_sharding(mesh))
-    params, state, metrics = step(params, state, batch, None)
+    state, metrics = step(state, batch)
     losses.append(float(metrics["loss"]))
 held = lambda tree: max(
     sum(shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards
         if shard.device == device) for device in mesh.devices.flat)
+params, moments = state.params, state.opt_state[0].mu
 whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 np.savez(place / "after.npz", **flatten_dict(jax.tree.map(np.asarray, params), sep="/"))
-print(json.dumps([losses, held(params) / whole, held(state[0].mu) / whole, step._cache_size()]))
+print(json.dumps([losses, held(params) / whole, held(moments) / whole, step._cache_size()]))
 """
 
 

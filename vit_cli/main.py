@@ -23,6 +23,8 @@ from vit_common.errors import DeviceError, ViTError
 _COMMANDS = {
     "predict": "classify images",
     "features": "write image embeddings to a file",
+    "evaluate": "measure how good a classifier is on labelled images",
+    "probe": "measure features with k-NN and logistic regression",
     "attention": "draw where a model looks in an image",
     "convert": "convert a checkpoint to another format",
     "export": "write a model as a program for JAX or ONNX",

@@ -200,7 +200,8 @@ def add_model(parser: Parser) -> None:
 def add_reading(
     parser: Parser,
     *,
-    image_size: str = "image size the model was trained at, if not in the files",
+    image_size: str = "image size to run at: positions are resampled if the model was trained at "
+    "another; if its files do not say which, the size it was trained at",
     loads: bool = True,
 ) -> None:
     """What the files of a model do not say by themselves, and where on the Hub they are.

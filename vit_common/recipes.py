@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
+
+import numpy as np
 
 from vit_common.errors import InputError
 
@@ -51,6 +54,9 @@ class Recipe:
         schedule: "cosine", "linear" or "constant" after the warm-up.
         warmup_epochs, warmup_steps: length of the linear warm-up; steps count if given.
         warmup_learning_rate: learning rate that the warm-up begins with.
+        warmup_prefix: whether the schedule begins after the warm-up; if not (timm's default), it
+            has run down by the length of the warm-up when that ends.
+        schedule_by: "step", or "epoch": the learning rate changes between epochs only (timm).
         final_learning_rate: learning rate that the schedule ends with.
         loss: "cross_entropy", or "bce" (each class by itself, as DeiT III trains).
         label_smoothing: share of each label that is spread over all classes.
@@ -70,6 +76,8 @@ class Recipe:
         ema_rule: "plain" (DeiT) or "warmup" (timm: min(decay, 1 - (1 + t) ** (-2 / 3))).
         train: "all", "head", or regular expressions of canonical parameter names, separated by
             commas.
+        freeze: regular expressions of names of parameters that do not train, whatever `train` says,
+            separated by commas.
         head: first values of a new head: "zero" or "normal".
         class_weights: "none", "balanced" (each class by n / (K * its images)), or "sampling"
             (each class drawn as often as every other).
@@ -112,6 +120,8 @@ class Recipe:
     warmup_steps: int | None = None
     warmup_learning_rate: float = 0.0
     final_learning_rate: float = 0.0
+    warmup_prefix: bool = True
+    schedule_by: Literal["step", "epoch"] = "step"
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     label_smoothing: float = 0.1
     mixup: float = 0.0
@@ -131,6 +141,7 @@ class Recipe:
     ema: float | None = None
     ema_rule: Literal["plain", "warmup"] = "plain"
     train: str = "all"
+    freeze: str = ""
     head: Literal["zero", "normal"] = "zero"
     class_weights: Literal["none", "balanced", "sampling"] = "none"
     patience: int | None = None
@@ -184,3 +195,54 @@ def recipe(name: str = "fine-tune", **settings: Any) -> Recipe:
         hint = f" Did you mean {close[0]}?" if close else ""
         raise InputError(f"no recipe {name!r}.{hint} Wanted one of {', '.join(RECIPES)}.")
     return RECIPES[name].replace(**settings)
+
+
+def peak_learning_rate(recipe: Recipe) -> float:
+    """The learning rate at its highest, scaled by the batch size if the recipe asks for it."""
+    if recipe.scale_by_batch is None:
+        return recipe.learning_rate
+    return recipe.learning_rate * recipe.batch_size / recipe.scale_by_batch
+
+
+def learning_rates(recipe: Recipe, steps: int) -> np.ndarray:
+    """The learning rate of each step of a run, (steps,) in float64.
+
+    Only the peak is scaled by the batch size; the first and last rates are as given. Without
+    `warmup_steps`, the warm-up is `warmup_epochs / epochs` of the steps.
+
+    Raises:
+        InputError: no steps, or the warm-up is not shorter than the run.
+
+    Example:
+        >>> learning_rates(recipe("fine-tune", learning_rate=0.1), steps=100)[-1]
+    """
+    if steps < 1:
+        raise InputError(f"a run must have at least one step; given {steps}.")
+    peak, first, last = (
+        peak_learning_rate(recipe),
+        recipe.warmup_learning_rate,
+        recipe.final_learning_rate,
+    )
+    warmup = recipe.warmup_steps
+    if warmup is None:
+        warmup = round(steps * recipe.warmup_epochs / recipe.epochs)
+    if warmup and warmup >= steps:
+        raise InputError(
+            f"the warm-up must be shorter than the run; given {warmup} of {steps} steps. Set "
+            "`warmup_steps` or `warmup_epochs`."
+        )
+    at, length, before = np.arange(steps, dtype=np.float64), float(steps), float(warmup)
+    if recipe.schedule_by == "epoch":
+        at = np.floor(at * (recipe.epochs / steps) + 1e-9)
+        length, before = float(recipe.epochs), warmup * recipe.epochs / steps
+    start = before if recipe.warmup_prefix else 0.0
+    share = np.clip((at - start) / max(length - start, 1e-300), 0.0, 1.0)
+    if recipe.schedule == "cosine":
+        rates = last + (peak - last) * 0.5 * (1.0 + np.cos(math.pi * share))
+    elif recipe.schedule == "linear":
+        rates = peak + (last - peak) * share
+    else:
+        rates = np.full(steps, peak)
+    if before:
+        rates = np.where(at < before, first + (peak - first) * at / before, rates)
+    return rates

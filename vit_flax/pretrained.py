@@ -525,7 +525,8 @@ class FlaxPreTrainedModel(Loadable, Savable):
             **kwargs: `adapter`, an adapter folder to merge into this model, whatever base model it
                 names; options of the Hub (`revision`, `subfolder`, `token`, `cache_dir`,
                 `local_files_only`, `force_download`), fields of the config, arguments of the
-                constructor.
+                constructor. With another `image_size` than the checkpoint's, positions are
+                resampled by its own rule.
 
         Returns:
             The model; with `_do_init=False`, `(model, params)`. With `output_loading_info=True`

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +43,7 @@ from vit_flax.hlo import (
 )
 from vit_flax.last_words import first_line, is_out_of_memory
 from vit_flax.sharding import DATA, batch_sharding, replicated
-from vit_flax.training import cross_entropy, init_state, make_step
+from vit_flax.training import TrainState, cross_entropy, make_step
 
 FLOPS_BOUND = 0.03
 """Largest difference of a program's matrix products from the analytic count, as a share of it."""
@@ -391,7 +390,9 @@ def training_step(
     model = _model(config, dtype, teacher, attn_implementation)
     optimizer = optax.adamw(1e-3)
     step = make_step(model, cross_entropy(), optimizer, mesh=mesh)
-    params = model.params_shape_tree
+    state = jax.eval_shape(
+        lambda params: TrainState.create(model, optimizer, params=params), model.params_shape_tree
+    )
     total = batch * mesh.size
     images = _pixels(config, total, dtype)
     labels = jax.ShapeDtypeStruct((total,), jnp.int32)
@@ -401,12 +402,7 @@ def training_step(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
         )
 
-    arguments = (
-        on(everywhere, params),
-        on(everywhere, jax.eval_shape(partial(init_state, optimizer), params)),
-        on(split, {"pixel_values": images, "labels": labels}),
-        on(everywhere, jax.ShapeDtypeStruct((2,), jnp.uint32)),
-    )
+    arguments = (on(everywhere, state), on(split, {"pixel_values": images, "labels": labels}))
     flops = 3 * forward_flops(config, "teacher" if teacher else "classifier")
     patch = math.prod(config.patch_height_width) * config.num_channels
     flops -= 2 * config.num_patches * patch * config.hidden_size  # the pixels need no gradient

@@ -163,7 +163,8 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
             **kwargs: `adapter`, an adapter folder to merge into this model, whatever base model it
                 names; options of the Hub (`revision`, `subfolder`, `token`, `cache_dir`,
                 `local_files_only`, `force_download`), fields of the config, arguments of the
-                constructor.
+                constructor. With another `image_size` than the checkpoint's, positions are
+                resampled by its own rule.
 
         Warns:
             UserWarning: parameters are newly drawn or left aside, or hold NaN.

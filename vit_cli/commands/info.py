@@ -101,6 +101,7 @@ def describe_model(name: str, reading: Reading, batch: int = 1, dtype: str = "fl
     from vit_common.files.texts import read_json
     from vit_common.flops import multiply_adds
     from vit_common.images.auto import AutoImageProcessor
+    from vit_common.images.sizes import processor_at_size
     from vit_common.parameters import parameter_shapes
     from vit_convert.source import config_from_dict, find_processor, open_source
 
@@ -122,7 +123,12 @@ def describe_model(name: str, reading: Reading, batch: int = 1, dtype: str = "fl
             raise
         config, head, pooled = config_from_dict(table, **reading.overrides), "classifier", False
         try:
-            found = AutoImageProcessor.from_pretrained(name, **reading.hub), ""
+            made = AutoImageProcessor.from_pretrained(name, **reading.hub)
+            others = {k: v for k, v in reading.overrides.items() if k != "image_size"}
+            trained = config_from_dict(table, **others).image_height_width
+            if trained != config.image_height_width:
+                made = processor_at_size(made, trained, config.image_height_width)
+            found = made, ""
         except AbsentFileError:
             found = None
     processor = None if found is None else found[0]

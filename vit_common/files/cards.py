@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vit_common.errors import warn
+from vit_common.files.replace import write_text
 
 CARD_NAME = "README.md"
 
@@ -58,6 +60,20 @@ class ModelCard(NamedTuple):
                 api.hf_hub_download(repo, CARD_NAME, revision=revision, local_dir=directory)
             )
             return _with_tags(path, self.added, repo)
+
+
+def write_card(path: str | os.PathLike, card: ModelCard) -> None:
+    """Write a card into a file, in place of what there is; `{repo}` stays as it is.
+
+    Raises:
+        MissingFileError: it cannot be written.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        made = Path(directory) / CARD_NAME
+        made.write_text(card.text, encoding="utf-8")
+        tags = [*dict.fromkeys((*card.tags, *card.added))]
+        _save(made, {**card.metadata, **({"tags": tags} if tags else {})})
+        write_text(path, made.read_text(encoding="utf-8"))
 
 
 def _with_tags(path: Path, added: Sequence[str], repo: str) -> bytes | None:

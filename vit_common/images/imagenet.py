@@ -5,8 +5,9 @@ ILSVRC-2012 has, those of google/vit-base-patch16-224 for one; a name is all the
 synset, parted by ", ". So class 281 is "tabby, tabby cat". Two classes have one name, "crane": 134
 is the bird, 517 the machine.
 
-Source of imagenet_labels.txt: `imagenet_synsets.txt` and `imagenet_synset_to_lemma.txt` of timm
-1.0.31 (`timm/data/_info`, Apache-2.0), put together line by line. The words are those of WordNet,
+Source of imagenet_labels.txt: `imagenet_synsets.txt` (which lies beside it) and
+`imagenet_synset_to_lemma.txt` of timm 1.0.31 (`timm/data/_info`, Apache-2.0), put together line by
+line. The words are those of WordNet,
 whose licence allows any use and has to stay with the words:
 
     WordNet Release 3.0
@@ -40,11 +41,22 @@ from __future__ import annotations
 from functools import cache
 from importlib.resources import files
 
-__all__ = ["imagenet_labels"]
+__all__ = ["imagenet_labels", "imagenet_synsets"]
 
 
 @cache
 def imagenet_labels() -> tuple[str, ...]:
     """The 1000 names; the index is the class. Read at the first call."""
-    text = files("vit_common.images").joinpath("imagenet_labels.txt").read_text(encoding="utf-8")
+    return _lines("imagenet_labels.txt")
+
+
+@cache
+def imagenet_synsets() -> tuple[str, ...]:
+    """The 1000 identifiers in WordNet 3.0, such as "n01440764"; the index is the class. Copies of
+    ILSVRC-2012 name their folders so. Read at the first call."""
+    return _lines("imagenet_synsets.txt")
+
+
+def _lines(name: str) -> tuple[str, ...]:
+    text = files("vit_common.images").joinpath(name).read_text(encoding="utf-8")
     return tuple(text.splitlines())

@@ -170,7 +170,7 @@ class Lora:
             *inputs, outputs = layer.shape
             count += layer.rank * (math.prod(inputs) + outputs) + outputs * self.settings.dora
         if params is not None:
-            tree = params[MODEL] if MODEL in params else params
+            tree = params.get(MODEL, params)
             flat = flatten_dict(dict(tree))
             count += sum(math.prod(np.shape(flat[path])) for path in self.paths)
         return count
@@ -351,7 +351,7 @@ def load_adapter(folder: str | os.PathLike, model: Any, **hub: Any) -> tuple[Lor
     """
     found = read_adapter(folder, family=model.config.base_family, **hub)
     settings = replace(found.settings, saved=())
-    adapter = _chosen(model, settings, {name: c for name, c in found.layers.items()})
+    adapter = _chosen(model, settings, found.layers)
     names = tuple(name for name in _names(model) if unprefixed(name) in found.saved)
     adapter = replace(adapter, saved=names, paths=_paths(model, names))
     known = {unprefixed(name) for name in names}
@@ -380,8 +380,8 @@ def load_adapter(folder: str | os.PathLike, model: Any, **hub: Any) -> tuple[Lor
         array = array.T if array.ndim == 2 and path[-1] == "kernel" else array
         if np.shape(own[path]) != array.shape:
             raise CheckpointError(
-                f"{folder}: {name} is {array.shape}; the model's is {np.shape(own[path])}. Load the "
-                "base model with `num_labels` of the adapter."
+                f"{folder}: {name} is {array.shape}; the model's is {np.shape(own[path])}. Load "
+                "the base model with the adapter's number of classes (`num_labels`)."
             )
         own[path] = jnp.asarray(array, own[path].dtype)
     params = unflatten_dict(own)

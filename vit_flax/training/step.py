@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict, unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from vit_common.errors import InputError
-from vit_flax.sharding import batch_sharding, tree_shardings
+from vit_common.recipes import Recipe
+from vit_flax.sharding import DATA, FSDP, batch_sharding, tree_shardings
+
+__all__ = ["Ema", "Optimizer", "Total", "TrainState", "ema_of", "init_state", "make_step"]
 
 Params = Any
 Batch = Mapping[str, Any]
+Trainable = Callable[[str], bool]
+"""Whether a parameter trains, by its path, such as "vit/encoder/layer/0/output/dense/kernel"."""
+
+
+CONSTANTS = "constants"
+
+
+class Total(NamedTuple):
+    """A loss as a sum and the number of what was summed, so that parts of a batch add up to it.
+
+    Attributes:
+        sum: scalar, over what counts.
+        count: scalar, how many that is (or their total weight); constant in the parameters.
+        metrics: more sums by name, each divided by `count`; or (sum, count) pairs with a count of
+            their own.
+    """
+
+    sum: jax.Array
+    count: jax.Array
+    metrics: Mapping[str, Any] = {}
+
+
 Loss = Callable[[Any, Batch], Any]
-"""From the model's output and the batch to a scalar, or to a scalar and a dict of more metrics."""
-Step = Callable[[Params, Any, Batch, Any], tuple[Params, Any, dict[str, jax.Array]]]
+"""From the model's output and the batch to a `Total`; or to a scalar, the mean over the batch, or
+to a scalar and a dict of more such means."""
+Prepare = Callable[[dict[str, Any], jax.Array], Mapping[str, Any]]
+"""From a batch and a key to the batch that the model and the loss see."""
+Step = Callable[["TrainState", Batch], tuple["TrainState", dict[str, jax.Array]]]
 
 
 class Optimizer(Protocol):
@@ -27,25 +60,138 @@ class Optimizer(Protocol):
     update: Callable[..., tuple[Any, Any]]
 
 
-def cross_entropy(label_smoothing: float = 0.0) -> Loss:
-    """The mean cross entropy between an output's `logits` (B, K) and the batch's "labels": (B,)
-    class indices, or (B, K) probabilities. Computed in float32 at least.
+@dataclasses.dataclass(frozen=True)
+class Ema:
+    """Exponential moving average of the parameters.
 
-    Args:
-        label_smoothing: share of each label that is spread over all classes (Szegedy et al. 2016,
-            arXiv:1512.00567, section 7).
+    Attributes:
+        decay: share of the average that stays at each step, 0 to 1.
+        rule: "plain" (DeiT): the same decay from the first step; "warmup" (timm's `ModelEmaV3`
+            with `use_warmup`): min(decay, 1 - (1 + t) ** (-2 / 3)) at step t, counted from 0.
     """
 
-    def loss(outputs: Any, batch: Batch) -> jax.Array:
-        logits = _wide(outputs.logits)  # (B, K)
-        labels = jnp.asarray(batch["labels"])
-        K = logits.shape[-1]
-        if labels.ndim == 1:
-            labels = jax.nn.one_hot(labels, K, dtype=logits.dtype)
-        targets = (1.0 - label_smoothing) * labels.astype(logits.dtype) + label_smoothing / K
-        return -(targets * jax.nn.log_softmax(logits, axis=-1)).sum(axis=-1).mean()
+    decay: float
+    rule: str = "plain"
 
-    return loss
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.decay <= 1.0:
+            raise InputError(f"`ema` must be a decay from 0 to 1; given {self.decay!r}.")
+        if self.rule not in ("plain", "warmup"):
+            raise InputError(f"`rule` must be 'plain' or 'warmup'; given {self.rule!r}.")
+
+    def weight(self, step: jax.Array) -> jax.Array | float:
+        """Weight of the new parameters in the average, 1 - decay, at a step counted from 0."""
+        if self.rule == "plain":
+            return 1.0 - self.decay
+        t = step.astype(jnp.result_type(float))
+        return jnp.maximum((1.0 + t) ** (-2.0 / 3.0), 1.0 - self.decay)
+
+
+def ema_of(recipe: Recipe) -> Ema | None:
+    """The moving average that a recipe asks for."""
+    return None if recipe.ema is None else Ema(recipe.ema, recipe.ema_rule)
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that changes in training. A pytree; `make_step` maps one to the next.
+
+    Attributes:
+        step: int32 scalar, steps taken so far.
+        params: nested dict, float32 (or float64).
+        opt_state: the optimizer's, for the parameters that train.
+        ema: moving average of the parameters that train, or None. `averaged` has all of them.
+        key: typed key of random numbers; it never changes. Step i draws from `fold_in(key, i)`.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema: Any
+    key: jax.Array
+
+    @classmethod
+    def create(
+        cls,
+        model: Any,
+        optimizer: Optimizer,
+        *,
+        key: jax.Array | None = None,
+        params: Params | None = None,
+        ema: float | Ema | None = None,
+        trainable: Trainable | None = None,
+        mesh: Mesh | None = None,
+    ) -> TrainState:
+        """The state before the first step.
+
+        Args:
+            model: whose `params` training begins with; they are copied, and widened to float32
+                where they are narrower (small updates are lost in bfloat16).
+            optimizer: optax's, or anything with `init` and `update`.
+            key: of dropout, mixing and the like; `jax.random.key(0)` if None.
+            params: to begin with instead of the model's own.
+            ema: keep a moving average of the parameters (`make_step` has its decay).
+            trainable: of the path of a parameter: whether it trains. None trains all. Others have
+                no moments and no average.
+            mesh: devices to lay everything on, by the table in `vit_flax.sharding`.
+
+        Raises:
+            InputError: a parameter is an integer; nothing trains; the model has no parameters.
+
+        Example:
+            >>> state = TrainState.create(model, optax.adamw(1e-3), key=jax.random.key(0))
+        """
+        if params is None:
+            params = getattr(model, "params", None)
+        if params is None:
+            raise InputError("`params`: the model has none of its own; pass them.")
+        if isinstance(params, FrozenDict):
+            params = unfreeze(params)
+        check_floats(params)
+        # Copies: the first step takes the memory of what it is given.
+        params = jax.tree.map(lambda leaf: jnp.array(_wide(leaf)), params)
+        if mesh is not None:
+            params = jax.device_put(params, tree_shardings(mesh, params))
+        chosen = trained(params, trainable)
+        key = jax.random.key(0) if key is None else key
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        key = jax.random.clone(key) if typed else jax.random.wrap_key_data(jnp.array(key))
+        state = cls(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(chosen),
+            ema=None if ema is None else jax.tree.map(jnp.array, chosen),
+            key=key,
+        )
+        if mesh is not None:
+            state = jax.device_put(state, tree_shardings(mesh, state))
+        return state
+
+    @property
+    def averaged(self) -> Params:
+        """All parameters, those that train by their moving average if there is one."""
+        return self.params if self.ema is None else join(self.params, self.ema)
+
+
+def trained(params: Params, trainable: Trainable | None) -> Params:
+    """The parameters that train, as a tree without the others.
+
+    Raises:
+        InputError: none does.
+    """
+    if trainable is None:
+        return params
+    flat = {path: leaf for path, leaf in flatten_dict(params).items() if trainable("/".join(path))}
+    if not flat:
+        raise InputError("`trainable`: no parameter of the model trains; wanted at least one.")
+    return unflatten_dict(flat)
+
+
+def join(params: Params, chosen: Params) -> Params:
+    """All parameters, with those of a part of the tree in the place of their namesakes."""
+    flat = flatten_dict(chosen)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: flat.get(tuple(getattr(key, "key", key) for key in path), leaf), params
+    )
 
 
 def init_state(optimizer: Optimizer, params: Params) -> Any:
@@ -59,87 +205,242 @@ def make_step(
     loss: Loss,
     optimizer: Optimizer,
     *,
+    accumulate: int = 1,
+    ema: float | Ema | None = None,
+    trainable: Trainable | None = None,
+    materialize: Callable[[Params], Params] | None = None,
+    prepare: Prepare | None = None,
     mesh: Mesh | None = None,
     donate: bool = True,
 ) -> Step:
-    """One step of training, compiled: (params, opt_state, batch, rng) -> (params, opt_state,
-    metrics).
+    """One step of training, compiled: (state, batch) -> (state, metrics).
 
-    The step is pure. Gradients and the optimizer's arithmetic are float32 at least, and the new
-    parameters have the dtype of the old ones. (Small updates are lost in bfloat16 parameters: for
-    mixed precision hold the parameters in float32, and give the model `dtype="bfloat16"`.)
+    The step is pure. Gradients and the optimizer's arithmetic are float32 at least. For mixed
+    precision give the model `dtype="bfloat16"`; the state holds float32 parameters.
 
     Args:
-        model: a Flax model of this package, or a `flax.linen.Module` (whose images are (B, H, W, C)
-            and which takes `deterministic`). Its own parameters are not used.
-        loss: called with the model's output and the batch; gives a scalar, or a scalar and a dict
-            of more metrics.
-        optimizer: optax's, or anything with `init` and `update`. Its state comes from `init_state`.
-        mesh: devices that the parameters and batches lie on (`vit_flax.sharding`); what comes out
-            lies as the table there says. None leaves it to the arrays.
-        donate: let the new parameters and state take the memory of the old ones, which cannot be
-            used afterwards (nor can `model.params`, if the first step was given those).
+        model: a Flax model of this package; a `flax.linen.Module` (whose images are (B, H, W, C)
+            and which takes `deterministic`); or a function (params, batch, key) -> outputs. Its
+            own parameters are not used.
+        loss: called with the model's output and the batch; gives a `Total`, a scalar, or a scalar
+            and a dict of more scalars.
+        optimizer: optax's, or anything with `init` and `update`.
+        accumulate: parts that a batch is run in, one after the other, to save memory. The step is
+            that of the whole batch: sum over all counted labels, divided by their number.
+        ema: decay of the moving average in `state.ema`.
+        trainable: of the path of a parameter: whether it trains; as given to `TrainState.create`.
+            Others cost no gradient.
+        materialize: from `state.params` to the parameters of the model, if they differ (adapters).
+        prepare: (batch, key) -> batch, inside the program, on the whole batch: `mixing` makes one.
+        mesh: devices that the state and batches lie on (`vit_flax.sharding`). None leaves it to
+            the arrays.
+        donate: let the new state take the memory of the old one, which cannot be used afterwards.
 
     Returns:
-        The jitted step. Its batch has "pixel_values" (B, C, H, W) and what `loss` looks at; `rng`
-        is the key of this step's dropout, a new one for each step (`jax.random.fold_in(key, i)`),
-        or None for a model without dropout. Its metrics are scalars: "loss", "gradient_norm" (over
-        all parameters together), and those of `loss`.
+        The jitted step. Its batch has "pixel_values" (B, C, H, W) and what `loss` looks at; rows
+        with "weights" (B,) of 0 do not count. Its metrics are scalars: "loss", "gradient_norm"
+        (over all that trains, before clipping), "update_norm", "finite" (bool), and those of
+        `loss`. Where the loss or a gradient is not finite, or nothing in the batch counts,
+        parameters, moments and average stay as they were; only `state.step` goes on.
 
     Raises:
-        InputError: at the first call: parameters are integers, or the loss is no scalar.
+        InputError: `accumulate` is not positive. At the first call: parameters are integers, the
+            loss is no scalar, or the batch cannot be divided as asked.
 
     Example:
         >>> optimizer = optax.adamw(1e-3)
+        >>> state = TrainState.create(model, optimizer, key=jax.random.key(0))
         >>> step = make_step(model, cross_entropy(), optimizer)
-        >>> params, state = model.params, init_state(optimizer, model.params)
-        >>> for i, batch in enumerate(batches):
-        ...     key = jax.random.fold_in(jax.random.key(0), i)
-        ...     params, state, metrics = step(params, state, batch, key)
-        >>> model.params = params
+        >>> for batch in batches:
+        ...     state, metrics = step(state, batch)
+        >>> model.params = state.params
     """
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise InputError(f"`accumulate` must be a positive integer; given {accumulate!r}.")
+    if ema is not None and not isinstance(ema, Ema):
+        ema = Ema(ema)
+    apply = _outputs_of(model)
 
-    def outputs_of(params: Params, batch: Batch, rng: Any) -> Any:
+    def part_gradients(
+        params: Params, chosen: Params, batch: Batch, key: jax.Array, rows: int
+    ) -> tuple[Params, Total]:
+        """Gradients of the sum over a part, divided by the rows of the whole batch (a constant, so
+        that half precision neither overflows nor vanishes), and the sums."""
+
+        def objective(chosen: Params) -> tuple[jax.Array, Total]:
+            whole = chosen if trainable is None else join(params, chosen)
+            whole = whole if materialize is None else materialize(whole)
+            total = _total(loss(apply(whole, batch, key), batch), batch)
+            return total.sum / rows, jax.tree.map(jax.lax.stop_gradient, total)
+
+        gradients, total = jax.grad(objective, has_aux=True)(chosen)
+        return jax.tree.map(_wide, gradients), total
+
+    def sharded(tree: Any) -> Any:
+        if mesh is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, tree_shardings(mesh, tree))
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        check_floats(state.params)
+        if ema is not None and state.ema is None:
+            raise InputError(
+                "`ema`: this state keeps no average; give TrainState.create `ema` too."
+            )
+        now = jax.random.fold_in(state.key, state.step)
+        if mesh is not None:
+            batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
+        if prepare is not None:
+            batch = prepare(dict(batch), jax.random.fold_in(now, 0))
+        rows = batch["pixel_values"].shape[0]
+        _check_divides(rows, accumulate, mesh)
+        params = state.params
+        chosen = jax.tree.map(_wide, trained(params, trainable))
+        if accumulate == 1:
+            gradients, total = part_gradients(
+                params, chosen, batch, jax.random.fold_in(now, 1), rows
+            )
+        else:
+
+            def add(gradients: Params, i: jax.Array) -> tuple[Params, Total]:
+                more, total = part_gradients(
+                    params,
+                    chosen,
+                    _part(batch, i, accumulate),
+                    jax.random.fold_in(now, 1 + i),
+                    rows,
+                )
+                return sharded(jax.tree.map(jnp.add, gradients, more)), total
+
+            zeros = sharded(jax.tree.map(jnp.zeros_like, chosen))
+            gradients, totals = jax.lax.scan(add, zeros, jnp.arange(accumulate))
+            total = jax.tree.map(lambda leaf: leaf.sum(axis=0), totals)
+
+        counted = total.count > 0
+        divide = jnp.where(counted, total.count, jnp.ones_like(total.count))
+        scale = rows / divide
+        gradients = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), gradients)
+        value = total.sum / divide
+        norm = _norm(gradients)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+
+        updates, opt_state = optimizer.update(gradients, state.opt_state, chosen)
+        moved = jax.tree.map(jnp.add, chosen, updates)
+        average = state.ema
+        if ema is not None:
+            weight = ema.weight(state.step)
+            # Not decay * old + (1 - decay) * new: rounded to float32, the two weights of a decay
+            # near 1 do not sum to 1, and the average would drift away from the parameters.
+            average = jax.tree.map(
+                lambda old, new: old + jnp.asarray(weight, old.dtype) * (new - old),
+                state.ema,
+                moved,
+            )
+        good = finite & counted
+        keep = lambda new, old: jax.tree.map(  # noqa: E731
+            lambda n, o: jnp.where(good, n, o).astype(o.dtype), new, old
+        )
+        moved = keep(moved, trained(params, trainable))
+        after = TrainState(
+            step=state.step + 1,
+            params=moved if trainable is None else join(params, moved),
+            opt_state=keep(opt_state, state.opt_state),
+            ema=None if state.ema is None else keep(average, state.ema),
+            key=state.key,
+        )
+        metrics = {
+            name: _ratio(*(found if isinstance(found, tuple) else (found, total.count)))
+            for name, found in total.metrics.items()
+        }
+        metrics |= {"loss": value, "gradient_norm": norm, "update_norm": _norm(updates)}
+        return sharded(after), {**metrics, "finite": finite}
+
+    return jax.jit(step, donate_argnums=(0,) if donate else ())
+
+
+def _outputs_of(model: Any) -> Callable[[Params, Batch, jax.Array], Any]:
+    """(params, batch, key) -> outputs in training, of any kind of model."""
+    if inspect.isfunction(model) or inspect.ismethod(model):
+        return model
+
+    def apply(params: Params, batch: Batch, key: jax.Array) -> Any:
         pixel_values = batch["pixel_values"]
         if isinstance(model, nn.Module):
-            rngs = None if rng is None else {"dropout": rng}
+            rngs = {"dropout": key}
             return model.apply({"params": params}, pixel_values, deterministic=False, rngs=rngs)
-        return model(pixel_values, params=params, dropout_rng=rng, train=True, return_dict=True)
+        # Which patches are hidden, for masked image modelling.
+        more = {name: batch[name] for name in ("bool_masked_pos",) if name in batch}
+        return model(
+            pixel_values, params=params, dropout_rng=key, train=True, return_dict=True, **more
+        )
 
-    def objective(params: Params, batch: Batch, rng: Any) -> tuple[jax.Array, dict[str, Any]]:
-        found = loss(outputs_of(params, batch, rng), batch)
+    return apply
+
+
+def _total(found: Any, batch: Batch) -> Total:
+    """What a loss returned, as sums. A mean counts as one number for each row of its part."""
+    if not isinstance(found, Total):
         value, metrics = found if isinstance(found, tuple) else (found, {})
         if jnp.shape(value):
             raise InputError(
                 f"`loss` must give one number for the batch; given shape {jnp.shape(value)}. Take "
                 "its mean."
             )
-        return value, {**metrics, "loss": value}
-
-    def step(
-        params: Params, opt_state: Any, batch: Batch, rng: Any
-    ) -> tuple[Params, Any, dict[str, jax.Array]]:
-        _check_floats(params)
-        if mesh is not None:
-            batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
-        gradients, metrics = jax.grad(objective, has_aux=True)(params, batch, rng)
-        gradients = jax.tree.map(_wide, gradients)
-        wide = jax.tree.map(_wide, params)
-        updates, opt_state = optimizer.update(gradients, opt_state, wide)
-        params = jax.tree.map(lambda p, w, u: (w + u).astype(p.dtype), params, wide, updates)
-        if mesh is not None:
-            params, opt_state = (
-                jax.lax.with_sharding_constraint(tree, tree_shardings(mesh, tree))
-                for tree in (params, opt_state)
+        rows = batch["pixel_values"].shape[0]
+        value = jnp.asarray(value)
+        count = jnp.asarray(rows, _wide(value).dtype)
+        scaled = {name: (_wide(jnp.asarray(m)) * rows, count) for name, m in metrics.items()}
+        found = Total(value * rows, count, scaled)
+    pairs = {
+        name: tuple(map(_wide, map(jnp.asarray, m))) if isinstance(m, tuple) else _wide(m)
+        for name, m in found.metrics.items()
+    }
+    for part in (found.sum, found.count):
+        if jnp.shape(part):
+            raise InputError(
+                "`loss` must give one number for the batch; given a `Total` of shape "
+                f"{jnp.shape(part)}. Take its sum."
             )
-        return params, opt_state, {**metrics, "gradient_norm": _norm(gradients)}
+    total = _wide(found.sum)
+    return Total(total, jnp.asarray(found.count).astype(total.dtype), pairs)
 
-    return jax.jit(step, donate_argnums=(0, 1) if donate else ())
+
+def _ratio(total: jax.Array, count: jax.Array) -> jax.Array:
+    """Their quotient; 0 where nothing was counted."""
+    count = jnp.where(count > 0, count, jnp.ones_like(count)).astype(total.dtype)
+    return total / count
+
+
+def _part(batch: Batch, index: jax.Array, parts: int) -> dict[str, Any]:
+    """One part of a batch: every `parts`-th row. (So each device of a mesh has its share of each
+    part where it has its share of the batch.)"""
+    rows = batch["pixel_values"].shape[0]
+
+    def take(array: Any) -> Any:
+        if jnp.ndim(array) == 0 or array.shape[0] != rows:
+            return array
+        split = array.reshape(rows // parts, parts, *array.shape[1:])
+        return jax.lax.dynamic_index_in_dim(split, index, axis=1, keepdims=False)
+
+    return {name: jax.tree.map(take, value) for name, value in batch.items()}
+
+
+def _check_divides(rows: int, parts: int, mesh: Mesh | None) -> None:
+    devices = 1 if mesh is None else mesh.shape.get(DATA, 1) * mesh.shape.get(FSDP, 1)
+    if rows % (parts * devices):
+        whole = f"`accumulate`={parts}" + (f" times {devices} devices" if devices > 1 else "")
+        raise InputError(
+            f"a batch of {rows} images cannot be divided by {whole}; wanted a multiple of "
+            f"{parts * devices}."
+        )
 
 
 def _wide(array: Any) -> jax.Array:
-    """In float32 at least; float64 stays."""
-    return jnp.asarray(array).astype(jnp.promote_types(array.dtype, jnp.float32))
+    """In float32 at least; float64 stays. Integers and booleans become float32."""
+    array = jnp.asarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return array.astype(jnp.float32)
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def _norm(tree: Any) -> jax.Array:
@@ -147,7 +448,7 @@ def _norm(tree: Any) -> jax.Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
 
 
-def _check_floats(params: Params) -> None:
+def check_floats(params: Params) -> None:
     """Raise InputError where a parameter has no gradient."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):

@@ -26,6 +26,14 @@ BOUNDS = {
     # relative to the largest entry of each parameter's gradient
     "gradients float64": 3e-14,  # measured 3.0e-15
     "gradients float32": 1e-5,  # measured 1.5e-6
+    # every number of a training run over 200 steps: learning rates, losses, norms, parameters,
+    # averages; moments relative to their largest entry (tests/test_training_runs.py)
+    "training float64": 1e-9,  # measured ?
+    # biases of keys, whose gradient is rounding that Adam divides by itself
+    "training key biases": 1e-8,  # measured ?
+    # losses over 200 steps of AdamW; of SGD, which lets rounding grow with its momentum
+    "training float32": 1e-5,  # measured ?
+    "training SGD": 2e-2,  # measured ?
     # each activation by itself, over -9 to 9
     "activations float64": 3e-14,  # measured 3.6e-15
     "activations float32": 5e-6,  # measured 9.5e-7
