@@ -1,6 +1,9 @@
 """Training: one step of gradient descent, as a pure function, with any optimizer of optax."""
 
+from vit_flax.training.checkpoints import Checkpoints
 from vit_flax.training.distill import Teacher, load_teacher
+from vit_flax.training.fit import Diverged, Run, Stopped, Watcher, fine_tune, make_plan
+from vit_flax.training.lora import Lora, load_adapter, lora, save_adapter
 from vit_flax.training.losses import (
     balanced_weights,
     binary_cross_entropy,
@@ -15,24 +18,35 @@ from vit_flax.training.step import Ema, Total, TrainState, ema_of, init_state, m
 from vit_flax.training.tasks import Task, task_of
 
 __all__ = [
+    "Checkpoints",
+    "Diverged",
     "Ema",
+    "Lora",
+    "Run",
+    "Stopped",
     "Task",
     "Teacher",
     "Total",
     "TrainState",
+    "Watcher",
     "balanced_weights",
     "binary_cross_entropy",
     "check_labels",
     "cross_entropy",
     "ema_of",
     "explain",
+    "fine_tune",
     "init_state",
+    "load_adapter",
     "load_teacher",
+    "lora",
     "loss_of",
     "make_optimizer",
+    "make_plan",
     "make_step",
     "mixing",
     "regression",
+    "save_adapter",
     "schedule_of",
     "task_of",
     "trainable_of",

@@ -269,6 +269,10 @@ def make_plan(
     rates = learning_rates(recipe, steps)
     trainable = trainable_of(recipe, model)
     params, materialize, adapter = task.model.params, None, None
+    if recipe.lora:
+        adapter = _adapter(recipe, task.model)
+        params, materialize = adapter.init(params, jax.random.key(seed)), adapter.merge
+        trainable = adapter.trainable
     optimizer = make_optimizer(recipe, params, steps=steps, trainable=trainable)
     ema = ema_of(recipe)
 
@@ -320,6 +324,20 @@ def make_plan(
         adapter=adapter,
         parameters=params,
     )
+
+
+def _adapter(recipe: Recipe, model: Any) -> Any:
+    """The adapters that a recipe trains."""
+    from vit_flax.training.lora import lora
+
+    if recipe.train != "all" or recipe.freeze:
+        raise InputError(
+            "adapters (lora) train themselves and the head; leave `train` and `freeze` out."
+        )
+    targets: str | tuple[str, ...] = recipe.lora_targets
+    if targets != "all-linear":
+        targets = tuple(filter(None, map(str.strip, recipe.lora_targets.split(","))))
+    return lora(model, recipe.lora, recipe.lora_alpha, targets)
 
 
 def _loader(
@@ -892,7 +910,9 @@ class _Loop:
             if folder.writes:
                 from vit_flax.training.ends import write_result
 
-                write_result(plan, run, chosen, name=folder.settings["model"], merge=self._merge)
+                name = folder.settings["model"]
+                tree = None if self._merge or plan.adapter is None else state.averaged
+                write_result(plan, run, chosen, name=name, adapters=tree)
             folder.note(status="finished", step=step, result=chosen, best=record["best"])
         return run
 
@@ -914,13 +934,19 @@ def _on_host(params: Any, mesh: Mesh | None) -> Any:
 
 def _finished(folder: RunFolder, watcher: Watcher) -> Run:
     """The run that was finished before."""
-    from vit_flax.auto import FlaxAutoModelForImageClassification
+    from vit_flax.auto import (
+        FlaxAutoModelForImageClassification,
+        FlaxAutoModelForMaskedImageModeling,
+    )
 
     found = folder.found or {}
     watcher.say(f"{folder.path}: this run is finished ({found.get('step')} steps); nothing to do")
     rows = [row for row in read_log(folder.log) if "validation" in row]
     best = found.get("best")
-    model = FlaxAutoModelForImageClassification.from_pretrained(folder.path)
+    auto: Any = FlaxAutoModelForImageClassification
+    if folder.settings["task"] == "mim":
+        auto = FlaxAutoModelForMaskedImageModeling
+    model = auto.from_pretrained(folder.path)
     result = found.get("result")
     metrics = next((row["validation"] for row in rows if row["step"] == result), {})
     return Run(
