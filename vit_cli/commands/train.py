@@ -557,7 +557,9 @@ def _typed(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
     for name, value in given.items():
         kinds = typing.get_args(hints[name]) or (hints[name],)
         if typing.get_origin(hints[name]) is typing.Literal:
-            if value not in kinds:
+            if value is None and "none" in kinds:
+                given = {**given, name: "none"}
+            elif value not in kinds:
                 raise InputError(
                     f"--set {name}: wanted one of {', '.join(map(str, kinds))}; given {value!r}."
                 )

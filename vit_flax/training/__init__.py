@@ -1,7 +1,10 @@
 """Training: one step of gradient descent, as a pure function, with any optimizer of optax."""
 
+from vit_common.datasets import ImageFolder, ImageTable, LabelledImages, open_images
+from vit_common.recipes import Recipe, recipe
 from vit_flax.training.checkpoints import Checkpoints
 from vit_flax.training.distill import Teacher, load_teacher
+from vit_flax.training.evaluate import Evaluation, evaluate
 from vit_flax.training.fit import Diverged, Run, Stopped, Watcher, fine_tune, make_plan
 from vit_flax.training.lora import Lora, load_adapter, lora, save_adapter
 from vit_flax.training.losses import (
@@ -21,7 +24,12 @@ __all__ = [
     "Checkpoints",
     "Diverged",
     "Ema",
+    "Evaluation",
+    "ImageFolder",
+    "ImageTable",
+    "LabelledImages",
     "Lora",
+    "Recipe",
     "Run",
     "Stopped",
     "Task",
@@ -34,6 +42,7 @@ __all__ = [
     "check_labels",
     "cross_entropy",
     "ema_of",
+    "evaluate",
     "explain",
     "fine_tune",
     "init_state",
@@ -45,6 +54,8 @@ __all__ = [
     "make_plan",
     "make_step",
     "mixing",
+    "open_images",
+    "recipe",
     "regression",
     "save_adapter",
     "schedule_of",
