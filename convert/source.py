@@ -499,7 +499,7 @@ def _named(where: str | Path, build: Any, *args: Any, **kwargs: Any) -> Any:
 def find_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
     """What prepares images for a source, and what says so; None where nothing does.
 
-    In this order: `preprocessor_config.json`, of the adapter before the base model's; timm's
+    In this order: `preprocessor_config.json`, an adapter's before its base model's; timm's
     `pretrained_cfg`; what networks of the source's format were trained on. Where the source was
     opened at another `image_size` than the file's, images are prepared in the same way for that
     size.

@@ -17,7 +17,7 @@ from vit_convert.adapters.folder import (
 )
 from vit_convert.adapters.lowrank import LowRank
 from vit_convert.adapters.merge import classes_of, merged
-from vit_convert.adapters.names import GENERATIONS
+from vit_convert.adapters.names import GENERATIONS, layer_names
 from vit_convert.adapters.settings import LoraSettings, plain_table
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "LowRank",
     "classes_of",
     "is_adapter",
+    "layer_names",
     "merged",
     "plain_table",
     "read_adapter",

@@ -259,7 +259,8 @@ def _change(
         checkpoint[found[what]].read() if what in found else None
         for what in ("lora_A", "lora_B", "magnitude", "lora_B.bias")
     )
-    assert a is not None and b is not None
+    assert a is not None
+    assert b is not None
     if a.ndim not in (2, 4) or b.ndim != a.ndim or b.shape[1] != a.shape[0]:
         raise CheckpointError(
             f"{name}: lora_A {a.shape} and lora_B {b.shape} must be (r, in) and (out, r), or those "

@@ -1,7 +1,7 @@
 """Training: fine-tuning, from the command's one call down to a pure step for a loop of your own.
 
-    >>> from vit_flax.training import ImageFolder, fine_tune, recipe
-    >>> run = fine_tune("google/vit-base-patch16-224-in21k", ImageFolder("photos"), output="run")
+>>> from vit_flax.training import ImageFolder, fine_tune, recipe
+>>> run = fine_tune("google/vit-base-patch16-224-in21k", ImageFolder("photos"), output="run")
 """
 
 from vit_common.datasets import ImageFolder, ImageTable, LabelledImages, open_images, split
@@ -9,8 +9,9 @@ from vit_common.recipes import RECIPES, Recipe, learning_rates, parse_settings, 
 from vit_flax.training.checkpoints import Checkpoints
 from vit_flax.training.distill import Teacher, distillation, load_teacher
 from vit_flax.training.evaluate import Evaluation, evaluate
-from vit_flax.training.fit import Run, fine_tune
+from vit_flax.training.fit import Diverged, Run, Stopped, Watcher, fine_tune, make_plan
 from vit_flax.training.loader import Loader, evaluation_batches
+from vit_flax.training.lora import Lora, load_adapter, lora, save_adapter
 from vit_flax.training.losses import (
     balanced_weights,
     binary_cross_entropy,
@@ -29,6 +30,7 @@ from vit_flax.training.tasks import Task, task_of
 __all__ = [
     "RECIPES",
     "Checkpoints",
+    "Diverged",
     "Ema",
     "Evaluation",
     "Features",
@@ -36,13 +38,16 @@ __all__ = [
     "ImageTable",
     "LabelledImages",
     "Loader",
+    "Lora",
     "Probe",
     "Recipe",
     "Run",
+    "Stopped",
     "Task",
     "Teacher",
     "Total",
     "TrainState",
+    "Watcher",
     "balanced_weights",
     "binary_cross_entropy",
     "check_labels",
@@ -55,9 +60,12 @@ __all__ = [
     "fine_tune",
     "init_state",
     "learning_rates",
+    "load_adapter",
     "load_teacher",
+    "lora",
     "loss_of",
     "make_optimizer",
+    "make_plan",
     "make_step",
     "masking",
     "mixing",
@@ -67,6 +75,7 @@ __all__ = [
     "recipe",
     "reconstruction",
     "regression",
+    "save_adapter",
     "schedule_of",
     "split",
     "task_of",
