@@ -333,7 +333,7 @@ class Plan:
             for field, value in self.source.table.settings.items()
             if getattr(self.config, field) != value and field not in given
         }
-        if odd and not self.source.notes:
+        if odd and not [note for note in self.source.notes if note.field != "adapter"]:
             said.append(
                 f"networks in the format {self.source.table.name!r} have "
                 + ", ".join(f"{name}={value!r}" for name, value in odd.items())
