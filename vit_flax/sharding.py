@@ -70,6 +70,8 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (r"pooler/dense/bias", _WHOLE),
 )
 _HEADS = r"(cls_classifier|distillation_classifier|classifier|lm_head)"
+_TREES = ("model", "lora")  # a model's parameters, and adapters beside them
+_ADAPTERS = ("lora_A", "lora_B", "lora_magnitude")
 _FAMILIES = r"(vit|deit|beit|dinov2|dinov2_with_registers)"
 _TABLE = [(re.compile(rf"({_FAMILIES}/)?{name}"), spec) for name, spec in _NETWORK] + [
     (re.compile(rf"{_HEADS}/kernel"), PartitionSpec(FSDP)),  # (D, K)
@@ -93,6 +95,10 @@ def partition_spec(path: tuple[str, ...], axes: Sequence[str] = AXES) -> Partiti
         >>> partition_spec(("classifier", "kernel"), TRAINING_AXES)
         PartitionSpec('fsdp',)
     """
+    if path[0] in _TREES:
+        path = path[1:]
+    if path[-1] in _ADAPTERS:
+        return _adapter_spec(path, axes)
     # Blocks that are run by a scan lie in one array each, along a first axis of their own.
     stacked = "stacked" in path
     name = "/".join("0" if part == "stacked" else part for part in path)
@@ -103,6 +109,23 @@ def partition_spec(path: tuple[str, ...], axes: Sequence[str] = AXES) -> Partiti
                 return _WHOLE
             return PartitionSpec(None, *kept) if stacked else PartitionSpec(*kept)
     raise InputError(f"parameter {name}: nothing says how it is split over devices.")
+
+
+def _adapter_spec(path: tuple[str, ...], axes: Sequence[str]) -> PartitionSpec:
+    """The split of a low-rank adapter (`vit_flax.training.lora`): as the kernel's inputs and
+    outputs are split, with the rank whole."""
+    kernel = (*path[:-1], "kernel")
+    axis_count = 4 if path[-2] == "projection" else 2
+    spec = [*partition_spec(kernel, axes)]
+    spec += [None] * (axis_count + ("stacked" in path) - len(spec))
+    before, inputs, outputs = spec[:-axis_count], spec[-axis_count:-1], spec[-1]
+    if path[-1] == "lora_A":
+        kept = [*before, *inputs, None]
+    elif path[-1] == "lora_B":
+        kept = [*before, None, outputs]
+    else:
+        kept = [*before, outputs]
+    return PartitionSpec(*kept) if any(kept) else _WHOLE
 
 
 def batch_spec(axes: Sequence[str] = AXES) -> PartitionSpec:

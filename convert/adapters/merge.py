@@ -41,8 +41,8 @@ def merged(
     family = config.base_model_prefix
     if adapter.family is not None and adapter.family != family:
         raise CheckpointError(
-            f"the adapter {adapter.place} is for a model of the family {adapter.family!r}; its base "
-            f"model is of {family!r}. Name the right base model (in a command, --base)."
+            f"the adapter {adapter.place} is for a model of the family {adapter.family!r}; its "
+            f"base model is of {family!r}. Name the right base model (in a command, --base)."
         )
     faults = []
     found = dict(tensors)
@@ -85,8 +85,8 @@ def merged(
             found[name] = _whole(name, array, wanted)
     if faults:
         raise CheckpointError(
-            f"the adapter {adapter.place} does not fit its base model: {some(faults, _SHOWN, '; ')}. "
-            "Name the right base model (in a command, --base)."
+            f"the adapter {adapter.place} does not fit its base model: "
+            f"{some(faults, _SHOWN, '; ')}. Name the right base model (in a command, --base)."
         )
     return found
 

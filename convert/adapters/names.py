@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from vit_common.config import ViTConfig
 from vit_common.errors import InputError
 from vit_common.parameters import TOP_PARAMETERS
 from vit_convert.formats import huggingface
-from vit_convert.formats.format import PREFIXES, Format, Rule, family_prefix, fill, unprefixed
+from vit_convert.formats.format import Format, Rule, family_prefix, fill, unprefixed
 
 GENERATIONS: Mapping[str, str] = {
     "transformers-4": huggingface.V4_NAMES,
@@ -120,6 +121,17 @@ def foreign_names(table: Format, canonical: str, prefix: str) -> list[str]:
     return [with_prefix(table, name, prefix) for name in names]
 
 
+def layer_names(config: ViTConfig, layer: str) -> list[str]:
+    """What models of both generations call a layer, by its canonical name with prefix."""
+    bare = unprefixed(layer)
+    prefix = layer.removesuffix(bare)[:-1]
+    found: list[str] = []
+    for generation in GENERATIONS:
+        table = table_of(config.base_family, generation, config.use_swiglu_ffn)
+        found += foreign_names(table, f"{bare}.weight", prefix)
+    return list(dict.fromkeys(name.removesuffix(".weight") for name in found))
+
+
 def with_prefix(table: Format, name: str, prefix: str) -> str:
     """A parameter's name with what a model with a head puts before it."""
     if not prefix:
@@ -130,18 +142,3 @@ def with_prefix(table: Format, name: str, prefix: str) -> str:
         if name.startswith(ours):
             return theirs + name[len(ours) :]
     return name
-
-
-__all__ = [
-    "GENERATIONS",
-    "PREFIXES",
-    "Understood",
-    "check_generation",
-    "foreign_names",
-    "is_gated",
-    "table_of",
-    "tables",
-    "understand",
-    "unprefixed",
-    "with_prefix",
-]

@@ -5,6 +5,7 @@ from vit_common.datasets.labelled import LabelledImages
 from vit_common.datasets.objects import ImageObjects, as_images
 from vit_common.datasets.open import open_images, part_names
 from vit_common.datasets.order import epoch_order, occurrences, split
+from vit_common.datasets.survey import check_images, same_images
 from vit_common.datasets.table import ImageTable
 
 __all__ = [
@@ -14,9 +15,11 @@ __all__ = [
     "ImageTable",
     "LabelledImages",
     "as_images",
+    "check_images",
     "epoch_order",
     "occurrences",
     "open_images",
     "part_names",
+    "same_images",
     "split",
 ]

@@ -7,9 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_common.datasets.folder import PARTS, ImageFiles, ImageFolder, entries, is_split, part_of
+from vit_common.datasets.folder import (
+    PARTS,
+    ImageFiles,
+    ImageFolder,
+    class_name,
+    entries,
+    is_split,
+    part_of,
+)
 from vit_common.datasets.labelled import LabelledImages
-from vit_common.datasets.table import SUFFIXES, ImageTable, parts_of
+from vit_common.datasets.table import SUFFIXES, ImageTable, has_labels, parts_of
 from vit_common.errors import InputError, some
 
 Opener = Callable[..., LabelledImages]
@@ -34,9 +42,11 @@ def open_images(
             - a table (see `ImageTable`), whose column "split" names the part of each row; without
               one, all rows are "train";
             - a folder with a table of each part: `train.csv` and `val.csv`, or as the Hub has
-              them, `data/train-00000-of-00002.parquet` and so on.
+              them, `data/train-00000-of-00002.parquet` and so on; or with a table `metadata.csv`
+              beside the images, in it or in the folder of each part.
         part: open this part alone: "train", "val" or "test".
-        classes: see `ImageFolder`; None takes those of the training images, for every part.
+        classes: see `ImageFolder`; None takes those of the training images, for every part, or of
+            all parts if none is for training.
         limit: use this many images of each part only.
         labelled: False takes every image of the folder, without labels.
         **options: `image`, `label`, `problem_type` and `root` of `ImageTable`.
@@ -63,7 +73,9 @@ def open_images(
         )
     table = _is_table(root)
     known = {} if not (labelled or table) else {"classes": classes}
-    if known and classes is None and part not in (None, "train") and "train" in openers:
+    if known and classes is None and "train" not in openers and not table:
+        known = {"classes": _all_classes(root)}
+    elif known and classes is None and part not in (None, "train") and "train" in openers:
         known = _known(openers["train"](), table)
     parts: dict[str, LabelledImages] = {}
     for name in PARTS:
@@ -103,6 +115,12 @@ def _openers(root: Path, labelled: bool, options: dict[str, Any]) -> dict[str, O
     }
 
 
+def _all_classes(root: Path) -> list[str]:
+    """Of all parts: there are no training images, which would say."""
+    folders = [entries(folder)[0] for folder in _folders(root).values()]
+    return sorted({class_name(folder.name) for part in folders for folder in part})
+
+
 def _is_table(root: Path) -> bool:
     if root.is_dir():
         return bool(_tables(root))
@@ -138,7 +156,8 @@ def _folders(root: Path) -> dict[str, Path]:
 
 
 def _tables(root: Path) -> dict[str, list[Path]]:
-    """The tables of each part in a folder, or in its folder `data`, as the Hub lays them out."""
+    """The tables of each part in a folder, or in its folder `data`, as the Hub lays them out; or
+    the table beside the images that Hugging Face's `imagefolder` reads."""
     for folder in (root, root / "data"):
         found: dict[str, list[Path]] = {}
         if not folder.is_dir():
@@ -149,4 +168,20 @@ def _tables(root: Path) -> dict[str, list[Path]]:
                 found.setdefault(part, []).append(path)
         if "train" in found:
             return found
-    return {}
+    if (path := _metadata(root)) is not None:
+        return {"train": [path]}
+    beside = {
+        part_of(folder.name): _metadata(folder)
+        for folder in entries(root)[0]
+        if part_of(folder.name)
+    }
+    return {str(part): [path] for part, path in beside.items() if path is not None}
+
+
+def _metadata(folder: Path) -> Path | None:
+    """The table `metadata` of a folder, if it has labels; one of captions says nothing of them."""
+    for suffix in SUFFIXES:
+        path = folder / f"metadata{suffix}"
+        if path.is_file() and has_labels(path):
+            return path
+    return None

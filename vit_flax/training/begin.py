@@ -117,6 +117,7 @@ def _named(
         found = find_processor(source)
         before = _names(source.config) if source.head in ("classifier", "teacher") else None
         if recipe.task == "mim":
+            source.config.encoder_stride = source.config.patch_height_width[0]  # of a new decoder
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*newly initialized.*")
                 model = auto.from_source(source, dtype=dtype, **loading)
@@ -170,7 +171,7 @@ def _drawn(
     table = {**config.to_dict(), **fields}
     table.pop("model_type", None)
     if recipe.task == "mim":
-        table["encoder_stride"] = config.patch_size
+        table["encoder_stride"] = config.patch_height_width[0]
         config = ViTConfig.from_dict(table)
         model = FlaxAutoModelForMaskedImageModeling.from_config(config, dtype=dtype, **made)
     elif recipe.task == "distill" and recipe.distillation != "none":
