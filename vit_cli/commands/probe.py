@@ -166,7 +166,7 @@ def run(options: Options) -> int:
         _print(summary)
     if skipped:
         total = sum(map(len, parts.values()))
-        say("warning", f"{counted(len(skipped))} of {total} could not be read and are left out")
+        say("warning", f"{len(skipped)} of {counted(total)} could not be read and were left out")
     return SOME_FAILED if skipped else DONE
 
 

@@ -33,10 +33,13 @@ def _number(value: float) -> str:
         return "0"
     if abs(value) >= 10_000:
         return f"{value / 1000:g}k" if abs(value) < 1e6 else f"{value:.0e}"
-    return f"{value:.6g}" if abs(value) >= 1e-3 else f"{value:.1e}"
+    if abs(value) >= 1e-3:
+        return f"{value:.6g}"
+    digits, _, power = f"{value:.2e}".partition("e")
+    return f"{float(digits):g}e{int(power)}"
 
 
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
+def ticks(low: float, high: float, most: int = 8) -> list[float]:
     """Round numbers from `low` to `high`, `most` at the most."""
     if not high > low:
         return [low]
@@ -45,7 +48,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     step = next(scale * factor for factor in (1, 2, 5, 10) if scale * factor >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 class _Frame:
@@ -74,7 +77,7 @@ class _Frame:
                 f"<text class='tick' x='{_LEFT - 6}' y='{at + 4:.1f}' text-anchor='end'>"
                 f"{_number(value)}</text>"
             )
-        for value in ticks(self.low_x, self.high_x, 7):
+        for value in ticks(self.low_x, self.high_x):
             at = self.x(value)
             parts.append(
                 f"<line class='axis' x1='{at:.1f}' x2='{at:.1f}' y1='{bottom}' y2='{bottom + 4}'/>"
@@ -123,7 +126,7 @@ def line_chart(title: str, series: Mapping[str, Points], *, x_title: str = "step
     xs, ys = [x for x, _ in every], [y for _, y in every]
     frame = _Frame((min(xs), max(xs)), (min(ys), max(ys)))
     parts = [_open(title, _WIDTH, _HEIGHT), frame.axes(x_title)]
-    for number, points in enumerate(drawn.values()):
+    for number, (name, points) in enumerate(drawn.items()):
         colour = f"s{number % SERIES}"
         places = [(frame.x(x), frame.y(y)) for x, y in points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
@@ -131,15 +134,11 @@ def line_chart(title: str, series: Mapping[str, Points], *, x_title: str = "step
         if len(places) <= 40:
             parts += [
                 f"<circle class='dot {colour}' cx='{x:.1f}' cy='{y:.1f}' r='3'>"
-                f"<title>{text(name_of(drawn, number))} {_number(v)} ({x_title} {_number(u)})"
+                f"<title>{text(name)} {_number(v)} ({x_title} {_number(u)})"
                 "</title></circle>"
                 for (x, y), (u, v) in zip(places, points, strict=True)
             ]
     return "".join(parts) + "</svg>" + legend([*drawn])
-
-
-def name_of(series: Mapping[str, Any], number: int) -> str:
-    return [*series][number]
 
 
 def legend(names: Sequence[str]) -> str:
@@ -156,12 +155,12 @@ def confusion_chart(confusion: np.ndarray, classes: Sequence[str]) -> str:
     K = len(classes)
     names = [_short(name, 18) for name in classes]
     longest = max(map(len, names))
-    cell = 46 if K <= 8 else 34 if K <= 14 else 24 if K <= 24 else 17
+    cell = 58 if K <= 8 else 40 if K <= 14 else 24 if K <= 24 else 17
     left = 24 + 6.6 * longest
     top = 10
     # Names below stand at a slant where they are wider than a cell.
     slanted = 6.6 * longest > cell
-    below = 24 + (4.9 * longest if slanted else 12)
+    below = 18 + (4.5 * longest if slanted else 12)
     width = left + cell * K + (4.9 * longest if slanted else 8)
     height = top + cell * K + below + 18
     totals = np.maximum(confusion.sum(axis=1, keepdims=True), 1)

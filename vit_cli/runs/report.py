@@ -31,6 +31,7 @@ _TILES = {
     "multi_label_classification": ("map", "f1_micro", "f1_macro", "exact_match", "log_loss"),
     "regression": ("mse", "rmse", "mae", "r2"),
 }
+_TILE_NAMES = {"ece": "calibration error", "map": "mean average precision"}
 _SHARES = frozenset(
     {"balanced_accuracy", "precision", "recall", "f1", "map", "f1_micro", "f1_macro", "exact_match"}
 )
@@ -74,13 +75,15 @@ polyline.s5 { stroke: var(--c5); } .s5:not(polyline) { fill: var(--c5); backgrou
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: 12px; color: var(--dim);
   margin-top: .35rem; }
 .key { display: inline-block; width: 14px; height: 4px; border-radius: 2px; margin-right: .4rem;
-  vertical-align: middle; } .key.ideal { background: var(--dim); }
+  vertical-align: middle; } .key.ideal { height: 0; border-top: 2px dashed var(--dim); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; width: 100%; }
 th { color: var(--dim); font-weight: 500; } th, td { text-align: right; padding: .28rem .7rem;
   border-bottom: 1px solid var(--rule); font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child, .left th, .left td { text-align: left; }
-td { overflow-wrap: anywhere; } .bar { display: inline-block; width: 6rem; height: 7px;
+td { white-space: nowrap; } td:first-child, .left td { white-space: normal;
+  overflow-wrap: anywhere; min-width: 7rem; }
+.bar { display: inline-block; width: 6rem; height: 7px;
   border-radius: 4px; background: var(--rule); overflow: hidden; vertical-align: middle; }
 .bar i { display: block; height: 100%; background: var(--good); }
 .mistakes { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr));
@@ -188,7 +191,7 @@ def _heading(found: Evaluation) -> list[str]:
         parts.append(f"{len(found.skipped)} left out")
     tiles = "".join(
         f"<div class='tile'><b>{_measure(name, found.metrics[name])}</b>"
-        f"<span>{text(title_of(name))}</span></div>"
+        f"<span>{text(_TILE_NAMES.get(name) or title_of(name))}</span></div>"
         for name in _TILES[found.problem_type]
         if name in found.metrics
     )
@@ -207,7 +210,7 @@ def _measure(name: str, value: Any) -> str:
 
 _LOSSES = ("loss", "log_loss")
 _SCORES = ("accuracy", "top1", "balanced_accuracy", "f1", "map", "f1_macro", "r2")
-_CURVES = ("Loss", "Accuracy", "Learning rate", "Norms")
+_CURVES = ("Loss", "Accuracy", "Learning rate", "Gradient norm")
 
 
 def _curves(history: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -237,7 +240,7 @@ def _kind(name: str, validation: bool) -> str | None:
         return "Accuracy"
     if name in ("learning_rate", "rate", "lr"):
         return "Learning rate"
-    return "Norms" if name in ("gradient_norm", "update_norm") and not validation else None
+    return "Gradient norm" if name == "gradient_norm" and not validation else None
 
 
 # -- the evaluation
@@ -280,7 +283,7 @@ def _confusion(found: Evaluation, confusion: np.ndarray) -> list[str]:
     if pairs and len(classes) > 6:
         rows = [[true, taken, str(count)] for true, taken, count in pairs]
         parts.append("<h3>Most frequent mistakes</h3>")
-        parts.append(_table(["true class", "taken for", "images"], rows))
+        parts.append(_table(["true class", "taken for", "images"], rows, left=True))
     return parts
 
 
@@ -334,7 +337,7 @@ def _mistakes(found: Evaluation, dataset: Any) -> list[str]:
     if not chosen:
         return []
     figures = "".join(
-        f"<figure><div class='picture'>{_picture(dataset, int(found.index[i]))}</div>"
+        f"<figure>{_picture(dataset, int(found.index[i]))}"
         f"<figcaption>{_caption(found, i)}</figcaption></figure>"
         for i, _ in chosen
     )
@@ -373,15 +376,19 @@ def _caption(found: Evaluation, i: int) -> str:
 
 def _picture(dataset: Any, index: int) -> str:
     """A thumbnail inside the page."""
+    if dataset is None:
+        return ""
     image = _thumbnail(dataset, index)
     if image is None:
-        return "<span class='dim'>no picture</span>"
-    tiny = " class='tiny'" if max(image.size) < _SIDE // 2 else ""
+        return "<div class='picture dim'>no picture</div>"
+    tiny = max(image.size) < _SIDE // 2
+    kind, options = ("PNG", {}) if tiny else ("JPEG", {"quality": 82})
     stream = io.BytesIO()
-    kind = "PNG" if tiny else "JPEG"
-    image.save(stream, kind, **({} if tiny else {"quality": 82}))
+    image.save(stream, kind, **options)
     data = base64.b64encode(stream.getvalue()).decode("ascii")
-    return f"<img{tiny} alt='' src='data:image/{kind.lower()};base64,{data}'>"
+    mark = " class='tiny'" if tiny else ""
+    source = f"data:image/{kind.lower()};base64,{data}"
+    return f"<div class='picture'><img{mark} alt='' src='{source}'></div>"
 
 
 def _thumbnail(dataset: Any, index: int) -> Any:
@@ -389,8 +396,6 @@ def _thumbnail(dataset: Any, index: int) -> Any:
 
     from vit_common.images.pictures import load_image
 
-    if dataset is None:
-        return None
     try:
         image = dataset.image(index)
         if isinstance(image, np.ndarray):
