@@ -29,8 +29,8 @@ from vit_common.datasets import (
     epoch_order,
     occurrences,
     open_images,
-    same_images,
     split,
+    survey,
 )
 from vit_common.errors import InputError, MissingFileError
 
@@ -597,7 +597,7 @@ def test_images_of_two_parts_are_found(tmp_path):
         (tmp_path / name).write_bytes(copy)
     (tmp_path / "train" / "cat" / "1.png").write_bytes(picture(501))
     (tmp_path / "train" / "cat" / "2.png").write_bytes(picture(501))
-    found = same_images(open_images(tmp_path))
+    found = survey(open_images(tmp_path)).same
     assert [[(p, os.path.relpath(n, tmp_path)) for p, n in group] for group in found] == [
         [
             ("train", "train/cat/0.png"),
