@@ -434,8 +434,9 @@ def test_prepare_and_materialize_are_part_of_the_step():
     after, _ = make_step(Small(), cross_entropy(), optimizer, **options)(state, given())
 
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), 0), 0)
-    batch = prepare(given(), key)
+    batch = jax.jit(prepare)(given(), key)
 
+    @jax.jit
     @jax.grad
     def gradient(params):
         outputs = Small().apply({"params": double(params)}, batch["pixel_values"], True)
@@ -485,7 +486,8 @@ params, moments = state.params, state.opt_state[0].mu
 whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 np.savez(place / "after.npz", **flatten_dict(jax.tree.map(np.asarray, params), sep="/"))
 assert held(state.ema) == held(params)
-print(json.dumps([losses, held(params) / whole, held(moments) / whole, compiled.count("jit(step)")]))
+shares = [held(params) / whole, held(moments) / whole]
+print(json.dumps([losses, *shares, compiled.count("jit(step)")]))
 """
 
 
