@@ -106,11 +106,11 @@ MUTANTS = [
         f"{_STEP}parts_of_a_batch_take_the_step_of_the_whole",
     ),
     Mutant(
-        "weights of an average that do not sum to 1",
+        "the average of the step before",
         STEP,
-        "old + jnp.asarray(weight, old.dtype) * (new - old)",
-        "(1 - weight) * old + weight * new",
-        f"{_STEP}an_average_near_one_does_not_drift",
+        "weight = ema.weight(state.step)",
+        "weight = ema.weight(state.step + 1)",
+        f"{_STEP}averages_are_those_of_timm[warmup]",
     ),
     Mutant(
         "a batch without labels moves the parameters",
@@ -145,7 +145,7 @@ MUTANTS = [
         MIXING,
         "jnp.clip(y + (cut_h + 1) // 2, 0, height)",
         "jnp.clip(y + cut_h // 2, 0, height)",
-        f"{_MIXED}mixed_batches_are_those_of_timm[True-0.3-center0]",
+        f"{_MIXED}mixed_batches_are_those_of_timm[True-0.9-center0]",
     ),
     Mutant(
         "mixed with an image that could not be read",
