@@ -87,6 +87,8 @@ class Recipe:
         freeze: regular expressions of names of parameters that do not train, whatever `train` says,
             separated by commas.
         head: first values of a new head: "zero" or "normal".
+        standardize: whether a head that trains alone sees inputs of mean 0 and deviation 1 over the
+            training images; both are folded into the head in the end.
         pooling: what a new head looks at: "cls", "mean", "cls_mean" (both joined), or "" for what
             the model's configuration says.
         class_weights: "none", "balanced" (each class by n / (K * its images)), or "sampling"
@@ -154,6 +156,7 @@ class Recipe:
     train: str = "all"
     freeze: str = ""
     head: Literal["zero", "normal"] = "zero"
+    standardize: bool = False
     pooling: Literal["", "cls", "mean", "cls_mean"] = ""
     class_weights: Literal["none", "balanced", "sampling"] = "none"
     patience: int | None = None
