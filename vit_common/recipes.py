@@ -71,6 +71,8 @@ class Recipe:
         mixup_switch_prob: probability of cutmix where both are on.
         crop_scale, crop_ratio: area and aspect of the random crop; None resizes without a crop.
         flip: probability of a horizontal flip.
+        affine: the most that an image is turned by (degrees), shifted by (share of its sides),
+            scaled by (share) and sheared by (degrees), each in both directions; None leaves it.
         color_jitter: strength of the change of brightness, contrast and saturation.
         auto_augment: timm's name ("rand-m9-mstd0.5-inc1"), "3a" (DeiT III's 3-Augment) or None.
         erasing: probability of random erasing.
@@ -139,6 +141,7 @@ class Recipe:
     crop_scale: tuple[float, float] | None = (0.35, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    affine: tuple[float, float, float, float] | None = None
     color_jitter: float = 0.0
     auto_augment: str | None = None
     erasing: float = 0.0
@@ -263,6 +266,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
         _NOT_NEGATIVE,
     ),
     **dict.fromkeys(("final_learning_rate", "cutmix", "color_jitter", "lora"), _NOT_NEGATIVE),
+    "affine": _NOT_NEGATIVE,
     **dict.fromkeys(
         ("momentum", "b1", "b2", "label_smoothing", "drop_path", "dropout"), _BELOW_ONE
     ),
@@ -319,7 +323,8 @@ def _wanted(kind: Any) -> str:
         if typing.get_origin(option) is Literal:
             found += [repr(name) for name in typing.get_args(option)]
         elif typing.get_origin(option) is tuple:
-            found.append("a pair of numbers")
+            count = len(typing.get_args(option))
+            found.append("a pair of numbers" if count == 2 else f"{count} numbers")
         else:
             found.append("none" if option is type(None) else words[option])
     return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"
@@ -657,6 +662,7 @@ _ALL = (
         warmup_epochs=10,
         crop_scale=None,
         flip=0.0,
+        affine=(10.0, 0.0875, 0.1, 6.0),
         head="normal",
     ),
 )
