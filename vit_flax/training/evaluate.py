@@ -17,6 +17,7 @@ import numpy as np
 
 from vit_common.checks import check_positive
 from vit_common.class_names import labels_of, match_classes
+from vit_common.datasets import as_images
 from vit_common.errors import InputError, ViTError, shown
 from vit_common.files.texts import reason
 from vit_common.images.predictions import (
@@ -147,8 +148,8 @@ class Evaluator:
         """Evaluate.
 
         Args:
-            dataset: `vit_common.datasets`' kind: `len`, `image(i)`, `labels`, `names`, `classes`,
-                `problem_type`. Its classes are found among the model's by name.
+            dataset: images of `vit_common.datasets`, or what `as_images` makes them of. Their
+                classes are found among the model's by name.
             params: other parameters than the model's own.
             top_k, bins: of `vit_common.metrics.classification`.
             progress: called after each batch.
@@ -157,6 +158,7 @@ class Evaluator:
             InputError: the data set is empty, has classes that the model lacks, or is of another
                 problem type; or the model's output is not finite.
         """
+        dataset = as_images(dataset)
         rows, index, skipped = self.outputs(dataset, params=params, progress=progress)
         return self.judged(dataset, rows, index, skipped, top_k=top_k, bins=bins)
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vit_common.datasets import split
+from vit_common.datasets import as_images, split
 from vit_common.datasets.labelled import SINGLE
 from vit_common.errors import CheckpointError, InputError, ViTError, some
 from vit_common.images.processor import BaseImageProcessor
@@ -230,6 +230,8 @@ def make_plan(
     """
     recipe = recipe or recipe_named()
     check_recipe(recipe)
+    train = as_images(train)
+    validation = None if validation is None else as_images(validation, like=train)
     _check_data(train, validation, recipe)
     beginning = begin(
         model,
@@ -494,7 +496,8 @@ def fine_tune(
     Args:
         model: folder, weights file, Hub name or a model of this package; or a size such as
             "vit-base", whose weights are drawn.
-        train: `vit_common.datasets`' kind of images.
+        train: images of `vit_common.datasets`, or what `as_images` makes them of: a path, or an
+            object with items by index.
         validation: more of them, or the share of `train` that is taken for it, such as 0.1.
         recipe: the settings; None means those of `recipe()`.
         output: folder for the result, the log and the checkpoints; None writes nothing.
@@ -536,8 +539,11 @@ def fine_tune(
     watcher = watcher or Watcher()
     recipe = recipe or recipe_named()
     check_recipe(recipe)
+    train = as_images(train)
     if isinstance(validation, float):
         train, validation = split(train, validation, seed)
+    elif validation is not None:
+        validation = as_images(validation, like=train)
     settings = {
         **recipe.to_dict(),
         "model": _described(model),
