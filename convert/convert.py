@@ -10,11 +10,14 @@ from typing import Any
 
 from vit_common.checks import check_keywords
 from vit_common.config import FLOATS, ViTConfig
-from vit_common.errors import CheckpointError, ConfigError, InputError
+from vit_common.errors import CheckpointError, ConfigError, ExistingFileError, InputError
 from vit_common.files.hub import HUB_OPTIONS
 from vit_common.images.auto import AutoImageProcessor
 from vit_common.images.processor import BaseImageProcessor
 from vit_common.images.usual import is_usual, usual_processor
+from vit_convert.adapters import CONFIG_NAME as ADAPTER_CONFIG
+from vit_convert.adapters import FORMATS as ADAPTERS
+from vit_convert.adapters import rename_adapter
 from vit_convert.plan import Plan, is_file, refuse_to_overwrite, stale_weights, target_format
 from vit_convert.report import Report
 from vit_convert.source import find_processor, open_source
@@ -34,6 +37,7 @@ def convert(
     ignore: Iterable[str] = (),
     overrides: Mapping[str, Any] | None = None,
     preprocessing: str | os.PathLike | None = None,
+    base: str | os.PathLike | None = None,
     dry_run: bool = False,
     verify: bool = True,
     force: bool = False,
@@ -44,11 +48,13 @@ def convert(
     """Convert a checkpoint.
 
     Args:
-        source: directory, weights file, index of shards, or "owner/name" on the Hub.
+        source: directory, weights file, index of shards, or "owner/name" on the Hub; or an adapter
+            folder of PEFT, which is merged into its base model.
         target: a file, whose suffix decides the container, or a directory, which also gets
             `config.json` and `preprocessor_config.json`.
         to: the format to write, one of `vit_convert.formats.WRITTEN`; None takes what the suffix
-            says, and "hub" for a directory.
+            says, and "hub" for a directory. "peft-4" and "peft-5" write an adapter folder as it is,
+            with the names of Transformers 4 or 5.
         from_: the source's format, if it is not detected.
         dtype: of the target: "float32", "bfloat16", "float16" or "float64"; None keeps it.
         num_labels: number of classes; must be that of the head.
@@ -59,6 +65,7 @@ def convert(
         preprocessing: how images are prepared, instead of what the source says or implies:
             `preprocessor_config.json`, a model that has one, or "imagenet", "inception" or "clip"
             (`vit_common.images.usual`), with another crop as in "imagenet:0.95".
+        base: the base model of an adapter, instead of the one that it names.
         dry_run: do all but writing.
         verify: read the result again and compare it, and run source and target on one image.
         force: overwrite files of the target.
@@ -81,11 +88,27 @@ def convert(
     started = time.perf_counter()
     check_keywords("convert", hub, HUB_OPTIONS)
     target = Path(target)
+    if to in ADAPTERS:
+        given = {
+            "from_": from_, "num_labels": num_labels, "labels": labels, "image_size": image_size,
+            "ignore": ignore, "overrides": overrides, "preprocessing": preprocessing,
+        }  # fmt: skip
+        for name, value in given.items():
+            if value:
+                raise InputError(f"`{name}` is for whole models; {to!r} writes an adapter.")
+        options = {"dry_run": dry_run, "verify": verify, "force": force, **hub}
+        return rename_adapter(source, target, to, base=base, dtype=dtype, **options)
     to = target_format(target, to)
+    if (target / ADAPTER_CONFIG).is_file():
+        raise ExistingFileError(
+            f"{target / ADAPTER_CONFIG}: an adapter is in this folder, and other tools would add "
+            "it to the model a second time; nothing was written. Choose another folder."
+        )
     if dtype is not None and dtype not in FLOATS:
         raise InputError(f"`dtype` must be one of {', '.join(FLOATS)}; given {dtype!r}.")
     wanted = dict(overrides or {})
-    with open_source(source, format=from_, overrides=wanted, **hub) as opened:
+    name, adapter = (source, None) if base is None else (base, source)
+    with open_source(name, format=from_, overrides=wanted, adapter=adapter, **hub) as opened:
         try:
             plan = Plan(opened, to, dtype, image_size, tuple(ignore), num_labels, labels)
         except (CheckpointError, ConfigError) as error:

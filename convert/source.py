@@ -331,8 +331,8 @@ def _open_adapted(
     Args:
         files: of the adapter.
         base: of the base model; None is the one that the adapter names.
-        config: as in `open_source`; None takes the adapter's `config.json`, if it has one, which
-            names its classes.
+        config: as in `open_source`; None is the base model's own, with the classes and the image
+            size that a `config.json` in the adapter's folder says.
         options: more of `open_source`.
     """
     if files.local is not None and files.local.is_file():
@@ -341,10 +341,11 @@ def _open_adapted(
     place = str(files.name)
     if base is None:
         base = _base_files(files, adapter)
-    if config is None:
-        config = files.find(CONFIG_NAME)
+    overrides = dict(options["overrides"] or {})
+    if config is None and (path := files.find(CONFIG_NAME)) is not None:
+        overrides = {**_of_adapter(read_json(path), overrides), **overrides}
     try:
-        source = open_source(base, config=config, **options)
+        source = open_source(base, config=config, **{**options, "overrides": overrides})
     except MissingFileError as error:
         raise type(error)(
             f"the base model of the adapter {place}: {error} Name another place of it with --base "
@@ -368,6 +369,15 @@ def _open_adapted(
     source.adapter, source.adapter_files = adapter, files
     source.notes.append(Note("adapter", adapter.describe(), place))
     return source
+
+
+def _of_adapter(table: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a `config.json` beside an adapter says of the adapter: the classes, and the size of the
+    images. A caller who gives other classes has all of them from himself."""
+    names = ["image_size", "problem_type"]
+    if not {"num_labels", "id2label", "label2id"} & given.keys():
+        names += ["id2label", "label2id"]
+    return {name: table[name] for name in names if table.get(name) is not None}
 
 
 def _base_files(files: ModelFiles, adapter: Adapter) -> ModelFiles:

@@ -87,6 +87,8 @@ class Recipe:
         freeze: regular expressions of names of parameters that do not train, whatever `train` says,
             separated by commas.
         head: first values of a new head: "zero" or "normal".
+        pooling: what a new head looks at: "cls", "mean", "cls_mean" (both joined), or "" for what
+            the model's configuration says.
         class_weights: "none", "balanced" (each class by n / (K * its images)), or "sampling"
             (each class drawn as often as every other).
         patience: epochs without a better validation result before the run stops; None runs on.
@@ -152,6 +154,7 @@ class Recipe:
     train: str = "all"
     freeze: str = ""
     head: Literal["zero", "normal"] = "zero"
+    pooling: Literal["", "cls", "mean", "cls_mean"] = ""
     class_weights: Literal["none", "balanced", "sampling"] = "none"
     patience: int | None = None
     metric: str = ""

@@ -11,6 +11,7 @@ from vit_convert.adapters.folder import (
     CONFIG_NAME,
     WEIGHTS_NAMES,
     Adapter,
+    find_adapter,
     is_adapter,
     read_adapter,
     write_adapter,
@@ -18,20 +19,24 @@ from vit_convert.adapters.folder import (
 from vit_convert.adapters.lowrank import LowRank
 from vit_convert.adapters.merge import classes_of, merged
 from vit_convert.adapters.names import GENERATIONS, layer_names
+from vit_convert.adapters.rename import FORMATS, rename_adapter
 from vit_convert.adapters.settings import LoraSettings, plain_table
 
 __all__ = [
     "CONFIG_NAME",
+    "FORMATS",
     "GENERATIONS",
     "WEIGHTS_NAMES",
     "Adapter",
     "LoraSettings",
     "LowRank",
     "classes_of",
+    "find_adapter",
     "is_adapter",
     "layer_names",
     "merged",
     "plain_table",
     "read_adapter",
+    "rename_adapter",
     "write_adapter",
 ]

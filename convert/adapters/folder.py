@@ -17,23 +17,23 @@ from typing import Any
 
 import numpy as np
 
+from vit_common.config import CONFIG_NAME as MODEL_CONFIG
 from vit_common.errors import CheckpointError, ConfigError, MissingFileError, some
-from vit_common.files.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from vit_common.files.checkpoint import open_checkpoint, save_checkpoint
+from vit_common.files.containers.tensor import Tensor
 from vit_common.files.hub import ModelFiles
 from vit_common.files.texts import read_json
 from vit_convert.adapters.lowrank import LowRank, join, split
 from vit_convert.adapters.names import (
-    PREFIXES,
     Understood,
     check_generation,
     foreign_names,
     is_gated,
     table_of,
     understand,
-    unprefixed,
 )
 from vit_convert.adapters.settings import LoraSettings
-from vit_convert.formats.format import Format, Rule, fill
+from vit_convert.formats.format import Format, Rule, fill, unprefixed
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -116,6 +116,30 @@ def is_adapter(files: ModelFiles, *, described: bool) -> bool:
     return (place / CONFIG_NAME).is_file() and not files.has_weights()
 
 
+def find_adapter(files: ModelFiles) -> Path | None:
+    """The weights file of an adapter; None where the files are those of a model.
+
+    Raises:
+        MissingFileError: `adapter_config.json` is there, and no weights.
+    """
+    local = files.local
+    described = local is None and files.find(MODEL_CONFIG) is not None
+    if not is_adapter(files, described=described):
+        return None
+    if local is not None and local.is_file():
+        files = ModelFiles(local.parent)
+    return _weights(files)
+
+
+def _weights(files: ModelFiles) -> Path:
+    path = next((p for name in WEIGHTS_NAMES if (p := files.find(name)) is not None), None)
+    if path is None:
+        raise MissingFileError(
+            f"{files.name}: no weights of an adapter there; looked for {', '.join(WEIGHTS_NAMES)}."
+        )
+    return path
+
+
 def read_adapter(name_or_path: Any, *, family: str | None = None, **hub: Any) -> Adapter:
     """Read an adapter folder.
 
@@ -138,26 +162,35 @@ def read_adapter(name_or_path: Any, *, family: str | None = None, **hub: Any) ->
     files = (
         name_or_path if isinstance(name_or_path, ModelFiles) else ModelFiles(name_or_path, **hub)
     )
+    if files.local is not None and files.local.is_file():
+        files = ModelFiles(files.local.parent)
     place = str(files.name)
     try:
         settings = LoraSettings.from_dict(read_json(files.need(CONFIG_NAME)))
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from error
-    path = next((p for name in WEIGHTS_NAMES if (p := files.find(name)) is not None), None)
-    if path is None:
-        raise MissingFileError(
-            f"{place}: no weights of an adapter there; looked for {', '.join(WEIGHTS_NAMES)}."
-        )
+    path = _weights(files)
     with open_checkpoint(path) as checkpoint:
         try:
-            return _understood(checkpoint, settings, family, place)
+            return understood(checkpoint, settings, family, place)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
 
 
-def _understood(
-    checkpoint: Checkpoint, settings: LoraSettings, family: str | None, place: str
+def understood(
+    checkpoint: Mapping[str, Tensor], settings: LoraSettings, family: str | None, place: str
 ) -> Adapter:
+    """The adapter that a file's tensors and the settings beside it are.
+
+    Args:
+        checkpoint: tensors by their names in the file.
+        settings: of `adapter_config.json`.
+        family: `model_type` of the base model, where it is known.
+        place: for messages.
+
+    Raises:
+        CheckpointError: as `read_adapter`.
+    """
     parts: dict[str, dict[str, str]] = {}  # layer's name in the model -> what -> name in the file
     plain: dict[str, str] = {}  # parameter's name in the model -> name in the file
     other: list[str] = []
@@ -197,7 +230,7 @@ def _understood(
 
 
 def _layers(
-    checkpoint: Checkpoint,
+    checkpoint: Mapping[str, Tensor],
     parts: Mapping[str, Mapping[str, str]],
     settings: LoraSettings,
     names: Understood,
@@ -220,7 +253,7 @@ def _layers(
 
 
 def _saved(
-    checkpoint: Checkpoint, plain: Mapping[str, str], names: Understood
+    checkpoint: Mapping[str, Tensor], plain: Mapping[str, str], names: Understood
 ) -> dict[str, np.ndarray]:
     """The parameters that are in the file whole, under canonical names."""
     groups: dict[str, tuple[Rule, dict[str, np.ndarray]]] = {}
@@ -249,7 +282,7 @@ def fill_position(rule: Rule, index: str | None, bare: str) -> str:
 
 
 def _change(
-    checkpoint: Checkpoint, name: str, found: Mapping[str, str], settings: LoraSettings
+    checkpoint: Mapping[str, Tensor], name: str, found: Mapping[str, str], settings: LoraSettings
 ) -> LowRank:
     """The change of one layer, checked against the settings."""
     absent = [what for what in ("lora_A", "lora_B") if what not in found]
@@ -468,6 +501,3 @@ def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
         return a is b
     a, b = np.ascontiguousarray(a).reshape(-1), np.ascontiguousarray(b).reshape(-1)
     return a.dtype == b.dtype and a.tobytes() == b.tobytes()
-
-
-__all__ = ["PREFIXES", "Adapter", "is_adapter", "read_adapter", "write_adapter"]

@@ -14,7 +14,7 @@ from vit_common.config import ViTConfig
 from vit_common.errors import InputError
 from vit_common.parameters import TOP_PARAMETERS
 from vit_convert.formats import huggingface
-from vit_convert.formats.format import PREFIXES, Format, Rule, family_prefix, fill, unprefixed
+from vit_convert.formats.format import Format, Rule, family_prefix, fill, unprefixed
 
 GENERATIONS: Mapping[str, str] = {
     "transformers-4": huggingface.V4_NAMES,
@@ -142,19 +142,3 @@ def with_prefix(table: Format, name: str, prefix: str) -> str:
         if name.startswith(ours):
             return theirs + name[len(ours) :]
     return name
-
-
-__all__ = [
-    "GENERATIONS",
-    "PREFIXES",
-    "Understood",
-    "check_generation",
-    "foreign_names",
-    "is_gated",
-    "layer_names",
-    "table_of",
-    "tables",
-    "understand",
-    "unprefixed",
-    "with_prefix",
-]

@@ -52,6 +52,8 @@ _REFUSED = {
 # Beginnings of A and B that subtract something from the base model's own weights.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
+_MOST = 1e9  # alpha
+
 Names = str | tuple[str, ...]
 
 
@@ -218,8 +220,8 @@ def _rank(name: str, value: Any) -> int:
 
 
 def _alpha(name: str, value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise _wrong(name, "a number", value)
+    if type(value) not in (int, float) or not abs(value) < _MOST:
+        raise _wrong(name, f"a number below {_MOST:g}", value)
     return value
 
 

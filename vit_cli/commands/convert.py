@@ -27,7 +27,8 @@ def add_options(parser: Parser) -> None:
     parser.description = (
         "Convert a checkpoint. TARGET is a file (.safetensors, .msgpack, .npz, .pth) or a folder, "
         "which also gets config.json and preprocessor_config.json. Every tensor is accounted for; "
-        "the result is read again and compared before it replaces anything."
+        "the result is read again and compared before it replaces anything. A LoRA adapter (a "
+        "folder of PEFT) is merged into its base model."
     )
     parser.add_names(
         "SOURCE TARGET",
@@ -40,7 +41,12 @@ def add_options(parser: Parser) -> None:
         "--to",
         metavar="FORMAT",
         help=f"format to write: {', '.join(_WRITTEN)} (default: what the suffix says, and hub for "
-        "a folder)",
+        "a folder); or peft-4, peft-5: an adapter as it is, with the names of Transformers 4 or 5",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="base model of an adapter (default: the one that the adapter names)",
     )
     parser.add_argument(
         "--dtype", choices=(*DTYPES, "float64"), help="dtype to write (default: the source's)"
@@ -101,6 +107,7 @@ def run(options: Options) -> int:
                 ignore=reading.ignore,
                 overrides=reading.overrides,
                 preprocessing=options.preprocessing,
+                base=options.base,
                 dry_run=options.dry_run,
                 verify=options.verify,
                 force=options.force,

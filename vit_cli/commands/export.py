@@ -191,10 +191,10 @@ def _export_onnx(name: str, path: Path, options: Options) -> Export:
 
 
 class _Found(NamedTuple):
-    """What is to be exported: the weights file, how to load it, what prepares images, and whether
+    """What is to be exported: the model, how to load it, what prepares images, and whether
     logits or features come out."""
 
-    weights: Path
+    name: str
     loading: dict[str, Any]
     processor: BaseImageProcessor | None
     output: str
@@ -203,11 +203,11 @@ class _Found(NamedTuple):
         """The model, of one of two classes."""
         options |= self.loading
         if self.output == "logits":
-            return classifier.from_pretrained(self.weights, **options)
+            return classifier.from_pretrained(self.name, **options)
         with warnings.catch_warnings():
             # That a head or a pooler of the file is left aside is what was asked for.
             warnings.filterwarnings("ignore", category=UserWarning, message=".*not used.*")
-            return base.from_pretrained(self.weights, add_pooling_layer=False, **options)
+            return base.from_pretrained(self.name, add_pooling_layer=False, **options)
 
 
 def _open(name: str, options: Options) -> _Found:
@@ -231,13 +231,7 @@ def _open(name: str, options: Options) -> _Found:
                 UserWarning,
                 stacklevel=2,
             )
-        loading = {
-            "config": source.config,
-            "format": source.table.name,
-            "ignore": reading.ignore,
-            "adapter": source.adapter_files,
-        }
-        return _Found(source.path, loading, found[0] if found else None, options.output)
+        return _Found(name, reading.keywords, found[0] if found else None, options.output)
 
 
 def _torch_model(found: _Found) -> Any:

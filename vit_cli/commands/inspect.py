@@ -15,6 +15,7 @@ from vit_common.errors import CheckpointError, ConfigError, InputError, MissingF
 
 if TYPE_CHECKING:
     from vit_common.files.checkpoint import Checkpoint
+    from vit_common.files.hub import ModelFiles
 
 _SHOWN = 8
 
@@ -23,7 +24,8 @@ def add_options(parser: Parser) -> None:
     parser.usage = "vit inspect [options] FILE"
     parser.description = (
         "Show what a weights file holds: its format, family and sizes, anything unusual in it, and "
-        "its first tensors. No weights are loaded."
+        "its first tensors; of a LoRA adapter, its rank, layers and base model. No weights of a "
+        "model are loaded."
     )
     parser.add_names(
         "FILE",
@@ -71,9 +73,12 @@ def describe(name: str, reading: Reading) -> dict[str, Any]:
         ViTError: there is no such file, or it cannot be read at all.
     """
     from vit_common.files.checkpoint import open_checkpoint
-    from vit_common.files.hub import find_weights
+    from vit_common.files.hub import ModelFiles
+    from vit_convert.adapters import find_adapter
 
-    path = find_weights(name, **reading.hub)
+    files = ModelFiles(name, **reading.hub)
+    adapter = find_adapter(files)
+    path = files.weights() if adapter is None else adapter
     with open_checkpoint(path) as checkpoint:
         report: dict[str, Any] = {
             "path": str(path),
@@ -84,14 +89,44 @@ def describe(name: str, reading: Reading) -> dict[str, Any]:
             "dtypes": sorted({t.dtype.name for t in checkpoint.values()}),
             "parameters": sum(math.prod(t.shape) for t in checkpoint.values()),
             "network": None,
+            "adapter": None,
             "odd": _odd(checkpoint),
             "tensors": [
                 {"name": key, "dtype": t.dtype.name, "shape": list(t.shape)}
                 for key, t in checkpoint.items()
             ],
         }
-    _add_network(report, name, reading)
+    if adapter is None:
+        _add_network(report, name, reading)
+    else:
+        _add_adapter(report, files)
     return report
+
+
+def _add_adapter(report: dict[str, Any], files: ModelFiles) -> None:
+    """What the tensors change of which base model; or why they do not."""
+    from vit_convert.adapters import read_adapter
+
+    try:
+        adapter = read_adapter(files)
+    except (CheckpointError, ConfigError) as error:
+        report["odd"].append(str(error))
+        return
+    settings = adapter.settings
+    report["adapter"] = {
+        "describes": adapter.describe(),
+        "names": adapter.generation,
+        "family": adapter.family,
+        "base": settings.base,
+        "revision": settings.revision,
+        "rank": settings.rank,
+        "alpha": settings.alpha,
+        "rslora": settings.rslora,
+        "dora": settings.dora,
+        "bias": settings.bias,
+        "layers": sorted(adapter.layers),
+        "saved": sorted(adapter.saved),
+    }
 
 
 def _odd(checkpoint: Checkpoint) -> list[str]:
@@ -170,7 +205,15 @@ def _add_network(report: dict[str, Any], name: str, reading: Reading) -> None:
 def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     files = f" in {report['files']} files" if report["files"] > 1 else ""
     yield "file", f"{report['path']}: {report['container']}, {report['bytes'] / 1e6:,.1f} MB{files}"
-    network = report["network"]
+    network, adapter = report["network"], report["adapter"]
+    if adapter is not None:
+        yield "adapter", adapter["describes"]
+        scale = "alpha / sqrt(r)" if adapter["rslora"] else "alpha / r"
+        yield "scale", f"{scale}, alpha {adapter['alpha']:g}, r {adapter['rank']}"
+        family = adapter["family"] or "a base network, whose family the names do not say"
+        yield "family", f"{family}, names of {adapter['names'].replace('-', ' ').capitalize()}"
+        revision = f", revision {adapter['revision']}" if adapter["revision"] else ""
+        yield "base", f"{adapter['base'] or 'not named'}{revision}"
     if network is not None:
         under = f", under {network['under']!r}" if network["under"] else ""
         yield "format", f"{network['format']}: {network['describes']}{under}"
