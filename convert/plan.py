@@ -124,6 +124,9 @@ class Plan:
     def _refuse_what_readers_drop(self) -> None:
         """Raise InputError if the format's own library would drop part of this network."""
         why = self.table.cannot_hold and self.table.cannot_hold(self.config)
+        joined = self.head == "classifier" and self.config.pooling == "cls_mean"
+        if joined and self.config.base_family == "vit" and not self.table.prefixed:
+            why = "its classifier looks at the class token and the mean of the patches together"
         if why:
             raise InputError(f"the format {self.to!r} cannot hold this network: {why}.")
 

@@ -60,6 +60,11 @@ SCANNED_TRAINING += "dots_with_no_batch_dims_saveable]"
 SCANNED_DRAWS = f"{_SCAN}every_block_draws_its_own_masks"
 STACK = f"{_SCAN}stack_and_unstack_are_inverses[None-float32]"
 FRONT = "tests/test_front_tokens.py::test_logits_are_those_of_the_torch_reference"
+_DATA, _LOADER = "tests/test_datasets.py::test_", "tests/test_loader.py::test_"
+_AUGMENT = "tests/test_augment.py::test_"
+FOLDERS, TABLES = "vit_common/datasets/folder.py", "vit_common/datasets/values.py"
+ORDER, LOADER = "vit_common/datasets/order.py", "vit_flax/training/loader.py"
+CROP, OPERATIONS = "vit_common/augment/geometry.py", "vit_common/augment/operations.py"
 SOFTMAX = "tests/test_suite.py::test_softmax_in_half_precision"
 
 
@@ -88,6 +93,104 @@ MUTANTS = [
         "1.702",
         "1.7",
         f"{_PARITY}activations[float64-quick_gelu]",
+    ),
+    Mutant(
+        "classes of validation from its own folder",
+        "vit_common/datasets/open.py",
+        "openers[name](limit=limit, **known)",
+        "openers[name](limit=limit)",
+        f"{_DATA}classes_come_from_training",
+    ),
+    Mutant(
+        "class of a folder in another Unicode form",
+        FOLDERS,
+        'unicodedata.normalize("NFC", name)',
+        "name",
+        f"{_DATA}names_in_another_unicode_form_are_the_same_class",
+    ),
+    Mutant(
+        "class indices as texts are sorted",
+        TABLES,
+        "sorted({index for value in indices for index in value})",
+        "sorted({index for value in indices for index in value}, key=str)",
+        f"{_DATA}what_a_label_is_found_out",
+    ),
+    Mutant(
+        "negative labels count from the end",
+        TABLES,
+        "if any(index < 0 for index in value)",
+        "if any(index < -100 for index in value)",
+        f"{_DATA}labels_that_cannot_be_trained_on",
+    ),
+    Mutant(
+        "the order of every epoch is the same",
+        ORDER,
+        "order = _permutation(n, seed, _ORDER, epoch)",
+        "order = _permutation(n, seed, _ORDER, 0)",
+        f"{_DATA}order_is_a_function_of_seed_and_epoch",
+    ),
+    Mutant(
+        "repeats beyond the epoch",
+        ORDER,
+        "np.repeat(order[: -(-n // repeats)], repeats)[:n]",
+        "np.tile(order[: -(-n // repeats)], repeats)[:n]",
+        f"{_DATA}repeats_against_timm",
+    ),
+    Mutant(
+        "a class may lose its only image to validation",
+        ORDER,
+        "_SPLIT, keep=1)",
+        "_SPLIT)",
+        f"{_DATA}split_of_few_images",
+    ),
+    Mutant(
+        "draws without the repeat",
+        "vit_common/augment/draws.py",
+        "[0, index, epoch, repeat]",
+        "[0, index, epoch, 0]",
+        f"{_LOADER}repeats_have_draws_of_their_own",
+    ),
+    Mutant(
+        "crops of uniform aspect",
+        CROP,
+        "math.exp(uniform(source, low, high))",
+        "uniform(source, *ratio)",
+        f"{_AUGMENT}crop_against_timm",
+    ),
+    Mutant(
+        "a magnitude of its own sign",
+        OPERATIONS,
+        "-value if source.random() > 0.5 else value",
+        "-value if source.random() < 0.5 else value",
+        f"{_AUGMENT}operations_against_timm[ShearX-RGB]",
+    ),
+    Mutant(
+        "colour jitter beside RandAugment",
+        "vit_common/augment/pipeline.py",
+        'if recipe.auto_augment and "3a" not in recipe.auto_augment:',
+        "if False:",
+        f"{_AUGMENT}whole_pipeline_against_timm[rand-m9-mstd0.5-inc1-bicubic]",
+    ),
+    Mutant(
+        "rows that fill a batch count",
+        LOADER,
+        "(real & good).astype(np.float32)",
+        "good.astype(np.float32)",
+        f"{_LOADER}fewer_images_than_a_batch",
+    ),
+    Mutant(
+        "images that cannot be read count",
+        LOADER,
+        "(real & good).astype(np.float32)",
+        "real.astype(np.float32)",
+        f"{_LOADER}images_that_cannot_be_read_are_skipped",
+    ),
+    Mutant(
+        "a process reads the rows of another",
+        LOADER,
+        "range(index * share, (index + 1) * share)",
+        "range(share)",
+        f"{_LOADER}threads_and_processes_change_nothing[options0-1]",
     ),
     Mutant("eps", LAYERS, "epsilon=part.config.layer_norm_eps", "epsilon=1e-6", STAGES),
     Mutant(

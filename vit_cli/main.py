@@ -21,6 +21,7 @@ from vit_cli.terminal.messages import show_warning
 from vit_common.errors import DeviceError, ViTError
 
 _COMMANDS = {
+    "train": "fine-tune a model on images of your own, or train one from nothing",
     "predict": "classify images",
     "features": "write image embeddings to a file",
     "evaluate": "measure how good a classifier is on labelled images",
@@ -37,6 +38,8 @@ _EXIT_CODES = """exit codes:
   0    done
   1    some images could not be read, or `vit verify` found a difference out of bounds
   2    the command could not run: an option, the model, or the environment is wrong
+  3    `vit train` stopped at a step that is not finite
+  75   `vit train` was asked to stop and is saved; --resume goes on
   130  interrupted
   141  the reader of the output went away"""
 

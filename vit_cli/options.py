@@ -388,11 +388,12 @@ def add_stream(parser: Parser, same: str) -> None:
         help="split heads and MLP of the network over M devices, if it does not fit on one "
         "(default: 1)",
     )
-    _add_hosts(parser)
+    add_hosts(parser)
     add_reading(parser)
 
 
-def _add_hosts(parser: Parser) -> None:
+def add_hosts(parser: Parser) -> None:
+    """--coordinator, --process, --distributed, and how long others are waited for."""
     group = parser.add_argument_group(
         "several hosts",
         "Start the same command on each; images and output are on a file system they share.",
@@ -434,10 +435,19 @@ def _add_hosts(parser: Parser) -> None:
             parser.error("--distributed detects --coordinator and --process; leave one out")
         if several and options.output is None:
             parser.error("several hosts write one file; name it with --output FILE")
-        if several and options.shard is not None:
+        if several and getattr(options, "shard", None) is not None:
             parser.error("several hosts share the images out themselves; leave --shard out")
 
     parser.checks.append(check)
+
+
+def cluster_of(options: Any) -> Cluster | None:
+    """The processes that the options of `add_hosts` name; None where this one does all the work."""
+    if not (options.distributed or options.coordinator is not None):
+        return None
+    from vit_cli.runs.supervise import Cluster
+
+    return Cluster(options.coordinator, options.process, options.start_timeout, options.lost_after)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -482,11 +492,7 @@ class StreamOptions:
     @property
     def cluster(self) -> Cluster | None:
         """The processes that share the work; None where this one does all of it."""
-        if not (self.distributed or self.coordinator is not None):
-            return None
-        from vit_cli.runs.supervise import Cluster
-
-        return Cluster(self.coordinator, self.process, self.start_timeout, self.lost_after)
+        return cluster_of(self)
 
     @property
     def precision(self) -> dict[str, Any]:

@@ -289,6 +289,11 @@ class ViTConfig:
                 "config: `pooling` must be 'mean' where `norm_after_pooling` is True; given "
                 f"{self.pooling!r}."
             )
+        if self.pooling == "cls_mean" and self.use_representation_layer:
+            raise ConfigError(
+                "config: `pooling` must be 'cls' or 'mean' where `use_representation_layer` is "
+                "True; given 'cls_mean'."
+            )
         if self.norm_after_pooling and self.use_representation_layer:
             raise ConfigError(
                 "config: `norm_after_pooling` and `use_representation_layer` must not both be True."

@@ -382,8 +382,9 @@ ROWS: dict[str, Field] = {
     ),
     "pooling": _extension(
         "cls",
-        _choice(("cls", "mean")),
-        'input of the classifier: "cls" (the class token) or "mean" (the mean of the patches)',
+        _choice(get_args(Pooling)),
+        'input of the classifier: "cls" (the class token), "mean" (the mean of the patches) or '
+        '"cls_mean" (both joined, as in DINOv2)',
     ),
     "norm_after_pooling": _extension(
         False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,12 +34,14 @@ def add_source(parser: Parser) -> None:
     )
     group = parser.add_argument_group("reading the images")
     group.add_argument(
-        "--image-column", metavar="NAME", help="column of a table with the images (default: file)"
+        "--image-column",
+        metavar="NAME",
+        help="column of a table with the images (default: the usual names, such as file)",
     )
     group.add_argument(
         "--label-column",
         metavar="NAME[,NAME]",
-        help="column of a table with the labels (default: label)",
+        help="column of a table with the labels (default: the usual names, such as label)",
     )
     group.add_argument(
         "--limit", metavar="N", type=positive_number, help="use N images only, for a quick look"
@@ -128,6 +129,7 @@ def run(options: Options) -> int:
             written.
     """
     from vit_cli.runs.evaluation import check_predictions_file, write_predictions
+    from vit_cli.runs.labelled import check_source, open_for
     from vit_common.files.replace import check_target
 
     if options.output is not None:
@@ -137,7 +139,14 @@ def run(options: Options) -> int:
     source = options.names[0]
     check_source(source)
     model, processor, mesh = _load(options)
-    dataset, part = _open(source, options, model.config)
+    dataset, part = open_for(
+        model.config,
+        source,
+        part=options.split,
+        image=options.image_column,
+        label=options.label_column,
+        limit=options.limit,
+    )
     found = _evaluate(options, model, processor, mesh, dataset)
     for _, message in found.skipped:
         say("error", message)
@@ -169,17 +178,9 @@ def run(options: Options) -> int:
     if found.skipped:
         say(
             "warning",
-            f"{counted(len(found.skipped))} of {len(dataset)} could not be read and are left out",
+            f"{len(found.skipped)} of {counted(len(dataset))} could not be read and were left out",
         )
     return SOME_FAILED if found.skipped else DONE
-
-
-def check_source(source: str) -> None:
-    """Raise MissingFileError for a name that is nothing, before a model is loaded."""
-    from vit_common.errors import MissingFileError
-
-    if not os.path.exists(source):
-        raise MissingFileError(f"{source}: no such folder or table of images.")
 
 
 def _load(options: Options) -> tuple[Any, Any, Any]:
@@ -197,19 +198,6 @@ def _load(options: Options) -> tuple[Any, Any, Any]:
     name = options.model or str(embedded_checkpoint())
     model, processor = load_classifier(name, options.dtype, **Reading.of(options).keywords)
     return model, processor, {"data": count} if count > 1 else None
-
-
-def _open(source: str, options: Options, config: Any) -> tuple[Any, str | None]:
-    from vit_cli.runs.labelled import open_part
-
-    return open_part(
-        source,
-        part=options.split,
-        image=options.image_column,
-        label=options.label_column,
-        limit=options.limit,
-        problem_type=config.problem_type or ("regression" if config.num_labels == 1 else None),
-    )
 
 
 def _evaluate(options: Options, model: Any, processor: Any, mesh: Any, dataset: Any) -> Evaluation:

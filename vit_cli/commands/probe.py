@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_cli.commands.evaluate import add_source, check_source
+from vit_cli.commands.evaluate import add_source
 from vit_cli.options import Options, Parser, Reading, add_model, add_pixel_limit, add_reading
 from vit_cli.options import positive as positive_number
 from vit_cli.terminal.exit_codes import DONE, SOME_FAILED
@@ -131,15 +131,16 @@ def run(options: Options) -> int:
     import importlib.util
 
     from vit_cli.models import load_for_inference
-    from vit_cli.runs.labelled import open_both
+    from vit_cli.runs.labelled import check_source, columns
+    from vit_common.datasets import open_images
     from vit_common.errors import InputError
 
     if importlib.util.find_spec("sklearn") is None:
         raise InputError("vit probe needs scikit-learn; run: pip install scikit-learn")
     source = options.names[0]
     check_source(source)
-    parts = open_both(
-        source, image=options.image_column, label=options.label_column, limit=options.limit
+    parts = open_images(
+        source, limit=options.limit, **columns(options.image_column, options.label_column)
     )
     parts, test = _parts(parts, options)
     encoder = load_for_inference(
@@ -165,7 +166,7 @@ def run(options: Options) -> int:
         _print(summary)
     if skipped:
         total = sum(map(len, parts.values()))
-        say("warning", f"{counted(len(skipped))} of {total} could not be read and are left out")
+        say("warning", f"{len(skipped)} of {counted(total)} could not be read and were left out")
     return SOME_FAILED if skipped else DONE
 
 
@@ -291,7 +292,7 @@ def _summary(
 def _as_pairs(validation: dict[float, float] | None) -> dict[str, Any]:
     if validation is None:
         return {}
-    return {"validation": [{"C": C, "top1": right} for C, right in validation.items()]}
+    return {"validation": [{"C": C, "log_loss": loss} for C, loss in validation.items()]}
 
 
 def _print(summary: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
-"""`vit verify`: are the twins of a checkpoint, or two checkpoints, the same?"""
+"""`vit verify`: are the twins of a checkpoint, two checkpoints, or two training runs the same?"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
@@ -29,8 +31,9 @@ def add_options(parser: Parser) -> None:
     parser.usage = "vit verify [options] A [B]"
     parser.description = (
         "Compare the Flax and the PyTorch twin of a checkpoint, or two checkpoints, stage by "
-        "stage. Where a stage is outside its bound, say which known cause makes it agree. The "
-        "exit code is 0 within bounds, 1 outside, 2 if the comparison could not run."
+        "stage; with --training, two training runs of the twins, step by step. Where they differ, "
+        "say which known cause makes them agree. The exit code is 0 within bounds, 1 outside, 2 if "
+        "the comparison could not run."
     )
     parser.add_names(
         "A [B]",
@@ -54,16 +57,43 @@ def add_options(parser: Parser) -> None:
         "--dtype",
         metavar="NAMES",
         type=some_of((*DTYPES, "float64")),
-        help="float64, float32, bfloat16, float16, separated by commas (default: float32)",
+        help="float64, float32, bfloat16, float16, separated by commas (default: float32; with "
+        "--training: float64)",
     )
     parser.add_argument(
-        "--batch", metavar="N", type=positive, default=2, help="random images (default: 2)"
+        "--batch",
+        metavar="N",
+        type=positive,
+        help="number of random images (default: 2); with --training, images in a batch "
+        "(default: 16)",
     )
     parser.add_argument(
         "--gradients", action="store_true", help="compare the gradient of every parameter too"
     )
     parser.add_argument("--report", metavar="FILE", help="write a report: .html, .json or .md")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    group = parser.add_argument_group("training runs")
+    group.add_argument(
+        "--training",
+        metavar="STEPS",
+        type=positive,
+        help="train the Flax model with optax and its PyTorch twin with torch.optim, from the same "
+        "weights on the same batches, and compare every step",
+    )
+    group.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="recipe of both runs (default: fine-tune); --set changes its settings too, such as "
+        "optimizer=sgd",
+    )
+    group.add_argument(
+        "--torch",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="a setting or definition of the PyTorch run only, such as clip_rule=torch or "
+        "schedule_offset=1; may be repeated",
+    )
     add_pixel_limit(parser)
     add_reading(parser, image_size="size of the random images, other than the model's")
 
@@ -81,6 +111,7 @@ def run(options: Options) -> int:
     first, second = (*options.names, None)[:2]
     if report is not None and Path(report).suffix not in _REPORTS:
         raise InputError(f"--report must end in {', '.join(_REPORTS)}; given {report!r}.")
+    settings = _training_settings(options)
     reading = Reading.of(options, resized=True)
     if {"gpu", "all"} & set(devices):
         # JAX would take most of the GPU's memory when it starts, and leave other processes none.
@@ -93,6 +124,7 @@ def run(options: Options) -> int:
             "--images": options.images is not None,
             "--heads, --set or --ignore": bool(reading.overrides or reading.ignore),
             "more than one --dtype": len(dtypes or ()) > 1,
+            "--training": options.training is not None,
         }
         if any(given.values()):
             names = ", ".join(name for name, is_given in given.items() if is_given)
@@ -104,7 +136,7 @@ def run(options: Options) -> int:
 
         return compile_for_tpu(
             first,
-            batch=options.batch,
+            batch=options.batch or 2,
             as_json=options.json,
             format=reading.format,
             hub=reading.hub,
@@ -121,21 +153,24 @@ def run(options: Options) -> int:
         raise InputError("verifying needs the PyTorch twin; run: pip install torch") from error
     if "all" in devices:
         devices = tuple(name for name in ("cpu", "gpu", "tpu") if _has(name))
-    from vit_torch.verify import verify
+    if options.training is not None:
+        found = _train(options, settings, devices, reading, pictures)
+    else:
+        from vit_torch.verify import verify
 
-    side = options.image_size
-    found = verify(
-        first,
-        second,
-        images=pictures,
-        devices=devices,
-        dtypes=dtypes or ("float32",),
-        image_size=(side, side) if isinstance(side, int) else side,
-        batch=options.batch,
-        gradients=options.gradients,
-        ignore=reading.ignore,
-        **reading.for_source,
-    )
+        side = options.image_size
+        found = verify(
+            first,
+            second,
+            images=pictures,
+            devices=devices,
+            dtypes=dtypes or ("float32",),
+            image_size=(side, side) if isinstance(side, int) else side,
+            batch=options.batch or 2,
+            gradients=options.gradients,
+            ignore=reading.ignore,
+            **reading.for_source,
+        )
     from vit_cli.commands import verify_report
 
     if options.json:
@@ -152,6 +187,72 @@ def run(options: Options) -> int:
         write_text(report, make[suffix](found))
         say(f"wrote {report}")
     return DONE if found.passed else SOME_FAILED
+
+
+def _training_settings(options: Options) -> dict[str, Any]:
+    """Settings of the recipe among the values of --set, which they are taken out of.
+
+    Raises:
+        InputError: an option that goes with --training was given without it, or the reverse.
+    """
+    if options.training is None:
+        alone = {"--recipe": options.recipe is not None, "--torch": bool(options.torch)}
+        if names := ", ".join(name for name, given in alone.items() if given):
+            raise InputError(f"{names} is for training runs; add --training STEPS.")
+        return {}
+    unused = {
+        "a second model": len(options.names) > 1,
+        "--gradients": options.gradients,
+        "--image-size": options.image_size is not None,
+    }
+    if names := ", ".join(name for name, given in unused.items() if given):
+        raise InputError(f"--training compares the two runs of one model; given {names} too.")
+    from vit_common.config import CONFIG_CLASSES  # only here: it loads numpy
+    from vit_common.recipes import Recipe
+
+    fields = {name for kind in CONFIG_CLASSES.values() for name in kind.fields}
+    known = {field.name for field in dataclasses.fields(Recipe)} - fields
+    mine = [text for text in options.fields if text.partition("=")[0] in known]
+    options.fields = [text for text in options.fields if text not in mine]
+    return dict(_setting(text, "--set") for text in mine)
+
+
+def _setting(text: str, option: str) -> tuple[str, Any]:
+    """A name and its value, which is JSON or else a text."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise InputError(f"{option} must be NAME=VALUE; given {text!r}.")
+    try:
+        return name, json.loads(
+            {"None": "null", "True": "true", "False": "false"}.get(value, value)
+        )
+    except ValueError:
+        return name, value
+
+
+def _train(
+    options: Options,
+    settings: dict[str, Any],
+    devices: tuple[str, ...],
+    reading: Reading,
+    pictures: list[Any] | None,
+) -> Any:
+    """Train both twins and compare."""
+    from vit_common.recipes import recipe
+    from vit_torch.verify.training import verify_training
+
+    return verify_training(
+        options.names[0],
+        steps=options.training,
+        recipe=recipe(options.recipe or "fine-tune", **settings),
+        changes=dict(_setting(text, "--torch") for text in options.torch),
+        images=pictures,
+        devices=devices,
+        dtypes=options.dtype or ("float64",),
+        batch=options.batch,
+        ignore=reading.ignore,
+        **reading.for_source,
+    )
 
 
 def _has(name: str) -> bool:

@@ -32,9 +32,13 @@ def summary(found: Any) -> list[list[str]]:
 def remarks(row: Any) -> list[str]:
     """What is wrong with a row, and why as far as that is known."""
     lines = list(row.unmatched)
+    if _is_training(row):
+        lines = _losses(row) + lines
     over = row.first_over
     if over is None:
         return lines
+    if _is_training(row):
+        return lines + _drift(row, over)
     where = ", ".join(map(str, over.stage.where))
     lines.append(
         f"the first stage outside its bound is {over.stage.name}: {over.value:.3g} "
@@ -49,6 +53,37 @@ def remarks(row: Any) -> list[str]:
     for cause in row.agreeing or (row.causes or [])[:1]:
         how = "it agrees with" if row.agreeing else "it comes closest with"
         lines.append(f"{how} {cause.change}: {cause.before:.2g} becomes {cause.after:.2g}")
+    return lines
+
+
+def _is_training(row: Any) -> bool:
+    """Whether a row compares two training runs."""
+    return getattr(row, "steps", 0) > 0
+
+
+def _losses(row: Any) -> list[str]:
+    """What the runs learnt, in a line."""
+    first, last = row.losses[0][0], row.losses[0][-1]
+    return [f"{_count_of(row.steps, 'step')} of {row.optimizer}: loss {first:.4f} to {last:.4f}"]
+
+
+def _drift(row: Any, over: Any) -> list[str]:
+    """Where two runs drift apart, and why as far as that is known."""
+    lines = [
+        f"the runs drift apart from step {row.drifts_from} on, first in the {over.stage.name} "
+        f"(bound {over.bound:.3g}); the largest difference there is {over.value:.3g}, at step "
+        f"{over.stage.where[0]}"
+    ]
+    if row.causes is None:
+        lines.append("no cause was looked for: that takes float64")
+    elif not row.causes:
+        lines.append("none of the known definitions makes the drift vanish")
+    for cause in row.agreeing or (row.causes or [])[:1]:
+        how = "the drift vanishes" if row.agreeing else "most of the drift vanishes"
+        lines.append(
+            f"{how} if the PyTorch run has {cause.change}: {cause.before:.2g} becomes "
+            f"{cause.after:.2g}"
+        )
     return lines
 
 
@@ -111,10 +146,16 @@ def _name(row: Any) -> str:
 
 
 def _count(items: Any, noun: str) -> str:
-    return f"{len(items)} {noun}" + ("" if len(items) == 1 else "s")
+    return _count_of(len(items), noun)
+
+
+def _count_of(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _title(found: Any) -> str:
+    if any(map(_is_training, found.rows)):
+        return f"Training of {found.first} in JAX against PyTorch"
     other = "its PyTorch twin" if found.second is None else found.second
     return f"{found.first} against {other}"
 
@@ -148,7 +189,7 @@ def html(found: Any) -> str:
         f"<title>{text(_title(found))}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{text(_title(found))}</h1><p class='verdict {mark}'>{text(_verdict(found))}</p>",
         _html_table(summary(found)),
-        "<h2>Error by depth</h2>",
+        f"<h2>{'Drift by step' if any(map(_is_training, found.rows)) else 'Error by depth'}</h2>",
         _plot(found.rows),
     ]
     for row in found.rows:
@@ -181,8 +222,14 @@ def _html_table(rows: list[list[str]]) -> str:
 
 
 def _plot(rows: list[Any]) -> str:
-    """An SVG of the largest absolute difference by stage, logarithmic, a line a row."""
+    """An SVG of the largest difference by stage, or by step of a training run; logarithmic, with
+    one line per row, or per kind of number in a training run."""
     lines = [
+        (f"{_name(row)}: {kind}", [(str(step), value) for step, value in enumerate(values)])
+        for row in rows
+        if _is_training(row)
+        for kind, values in row.drift.items()
+    ] or [
         (
             _name(row),
             [
@@ -217,7 +264,7 @@ def _plot(rows: list[Any]) -> str:
     height = _HEIGHT + 20 * len(lines)
     out = [
         f"<svg viewBox='0 0 {_WIDTH} {height}' role='img' "
-        "aria-label='Largest absolute difference by stage'>"
+        "aria-label='Largest difference by stage or step'>"
     ]
     for power in range(low, high + 1):
         at = y(10.0**power)

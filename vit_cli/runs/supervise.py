@@ -24,19 +24,20 @@ from vit_flax.distributed import (
 __all__ = ["INTERRUPTION", "Cluster", "Hosts", "join", "supervised"]
 
 
-def join(cluster: Cluster, settings: Mapping[str, Any]) -> Hosts:
+def join(cluster: Cluster, settings: Mapping[str, Any], advice: str = KEPT) -> Hosts:
     """Meet the other processes of a run.
 
     Args:
         cluster: the processes.
         settings: options that all of them must have been started with.
+        advice: what a user can do when another process stops.
 
     Raises:
         HostError: they did not come together.
         InputError: JAX knows of no cluster, or this process has other settings than the first.
         DeviceError: there is no device to run on.
     """
-    hosts = Hosts(cluster, KEPT)
+    hosts = Hosts(cluster, advice)
     from vit_cli.runtime import find_devices
 
     try:
@@ -49,8 +50,13 @@ def join(cluster: Cluster, settings: Mapping[str, Any]) -> Hosts:
     return hosts
 
 
-def supervised(cluster: Cluster, run: Callable[[], int]) -> int:
+def supervised(cluster: Cluster, run: Callable[[], int], advice: str = KEPT) -> int:
     """Do the work in a child process, and wait for it.
+
+    Args:
+        cluster: the processes of the run.
+        run: the work of this one.
+        advice: what a user can do when a process stops.
 
     Returns:
         The child's exit code, or `COULD_NOT_RUN`, with a line that says why, where the runtime
@@ -66,10 +72,10 @@ def supervised(cluster: Cluster, run: Callable[[], int]) -> int:
 
     ended = run_in_child(work)
     if ended.last_words:
-        say("error", explain(ended.last_words, cluster, KEPT))
+        say("error", explain(ended.last_words, cluster, advice))
         return COULD_NOT_RUN
     if ended.code < 0:
         name = signal.Signals(-ended.code).name
-        say("error", f"{cluster.name} was ended by {name}. {KEPT}")
+        say("error", f"{cluster.name} was ended by {name}. {advice}")
         return 128 - ended.code
     return ended.code

@@ -60,6 +60,30 @@ def exits_after(leave: Callable[[], object]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def asks(say: Callable[[], object]) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C, or being asked to end, is noted for the work to ask for when it can stop; a second
+    Ctrl-C ends the process at once.
+
+    Args:
+        say: called at the first signal.
+
+    Yields:
+        Whether there was a signal.
+    """
+    asked: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if number == signal.SIGINT and asked:
+            _exit()
+        asked.append(number)
+        if len(asked) == 1:
+            say()
+
+    with _handled(note), _handled(note, signal.SIGTERM):
+        yield lambda: bool(asked)
+
+
 def _exit(*_: object) -> NoReturn:
     os.write(2, b"vit: interrupted\n")
     os._exit(INTERRUPTED)

@@ -27,6 +27,7 @@ class Progress:
         what: is being done.
         few: up to so many there is no bar.
         in_bytes: it counts bytes, not images.
+        detailed: room is left for what `describe` is given.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class Progress:
         what: str = "classifying",
         few: int = FEW,
         in_bytes: bool = False,
+        detailed: bool = False,
     ) -> None:
         self._bar: Any = None
         self._lock = threading.RLock()
         self._kept: Any = None
         self._show = show and sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
         self._what, self._few, self._in_bytes = what, few, in_bytes
+        self._detailed = detailed
         if total is not None:
             self._make(total)
 
@@ -56,10 +59,12 @@ class Progress:
         if not console.is_interactive:  # a dumb terminal, or the environment says no
             self._show = False
             return
+        more = [progress.TextColumn("{task.fields[detail]}")] if self._detailed else []
         self._bar = progress.Progress(
-            progress.TextColumn(self._what),
-            progress.BarColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=20 if self._detailed else 40),
             progress.DownloadColumn() if self._in_bytes else progress.MofNCompleteColumn(),
+            *more,
             progress.TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -67,7 +72,7 @@ class Progress:
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._task = self._bar.add_task("", total=total)
+        self._task = self._bar.add_task(self._what, total=total, detail="")
 
     def __enter__(self) -> Progress:
         self._kept = warnings.showwarning
@@ -88,6 +93,15 @@ class Progress:
         """So many more are done."""
         self._update(advance=count)
 
+    @property
+    def shown(self) -> bool:
+        """Whether there is a bar."""
+        return self._bar is not None
+
+    def describe(self, detail: str, what: str | None = None) -> None:
+        """Show a text beside the numbers, and what is being done now."""
+        self._update(detail=detail, description=what or self._what)
+
     def reach(self, done: int, total: int) -> None:
         """So many are done, of so many."""
         if self._bar is None and self._show:
@@ -95,7 +109,7 @@ class Progress:
             self._start()
         self._update(completed=done)
 
-    def _update(self, **counts: int) -> None:
+    def _update(self, **counts: Any) -> None:
         if self._bar is not None:
             with self._lock:
                 self._bar.update(self._task, **counts, refresh=True)

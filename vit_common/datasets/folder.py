@@ -65,7 +65,7 @@ class ImageFolder(LabelledImages):
         folders, loose = entries(root)
         if not folders:
             raise InputError(_no_folders(root, loose))
-        if any(part_of(folder.name) == "train" for folder in folders) and is_split(root):
+        if is_split(root):
             raise InputError(
                 f"{root}: wanted one folder per class; given the parts of a data set "
                 f"({some((folder.name for folder in folders), _SHOWN)}). Open one of them, such as "
@@ -81,13 +81,14 @@ class ImageFolder(LabelledImages):
         names = [class_name(folder.name) for folder in folders]
         check_alike(root, names)
         known = check_classes(root, names, classes)
+        index = {name: i for i, name in enumerate(known)}
         paths: list[str] = []
         labels: list[int] = []
         empty = []
         for name, folder in zip(names, folders, strict=True):
             found = list(files(folder))
             paths += found
-            labels += [known.index(name)] * len(found)
+            labels += [index[name]] * len(found)
             if not found:
                 empty.append(name)
         if not paths:
@@ -186,19 +187,21 @@ def files(folder: Path) -> Iterator[str]:
 def is_split(root: Path) -> bool:
     """Whether a folder holds the parts of a data set, and not its classes: `train/CLASS/...`."""
     folders, _ = entries(root)
-    parts = {part_of(folder.name): folder for folder in folders}
-    if "train" not in parts:
+    parts = [folder for folder in folders if part_of(folder.name)]
+    train = [folder for folder in parts if part_of(folder.name) == "train"]
+    if not parts or (len(parts) < len(folders) and (not train or len(parts) == 1)):
         return False
-    inner, loose = entries(parts["train"])
     # A class may well be called "train" (and another "boat"): its images lie in it directly.
-    return bool(inner) and not loose and (len(parts) > 1 or len(folders) == 1)
+    inside = [entries(folder) for folder in train or parts]
+    return all(folders and not loose for folders, loose in inside)
 
 
 def _no_folders(root: Path, loose: list[str]) -> str:
     if loose:
         return (
             f"{root}: {_number(len(loose), 'image')} in the folder itself, and no class folders; "
-            f"wanted one folder per class, such as {root / 'cat' / os.path.basename(loose[0])}."
+            f"wanted one folder per class, such as {root / 'cat' / os.path.basename(loose[0])}, or "
+            "a table that names the files and their labels."
         )
     return (
         f"{root}: the folder holds no class folders; wanted one folder of images per class, such "
@@ -265,7 +268,8 @@ def check_classes(
     if classes is None:
         return tuple(names)
     known = tuple(class_name(str(name)) for name in classes)
-    unknown = [name for name in names if name not in known]
+    among = set(known)
+    unknown = [name for name in names if name not in among]
     if unknown:
         hints = []
         loosely = {_loosely(name): name for name in known}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -64,8 +66,7 @@ class LabelledImages:
         self.classes = None if classes is None else tuple(map(str, classes))
         self.problem_type = problem_type
         self.labelled = labelled
-        dtype = np.int64 if problem_type == SINGLE else np.float32
-        self.labels = np.asarray(labels, dtype)
+        self.labels = _checked(labels, problem_type, self.classes)
         if names is None:
             names = [_name(sources, i) for i in range(len(sources))]
         self.names = list(names)
@@ -104,6 +105,14 @@ class LabelledImages:
         )
 
     @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the file names, labels and classes: whether a resumed run has the same data,
+        wherever it lies."""
+        names = [os.path.basename(name) for name in self.names]
+        text = json.dumps([names, self.classes, self.problem_type]).encode()
+        return hashlib.sha256(text + self.labels.tobytes()).hexdigest()
+
+    @property
     def counts(self) -> np.ndarray:
         """(K,) images of each class; an image of several classes counts in each."""
         if self.classes is None:
@@ -117,6 +126,48 @@ def _name(sources: Sequence[Any], index: int) -> str:
     """A path as it is; what is no list may read an image for each of its items, so is not asked."""
     source = sources[index] if isinstance(sources, (list, tuple)) else None
     return os.fspath(source) if isinstance(source, (str, os.PathLike)) else f"image {index}"
+
+
+def _checked(labels: Any, problem_type: str, classes: tuple[str, ...] | None) -> np.ndarray:
+    """Labels as an array of the dtype and shape of their problem type."""
+    given = np.asarray(labels)
+    if given.dtype.kind not in "biuf":
+        raise InputError(
+            f"labels must be numbers; given {given.dtype} ({shown(labels, 80)}). Give the index of "
+            "each class, and class names as `classes`."
+        )
+    if problem_type == SINGLE:
+        if given.ndim != 1 or (given.dtype.kind == "f" and (given % 1).any()):
+            raise InputError(
+                f"labels of one class per image must be whole numbers, one for each image; given "
+                f"{given.dtype} of shape {given.shape}."
+            )
+        most = None if classes is None else len(classes)
+        wrong = np.flatnonzero((given < 0) | (given >= (np.inf if most is None else most)))
+        if len(wrong):
+            wanted = (
+                "class indices from 0" if most is None else f"0 to {most - 1} for {most} classes"
+            )
+            count = "1 label is" if len(wrong) == 1 else f"{len(wrong)} labels are"
+            raise InputError(
+                f"{count} out of range, the first {given[wrong[0]]} (image {wrong[0]}); wanted "
+                f"class indices {wanted}. Leave out images that have no label."
+            )
+        return given.astype(np.int64)
+    found = given.astype(np.float32)
+    if problem_type == MULTI:
+        shape = (len(found), found.shape[-1] if classes is None else len(classes))
+        if found.shape != shape or not ((found >= 0) & (found <= 1)).all():
+            raise InputError(
+                "labels of several classes per image must be one row of zeros and ones for each "
+                f"image, {shape[-1]} long; given shape {found.shape}."
+            )
+    elif found.ndim not in (1, 2) or not np.isfinite(found).all():
+        raise InputError(
+            "labels for regression must be finite numbers, one or one row for each image; given "
+            f"shape {found.shape}."
+        )
+    return found
 
 
 class _Picked(Sequence):

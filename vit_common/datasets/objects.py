@@ -15,6 +15,8 @@ from vit_common.datasets.values import labels_of
 from vit_common.errors import ImageError, InputError, ViTError, shown, some
 from vit_common.files.texts import reason
 
+_MOST = 10**10  # items; `grain.MapDataset.repeat()` says 2^63 - 1
+
 
 class ImageObjects(LabelledImages):
     """Images of any object with `len` and indices, read when they are asked for.
@@ -55,6 +57,11 @@ class ImageObjects(LabelledImages):
             )
         if not len(items):
             raise InputError(f"{kind} has no items; wanted at least one image.")
+        if len(items) > _MOST:
+            raise InputError(
+                f"{kind} has {len(items)} items, so it repeats without end; give one pass of it, "
+                "as the epochs are counted here."
+            )
         keys = _keys(items)
         if keys is not None:
             image = _key(kind, keys, image, ("image", "img", *IMAGE_COLUMNS), "image")
@@ -166,8 +173,16 @@ def _values(items: Any, keys: list[str] | None, label: str | None) -> Sequence[A
         found = getattr(items, name, None)
         if found is not None and hasattr(found, "__len__") and len(found) == len(items):
             return list(np.asarray(found))
-    read = [items[i] for i in range(len(items))]
-    return [item[1] if keys is None else item[label] for item in read]
+    values = []
+    for i in range(len(items)):
+        item = items[i]
+        if item is None:  # what a filter of grain leaves
+            raise InputError(
+                f"{type(items).__name__}: item {i} is None; wanted an image and a label for every "
+                "index. Filter the images before they become a data set by index."
+            )
+        values.append(item[1] if keys is None else item[label])
+    return values
 
 
 def _declared(items: Any, label: str | None) -> list[str] | None:

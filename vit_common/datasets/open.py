@@ -7,9 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_common.datasets.folder import PARTS, ImageFiles, ImageFolder, entries, is_split, part_of
+from vit_common.datasets.folder import (
+    PARTS,
+    ImageFiles,
+    ImageFolder,
+    class_name,
+    entries,
+    is_split,
+    part_of,
+)
 from vit_common.datasets.labelled import LabelledImages
-from vit_common.datasets.table import SUFFIXES, ImageTable, parts_of
+from vit_common.datasets.table import SUFFIXES, ImageTable, has_labels, parts_of
 from vit_common.errors import InputError, some
 
 Opener = Callable[..., LabelledImages]
@@ -34,9 +42,11 @@ def open_images(
             - a table (see `ImageTable`), whose column "split" names the part of each row; without
               one, all rows are "train";
             - a folder with a table of each part: `train.csv` and `val.csv`, or as the Hub has
-              them, `data/train-00000-of-00002.parquet` and so on.
+              them, `data/train-00000-of-00002.parquet` and so on; or with a table `metadata.csv`
+              beside the images, in it or in the folder of each part.
         part: open this part alone: "train", "val" or "test".
-        classes: see `ImageFolder`; None takes those of the training images, for every part.
+        classes: see `ImageFolder`; None takes those of the training images, for every part, or of
+            all parts if none is for training.
         limit: use this many images of each part only.
         labelled: False takes every image of the folder, without labels.
         **options: `image`, `label`, `problem_type` and `root` of `ImageTable`.
@@ -61,9 +71,11 @@ def open_images(
             f"{root}: no images for the part {part!r}; there are {some(openers, 3)}. Wanted "
             f"{root / part}, or rows of that part."
         )
-    table = _is_table(root)
+    table = is_table(root)
     known = {} if not (labelled or table) else {"classes": classes}
-    if known and classes is None and part not in (None, "train") and "train" in openers:
+    if known and classes is None and "train" not in openers and not table:
+        known = {"classes": _all_classes(root)}
+    elif known and classes is None and part not in (None, "train") and "train" in openers:
         known = _known(openers["train"](), table)
     parts: dict[str, LabelledImages] = {}
     for name in PARTS:
@@ -73,14 +85,24 @@ def open_images(
     return parts
 
 
+def part_names(path: str | os.PathLike) -> tuple[str, ...]:
+    """The parts that `open_images` finds at a path: some of "train", "val" and "test".
+
+    Raises:
+        MissingFileError, InputError: as there.
+    """
+    found = _openers(Path(path), True, {})
+    return tuple(name for name in PARTS if name in found)
+
+
 def _openers(root: Path, labelled: bool, options: dict[str, Any]) -> dict[str, Opener]:
     """What opens each part there is."""
-    if _is_table(root) and not root.is_dir():
+    if is_table(root) and not root.is_dir():
         return {
             part: _bind(ImageTable, root, part=part if several else None, **options)
             for part, several in parts_of(root)
         }
-    if _is_table(root):
+    if is_table(root):
         return {part: _bind(ImageTable, paths, **options) for part, paths in _tables(root).items()}
     if options:
         raise InputError(
@@ -93,7 +115,14 @@ def _openers(root: Path, labelled: bool, options: dict[str, Any]) -> dict[str, O
     }
 
 
-def _is_table(root: Path) -> bool:
+def _all_classes(root: Path) -> list[str]:
+    """Of all parts: there are no training images, which would say."""
+    folders = [entries(folder)[0] for folder in _folders(root).values()]
+    return sorted({class_name(folder.name) for part in folders for folder in part})
+
+
+def is_table(root: Path) -> bool:
+    """Whether `open_images` reads a table here, or a folder of tables, and no class folders."""
     if root.is_dir():
         return bool(_tables(root))
     return root.suffix.lower() in SUFFIXES
@@ -128,7 +157,8 @@ def _folders(root: Path) -> dict[str, Path]:
 
 
 def _tables(root: Path) -> dict[str, list[Path]]:
-    """The tables of each part in a folder, or in its folder `data`, as the Hub lays them out."""
+    """The tables of each part in a folder, or in its folder `data`, as the Hub lays them out; or
+    the table beside the images that Hugging Face's `imagefolder` reads."""
     for folder in (root, root / "data"):
         found: dict[str, list[Path]] = {}
         if not folder.is_dir():
@@ -139,4 +169,21 @@ def _tables(root: Path) -> dict[str, list[Path]]:
                 found.setdefault(part, []).append(path)
         if "train" in found:
             return found
-    return {}
+    whole = _metadata(root)
+    if whole is not None:
+        return {"train": [whole]}
+    beside = {
+        part_of(folder.name): _metadata(folder)
+        for folder in entries(root)[0]
+        if part_of(folder.name)
+    }
+    return {str(part): [path] for part, path in beside.items() if path is not None}
+
+
+def _metadata(folder: Path) -> Path | None:
+    """The table `metadata` of a folder, if it has labels; one of captions says nothing of them."""
+    for suffix in SUFFIXES:
+        path = folder / f"metadata{suffix}"
+        if path.is_file() and has_labels(path):
+            return path
+    return None

@@ -137,6 +137,11 @@ def parts_of(path: Path) -> list[tuple[str, bool]]:
     return [(str(part), True) for part in dict.fromkeys(found.values())]
 
 
+def has_labels(path: Path) -> bool:
+    """Whether a table has a column of labels by one of the usual names."""
+    return any(name.lower() in LABEL_COLUMNS for name in _read(path).columns)
+
+
 class Table:
     """Columns of one file by name, and what to call a row of it."""
 

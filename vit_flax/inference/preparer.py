@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from vit_common.images.predictions import (
     prepare_image,
 )
 from vit_common.images.processor import BaseImageProcessor
+from vit_common.threads import usual_workers
 from vit_flax.inference.reader import Reader
 
 
@@ -153,11 +153,3 @@ def prepare_all(
         for error in filter(None, batch.errors):
             raise error
     return batch.pixel_values
-
-
-def usual_workers(share: int = 1) -> int:
-    """Threads to decode with: one for every `share` of the processor's cores, at most 16."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    return min(16, max(1, cores // share))

@@ -32,7 +32,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 # -- the result
 
 
-def write_result(plan: Plan, run: Run, step: int, *, name: str, merge: bool = False) -> None:
+def write_result(plan: Plan, run: Run, step: int, *, name: str, adapters: Any = None) -> None:
     """Write the model of a run, its image processor and its card into the folder of the run, which
     is then a checkpoint like any other.
 
@@ -40,13 +40,18 @@ def write_result(plan: Plan, run: Run, step: int, *, name: str, merge: bool = Fa
         plan, run: as `fine_tune` has them.
         step: that the parameters are of.
         name: of the model that the run began with, as the user gave it.
-        merge: write the whole model where the run has an adapter.
+        adapters: the state's parameters, of which the adapters alone are written; None writes the
+            whole model.
 
     Raises:
         MissingFileError: a file cannot be written.
     """
     assert run.folder is not None
-    run.model.save_pretrained(run.folder)
+    if adapters is None:
+        run.model.save_pretrained(run.folder)
+    else:
+        base = os.path.abspath(name) if os.path.exists(name) else name
+        plan.adapter.save(run.folder, jax.device_get(adapters), base=base)
     plan.processor.save_pretrained(run.folder)
     card = run.model._model_card()
     card = card._replace(
@@ -192,7 +197,7 @@ def first_not_finite(plan: Plan, state: TrainState, batch: Mapping[str, Any], st
     bad = _names_not_finite(gradients)
     if bad:
         return f"The loss is finite; the gradient is not, of {some(bad[::-1], _SHOWN)}."
-    return "With the same images, each layer's output and gradient is finite: the update is not."
+    return "All outputs and gradients are finite, but together too large for their dtype."
 
 
 def _first_layer(model: Any, params: Any, batch: Mapping[str, Any], key: Any) -> str | None:

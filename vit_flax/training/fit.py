@@ -152,6 +152,9 @@ class Plan:
         materialize: parameters of the state -> parameters of the model.
         metric: of the validation that decides; "" if none does.
         seed: of everything that is drawn.
+        task: what the step runs (`vit_flax.training.tasks`).
+        adapter: of a recipe that trains one; None otherwise.
+        parameters: that the run begins with, as the state holds them.
     """
 
     model: Any
@@ -171,8 +174,9 @@ class Plan:
     materialize: Callable[[Any], Any]
     metric: str
     seed: int
-    task: Any = None
-    adapter: Any = None
+    task: Any
+    adapter: Any
+    parameters: Any
 
     @property
     def epochs(self) -> int:
@@ -180,7 +184,7 @@ class Plan:
         return -(-self.steps // self.steps_per_epoch)
 
     def params_of(self, state: TrainState) -> Any:
-        """The parameters of the model: those that train by their moving average, if there is one."""
+        """The parameters of the model, averaged if the run keeps an average."""
         return self.materialize(state.averaged)
 
     def placed(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,6 +269,10 @@ def make_plan(
     rates = learning_rates(recipe, steps)
     trainable = trainable_of(recipe, model)
     params, materialize, adapter = task.model.params, None, None
+    if recipe.lora:
+        adapter = _adapter(recipe, task.model)
+        params, materialize = adapter.init(params, jax.random.key(seed)), adapter.merge
+        trainable = adapter.trainable
     optimizer = make_optimizer(recipe, params, steps=steps, trainable=trainable)
     ema = ema_of(recipe)
 
@@ -314,7 +322,22 @@ def make_plan(
         seed=seed,
         task=task,
         adapter=adapter,
+        parameters=params,
     )
+
+
+def _adapter(recipe: Recipe, model: Any) -> Any:
+    """The adapters that a recipe trains."""
+    from vit_flax.training.lora import lora
+
+    if recipe.train != "all" or recipe.freeze:
+        raise InputError(
+            "adapters (lora) train themselves and the head; leave `train` and `freeze` out."
+        )
+    targets: str | tuple[str, ...] = recipe.lora_targets
+    if targets != "all-linear":
+        targets = tuple(filter(None, map(str.strip, recipe.lora_targets.split(","))))
+    return lora(model, recipe.lora, recipe.lora_alpha, targets)
 
 
 def _loader(
@@ -532,7 +555,7 @@ def fine_tune(
         writes = jax.process_index() == 0
         folder = RunFolder(output, settings, resume=resume, force=force, writes=writes)
     try:
-        if folder is not None and (folder.found or {}).get("status") == "finished":
+        if folder is not None and folder.is_finished:
             return _finished(folder, watcher)
         plan = make_plan(
             model,
@@ -887,7 +910,9 @@ class _Loop:
             if folder.writes:
                 from vit_flax.training.ends import write_result
 
-                write_result(plan, run, chosen, name=folder.settings["model"], merge=self._merge)
+                name = folder.settings["model"]
+                tree = None if self._merge or plan.adapter is None else state.averaged
+                write_result(plan, run, chosen, name=name, adapters=tree)
             folder.note(status="finished", step=step, result=chosen, best=record["best"])
         return run
 
@@ -909,13 +934,19 @@ def _on_host(params: Any, mesh: Mesh | None) -> Any:
 
 def _finished(folder: RunFolder, watcher: Watcher) -> Run:
     """The run that was finished before."""
-    from vit_flax.auto import FlaxAutoModelForImageClassification
+    from vit_flax.auto import (
+        FlaxAutoModelForImageClassification,
+        FlaxAutoModelForMaskedImageModeling,
+    )
 
     found = folder.found or {}
     watcher.say(f"{folder.path}: this run is finished ({found.get('step')} steps); nothing to do")
     rows = [row for row in read_log(folder.log) if "validation" in row]
     best = found.get("best")
-    model = FlaxAutoModelForImageClassification.from_pretrained(folder.path)
+    auto: Any = FlaxAutoModelForImageClassification
+    if folder.settings["task"] == "mim":
+        auto = FlaxAutoModelForMaskedImageModeling
+    model = auto.from_pretrained(folder.path)
     result = found.get("result")
     metrics = next((row["validation"] for row in rows if row["step"] == result), {})
     return Run(

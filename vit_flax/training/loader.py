@@ -7,7 +7,7 @@ and processes; so the position in the data is two integers.
 from __future__ import annotations
 
 import contextlib
-import os
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,12 +22,12 @@ from vit_common.datasets.labelled import SINGLE, LabelledImages
 from vit_common.datasets.order import check_seed, epoch_order, occurrences
 from vit_common.errors import ImageError, InputError, ViTError, shown
 from vit_common.images.pictures import convert_mode, load_image
-from vit_common.images.predictions import naming
+from vit_common.images.predictions import PIL_MODES, naming
+from vit_common.threads import usual_workers
 
 Batch = dict[str, np.ndarray]
 
 _AHEAD = 2  # batches that are decoded while one is trained on
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class Loader:
@@ -48,6 +48,9 @@ class Loader:
         process_index, process_count: this process and how many there are; each reads its part of
             every batch: `process_count` equal parts, one after the other.
         on_error: "skip" an image that cannot be read, or "raise".
+        fast_decode: decode JPEGs that are much larger than what is cropped from them at a fraction
+            of their size; several times as fast for photos of many megapixels, and pixels and
+            crops differ slightly.
 
     Attributes:
         skipped: (name, message) of each image that could not be read, once.
@@ -76,6 +79,7 @@ class Loader:
         process_index: int = 0,
         process_count: int = 1,
         on_error: Literal["skip", "raise"] = "skip",
+        fast_decode: bool = False,
     ) -> None:
         self.dataset = dataset
         self.transform = transform
@@ -96,6 +100,9 @@ class Loader:
             )
         if not len(dataset):
             raise InputError("a data set of no images; wanted at least one.")
+        self._at_least = _at_least(transform) if fast_decode else None
+        size, channels = getattr(transform, "size", None), getattr(transform, "channels", 3)
+        self._shape: tuple[int, ...] | None = (*size, channels) if size else None
         self.skipped: list[tuple[str, str]] = []
         whole, rest = divmod(len(dataset), batch_size)
         self.steps_per_epoch = whole + (rest > 0 and (not drop_last or whole == 0))
@@ -115,6 +122,11 @@ class Loader:
             for those that fill up. B is this process's part.
         """
         epoch = check_seed("epoch", epoch)
+        first = as_integer(start)
+        if first is None or not 0 <= first <= self.steps_per_epoch:
+            raise InputError(
+                f"`start` must be a step from 0 to {self.steps_per_epoch}; given {shown(start)}."
+            )
         order = self.order(epoch)
         count = occurrences(order)
         n = len(order)
@@ -125,26 +137,33 @@ class Loader:
 
         steps = [
             step * self.batch_size + np.arange(self._rows.start, self._rows.stop)
-            for step in range(start, self.steps_per_epoch)
+            for step in range(first, self.steps_per_epoch)
         ]
+        any_good = False
         with contextlib.closing(_ahead(steps, read, self.workers)) as rows:
             for places, found in zip(steps, rows, strict=False):
-                yield self._batch(order[places % n], places < n, found)
+                batch = self._batch(order[places % n], places < n, found)
+                any_good = any_good or bool(batch["weights"].any())
+                yield batch
+        alone = len(self._rows) == self.batch_size
+        if steps and not any_good and first == 0 and alone:
+            raise _none_read(self.skipped)
 
     def _one(self, index: int, source: Any) -> np.ndarray:
         """One augmented image (H, W, C)."""
         given = self.dataset.image(index)
         channels = getattr(self.transform, "channels", 3)
-        image = self.transform(_picture(given, channels), source)
+        image = self.transform(_picture(given, channels, self._at_least), source)
         pixels = np.asarray(image)
         return pixels[..., None] if pixels.ndim == 2 else pixels
 
     def _batch(self, index: np.ndarray, real: np.ndarray, found: list[Any]) -> Batch:
-        shape = next((row.shape for row in found if isinstance(row, np.ndarray)), None)
-        if shape is None:
-            shape = (*self.transform.size, self.transform.channels)  # type: ignore[attr-defined]
         good = _note(self.dataset, index, found, self.skipped, self.on_error)
-        return _batch(self.dataset, index, real, good, _stack(found, shape, np.uint8))
+        if self._shape is None:
+            self._shape = next((row.shape for row in found if isinstance(row, np.ndarray)), None)
+        if self._shape is None:
+            raise _none_read(self.skipped)
+        return _batch(self.dataset, index, real, good, _stack(found, self._shape, np.uint8))
 
 
 def evaluation_batches(
@@ -204,20 +223,24 @@ def evaluation_batches(
                 good = _note(dataset, index, found, skipped, on_error)
                 yield _batch(dataset, index, places < n, good, _stack(found, shape, dtype))
             waiting = []
-    if waiting and any(row is not None for _, found in waiting for row in found):
-        for places, found in waiting:
+    if waiting:  # none of this process's images, if it has any, can be read
+        noted = [
             _note(dataset, np.minimum(places, n - 1), found, skipped, on_error)
-        raise ImageError(
-            f"none of the {len(skipped)} images could be read; the first: {skipped[0][1]}"
-        )
+            for places, found in waiting
+        ]
+        example = _any_image(dataset, prepare)
+        if example is None:
+            raise _none_read(skipped)
+        for (places, found), good in zip(waiting, noted, strict=True):
+            pixel_values = _stack(found, example.shape, example.dtype)
+            yield _batch(dataset, np.minimum(places, n - 1), places < n, good, pixel_values)
 
 
-def usual_workers() -> int:
-    """Threads to decode with: one for each of the processor's cores, at most 16."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    return min(16, max(1, cores))
+def _any_image(dataset: LabelledImages, prepare: Callable[[Any], np.ndarray]) -> np.ndarray | None:
+    for i in range(len(dataset)):
+        with contextlib.suppress(ViTError):
+            return np.asarray(prepare(dataset.image(i)))
+    return None
 
 
 # -- parts of both
@@ -249,18 +272,43 @@ def _rows_of(batch_size: Any, process_index: Any, process_count: Any) -> range:
     return range(index * share, (index + 1) * share)
 
 
-def _picture(given: Any, channels: int) -> PIL.Image.Image:
-    """An image of a data set as a PIL image with so many channels."""
-    if isinstance(given, np.ndarray):
-        pixels = given[..., 0] if given.ndim == 3 and given.shape[-1] == 1 else given
-        if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
-            raise ImageError(
-                "an array as an image must be uint8 and (height, width) or (height, width, "
-                f"channels); given {given.dtype} of shape {given.shape}."
-            )
-        given = PIL.Image.fromarray(pixels)
+def _none_read(skipped: list[tuple[str, str]]) -> ImageError:
+    count = "the one image" if len(skipped) == 1 else f"none of the {len(skipped)} images"
+    verb = "could not" if len(skipped) == 1 else "could"
+    return ImageError(f"{count} {verb} be read. The first: {skipped[0][1]}")
+
+
+def _at_least(transform: Any) -> tuple[int, int] | None:
+    """The smallest size of a picture whose smallest crop still has twice the pixels it is resized
+    to; see `load_image`."""
+    size = getattr(transform, "size", None)
+    if size is None:
+        return None
+    scale = getattr(getattr(transform, "recipe", None), "crop_scale", None)
+    side = 2 / math.sqrt(scale[0] if scale else 1.0)
+    return math.ceil(size[0] * side), math.ceil(size[1] * side)
+
+
+def _picture(given: Any, channels: int, at_least: tuple[int, int] | None = None) -> Any:
+    """An image of a data set as a PIL image with so many channels; as an array (H, W, C) if no PIL
+    image has as many."""
     try:
-        return convert_mode(load_image(given), channels)
+        if isinstance(given, np.ndarray):
+            pixels = given[..., 0] if given.ndim == 3 and given.shape[-1] == 1 else given
+            if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+                raise ImageError(
+                    "an array as an image must be uint8 and (height, width) or (height, width, "
+                    f"channels); given {given.dtype} of shape {given.shape}."
+                )
+            if channels not in PIL_MODES and pixels.shape[2:] == (channels,):
+                return pixels
+            if pixels.ndim == 3 and pixels.shape[2] not in (3, 4):
+                raise ImageError(
+                    f"an array as an image must have 1, 3, 4 or the model's {channels} channels, "
+                    f"and they come last; given shape {given.shape}."
+                )
+            given = PIL.Image.fromarray(pixels)
+        return convert_mode(load_image(given, at_least=at_least), channels)
     except MemoryError as error:
         raise ImageError(naming(given, "not enough memory to decode it.")) from error
 

@@ -69,7 +69,8 @@ class RunFolder:
             self.found = self._look(resume, force)  # another run may have ended meanwhile
             if self.found is None:
                 self._clear()
-            self.note(**({} if self.found is None else {"status": "running"}))
+            if not self.is_finished:
+                self.note(status="running")
         except BaseException:
             self.close()
             raise
@@ -109,6 +110,11 @@ class RunFolder:
         for name in (RUN, LOG):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run was finished before."""
+        return self.found is not None and self.found.get("status") == "finished"
 
     @property
     def checkpoints(self) -> Path:

@@ -258,6 +258,7 @@ def make_optimizer(
     blocks = depth_of(_params_of(model))
     moment = None if recipe.momentum_dtype == "float32" else jnp.dtype(recipe.momentum_dtype)
     parts = []
+    lars = recipe.optimizer == "lars"
     if recipe.clip is not None:
         parts.append(_clip(recipe.clip, recipe.clip_rule))
     if recipe.optimizer == "adamw":
@@ -269,15 +270,26 @@ def make_optimizer(
         parts.append(optax.scale_by_lion(recipe.b1, recipe.b2, mu_dtype=moment))
     elif recipe.optimizer == "muon":
         parts.append(_muon(recipe, moment))
-    else:
+    elif recipe.optimizer == "lamb":
+        parts.append(_adam(recipe.b1, recipe.b2, recipe.eps, moment))
+    elif not lars:
         raise InputError(
-            f"`optimizer` must be 'adamw', 'sgd', 'lion' or 'muon'; given {recipe.optimizer!r}."
+            "`optimizer` must be 'adamw', 'sgd', 'lion', 'muon', 'lamb' or 'lars'; given "
+            f"{recipe.optimizer!r}."
         )
+
+    def spared(path: Path, leaf: Any) -> bool:
+        return not decays(recipe.no_decay, path, leaf.ndim)
+
     if recipe.weight_decay:
-        mask = lambda tree: _by_path(  # noqa: E731
-            lambda path, leaf: decays(recipe.no_decay, path, leaf.ndim), tree
-        )
+        mask = lambda tree: _by_path(lambda *each: not spared(*each), tree)  # noqa: E731
         parts.append(optax.add_decayed_weights(recipe.weight_decay, mask))
+    if recipe.optimizer == "lamb" and recipe.weight_decay:
+        # As timm's: parameters that are spared weight decay are spared this too.
+        parts.append(_trust(1.0, spared))
+    elif lars:
+        parts.append(_trust(1e-3, lambda path, leaf: leaf.ndim - ("stacked" in path) < 2))
+        parts.append(optax.trace(recipe.momentum, recipe.nesterov, accumulator_dtype=moment))
     if recipe.layer_decay is not None:
         parts.append(_layer_rates(recipe, blocks))
     parts.append(optax.scale_by_learning_rate(schedule_of(recipe, steps)))
@@ -348,6 +360,28 @@ def _layer_rates(recipe: Recipe, blocks: int) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def _trust(factor: float, spared: Callable[[Path, Any], bool]) -> optax.GradientTransformation:
+    """Scale the update of each parameter by factor * its norm / the update's norm (LARS, You et al.
+    2017, arXiv:1708.03888; LAMB, You et al. 2019, arXiv:1904.00962); by 1 where one is 0."""
+
+    def scaled(path: Path, update: jax.Array, parameter: jax.Array) -> jax.Array:
+        if spared(path, update):
+            return update
+        # Blocks that lie in one array have a norm each.
+        axes = tuple(range(int("stacked" in path), update.ndim))
+        norms = [
+            jnp.sqrt(jnp.sum(jnp.square(each), axes, keepdims=True)) for each in (parameter, update)
+        ]
+        both = (norms[0] > 0) & (norms[1] > 0)
+        ratio = factor * norms[0] / jnp.where(both, norms[1], 1.0)
+        return update * jnp.where(both, ratio, 1.0)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return _by_path(scaled, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def _muon(recipe: Recipe, moment: Any) -> optax.GradientTransformation:
     """Muon for the matrices of the blocks, AdamW for everything else (Jordan et al. 2024)."""
     numbers = optax.contrib.MuonDimensionNumbers
@@ -381,11 +415,14 @@ def _muon(recipe: Recipe, moment: Any) -> optax.GradientTransformation:
 # -- trees
 
 
-def _by_path(function: Callable[[Path, Any], Any], tree: Any) -> Any:
-    """A tree of the same form, from paths and leaves."""
+def _by_path(function: Callable[..., Any], tree: Any, *more: Any) -> Any:
+    """A tree of the same form, from paths and the leaves of one or more trees."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: function(tuple(str(getattr(key, "key", key)) for key in path), leaf),
+        lambda path, *leaves: function(
+            tuple(str(getattr(key, "key", key)) for key in path), *leaves
+        ),
         tree,
+        *more,
     )
 
 

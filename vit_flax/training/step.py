@@ -27,9 +27,6 @@ Trainable = Callable[[str], bool]
 """Whether a parameter trains, by its path, such as "vit/encoder/layer/0/output/dense/kernel"."""
 
 
-CONSTANTS = "constants"
-
-
 class Total(NamedTuple):
     """A loss as a sum and the number of what was summed, so that parts of a batch add up to it.
 
@@ -50,6 +47,9 @@ Loss = Callable[[Any, Batch], Any]
 to a scalar and a dict of more such means."""
 Prepare = Callable[[dict[str, Any], jax.Array], Mapping[str, Any]]
 """From a batch and a key to the batch that the model and the loss see."""
+CONSTANTS = "constants"
+"""Entry of a batch that has no rows: a tree of arrays that `prepare` reads, such as the parameters
+of a teacher. It is neither divided nor laid out anew."""
 Step = Callable[["TrainState", Batch], tuple["TrainState", dict[str, jax.Array]]]
 
 
@@ -288,10 +288,13 @@ def make_step(
                 "`ema`: this state keeps no average; give TrainState.create `ema` too."
             )
         now = jax.random.fold_in(state.key, state.step)
+        constants = {name: batch[name] for name in (CONSTANTS,) if name in batch}
+        batch = {name: value for name, value in batch.items() if name not in constants}
         if mesh is not None:
             batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
         if prepare is not None:
-            batch = prepare(dict(batch), jax.random.fold_in(now, 0))
+            batch = dict(prepare({**batch, **constants}, jax.random.fold_in(now, 0)))
+            batch.pop(CONSTANTS, None)
         rows = batch["pixel_values"].shape[0]
         _check_divides(rows, accumulate, mesh)
         params = state.params

@@ -67,6 +67,22 @@ _CHOICES = {
 }
 
 
+def _check(name: str, value: Any) -> None:
+    """Raise InputError unless a definition can have that value."""
+    default = DEFINITIONS[name].default
+    if name in _CHOICES:
+        good, wanted = value in _CHOICES[name], f"one of {', '.join(_CHOICES[name])}"
+    elif isinstance(default, bool):
+        good, wanted = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        good, wanted = isinstance(value, int) and not isinstance(value, bool), "an integer"
+    else:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        good, wanted = is_number and value >= 0, "a number, 0 or more"
+    if not good:
+        raise InputError(f"{name} must be {wanted}; given {value!r}.")
+
+
 @dataclass(frozen=True)
 class Setup:
     """A recipe and definitions: all that decides the numbers of a run.
@@ -87,9 +103,7 @@ class Setup:
         """
         ours = {name: value for name, value in changes.items() if name in DEFINITIONS}
         for name, value in ours.items():
-            known = _CHOICES.get(name)
-            if known is not None and value not in known:
-                raise InputError(f"{name} must be one of {', '.join(known)}; given {value!r}.")
+            _check(name, value)
         theirs = {name: value for name, value in changes.items() if name not in DEFINITIONS}
         settings = [field.name for field in dataclasses.fields(Recipe)]
         for name in theirs:
@@ -97,7 +111,7 @@ class Setup:
                 close = difflib.get_close_matches(name, [*settings, *DEFINITIONS], 1, 0.6)
                 hint = f" Did you mean {close[0]}?" if close else ""
                 raise InputError(
-                    f"there is no setting of a recipe and no definition {name!r}.{hint}"
+                    f"{name!r} is neither a setting of a recipe nor a definition.{hint}"
                 )
         return Setup(self.recipe.replace(**theirs), dataclasses.replace(self.definitions, **ours))
 

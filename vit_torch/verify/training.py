@@ -45,7 +45,7 @@ _TORCH_MOMENTS = {
 _ORDER = ("learning rate", "loss", "gradient norm", *_MOMENTS.values(), "parameter", "average")
 _SMALL = 1_000_000
 """Parameters up to which PyTorch has one thread: several would wait for each other."""
-_AFTER = 5
+_AFTER = 3
 """Steps behind the first drift that a definition is tried for."""
 _FACTOR = 20.0
 """A definition has a part in a drift if the drift is this many times smaller with it."""
@@ -506,27 +506,27 @@ def _threads(number: int | None) -> Iterator[None]:
 
 
 def compare_runs(
-    flax_model: Any,
+    ours: FlaxRun | TorchRun,
     torch_model: Any,
     setup: Setup,
     batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
     *,
     steps: int,
-    flax_recipe: Recipe | None = None,
     dtype: str = "float64",
     bounds: Mapping[str, float] = BOUNDS,
     device: str = "cpu",
     explain: bool = True,
 ) -> TrainingRow:
-    """Train a Flax model and its PyTorch twin, and compare every step.
+    """Run to its end a run that has not begun, train the PyTorch twin beside it, and compare every
+    step.
 
     Args:
-        flax_model, torch_model: twins of one dtype; the second is given the first's weights and is
-            trained in place, the first is left as it was.
-        setup: what PyTorch trains with.
+        ours: the run; its model is of `dtype`.
+        torch_model: the twin of its model in the same dtype; it is given that model's weights and
+            trained in place.
+        setup: what the twin is trained with.
         batches: gives the batches anew each time it is called.
         steps: number of updates.
-        flax_recipe: what JAX trains with, if not the recipe of `setup`.
         dtype: "float64" or "float32".
         bounds: as in `vit_torch.verify.bounds`.
         device: name for the row.
@@ -535,7 +535,7 @@ def compare_runs(
     Returns:
         The row.
     """
-    recipe = setup.recipe if flax_recipe is None else flax_recipe
+    recipe = setup.recipe
     exact = dtype == "float64"
     held = _ORDER if exact else ("learning rate", "loss")
     bound = bounds[f"training {dtype}" if exact or recipe.optimizer != "sgd" else "training SGD"]
@@ -549,7 +549,6 @@ def compare_runs(
     prefix = f"{torch_model.config.base_model_prefix}."
     small = sum(p.numel() for p in parameters.values()) <= _SMALL
     with _threads(1 if small else None):
-        ours = FlaxRun(flax_model, recipe, steps)
         with torch.no_grad():
             begin = {name: np.array(a) for name, a in ours.state()["parameter"].items()}
             for name, parameter in parameters.items():
@@ -767,12 +766,11 @@ def verify_training(
             with _on(place, dtype):
                 rows.append(
                     compare_runs(
-                        subject.flax(dtype, "highest"),
+                        FlaxRun(subject.flax(dtype, "highest"), wanted, steps),
                         subject.torch(dtype),
                         setup,
                         batches,
                         steps=steps,
-                        flax_recipe=wanted,
                         dtype=dtype,
                         bounds={**BOUNDS, **(bounds or {})},
                         device=name,

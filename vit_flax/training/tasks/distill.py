@@ -115,8 +115,8 @@ def taught(
     parts = recipe.accumulate
 
     def logits_of(params: Any, images: jax.Array) -> jax.Array:
-        if factor is not None:
-            images = images * factor.astype(images.dtype) + offset.astype(images.dtype)
+        if factor is not None and offset is not None:
+            images = images * jnp.asarray(factor, images.dtype) + jnp.asarray(offset, images.dtype)
         if images.shape[-2:] != size:
             images = jax.image.resize(images, (*images.shape[:2], *size), method)
         outputs = teacher.model(images, params=params, return_dict=True)

@@ -23,6 +23,9 @@ __all__ = ["MaskGenerator", "masking", "reconstruction", "visual_tokens"]
 
 MASK = "bool_masked_pos"
 """Entry of a batch: (B, N), whether a patch is hidden."""
+_EPSILON = "mask_epsilon"
+# Entry of a batch: (B,), each row's share of what is added to the number of pixels, so that parts
+# of a batch add up to the whole.
 _DRAW = 1 << 20  # of an image's draws in an epoch, far from those of its repetitions
 
 
@@ -118,9 +121,10 @@ def masking(recipe: Recipe, config: ViTConfig, prepare: Prepare) -> Prepare:
 
     def masked(batch: dict[str, Any], key: jax.Array) -> dict[str, Any]:
         batch = dict(prepare(batch, key))
+        B = batch["pixel_values"].shape[0]
         if MASK not in batch:
-            B = batch["pixel_values"].shape[0]
             batch[MASK] = generator.on_device(jax.random.fold_in(key, _DRAW), B)
+        batch[_EPSILON] = jnp.full(B, 1e-5 / B, jnp.result_type(float))
         return batch
 
     return masked
@@ -146,7 +150,8 @@ def reconstruction(config: ViTConfig) -> Loss:
         error = jnp.abs(wanted.astype(dtype) - drawn.astype(dtype))
         total = jnp.where(mask > 0, error, 0.0).sum()
         pixels = mask.sum()
-        count = jnp.where(pixels > 0, (pixels + 1e-5) * C, 0.0)
+        epsilon = batch[_EPSILON].sum().astype(dtype) if _EPSILON in batch else 1e-5
+        count = jnp.where(pixels > 0, (pixels + epsilon) * C, 0.0)
         return Total(total, count)
 
     return loss
