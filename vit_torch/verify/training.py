@@ -644,8 +644,9 @@ def find_causes(
     said: list[str] = []
     for _ in range(3):
         tried: list[tuple[float, str, Setup]] = []
-        for text, other in alternatives(setup):
+        for text, changes in alternatives(setup):
             try:
+                other = setup.change(**changes)
                 after = distance(other, max(before / _FACTOR, record.bound))
             except (InputError, ValueError):  # not with this optimizer
                 continue
@@ -725,7 +726,6 @@ def verify_training(
         )
     wanted, notes = quiet((recipe or Recipe()).replace(steps=steps))
     batch = batch or 16
-    wanted = wanted.replace(batch_size=batch) if wanted.scale_by_batch is None else wanted
     setup = Setup(wanted)
     if changes:
         setup = setup.change(**changes)
