@@ -34,11 +34,11 @@ from vit_flax.sharding import (
     TRAINING_AXES,
     batch_sharding,
     make_mesh,
-    place,
     replicated,
+    tree_shardings,
 )
 from vit_flax.training.begin import begin, outputs_of
-from vit_flax.training.checkpoints import Checkpoints
+from vit_flax.training.checkpoints import Checkpoints, from_all
 from vit_flax.training.evaluate import Evaluation, Evaluator
 from vit_flax.training.loader import Loader
 from vit_flax.training.logs import Log, RunFolder, read_log
@@ -558,8 +558,7 @@ def fine_tune(
     }
     folder = None
     if output is not None:
-        writes = jax.process_index() == 0
-        folder = RunFolder(output, settings, resume=resume, force=force, writes=writes)
+        folder = _opened(output, settings, resume=resume, force=force)
     try:
         if folder is not None and folder.is_finished:
             return _finished(folder, watcher)
@@ -586,6 +585,26 @@ def fine_tune(
     finally:
         if folder is not None:
             folder.close()
+
+
+def _opened(
+    output: str | os.PathLike, settings: Mapping[str, Any], *, resume: bool, force: bool
+) -> RunFolder:
+    """The folder of the run; what the first process finds there holds for all."""
+    folder, error = None, None
+    try:
+        writes = jax.process_index() == 0
+        folder = RunFolder(output, settings, resume=resume, force=force, writes=writes)
+    except ViTError as caught:
+        error = caught
+    found, fault = from_all([None if folder is None else folder.found, error and str(error)])[0]
+    if error is not None:
+        raise error
+    if fault is not None:
+        raise InputError(f"the first process stopped: {fault}")
+    assert folder is not None
+    folder.found = found
+    return folder
 
 
 def _described(model: Any) -> str:
@@ -619,6 +638,7 @@ class _Loop:
         self._detect_nan = detect_nan
         self._lower = plan.metric in LOWER_IS_BETTER
         self._evaluator: Any = None
+        self._laid_out: Any = None
         self._evaluation: tuple[int, Evaluation] | None = None
         self._pending: list[tuple[int, Any, Any]] = []
         self.checkpoints: Checkpoints | None = None
@@ -773,9 +793,7 @@ class _Loop:
             return self._stop()
         if step % _POLL:
             return False
-        from jax.experimental.multihost_utils import process_allgather
-
-        return bool(np.any(process_allgather(np.asarray(self._stop()))))
+        return any(from_all(bool(self._stop())))
 
     def _leave(self, state: TrainState, step: int) -> None:
         """Save, and end the run."""
@@ -867,7 +885,11 @@ class _Loop:
                 plan.model, plan.processor, mesh=mesh, workers=plan.loader.workers
             )
         if mesh is not None:
-            params = place(params, mesh)
+            if self._laid_out is None:
+                self._laid_out = jax.jit(
+                    lambda tree: tree, out_shardings=tree_shardings(mesh, params)
+                )
+            params = self._laid_out(params)
 
         def progress(done: int, total: int) -> None:
             self.watcher.evaluating(done, total)
@@ -935,7 +957,7 @@ def _on_host(params: Any, mesh: Mesh | None) -> Any:
     if mesh is not None:
         whole = replicated(mesh)
         params = jax.jit(lambda tree: tree, out_shardings=whole)(params)
-    return jax.tree.map(jax.numpy.asarray, jax.device_get(params))
+    return jax.tree.map(lambda leaf: jax.numpy.asarray(np.asarray(leaf)), params)
 
 
 def _finished(folder: RunFolder, watcher: Watcher) -> Run:
