@@ -450,6 +450,16 @@ _ALL = (
     # AdamW with a small rate, as for any pretrained network and a few hundred images or more.
     Recipe(name="fine-tune", warmup_learning_rate=1e-6),
     Recipe(
+        name="head",
+        epochs=100,
+        learning_rate=1e-3,
+        warmup_epochs=1,
+        crop_scale=None,
+        train="head",
+        standardize=True,
+        pooling="cls_mean",
+    ),
+    Recipe(
         name="vit-paper",
         source="https://github.com/google-research/vision_transformer, configs/common.py",
         reaches="B/16 of ImageNet-21k at 384 pixels: CIFAR-10 98.59 % after 500 steps, 98.86 % "

@@ -543,8 +543,8 @@ def _recipe(options: Options) -> tuple[Recipe, Mapping[str, Any]]:
     name = options.recipe
     if name is None:
         usual = {"mim": "simmim"}.get(given.get("task", ""), "fine-tune")
-        if given.get("train") == "head" and "linear-probe" in RECIPES:
-            usual = "linear-probe"
+        if given.get("train") == "head":
+            usual = "head"
         name = usual if usual in RECIPES else "fine-tune"
     return _typed(recipe_named(name), given), stored
 

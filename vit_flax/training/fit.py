@@ -46,6 +46,7 @@ from vit_flax.training.losses import balanced_weights, check_labels
 from vit_flax.training.optimizers import make_optimizer, trainable_of
 from vit_flax.training.step import TrainState, ema_of, make_step
 from vit_flax.training.tasks import task_of
+from vit_flax.training.tasks.head import FrozenNetwork, frozen
 
 __all__ = ["Best", "Diverged", "Plan", "Run", "Stopped", "Watcher", "fine_tune", "make_plan"]
 
@@ -154,6 +155,7 @@ class Plan:
         seed: of everything that is drawn.
         task: what the step runs (`vit_flax.training.tasks`).
         adapter: of a recipe that trains one; None otherwise.
+        frozen: what is under a head that trains alone, if its inputs are computed once.
         parameters: that the run begins with, as the state holds them.
     """
 
@@ -164,7 +166,7 @@ class Plan:
     validation: Any
     steps: int
     steps_per_epoch: int
-    loader: Loader
+    loader: Loader | FrozenNetwork
     optimizer: Any
     rate: Callable[[int], float]
     trainable: Callable[[str], bool] | None
@@ -177,6 +179,7 @@ class Plan:
     task: Any
     adapter: Any
     parameters: Any
+    frozen: FrozenNetwork | None = None
 
     @property
     def epochs(self) -> int:
@@ -271,6 +274,11 @@ def make_plan(
     rates = learning_rates(recipe, steps)
     trainable = trainable_of(recipe, model)
     params, materialize, adapter = task.model.params, None, None
+    network = frozen(recipe, model, processor, loader, mesh)
+    if network is not None:
+        say("the head alone trains: its inputs are computed once for each image")
+        task = task._replace(model=network.outputs, prepare=None)
+        params, materialize = network.shapes, network.whole
     if recipe.lora:
         adapter = _adapter(recipe, task.model)
         params, materialize = adapter.init(params, jax.random.key(seed)), adapter.merge
@@ -283,7 +291,7 @@ def make_plan(
             task.model,
             optimizer,
             key=jax.random.key(seed),
-            params=params,
+            params=params if network is None else network.params,
             ema=ema,
             trainable=trainable,
             mesh=mesh,
@@ -312,7 +320,8 @@ def make_plan(
         validation=validation,
         steps=steps,
         steps_per_epoch=per_epoch,
-        loader=loader,
+        loader=loader if network is None else network,
+        frozen=network,
         optimizer=optimizer,
         rate=lambda step: float(rates[step]),
         trainable=trainable,
@@ -879,6 +888,8 @@ class _Loop:
 
     def _evaluated(self, params: Any, *, poll: bool) -> Evaluation:
         plan = self.plan
+        if plan.frozen is not None:
+            return plan.frozen.evaluate(plan.validation, params)
         mesh = _evaluation_mesh(plan.mesh)
         if self._evaluator is None:
             self._evaluator = Evaluator(

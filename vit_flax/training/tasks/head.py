@@ -79,6 +79,8 @@ class FrozenNetwork:
         mesh: devices.
 
     Attributes:
+        skipped: (name, message) of each training image that could not be read.
+        workers: threads that read images.
         params: of the head as training begins with it; it sees standardised inputs if the recipe
             says so.
     """
@@ -87,11 +89,17 @@ class FrozenNetwork:
         self, model: Any, recipe: Recipe, processor: Any, loader: Loader, mesh: Any
     ) -> None:
         self.model, self.recipe, self.loader = model, recipe, loader
+        self.skipped, self.workers = loader.skipped, loader.workers
         self._evaluator = _Inputs(model, processor, mesh=mesh, workers=loader.workers)
         self._rows: np.ndarray | None = None
         self._good = np.zeros(0, bool)
         self._statistics: tuple[np.ndarray, np.ndarray] | None = None
         self._validation: tuple[Any, ...] | None = None
+
+    @property
+    def shapes(self) -> Any:
+        """The head's parameters without their values."""
+        return {"classifier": {k: jnp.zeros_like(leaf) for k, leaf in self._head.items()}}
 
     @property
     def params(self) -> Any:
