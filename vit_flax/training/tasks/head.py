@@ -23,7 +23,7 @@ from vit_common.augment import draws
 from vit_common.datasets import occurrences
 from vit_common.errors import ImageError, InputError
 from vit_common.recipes import Recipe
-from vit_flax.outputs import FlaxImageClassifierOutput
+from vit_flax.outputs import FlaxSequenceClassifierOutput
 from vit_flax.training.evaluate import Evaluation, Evaluator
 from vit_flax.training.loader import Loader
 
@@ -126,13 +126,13 @@ class FrozenNetwork:
         }
 
     @staticmethod
-    def outputs(params: Any, batch: Any, key: jax.Array) -> FlaxImageClassifierOutput:
+    def outputs(params: Any, batch: Any, key: jax.Array) -> FlaxSequenceClassifierOutput:
         """What the step runs: the head alone."""
         del key
         head = params["classifier"]
         dtype = jnp.promote_types(batch["pixel_values"].dtype, head["kernel"].dtype)
         inputs = batch["pixel_values"].astype(dtype)
-        return FlaxImageClassifierOutput(logits=inputs @ head["kernel"] + head["bias"])
+        return FlaxSequenceClassifierOutput(logits=inputs @ head["kernel"] + head["bias"])
 
     # -- the training images
 
