@@ -428,8 +428,8 @@ def _parsed(kind: Any, text: str) -> Any:
 
 # -- the recipes
 
-_RANDAUGMENT = {"auto_augment": "rand-m9-mstd0.5-inc1", "crop_scale": (0.08, 1.0)}
-_MIXING = {"mixup": 0.8, "cutmix": 1.0}
+_RANDAUGMENT: dict[str, Any] = {"auto_augment": "rand-m9-mstd0.5-inc1", "crop_scale": (0.08, 1.0)}
+_MIXING: dict[str, Any] = {"mixup": 0.8, "cutmix": 1.0}
 _GOOGLE: dict[str, Any] = {
     "optimizer": "sgd",
     "momentum": 0.9,
