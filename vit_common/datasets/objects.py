@@ -17,6 +17,7 @@ from vit_common.datasets.values import labels_of
 from vit_common.errors import ImageError, InputError, ViTError, shown, some
 from vit_common.files.texts import reason
 
+_FACE = ("image", "labels", "names", "classes", "problem_type")
 _MOST = 10**10  # items; `grain.MapDataset.repeat()` says 2^63 - 1
 
 
@@ -98,8 +99,8 @@ def as_images(data: Any, *, like: LabelledImages | None = None, **options: Any) 
     """Anything that a data set can be made of as `LabelledImages`; one is returned as it is.
 
     Args:
-        data: `LabelledImages`, the path of a folder or table (whose training images are taken, if
-            it has parts), or an object with items by index.
+        data: `LabelledImages`, or an object with its attributes; the path of a folder or table
+            (whose training images are taken, if it has parts); or an object with items by index.
         like: images whose classes and problem type these have, too: those of training for those
             of validation.
         **options: of `open_images` or `ImageObjects`.
@@ -107,7 +108,7 @@ def as_images(data: Any, *, like: LabelledImages | None = None, **options: Any) 
     Raises:
         MissingFileError, InputError: as those say.
     """
-    if isinstance(data, LabelledImages):
+    if isinstance(data, LabelledImages) or all(hasattr(data, name) for name in _FACE):
         return data
     path = isinstance(data, (str, os.PathLike))
     if like is not None:
