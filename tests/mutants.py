@@ -66,6 +66,10 @@ FOLDERS, TABLES = "vit_common/datasets/folder.py", "vit_common/datasets/values.p
 ORDER, LOADER = "vit_common/datasets/order.py", "vit_flax/training/loader.py"
 CROP, OPERATIONS = "vit_common/augment/geometry.py", "vit_common/augment/operations.py"
 SOFTMAX = "tests/test_suite.py::test_softmax_in_half_precision"
+STEP, LOSSES = "vit_flax/training/step.py", "vit_flax/training/losses.py"
+MIXING, OPTIMIZERS = "vit_flax/training/mixing.py", "vit_flax/training/optimizers.py"
+_STEP, _RULES = "tests/test_training_step.py::test_", "tests/test_optimizers.py::test_"
+_MIXED, _LOSS = "tests/test_mixing.py::test_", "tests/test_losses.py::test_"
 
 
 class Mutant(NamedTuple):
@@ -93,6 +97,90 @@ MUTANTS = [
         "1.702",
         "1.7",
         f"{_PARITY}activations[float64-quick_gelu]",
+    ),
+    Mutant(
+        "gradients are divided by all rows",
+        STEP,
+        "scale = rows / divide",
+        "scale = rows / jnp.full_like(divide, rows)",
+        f"{_STEP}parts_of_a_batch_take_the_step_of_the_whole",
+    ),
+    Mutant(
+        "weights of an average that do not sum to 1",
+        STEP,
+        "old + jnp.asarray(weight, old.dtype) * (new - old)",
+        "(1 - weight) * old + weight * new",
+        f"{_STEP}an_average_near_one_does_not_drift",
+    ),
+    Mutant(
+        "a batch without labels moves the parameters",
+        STEP,
+        "good = finite & counted",
+        "good = finite",
+        f"{_STEP}a_batch_without_labels_that_count_changes_nothing",
+    ),
+    Mutant(
+        "NaN in the parameters",
+        STEP,
+        "finite = jnp.isfinite(value) & jnp.isfinite(norm)",
+        "finite = jnp.isfinite(value)",
+        f"{_STEP}what_is_not_finite_changes_nothing_but_the_count_of_steps[1]",
+    ),
+    Mutant(
+        "label -1 is the last class",
+        LOSSES,
+        "wrong = ~ignored & ((labels < 0) | (labels >= K))",
+        "wrong = ~ignored & (labels >= K)",
+        f"{_LOSS}a_label_out_of_range_is_never_silent[-1]",
+    ),
+    Mutant(
+        "class weights do not count",
+        LOSSES,
+        "count = rows if classes is None else rows * classes[labels]",
+        "count = rows",
+        f"{_LOSS}losses_are_those_of_torch_and_timm[class weights]",
+    ),
+    Mutant(
+        "cutmix with an odd side",
+        MIXING,
+        "jnp.clip(y + (cut_h + 1) // 2, 0, height)",
+        "jnp.clip(y + cut_h // 2, 0, height)",
+        f"{_MIXED}mixed_batches_are_those_of_timm[True-0.3-center0]",
+    ),
+    Mutant(
+        "mixed with an image that could not be read",
+        MIXING,
+        "each = mixes & counts[::-1]",
+        "each = mixes & jnp.ones_like(counts)",
+        f"{_MIXED}an_image_whose_partner_does_not_count_stays",
+    ),
+    Mutant(
+        "the clip of torch without its epsilon",
+        OPTIMIZERS,
+        'extra = 1e-6 if rule == "torch" else 0.0',
+        "extra = 0.0",
+        f"{_RULES}updates_are_those_of_torch[clipped]",
+    ),
+    Mutant(
+        "the final norm at another rate",
+        OPTIMIZERS,
+        "layer = blocks if timm else top",
+        "layer = top",
+        f"{_RULES}groups_are_those_of_timm[vit]",
+    ),
+    Mutant(
+        "bias correction in four digits",
+        OPTIMIZERS,
+        "(-jnp.expm1(n * math.log(b)) if b else 1.0 for b in (b1, b2))",
+        "(1.0 - b**n for b in (b1, b2))",
+        f"{_RULES}the_first_steps_are_as_exact_in_float32",
+    ),
+    Mutant(
+        "a warm-up one step off",
+        "vit_common/recipes.py",
+        "first + (peak - first) * at / before",
+        "first + (peak - first) * (at + 1) / before",
+        f"{_RULES}learning_rates_are_those_of_torch_transformers_and_timm[linear, warm-up]",
     ),
     Mutant(
         "classes of validation from its own folder",

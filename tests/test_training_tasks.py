@@ -22,7 +22,7 @@ from vit_common.families import BeitConfig, DeiTConfig
 from vit_common.images.processor import ViTImageProcessor
 from vit_common.recipes import Recipe
 from vit_flax.training import Teacher, TrainState, make_step, task_of
-from vit_flax.training.masked import MaskGenerator
+from vit_flax.training.tasks.masked import MaskGenerator
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 24, "image_size": 16, "patch_size": 4, "encoder_stride": 4}

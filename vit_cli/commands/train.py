@@ -27,7 +27,7 @@ from vit_cli.options import (
     positive,
     size,
 )
-from vit_cli.terminal.exit_codes import DIVERGED, DONE, SAVED
+from vit_cli.terminal.exit_codes import COULD_NOT_RUN, DIVERGED, DONE, SAVED
 from vit_cli.terminal.messages import counted, say
 
 if TYPE_CHECKING:
@@ -371,7 +371,7 @@ def _together(options: Options, cluster: Any) -> int:
     """The run as one of several processes."""
     from vit_cli.runs.supervise import join
     from vit_cli.runtime import enable_cache
-    from vit_common.errors import HostError
+    from vit_common.errors import HostError, ViTError
     from vit_common.files.texts import reason
 
     enable_cache()
@@ -387,6 +387,10 @@ def _together(options: Options, cluster: Any) -> int:
             except HostError as other:
                 hosts.leave()
                 raise other from error
+        if isinstance(error, ViTError):  # now: the end of the others may end this process, too
+            say("error", str(error))
+            hosts.leave(reason(error))
+            return COULD_NOT_RUN
         hosts.leave(reason(error) if isinstance(error, Exception) else "it was interrupted.")
         raise
     hosts.leave()
@@ -539,8 +543,8 @@ def _recipe(options: Options) -> tuple[Recipe, Mapping[str, Any]]:
     name = options.recipe
     if name is None:
         usual = {"mim": "simmim"}.get(given.get("task", ""), "fine-tune")
-        if given.get("train") == "head" and "linear-probe" in RECIPES:
-            usual = "linear-probe"
+        if given.get("train") == "head":
+            usual = "head"
         name = usual if usual in RECIPES else "fine-tune"
     return _typed(recipe_named(name), given), stored
 
