@@ -489,7 +489,7 @@ FAULTS = {
     "Nesterov": Fault(SGD, {"nesterov": True}, "nesterov = False"),
     "dampening": Fault(SGD, {"dampening": 0.9}, "dampening = 0.0"),
     "float32 rates": Fault({}, {"schedule_dtype": "float32"}, "schedule_dtype = 'float64'"),
-    "another schedule": Fault({}, {"schedule": "linear"}, "schedule = 'cosine'"),
+    "another schedule": Fault({"warmup_steps": 1}, {"schedule": "linear"}, "schedule = 'cosine'"),
     "frozen": Fault({}, {"train": "classifier"}, "train = 'all'"),
     "two at once": Fault(
         {},
@@ -518,7 +518,7 @@ def test_a_definition_that_differs_is_named(name):
     fault = FAULTS[name]
     row = drifted(fault.recipe, fault.changes)
     assert not row.passed
-    assert row.drifts_from in (0, 1)
+    assert row.drifts_from <= 2
     assert row.agreeing, row.causes
     assert any(fault.said in cause.change for cause in row.agreeing), row.causes
     assert row.agreeing[0].after <= 1e-12 < row.agreeing[0].before
