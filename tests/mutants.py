@@ -65,6 +65,8 @@ _AUGMENT = "tests/test_augment.py::test_"
 FOLDERS, TABLES = "vit_common/datasets/folder.py", "vit_common/datasets/values.py"
 ORDER, LOADER = "vit_common/datasets/order.py", "vit_flax/training/loader.py"
 CROP, OPERATIONS = "vit_common/augment/geometry.py", "vit_common/augment/operations.py"
+_TASKS = "tests/test_training_tasks.py::test_"
+MASKED, DISTILL = (f"vit_flax/training/tasks/{name}.py" for name in ("masked", "distill"))
 SOFTMAX = "tests/test_suite.py::test_softmax_in_half_precision"
 STEP, LOSSES = "vit_flax/training/step.py", "vit_flax/training/losses.py"
 MIXING, OPTIMIZERS = "vit_flax/training/mixing.py", "vit_flax/training/optimizers.py"
@@ -704,6 +706,69 @@ MUTANTS = [
         "last if name == str(L - 1) else whole",
         "last if name == str(0) else whole",
         f"{FRONT}[vit]",
+    ),
+    Mutant(
+        "image size: the grid of another size with as many patches",
+        "convert/source.py",
+        "trained.grid_size != settled.grid_size",
+        "trained.num_patches != settled.num_patches",
+        "tests/test_image_size.py::test_a_grid_of_as_many_patches_is_another_grid",
+    ),
+    Mutant(
+        "image size: images are prepared for the old one",
+        "convert/source.py",
+        "return _at_size(source, found), PROCESSOR_NAME",
+        "return found, PROCESSOR_NAME",
+        "tests/test_image_size.py::test_dinov2s_images_follow_its_crop_and_not_its_positions",
+    ),
+    Mutant(
+        "image size: the crop's shorter side alone",
+        "vit_common/images/sizes.py",
+        "max(rows, columns)",
+        "rows",
+        "tests/test_image_size.py::test_a_wide_crop_lies_inside_the_resized_image",
+    ),
+    Mutant(
+        "masks: the ratio rounded down",
+        MASKED,
+        "math.ceil(self.squares * mask_ratio)",
+        "int(self.squares * mask_ratio)",
+        f"{_TASKS}masks_are_those_of_run_mim[32-8-0.6]",
+    ),
+    Mutant(
+        "masked loss: rows that do not count",
+        MASKED,
+        "mask = mask * (jnp.asarray(batch",
+        "mask = mask + 0 * (jnp.asarray(batch",
+        f"{_TASKS}reconstruction_is_transformers_loss[ViT]",
+    ),
+    Mutant(
+        "soft distillation divided by the batch alone, as timm's",
+        DISTILL,
+        "(T * T / pupil.shape[-1])",
+        "(T * T)",
+        f"{_TASKS}distillation_is_deits_loss[soft]",
+    ),
+    Mutant(
+        "distillation: the labels teach the mean of both heads",
+        DISTILL,
+        "labelled, pupil = _Labelled(outputs.cls_logits), outputs.distillation_logits",
+        "pupil = outputs.distillation_logits",
+        f"{_TASKS}distillation_is_deits_loss[soft]",
+    ),
+    Mutant(
+        "the teacher sees the student's normalisation",
+        DISTILL,
+        "if factor is not None and offset is not None:",
+        "if False:",
+        f"{_TASKS}the_teacher_sees_its_own_preprocessing[16]",
+    ),
+    Mutant(
+        "affine: sheared the other way",
+        CROP,
+        "math.tan(math.radians(shear))",
+        "-math.tan(math.radians(shear))",
+        f"{_AUGMENT}affine_against_torchvision[L]",
     ),
 ]
 
