@@ -746,9 +746,8 @@ def test_split_of_images_with_several_classes(share):
     sizes."""
     rng = np.random.default_rng(0)
     labels = rng.random((300, 6)) < [0.5, 0.3, 0.1, 0.05, 0.02, 0.02]
-    data = LabelledImages(
-        [str(i) for i in range(300)], labels, classes="abcdef", problem_type=MULTI
-    )
+    names = [str(i) for i in range(300)]
+    data = LabelledImages(names, labels, classes="abcdef", problem_type=MULTI)
     for seed in range(3):
         train, held = split(data, share, seed)
         assert sorted(train.names + held.names, key=int) == data.names
