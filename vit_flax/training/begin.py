@@ -100,21 +100,26 @@ def _named(
     say: Callable[[str], object],
 ) -> tuple[Any, BaseImageProcessor | None]:
     made = {"seed": seed, "scan_layers": scan_layers}
-    rates = _rates(recipe)
+    fields = _fields(recipe)
     size = _preset_name(name)
     if size is not None:
-        return _drawn(size, recipe, data, dtype, made, {**options, **rates}, say), None
+        return _drawn(size, recipe, data, dtype, made, {**options, **fields}, say), None
     auto: Any = FlaxAutoModelForImageClassification
     if recipe.task == "mim":
         auto = FlaxAutoModelForMaskedImageModeling
     try:
-        source, loading = auto.open_pretrained(name, {**options, **rates, **made})
+        source, loading = auto.open_pretrained(name, {**options, **fields, **made})
     except MissingFileError as error:
         raise MissingFileError(
             f"{error} (For new weights name a size: {', '.join(f'vit-{n}' for n in PRESETS)}.)"
         ) from error
     with source:
         found = find_processor(source)
+        if recipe.pooling and "pooling" not in source.config.fields:
+            raise InputError(
+                f"{name}: `pooling` cannot be set in a recipe for {source.config.model_type}; its "
+                f"classifier looks at {source.config.pooling!r}."
+            )
         before = _names(source.config) if source.head in ("classifier", "teacher") else None
         if recipe.task == "mim":
             source.config.encoder_stride = source.config.patch_height_width[0]  # of a new decoder
@@ -143,7 +148,7 @@ def _named(
         raise InputError(f"{name}: these weights do not fit the model: {some(odd, _SHOWN)}.")
     after = _names(model.config)
     other = before is not None and before != after and not _unnamed(before)
-    if new or other:
+    if new or other or recipe.pooling:
         _new_head(model, recipe)
         say(_head_line(str(name), before, after))
     processor = None if found is None else found[0]
@@ -187,9 +192,13 @@ def _drawn(
     return model
 
 
-def _rates(recipe: Recipe) -> dict[str, float]:
+def _fields(recipe: Recipe) -> dict[str, Any]:
     """Fields of the configuration that a recipe sets."""
-    given = {"hidden_dropout_prob": recipe.dropout, "drop_path_rate": recipe.drop_path}
+    given = {
+        "hidden_dropout_prob": recipe.dropout,
+        "drop_path_rate": recipe.drop_path,
+        "pooling": recipe.pooling or None,
+    }
     return {name: value for name, value in given.items() if value is not None}
 
 
