@@ -71,6 +71,9 @@ SOFTMAX = "tests/test_suite.py::test_softmax_in_half_precision"
 STEP, LOSSES = "vit_flax/training/step.py", "vit_flax/training/losses.py"
 MIXING, OPTIMIZERS = "vit_flax/training/mixing.py", "vit_flax/training/optimizers.py"
 _STEP, _RULES = "tests/test_training_step.py::test_", "tests/test_optimizers.py::test_"
+METRICS, EVALUATE = "vit_common/metrics.py", "vit_flax/training/evaluate.py"
+PROBE, CHARTS = "vit_flax/training/probe.py", "vit_cli/runs/charts.py"
+_METRICS, _EVALUATE = "tests/test_metrics.py::test_", "tests/test_evaluate.py::test_"
 _MIXED, _LOSS = "tests/test_mixing.py::test_", "tests/test_losses.py::test_"
 
 
@@ -99,6 +102,48 @@ MUTANTS = [
         "1.702",
         "1.7",
         f"{_PARITY}activations[float64-quick_gelu]",
+    ),
+    Mutant(
+        "equal logits all count as right",
+        METRICS,
+        "+ ((rows == own) & before).sum(axis=1)",
+        "",
+        f"{_METRICS}of_equal_logits_the_first_class_is_taken",
+    ),
+    Mutant(
+        "a confidence on an edge is in the bin above",
+        METRICS,
+        "np.searchsorted(edges[1:-1], confidence)",
+        'np.searchsorted(edges[1:-1], confidence, side="right")',
+        f"{_METRICS}a_confidence_on_an_edge_is_in_the_bin_below",
+    ),
+    Mutant(
+        "a model's classes in the order of the folders",
+        EVALUATE,
+        "return where[labels.astype(np.int64)], names, problem",
+        "return labels.astype(np.int64), names, problem",
+        f"{_EVALUATE}classes_are_matched_by_name",
+    ),
+    Mutant(
+        "images that cannot be read count",
+        EVALUATE,
+        "index = np.flatnonzero(read)",
+        "index = np.arange(count)",
+        f"{_EVALUATE}what_cannot_be_read_is_left_out_and_named",
+    ),
+    Mutant(
+        "neighbours vote without a temperature",
+        PROBE,
+        "np.exp(near / temperature)",
+        "np.exp(near)",
+        "tests/test_probe.py::test_weighted_neighbours_are_dino_s[5]",
+    ),
+    Mutant(
+        "names are not escaped in a report",
+        CHARTS,
+        "return html.escape(str(value))",
+        "return str(value)",
+        "tests/test_training_report.py::test_names_are_escaped_everywhere",
     ),
     Mutant(
         "gradients are divided by all rows",
