@@ -277,7 +277,9 @@ def test_parts_of_a_batch_take_the_step_of_the_whole():
     batch = given(dtype=np.float64)
     kept = (batch["weights"] > 0) & (batch["labels"] >= 0)
     pixels = torch.tensor(batch["pixel_values"][kept]).reshape(-1, 12)
-    p = jax.tree.map(lambda leaf: torch.tensor(np.asarray(leaf, np.float64)), small(jnp.float32))
+    p = jax.tree.map(
+        lambda leaf: torch.tensor(np.asarray(leaf, np.float64), requires_grad=True), small()
+    )
     x = torch.nn.functional.layer_norm(
         pixels, (12,), p["layernorm"]["scale"], p["layernorm"]["bias"], 1e-6
     )
@@ -288,7 +290,10 @@ def test_parts_of_a_batch_take_the_step_of_the_whole():
         torch.tensor([0.2, 1.0, 3.0, 0.5, 2.0]).double(),
         label_smoothing=0.1,
     )
+    wanted.backward()
+    norm = torch.stack([leaf.grad.norm() for leaf in jax.tree.leaves(p)]).norm()
     assert found[8][1]["loss"] == pytest.approx(wanted.item(), rel=1e-6)
+    assert found[8][1]["gradient_norm"] == pytest.approx(norm.item(), rel=1e-6)
 
 
 def test_a_batch_that_cannot_be_divided():
@@ -434,8 +439,9 @@ def test_prepare_and_materialize_are_part_of_the_step():
     after, _ = make_step(Small(), cross_entropy(), optimizer, **options)(state, given())
 
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), 0), 0)
-    batch = prepare(given(), key)
+    batch = jax.jit(prepare)(given(), key)
 
+    @jax.jit
     @jax.grad
     def gradient(params):
         outputs = Small().apply({"params": double(params)}, batch["pixel_values"], True)
@@ -485,7 +491,8 @@ params, moments = state.params, state.opt_state[0].mu
 whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 np.savez(place / "after.npz", **flatten_dict(jax.tree.map(np.asarray, params), sep="/"))
 assert held(state.ema) == held(params)
-print(json.dumps([losses, held(params) / whole, held(moments) / whole, compiled.count("jit(step)")]))
+shares = [held(params) / whole, held(moments) / whole]
+print(json.dumps([losses, *shares, compiled.count("jit(step)")]))
 """
 
 

@@ -87,6 +87,8 @@ class Recipe:
         freeze: regular expressions of names of parameters that do not train, whatever `train` says,
             separated by commas.
         head: first values of a new head: "zero" or "normal".
+        standardize: whether a head that trains alone sees inputs of mean 0 and deviation 1 over the
+            training images; both are folded into the head in the end.
         pooling: what a new head looks at: "cls", "mean", "cls_mean" (both joined), or "" for what
             the model's configuration says.
         class_weights: "none", "balanced" (each class by n / (K * its images)), or "sampling"
@@ -154,6 +156,7 @@ class Recipe:
     train: str = "all"
     freeze: str = ""
     head: Literal["zero", "normal"] = "zero"
+    standardize: bool = False
     pooling: Literal["", "cls", "mean", "cls_mean"] = ""
     class_weights: Literal["none", "balanced", "sampling"] = "none"
     patience: int | None = None
@@ -425,8 +428,8 @@ def _parsed(kind: Any, text: str) -> Any:
 
 # -- the recipes
 
-_RANDAUGMENT = {"auto_augment": "rand-m9-mstd0.5-inc1", "crop_scale": (0.08, 1.0)}
-_MIXING = {"mixup": 0.8, "cutmix": 1.0}
+_RANDAUGMENT: dict[str, Any] = {"auto_augment": "rand-m9-mstd0.5-inc1", "crop_scale": (0.08, 1.0)}
+_MIXING: dict[str, Any] = {"mixup": 0.8, "cutmix": 1.0}
 _GOOGLE: dict[str, Any] = {
     "optimizer": "sgd",
     "momentum": 0.9,
@@ -446,6 +449,25 @@ _PLAIN: dict[str, Any] = {"crop_scale": None, "flip": 0.0, "label_smoothing": 0.
 _ALL = (
     # AdamW with a small rate, as for any pretrained network and a few hundred images or more.
     Recipe(name="fine-tune", warmup_learning_rate=1e-6),
+    Recipe(
+        name="adapter",
+        learning_rate=2e-3,
+        warmup_learning_rate=1e-6,
+        weight_decay=0.0,
+        lora=8,
+    ),
+    Recipe(
+        name="head",
+        epochs=100,
+        learning_rate=1e-3,
+        warmup_epochs=1,
+        crop_scale=None,
+        train="head",
+        weight_decay=0.5,
+        standardize=True,
+        pooling="cls_mean",
+        metric="log_loss",  # which of a hundred epochs has most right is mostly luck
+    ),
     Recipe(
         name="vit-paper",
         source="https://github.com/google-research/vision_transformer, configs/common.py",

@@ -170,6 +170,28 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(find, tree)
 
 
+def lay_out(tree: Any, shardings: Any) -> Any:
+    """Arrays and random keys where shardings say, on the devices of other processes, too.
+
+    Args:
+        tree: the same on each process.
+        shardings: a tree of the same form.
+    """
+
+    def put(leaf: Any, sharding: NamedSharding) -> Any:
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.jit(lambda array: array, out_shardings=sharding)(leaf)
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = put(jax.random.key_data(leaf), sharding)
+            return jax.random.wrap_key_data(data, impl=str(jax.random.key_impl(leaf)))
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
 def make_mesh(mesh: MeshLike, config: ViTConfig, axes: tuple[str, ...] = AXES) -> Mesh | None:
     """The mesh that an argument stands for; None for one device.
 

@@ -29,6 +29,7 @@ import numpy as np
 from vit_common.errors import CheckpointError, InputError, MissingFileError, some
 from vit_common.files.replace import make_directory
 from vit_common.files.texts import reason
+from vit_flax.sharding import lay_out
 
 _STATE, _RECORD = "state", "record"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -393,7 +394,7 @@ def _placed(like: Any, arrays: Mapping[str, np.ndarray], keys: Mapping[str, str]
         array, sharding = arrays[name], getattr(leaf, "sharding", None)
         if name in keys:
             key = jax.random.wrap_key_data(array, impl=keys[name])
-            return key if sharding is None else jax.device_put(key, sharding)
+            return key if sharding is None else lay_out(key, sharding)
         if sharding is None:
             return jax.numpy.asarray(array)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
@@ -455,19 +456,28 @@ def _damaged(arrays: Mapping[str, np.ndarray], digests: Mapping[str, str]) -> li
 
 def _everybodys(digests: dict[str, str]) -> dict[str, str]:
     """The digests of all processes together."""
+    merged: dict[str, str] = {}
+    for each in from_all(digests):
+        merged.update(each)
+    return merged
+
+
+def from_all(value: Any) -> list[Any]:
+    """A value of each process, in their order; all of them call this together.
+
+    Args:
+        value: of this process, as JSON can hold it.
+    """
     if jax.process_count() == 1:
-        return digests
+        return [value]
     from jax.experimental.multihost_utils import process_allgather
 
-    text = np.frombuffer(json.dumps(digests).encode(), np.uint8)
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     longest = int(np.max(process_allgather(np.int32(len(text)))))
     padded = np.full(longest, ord(" "), np.uint8)
     padded[: len(text)] = text
     rows = np.asarray(process_allgather(padded)).reshape(-1, longest)
-    merged: dict[str, str] = {}
-    for row in rows:
-        merged.update(json.loads(row.tobytes()))
-    return merged
+    return [json.loads(row.tobytes()) for row in rows]
 
 
 # -- orbax

@@ -51,7 +51,7 @@ def write_result(plan: Plan, run: Run, step: int, *, name: str, adapters: Any = 
         run.model.save_pretrained(run.folder)
     else:
         base = os.path.abspath(name) if os.path.exists(name) else name
-        plan.adapter.save(run.folder, jax.device_get(adapters), base=base)
+        plan.adapter.save(run.folder, jax.tree.map(np.asarray, adapters), base=base)
     plan.processor.save_pretrained(run.folder)
     card = run.model._model_card()
     card = card._replace(

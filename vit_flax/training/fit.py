@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vit_common.datasets import split
+from vit_common.datasets import as_images, split
 from vit_common.datasets.labelled import SINGLE
 from vit_common.errors import CheckpointError, InputError, ViTError, some
 from vit_common.images.processor import BaseImageProcessor
@@ -34,11 +34,11 @@ from vit_flax.sharding import (
     TRAINING_AXES,
     batch_sharding,
     make_mesh,
-    place,
     replicated,
+    tree_shardings,
 )
 from vit_flax.training.begin import begin, outputs_of
-from vit_flax.training.checkpoints import Checkpoints
+from vit_flax.training.checkpoints import Checkpoints, from_all
 from vit_flax.training.evaluate import Evaluation, Evaluator
 from vit_flax.training.loader import Loader
 from vit_flax.training.logs import Log, RunFolder, read_log
@@ -46,6 +46,7 @@ from vit_flax.training.losses import balanced_weights, check_labels
 from vit_flax.training.optimizers import make_optimizer, trainable_of
 from vit_flax.training.step import TrainState, ema_of, make_step
 from vit_flax.training.tasks import task_of
+from vit_flax.training.tasks.head import FrozenNetwork, frozen
 
 __all__ = ["Best", "Diverged", "Plan", "Run", "Stopped", "Watcher", "fine_tune", "make_plan"]
 
@@ -154,6 +155,7 @@ class Plan:
         seed: of everything that is drawn.
         task: what the step runs (`vit_flax.training.tasks`).
         adapter: of a recipe that trains one; None otherwise.
+        frozen: what is under a head that trains alone, if its inputs are computed once.
         parameters: that the run begins with, as the state holds them.
     """
 
@@ -164,7 +166,7 @@ class Plan:
     validation: Any
     steps: int
     steps_per_epoch: int
-    loader: Loader
+    loader: Loader | FrozenNetwork
     optimizer: Any
     rate: Callable[[int], float]
     trainable: Callable[[str], bool] | None
@@ -177,6 +179,7 @@ class Plan:
     task: Any
     adapter: Any
     parameters: Any
+    frozen: FrozenNetwork | None = None
 
     @property
     def epochs(self) -> int:
@@ -230,6 +233,8 @@ def make_plan(
     """
     recipe = recipe or recipe_named()
     check_recipe(recipe)
+    train = as_images(train)
+    validation = None if validation is None else as_images(validation, like=train)
     _check_data(train, validation, recipe)
     beginning = begin(
         model,
@@ -269,6 +274,11 @@ def make_plan(
     rates = learning_rates(recipe, steps)
     trainable = trainable_of(recipe, model)
     params, materialize, adapter = task.model.params, None, None
+    network = frozen(recipe, model, processor, loader, mesh)
+    if network is not None:
+        say("the head alone trains: its inputs are computed once for each image")
+        task = task._replace(model=network.outputs, prepare=None)
+        params, materialize = network.shapes, network.whole
     if recipe.lora:
         adapter = _adapter(recipe, task.model)
         params, materialize = adapter.init(params, jax.random.key(seed)), adapter.merge
@@ -281,7 +291,7 @@ def make_plan(
             task.model,
             optimizer,
             key=jax.random.key(seed),
-            params=params,
+            params=params if network is None else network.params,
             ema=ema,
             trainable=trainable,
             mesh=mesh,
@@ -310,7 +320,8 @@ def make_plan(
         validation=validation,
         steps=steps,
         steps_per_epoch=per_epoch,
-        loader=loader,
+        loader=loader if network is None else network,
+        frozen=network,
         optimizer=optimizer,
         rate=lambda step: float(rates[step]),
         trainable=trainable,
@@ -494,7 +505,8 @@ def fine_tune(
     Args:
         model: folder, weights file, Hub name or a model of this package; or a size such as
             "vit-base", whose weights are drawn.
-        train: `vit_common.datasets`' kind of images.
+        train: images of `vit_common.datasets`, or what `as_images` makes them of: a path, or an
+            object with items by index.
         validation: more of them, or the share of `train` that is taken for it, such as 0.1.
         recipe: the settings; None means those of `recipe()`.
         output: folder for the result, the log and the checkpoints; None writes nothing.
@@ -536,8 +548,11 @@ def fine_tune(
     watcher = watcher or Watcher()
     recipe = recipe or recipe_named()
     check_recipe(recipe)
+    train = as_images(train)
     if isinstance(validation, float):
         train, validation = split(train, validation, seed)
+    elif validation is not None:
+        validation = as_images(validation, like=train)
     settings = {
         **recipe.to_dict(),
         "model": _described(model),
@@ -552,8 +567,7 @@ def fine_tune(
     }
     folder = None
     if output is not None:
-        writes = jax.process_index() == 0
-        folder = RunFolder(output, settings, resume=resume, force=force, writes=writes)
+        folder = _opened(output, settings, resume=resume, force=force)
     try:
         if folder is not None and folder.is_finished:
             return _finished(folder, watcher)
@@ -580,6 +594,26 @@ def fine_tune(
     finally:
         if folder is not None:
             folder.close()
+
+
+def _opened(
+    output: str | os.PathLike, settings: Mapping[str, Any], *, resume: bool, force: bool
+) -> RunFolder:
+    """The folder of the run; what the first process finds there holds for all."""
+    folder, error = None, None
+    try:
+        writes = jax.process_index() == 0
+        folder = RunFolder(output, settings, resume=resume, force=force, writes=writes)
+    except ViTError as caught:
+        error = caught
+    found, fault = from_all([None if folder is None else folder.found, error and str(error)])[0]
+    if error is not None:
+        raise error
+    if fault is not None:
+        raise InputError(f"the first process stopped: {fault}")
+    assert folder is not None
+    folder.found = found
+    return folder
 
 
 def _described(model: Any) -> str:
@@ -613,6 +647,7 @@ class _Loop:
         self._detect_nan = detect_nan
         self._lower = plan.metric in LOWER_IS_BETTER
         self._evaluator: Any = None
+        self._laid_out: Any = None
         self._evaluation: tuple[int, Evaluation] | None = None
         self._pending: list[tuple[int, Any, Any]] = []
         self.checkpoints: Checkpoints | None = None
@@ -767,9 +802,7 @@ class _Loop:
             return self._stop()
         if step % _POLL:
             return False
-        from jax.experimental.multihost_utils import process_allgather
-
-        return bool(np.any(process_allgather(np.asarray(self._stop()))))
+        return any(from_all(bool(self._stop())))
 
     def _leave(self, state: TrainState, step: int) -> None:
         """Save, and end the run."""
@@ -855,13 +888,19 @@ class _Loop:
 
     def _evaluated(self, params: Any, *, poll: bool) -> Evaluation:
         plan = self.plan
+        if plan.frozen is not None:
+            return plan.frozen.evaluate(plan.validation, params)
         mesh = _evaluation_mesh(plan.mesh)
         if self._evaluator is None:
             self._evaluator = Evaluator(
                 plan.model, plan.processor, mesh=mesh, workers=plan.loader.workers
             )
         if mesh is not None:
-            params = place(params, mesh)
+            if self._laid_out is None:
+                self._laid_out = jax.jit(
+                    lambda tree: tree, out_shardings=tree_shardings(mesh, params)
+                )
+            params = self._laid_out(params)
 
         def progress(done: int, total: int) -> None:
             self.watcher.evaluating(done, total)
@@ -929,7 +968,7 @@ def _on_host(params: Any, mesh: Mesh | None) -> Any:
     if mesh is not None:
         whole = replicated(mesh)
         params = jax.jit(lambda tree: tree, out_shardings=whole)(params)
-    return jax.tree.map(jax.numpy.asarray, jax.device_get(params))
+    return jax.tree.map(lambda leaf: jax.numpy.asarray(np.asarray(leaf)), params)
 
 
 def _finished(folder: RunFolder, watcher: Watcher) -> Run:

@@ -35,7 +35,8 @@ class RunFolder:
         settings: what decides the numbers of the run, as JSON can hold it.
         resume: go on with the run that is there, if there is one.
         force: delete the run that is there.
-        writes: whether this process writes; of several, the first one does.
+        writes: whether this process looks and writes; of several, the first one does, and tells
+            the others what it `found`.
 
     Attributes:
         path: the folder.
@@ -60,9 +61,10 @@ class RunFolder:
         self.writes = writes
         self.settings = json.loads(json.dumps(dict(settings)))
         self._lock: int | None = None
-        self.found = self._look(resume, force)
+        self.found: dict[str, Any] | None = None
         if not writes:
             return
+        self._look(resume, force)
         make_directory(self.path)
         self._lock = _locked(self.path)
         try:

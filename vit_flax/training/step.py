@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from vit_common.errors import InputError
 from vit_common.recipes import Recipe
-from vit_flax.sharding import DATA, FSDP, batch_sharding, tree_shardings
+from vit_flax.sharding import DATA, FSDP, batch_sharding, lay_out, tree_shardings
 
 __all__ = ["Ema", "Optimizer", "Total", "TrainState", "ema_of", "init_state", "make_step"]
 
@@ -38,7 +38,7 @@ class Total(NamedTuple):
     """
 
     sum: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     metrics: Mapping[str, Any] = {}
 
 
@@ -150,7 +150,7 @@ class TrainState(flax.struct.PyTreeNode):
         # Copies: the first step takes the memory of what it is given.
         params = jax.tree.map(lambda leaf: jnp.array(_wide(leaf)), params)
         if mesh is not None:
-            params = jax.device_put(params, tree_shardings(mesh, params))
+            params = lay_out(params, tree_shardings(mesh, params))
         chosen = trained(params, trainable)
         key = jax.random.key(0) if key is None else key
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -163,7 +163,7 @@ class TrainState(flax.struct.PyTreeNode):
             key=key,
         )
         if mesh is not None:
-            state = jax.device_put(state, tree_shardings(mesh, state))
+            state = lay_out(state, tree_shardings(mesh, state))
         return state
 
     @property
