@@ -99,7 +99,7 @@ def convert(
         options = {"dry_run": dry_run, "verify": verify, "force": force, **hub}
         return rename_adapter(source, target, to, base=base, dtype=dtype, **options)
     to = target_format(target, to)
-    if (target / ADAPTER_CONFIG).is_file():
+    if os.path.isfile(target / ADAPTER_CONFIG):
         raise ExistingFileError(
             f"{target / ADAPTER_CONFIG}: an adapter is in this folder, and other tools would add "
             "it to the model a second time; nothing was written. Choose another folder."

@@ -1,37 +1,34 @@
-"""Train a small ViT from nothing on scikit-learn's handwritten digits, and save it.
+"""Train a small ViT from nothing on scikit-learn's handwritten digits, by `vit train`.
 
     pip install ".[train]" scikit-learn
     python examples/digits.py --out digits
     vit predict digits/images --model digits
 
-This made the checkpoint that the package ships (`vit_common/digits`; its README.md has the
-figures). To fine-tune instead, begin with `FlaxViTForImageClassification.from_pretrained(name,
-num_labels=K, ignore_mismatched_sizes=True)` and a learning rate a hundred times smaller.
+It writes the digits as a folder of images, a network with random weights, and runs
+
+    vit train PHOTOS --model NETWORK --recipe digits --validation none --output RUN
+
+`--photos DIR` keeps the first two there and prints the command instead. A network like this is the
+checkpoint that the package ships (`vit_common/digits`; its README.md has the figures).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import shlex
+import shutil
 import sys
-import time
+import tempfile
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.scipy.ndimage import map_coordinates
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from vit_cli.main import main as vit
 from vit_flax import FlaxViTForImageClassification, ViTConfig, ViTImageProcessor
-from vit_flax.training import TrainState, cross_entropy, make_step
-
-BATCH_SIZE = 32
-LEARNING_RATE = 3e-3
-WEIGHT_DECAY = 0.05
-LABEL_SMOOTHING = 0.1
 
 CONFIG = ViTConfig(
     hidden_size=48,
@@ -59,64 +56,20 @@ def split(images, labels, test_size):
     return train_test_split(images, labels, test_size=test_size, random_state=0, stratify=labels)
 
 
-@jax.jit
-def augment(key, pixel_values):
-    """Each image (B, 1, 8, 8) a little turned, scaled, sheared and shifted."""
-    B, _, H, W = pixel_values.shape
-    draws = jax.random.uniform(key, (6, B), minval=-1.0, maxval=1.0)
-    angle, shear = jnp.deg2rad(10.0) * draws[0], 0.1 * draws[1]
-    rows, columns = 1.0 + 0.1 * draws[2], 1.0 + 0.1 * draws[3]
-    matrix = jnp.array(
-        [
-            [jnp.cos(angle) * rows, shear - jnp.sin(angle)],
-            [jnp.sin(angle), jnp.cos(angle) * columns],
-        ]
-    )  # (2, 2, B)
-    centre = jnp.array([H - 1, W - 1])[:, None, None] / 2
-    grid = jnp.indices((H, W)) - centre  # (2, H, W)
-    shift = 0.7 * draws[4:].T[:, :, None, None]  # (B, 2, 1, 1)
-    source = jnp.einsum("ijb,jhw->bihw", matrix, grid) + centre + shift  # (B, 2, H, W)
-
-    def sample(image, where):
-        return map_coordinates(image, list(where), order=1, mode="constant", cval=-1.0)
-
-    return jax.vmap(sample)(pixel_values[:, 0], source)[:, None]  # (B, 1, H, W)
-
-
-def train(model, pixel_values, labels, epochs, seed):
-    """The parameters after `epochs` over the images."""
-    steps_per_epoch = len(labels) // BATCH_SIZE
-    steps = epochs * steps_per_epoch
-    schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, steps // 10, steps)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            schedule,
-            weight_decay=WEIGHT_DECAY,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
-        ),
-    )
-
-    step = make_step(model, cross_entropy(LABEL_SMOOTHING), optimizer)
-    state = TrainState.create(model, optimizer)
-    shuffle, key = np.random.default_rng(seed), jax.random.key(seed)
-    start = time.perf_counter()
-    for epoch in range(1, epochs + 1):
-        order = shuffle.permutation(len(labels))[: steps_per_epoch * BATCH_SIZE]
-        for batch in order.reshape(steps_per_epoch, BATCH_SIZE):
-            key, now = jax.random.split(key)
-            images = augment(now, pixel_values[batch])
-            state, metrics = step(state, {"pixel_values": images, "labels": labels[batch]})
-        if epoch % 10 == 0 or epoch == epochs:
-            seconds = time.perf_counter() - start
-            print(f"epoch {epoch}: loss {metrics['loss']:.3f}, {seconds:.0f} s", file=sys.stderr)
-    return state.params
+def write_photos(folder, images, labels):
+    """One folder for each digit."""
+    for number, (image, digit) in enumerate(zip(images, labels, strict=True)):
+        place = folder / str(digit)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{number:04d}.png")
 
 
 def main() -> None:
     """Train, score and save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, help="directory to write the trained network into")
+    where.add_argument("--photos", type=Path, help="only write photos and network, to this one")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
     parser.add_argument(
@@ -130,16 +83,32 @@ def main() -> None:
     if args.validate:
         images, test_images, labels, test_labels = split(images, labels, test_size=0.2)
 
-    model = FlaxViTForImageClassification(CONFIG, seed=args.seed)
-    pixel_values = PROCESSOR(list(images), return_tensors="np")["pixel_values"]  # (B, 1, 8, 8)
-    model.params = train(model, pixel_values, labels, args.epochs, args.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = args.photos or Path(scratch)
+        photos, network, run = place / "photos", place / "network", place / "run"
+        write_photos(photos / "train", images, labels)
+        write_photos(photos / "test", test_images, test_labels)
+        FlaxViTForImageClassification(CONFIG, seed=args.seed).save_pretrained(network)
+        PROCESSOR.save_pretrained(network)
+        command = ["train", str(photos), "--model", str(network), "--recipe", "digits"]
+        command += ["--validation", "none", "--output", str(run)]
+        command += ["--epochs", str(args.epochs), "--seed", str(args.seed)]
+        if args.photos:
+            print(shlex.join(["vit", *command]))
+            return
+        with contextlib.redirect_stdout(sys.stderr):
+            code = vit(command)
+        if code:
+            sys.exit(code)
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "preprocessor_config.json"):
+            shutil.copy(network / name, args.out / name)
+        shutil.copy(run / "model.safetensors", args.out / "model.safetensors")
 
+    model = FlaxViTForImageClassification.from_pretrained(args.out)
     logits = model(PROCESSOR(list(test_images), return_tensors="np")["pixel_values"]).logits
     right = int(np.sum(np.argmax(logits, axis=-1) == test_labels))
     print(f"held-out accuracy: {right / len(test_labels):.4f} ({right} of {len(test_labels)})")
-
-    model.save_pretrained(args.out)
-    PROCESSOR.save_pretrained(args.out)
     (args.out / "images").mkdir(exist_ok=True)
     for number in range(12):
         digit, turn = number % 10, number // 10

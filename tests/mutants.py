@@ -65,7 +65,13 @@ _AUGMENT = "tests/test_augment.py::test_"
 FOLDERS, TABLES = "vit_common/datasets/folder.py", "vit_common/datasets/values.py"
 ORDER, LOADER = "vit_common/datasets/order.py", "vit_flax/training/loader.py"
 CROP, OPERATIONS = "vit_common/augment/geometry.py", "vit_common/augment/operations.py"
+_TASKS = "tests/test_training_tasks.py::test_"
+MASKED, DISTILL = (f"vit_flax/training/tasks/{name}.py" for name in ("masked", "distill"))
 SOFTMAX = "tests/test_suite.py::test_softmax_in_half_precision"
+STEP, LOSSES = "vit_flax/training/step.py", "vit_flax/training/losses.py"
+MIXING, OPTIMIZERS = "vit_flax/training/mixing.py", "vit_flax/training/optimizers.py"
+_STEP, _RULES = "tests/test_training_step.py::test_", "tests/test_optimizers.py::test_"
+_MIXED, _LOSS = "tests/test_mixing.py::test_", "tests/test_losses.py::test_"
 
 
 class Mutant(NamedTuple):
@@ -93,6 +99,90 @@ MUTANTS = [
         "1.702",
         "1.7",
         f"{_PARITY}activations[float64-quick_gelu]",
+    ),
+    Mutant(
+        "gradients are divided by all rows",
+        STEP,
+        "scale = rows / divide",
+        "scale = rows / jnp.full_like(divide, rows)",
+        f"{_STEP}parts_of_a_batch_take_the_step_of_the_whole",
+    ),
+    Mutant(
+        "weights of an average that do not sum to 1",
+        STEP,
+        "old + jnp.asarray(weight, old.dtype) * (new - old)",
+        "(1 - weight) * old + weight * new",
+        f"{_STEP}an_average_near_one_does_not_drift",
+    ),
+    Mutant(
+        "a batch without labels moves the parameters",
+        STEP,
+        "good = finite & counted",
+        "good = finite",
+        f"{_STEP}a_batch_without_labels_that_count_changes_nothing",
+    ),
+    Mutant(
+        "NaN in the parameters",
+        STEP,
+        "finite = jnp.isfinite(value) & jnp.isfinite(norm)",
+        "finite = jnp.isfinite(value)",
+        f"{_STEP}what_is_not_finite_changes_nothing_but_the_count_of_steps[1]",
+    ),
+    Mutant(
+        "label -1 is the last class",
+        LOSSES,
+        "wrong = ~ignored & ((labels < 0) | (labels >= K))",
+        "wrong = ~ignored & (labels >= K)",
+        f"{_LOSS}a_label_out_of_range_is_never_silent[-1]",
+    ),
+    Mutant(
+        "class weights do not count",
+        LOSSES,
+        "count = rows if classes is None else rows * classes[labels]",
+        "count = rows",
+        f"{_LOSS}losses_are_those_of_torch_and_timm[class weights]",
+    ),
+    Mutant(
+        "cutmix with an odd side",
+        MIXING,
+        "jnp.clip(y + (cut_h + 1) // 2, 0, height)",
+        "jnp.clip(y + cut_h // 2, 0, height)",
+        f"{_MIXED}mixed_batches_are_those_of_timm[True-0.3-center0]",
+    ),
+    Mutant(
+        "mixed with an image that could not be read",
+        MIXING,
+        "each = mixes & counts[::-1]",
+        "each = mixes & jnp.ones_like(counts)",
+        f"{_MIXED}an_image_whose_partner_does_not_count_stays",
+    ),
+    Mutant(
+        "the clip of torch without its epsilon",
+        OPTIMIZERS,
+        'extra = 1e-6 if rule == "torch" else 0.0',
+        "extra = 0.0",
+        f"{_RULES}updates_are_those_of_torch[clipped]",
+    ),
+    Mutant(
+        "the final norm at another rate",
+        OPTIMIZERS,
+        "layer = blocks if timm else top",
+        "layer = top",
+        f"{_RULES}groups_are_those_of_timm[vit]",
+    ),
+    Mutant(
+        "bias correction in four digits",
+        OPTIMIZERS,
+        "(-jnp.expm1(n * math.log(b)) if b else 1.0 for b in (b1, b2))",
+        "(1.0 - b**n for b in (b1, b2))",
+        f"{_RULES}the_first_steps_are_as_exact_in_float32",
+    ),
+    Mutant(
+        "a warm-up one step off",
+        "vit_common/recipes.py",
+        "first + (peak - first) * at / before",
+        "first + (peak - first) * (at + 1) / before",
+        f"{_RULES}learning_rates_are_those_of_torch_transformers_and_timm[linear, warm-up]",
     ),
     Mutant(
         "classes of validation from its own folder",
@@ -616,6 +706,69 @@ MUTANTS = [
         "last if name == str(L - 1) else whole",
         "last if name == str(0) else whole",
         f"{FRONT}[vit]",
+    ),
+    Mutant(
+        "image size: the grid of another size with as many patches",
+        "convert/source.py",
+        "trained.grid_size != settled.grid_size",
+        "trained.num_patches != settled.num_patches",
+        "tests/test_image_size.py::test_a_grid_of_as_many_patches_is_another_grid",
+    ),
+    Mutant(
+        "image size: images are prepared for the old one",
+        "convert/source.py",
+        "return _at_size(source, found), PROCESSOR_NAME",
+        "return found, PROCESSOR_NAME",
+        "tests/test_image_size.py::test_dinov2s_images_follow_its_crop_and_not_its_positions",
+    ),
+    Mutant(
+        "image size: the crop's shorter side alone",
+        "vit_common/images/sizes.py",
+        "max(rows, columns)",
+        "rows",
+        "tests/test_image_size.py::test_a_wide_crop_lies_inside_the_resized_image",
+    ),
+    Mutant(
+        "masks: the ratio rounded down",
+        MASKED,
+        "math.ceil(self.squares * mask_ratio)",
+        "int(self.squares * mask_ratio)",
+        f"{_TASKS}masks_are_those_of_run_mim[32-8-0.6]",
+    ),
+    Mutant(
+        "masked loss: rows that do not count",
+        MASKED,
+        "mask = mask * (jnp.asarray(batch",
+        "mask = mask + 0 * (jnp.asarray(batch",
+        f"{_TASKS}reconstruction_is_transformers_loss[ViT]",
+    ),
+    Mutant(
+        "soft distillation divided by the batch alone, as timm's",
+        DISTILL,
+        "(T * T / pupil.shape[-1])",
+        "(T * T)",
+        f"{_TASKS}distillation_is_deits_loss[soft]",
+    ),
+    Mutant(
+        "distillation: the labels teach the mean of both heads",
+        DISTILL,
+        "labelled, pupil = _Labelled(outputs.cls_logits), outputs.distillation_logits",
+        "pupil = outputs.distillation_logits",
+        f"{_TASKS}distillation_is_deits_loss[soft]",
+    ),
+    Mutant(
+        "the teacher sees the student's normalisation",
+        DISTILL,
+        "if factor is not None and offset is not None:",
+        "if False:",
+        f"{_TASKS}the_teacher_sees_its_own_preprocessing[16]",
+    ),
+    Mutant(
+        "affine: sheared the other way",
+        CROP,
+        "math.tan(math.radians(shear))",
+        "-math.tan(math.radians(shear))",
+        f"{_AUGMENT}affine_against_torchvision[L]",
     ),
 ]
 

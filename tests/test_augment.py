@@ -292,3 +292,37 @@ def test_settings_out_of_range(settings, channels, message):
     with pytest.raises(InputError) as caught:
         Augment(recipe().replace(**settings), 8, channels=channels)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_affine_against_torchvision(mode):
+    """Its `functional.affine`, of the numbers that are drawn here."""
+    import timm_models  # noqa: F401
+    from torchvision.transforms import InterpolationMode, functional
+
+    most = (20.0, 0.2, 0.3, 15.0)
+    settings = recipe().replace(
+        affine=most, crop_scale=None, flip=0.0, interpolation="bilinear", color_jitter=0.0
+    )
+    image = photo((40, 56)).convert(mode)
+    augment = Augment(settings, (24, 32), channels=len(mode))
+    for index in range(8):
+        source = draws(3, 0, index)
+        angle, across, down, scale, shear = (
+            low + (high - low) * source.random()
+            for low, high in [(-20, 20), (-6.4, 6.4), (-4.8, 4.8), (0.7, 1.3), (-15, 15)]
+        )
+        want = functional.affine(
+            image.resize((32, 24), PIL.Image.Resampling.BILINEAR),
+            angle,
+            [across, down],
+            scale,
+            [shear, 0.0],
+            interpolation=InterpolationMode.BILINEAR,
+        )
+        same_image(augment(image, draws(3, 0, index)), want)
+    assert recipe("digits").affine == (10.0, 0.0875, 0.1, 6.0)
+    with pytest.raises(InputError, match="affine"):
+        recipe("digits", affine=(10.0, -0.1, 0.1, 6.0))
+    with pytest.raises(InputError, match="`affine` must be 4 numbers or none; given"):
+        recipe("digits", affine=(10.0, 0.1))

@@ -29,8 +29,8 @@ from vit_common.datasets import (
     epoch_order,
     occurrences,
     open_images,
-    same_images,
     split,
+    survey,
 )
 from vit_common.errors import InputError, MissingFileError
 
@@ -82,7 +82,7 @@ def test_folder_against_torchvision(tmp_path):
     assert ours.problem_type == SINGLE
     again = pickle.loads(pickle.dumps(ours))
     assert again.names == ours.names
-    assert again.fingerprint == ours.fingerprint
+    assert again.labels.tolist() == ours.labels.tolist()
 
 
 def test_what_is_left_out_of_folders(tmp_path):
@@ -434,10 +434,42 @@ def test_parts_of_a_table(table):
         (["a", "b", "a"], {"label": "lable"}, "no column 'lable' for the label; the table has"),
         (["a", "b", "a"], {"image": "x"}, "no column 'x' for the image; the table has file, label"),
         (["1", "2", "0"], {"label": ["label"], "problem_type": MULTI}, "must hold 0 or 1; given"),
+        (["a", "b", "b"], {"classes": "aab"}, "'a' stands for 2 of the 3 classes"),
+        (["0", "1", "1"], {"classes": "aab"}, "'a' stands for 2 of the 3 classes"),
     ],
 )
 def test_labels_that_cannot_be_trained_on(table, values, options, message):
     assert message in refused(ImageTable, table({"file": FILES, "label": values}), **options)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([{"a": 1}, "b", "c"], "1 row whose label is of no kind that is known (line 1, {'a': 1})"),
+        ([["a", ["b"]], [], []], "1 row whose label is of no kind that is known (line 1"),
+        ([["a", None], ["b"], []], "1 row whose label is of no kind that is known (line 1"),
+        ([None, "a", "b"], "1 row without a label (line 1)"),
+        ([float("nan"), 1.5, 2], "1 row without a label (line 1)"),
+        ([10**400, 1.5, 2], "whose label is no finite number"),
+    ],
+)
+def test_values_of_other_kinds(table, values, message):
+    assert message in refused(ImageTable, table({"file": FILES, "label": values}, ".jsonl"))
+
+
+def test_paths_written_on_windows(table, tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a.png").write_bytes(picture())
+    data = ImageTable(table({"file": ["x\\a.png", "b.png"], "label": "ab"}))
+    assert data.names == [str(tmp_path / "x" / "a.png"), str(tmp_path / "b.png")]
+
+
+def test_class_folders_whose_names_are_no_text(tmp_path):
+    photos(tmp_path, cat=1)
+    os.mkdir(os.fsencode(tmp_path) + b"/\xff")
+    assert "the name of a class folder must be UTF-8; given '\\udcff'" in refused(
+        ImageFolder, tmp_path
+    )
 
 
 def test_images_that_a_table_names_in_vain(table, tmp_path):
@@ -524,6 +556,8 @@ def test_objects_with_items_by_index():
     assert as_images(data) is data
     assert len(ImageObjects(pairs, limit=2)) == 2
     assert as_images(pairs, classes=("b", "a")).labels.tolist() == [1, 0, 1, 0, 1]
+    other = [(image, "b") for image, _ in pairs]
+    assert as_images(other, like=as_images(pairs)).labels.tolist() == [1] * 5
 
 
 def test_objects_of_torchvision(tmp_path):
@@ -535,6 +569,10 @@ def test_objects_of_torchvision(tmp_path):
     assert data.classes == ("cat", "dog")
     assert data.labels.tolist() == [0, 0, 1, 1, 1]
     assert as_images(str(tmp_path)).labels.tolist() == [0, 0, 1, 1, 1]
+    photos(tmp_path / "new", dog=1)
+    assert as_images(str(tmp_path / "new"), like=data).labels.tolist() == [1]
+    (tmp_path / "t.csv").write_text("file,label\nnew/dog/0.png,dog\n")
+    assert as_images(tmp_path / "t.csv", like=data).labels.tolist() == [1]
 
 
 def test_objects_that_are_none():
@@ -597,7 +635,7 @@ def test_images_of_two_parts_are_found(tmp_path):
         (tmp_path / name).write_bytes(copy)
     (tmp_path / "train" / "cat" / "1.png").write_bytes(picture(501))
     (tmp_path / "train" / "cat" / "2.png").write_bytes(picture(501))
-    found = same_images(open_images(tmp_path))
+    found = survey(open_images(tmp_path)).same
     assert [[(p, os.path.relpath(n, tmp_path)) for p, n in group] for group in found] == [
         [
             ("train", "train/cat/0.png"),

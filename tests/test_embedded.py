@@ -224,7 +224,7 @@ def test_the_example_runs_end_to_end(tmp_path, parts):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert "epoch 1: loss" in done.stderr
+    assert "epoch 1/1: loss" in done.stderr
     shipped = {str(p.relative_to(embedded_checkpoint())) for p in embedded_images()}
     made = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     assert made == (FILES | shipped) - {"README.md"}

@@ -326,8 +326,8 @@ def test_what_the_twin_trainer_refuses():
         make_optimizer(Recipe(train="("), model)
     with pytest.raises(InputError, match=r"at least one batch"):
         fine_tune(model, [], Recipe())
-    with pytest.raises(InputError, match=r"batch of 4 images cannot be run in 3"):
-        fine_tune(model, batches_of(model, 1)(), Recipe(accumulate=3, warmup_steps=0))
+    with pytest.raises(InputError, match=r"batch of 3 images cannot be run in 2"):
+        fine_tune(model, batches_of(model, 1, 3)(), Recipe(accumulate=2, warmup_steps=0))
     with pytest.raises(InputError, match=r"warm-up must be shorter"):
         schedule_of(Recipe(warmup_steps=5), 5)
 
@@ -489,7 +489,7 @@ FAULTS = {
     "Nesterov": Fault(SGD, {"nesterov": True}, "nesterov = False"),
     "dampening": Fault(SGD, {"dampening": 0.9}, "dampening = 0.0"),
     "float32 rates": Fault({}, {"schedule_dtype": "float32"}, "schedule_dtype = 'float64'"),
-    "another schedule": Fault({}, {"schedule": "linear"}, "schedule = 'cosine'"),
+    "another schedule": Fault({"warmup_steps": 1}, {"schedule": "linear"}, "schedule = 'cosine'"),
     "frozen": Fault({}, {"train": "classifier"}, "train = 'all'"),
     "two at once": Fault(
         {},
@@ -518,7 +518,7 @@ def test_a_definition_that_differs_is_named(name):
     fault = FAULTS[name]
     row = drifted(fault.recipe, fault.changes)
     assert not row.passed
-    assert row.drifts_from in (0, 1)
+    assert row.drifts_from <= 2
     assert row.agreeing, row.causes
     assert any(fault.said in cause.change for cause in row.agreeing), row.causes
     assert row.agreeing[0].after <= 1e-12 < row.agreeing[0].before
@@ -631,13 +631,15 @@ def test_a_checkpoint_without_a_head(tmp_path):
         (["--training", "2", "--dtype", "bfloat16"], "float64 or float32; given bfloat16"),
         (["--training", "2", "--recipe", "nope"], "no recipe 'nope'"),
         (["--training", "2", "--torch", "eps_rot=1"], "Did you mean eps_root?"),
-        (["--training", "2", "--torch", "eps_root"], "--torch must be NAME=VALUE"),
+        (["--training", "2", "--torch", "eps_root"], "a change must be NAME=VALUE"),
         (["--training", "2", "--torch", "smoothing=some"], "must be one of all, others"),
         (["--training", "2", "--torch", "schedule_offset=a"], "must be an integer; given 'a'"),
         (["--training", "2", "--torch", "coupled_decay=3"], "must be true or false; given 3"),
         (["--training", "2", "--set", "optimizer=muon"], "the recipe has muon"),
         (["--training", "2", "--set", "lora=4"], "no adapters"),
-        (["--training", "2", "--set", "accumulate=3"], "cannot be run in 3 equal parts"),
+        (["--training", "2", "--set", "accumulate=3"], "must be a multiple of `accumulate`"),
+        (["--training", "2", "--batch", "3", "--set", "accumulate=2"], "cannot be run in 2 equal"),
+        (["--training", "2", "--torch", "lr=-1"], "learning_rate"),
         (["--training", "2", "--set", "no_such=3"], "no configuration has a field 'no_such'"),
     ],
 )

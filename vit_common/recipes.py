@@ -71,6 +71,8 @@ class Recipe:
         mixup_switch_prob: probability of cutmix where both are on.
         crop_scale, crop_ratio: area and aspect of the random crop; None resizes without a crop.
         flip: probability of a horizontal flip.
+        affine: the most that an image is turned by (degrees), shifted by (share of its sides),
+            scaled by (share) and sheared by (degrees), each in both directions; None leaves it.
         color_jitter: strength of the change of brightness, contrast and saturation.
         auto_augment: timm's name ("rand-m9-mstd0.5-inc1"), "3a" (DeiT III's 3-Augment) or None.
         erasing: probability of random erasing.
@@ -85,6 +87,8 @@ class Recipe:
         freeze: regular expressions of names of parameters that do not train, whatever `train` says,
             separated by commas.
         head: first values of a new head: "zero" or "normal".
+        standardize: whether a head that trains alone sees inputs of mean 0 and deviation 1 over the
+            training images; both are folded into the head in the end.
         pooling: what a new head looks at: "cls", "mean", "cls_mean" (both joined), or "" for what
             the model's configuration says.
         class_weights: "none", "balanced" (each class by n / (K * its images)), or "sampling"
@@ -139,6 +143,7 @@ class Recipe:
     crop_scale: tuple[float, float] | None = (0.35, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    affine: tuple[float, float, float, float] | None = None
     color_jitter: float = 0.0
     auto_augment: str | None = None
     erasing: float = 0.0
@@ -151,6 +156,7 @@ class Recipe:
     train: str = "all"
     freeze: str = ""
     head: Literal["zero", "normal"] = "zero"
+    standardize: bool = False
     pooling: Literal["", "cls", "mean", "cls_mean"] = ""
     class_weights: Literal["none", "balanced", "sampling"] = "none"
     patience: int | None = None
@@ -263,6 +269,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
         _NOT_NEGATIVE,
     ),
     **dict.fromkeys(("final_learning_rate", "cutmix", "color_jitter", "lora"), _NOT_NEGATIVE),
+    "affine": _NOT_NEGATIVE,
     **dict.fromkeys(
         ("momentum", "b1", "b2", "label_smoothing", "drop_path", "dropout"), _BELOW_ONE
     ),
@@ -319,7 +326,8 @@ def _wanted(kind: Any) -> str:
         if typing.get_origin(option) is Literal:
             found += [repr(name) for name in typing.get_args(option)]
         elif typing.get_origin(option) is tuple:
-            found.append("a pair of numbers")
+            count = len(typing.get_args(option))
+            found.append("a pair of numbers" if count == 2 else f"{count} numbers")
         else:
             found.append("none" if option is type(None) else words[option])
     return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"
@@ -420,8 +428,8 @@ def _parsed(kind: Any, text: str) -> Any:
 
 # -- the recipes
 
-_RANDAUGMENT = {"auto_augment": "rand-m9-mstd0.5-inc1", "crop_scale": (0.08, 1.0)}
-_MIXING = {"mixup": 0.8, "cutmix": 1.0}
+_RANDAUGMENT: dict[str, Any] = {"auto_augment": "rand-m9-mstd0.5-inc1", "crop_scale": (0.08, 1.0)}
+_MIXING: dict[str, Any] = {"mixup": 0.8, "cutmix": 1.0}
 _GOOGLE: dict[str, Any] = {
     "optimizer": "sgd",
     "momentum": 0.9,
@@ -441,6 +449,25 @@ _PLAIN: dict[str, Any] = {"crop_scale": None, "flip": 0.0, "label_smoothing": 0.
 _ALL = (
     # AdamW with a small rate, as for any pretrained network and a few hundred images or more.
     Recipe(name="fine-tune", warmup_learning_rate=1e-6),
+    Recipe(
+        name="adapter",
+        learning_rate=2e-3,
+        warmup_learning_rate=1e-6,
+        weight_decay=0.0,
+        lora=8,
+    ),
+    Recipe(
+        name="head",
+        epochs=100,
+        learning_rate=1e-3,
+        warmup_epochs=1,
+        crop_scale=None,
+        train="head",
+        weight_decay=0.5,
+        standardize=True,
+        pooling="cls_mean",
+        metric="log_loss",  # which of a hundred epochs has most right is mostly luck
+    ),
     Recipe(
         name="vit-paper",
         source="https://github.com/google-research/vision_transformer, configs/common.py",
@@ -657,6 +684,7 @@ _ALL = (
         warmup_epochs=10,
         crop_scale=None,
         flip=0.0,
+        affine=(10.0, 0.0875, 0.1, 6.0),
         head="normal",
     ),
 )

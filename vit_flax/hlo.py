@@ -85,7 +85,7 @@ def _operands(instruction: _Instruction, arrays: Mapping[str, _Array]) -> list[_
 
 def product_flops(hlo: str) -> float:
     """Floating point operations of the matrix products and convolutions of an optimized module,
-    two for each multiply-add; loops with a known number of rounds count each round, and the
+    two for each multiply-add; loops whose number of rounds can be read count each round, and the
     package's own kernels what they say of themselves."""
     computations, entry = _parse(hlo)
     arrays = _arrays(hlo)
@@ -103,11 +103,41 @@ def product_flops(hlo: str) -> float:
             called = _CALLED.findall(each.rest)
             for names in _CALLED_LIST.findall(each.rest):
                 called += _NAME.findall(names)
-            rounds = _TRIPS.search(each.rest) if each.opcode == "while" else None
-            flops += (int(rounds[1]) if rounds else 1) * sum(map(total, called))
+            rounds = _rounds(each, computations) if each.opcode == "while" else 1
+            flops += rounds * sum(map(total, called))
         return flops
 
     return total(entry)
+
+
+def _rounds(loop: _Instruction, computations: Mapping[str, list[_Instruction]]) -> int:
+    """Rounds of a loop: as the compiler states them, or of a counter from 0 that grows by a
+    constant up to another; 1 where neither is so."""
+    if stated := _TRIPS.search(loop.rest):
+        return int(stated[1])
+    parts = {kind: re.search(rf"{kind}=%([\w.\-]+)", loop.rest) for kind in ("condition", "body")}
+    if not all(parts.values()):
+        return 1
+    test, body = (computations.get(found[1], []) for found in parts.values() if found)
+    if not test or not body or test[-1].opcode != "compare" or "direction=LT" not in test[-1].rest:
+        return 1
+    names = {each.name: each for each in (*test, *body)}
+    place = bound = None
+    for name in _NAME.findall(test[-1].rest.split(")", 1)[0]):
+        each = names[name]
+        if each.opcode == "constant":
+            bound = int(each.rest.split(")", 1)[0])
+        elif each.opcode == "get-tuple-element" and (found := re.search(r"index=(\d+)", each.rest)):
+            place = int(found[1])
+    grown = _NAME.findall(body[-1].rest.split(")", 1)[0])
+    if place is None or bound is None or place >= len(grown):
+        return 1
+    counter = names.get(grown[place])
+    if counter is None or counter.opcode != "add":
+        return 1
+    operands = [names.get(name) for name in _NAME.findall(counter.rest.split(")", 1)[0])]
+    steps = [int(x.rest.split(")", 1)[0]) for x in operands if x and x.opcode == "constant"]
+    return -(-bound // steps[0]) if len(steps) == 1 and steps[0] > 0 else 1
 
 
 def _product_flops(product: _Instruction, arrays: Mapping[str, _Array]) -> float:
@@ -192,6 +222,57 @@ def float64_operations(stablehlo: str, hlo: str) -> list[str]:
 def collectives(hlo: str) -> dict[str, int]:
     """How many collective operations of each kind an optimized module has."""
     return dict(Counter(_COLLECTIVE.findall(hlo)))
+
+
+class Exchange(NamedTuple):
+    """Communication between devices.
+
+    Attributes:
+        kind: "all-gather", "reduce-scatter", "all-reduce", ...; or "all-gather ring" and
+            "reduce-scatter ring", which the compiler makes of the first two where each part is sent
+            on while a matrix product uses the last.
+        elements: of the largest array that comes out; 0 of a ring.
+        name: of the operation in the program.
+    """
+
+    kind: str
+    elements: int
+    name: str
+
+
+_RING = re.compile(r"windowed_dot_general_body_(ag|rs)")
+_RINGS = {"ag": "all-gather ring", "rs": "reduce-scatter ring"}
+
+
+def exchanges(hlo: str) -> list[Exchange]:
+    """The communication of an optimized module, each once, however many parts the compiler divides
+    it into. (A ring's own exchanges are not listed beside it.)"""
+    computations, _ = _parse(hlo)
+    found: dict[str, Exchange] = {}
+    rings: set[str] = set()
+    for instructions in computations.values():
+        for each in instructions:
+            ring = _RING.search(each.rest) if each.opcode == "while" else None
+            if ring:
+                name = _OPERATION.search(each.rest)
+                rings.add(name[1] if name else "")
+                found[each.name] = Exchange(_RINGS[ring[1]], 0, name[1] if name else each.name)
+    for where, instructions in computations.items():
+        for line in instructions:
+            kind = _COLLECTIVE.fullmatch(f" {line.opcode}(")
+            if kind is None:
+                continue
+            operation = _OPERATION.search(line.rest)
+            name = operation[1] if operation else line.name
+            if kind[1] == "collective-permute" and (_RING.search(where) or name in rings):
+                continue
+            channel = re.search(r"channel_id=(\d+)", line.rest)
+            key = f"{kind[1]} {channel[1] if channel else line.name}"
+            elements = 0 if line.result is None else math.prod(line.result.shape)
+            before = found.get(key)
+            if before is None or before.elements < elements:
+                found[key] = Exchange(kind[1], elements, name)
+    return [*found.values()]
 
 
 def own_kernels(hlo: str) -> list[float]:

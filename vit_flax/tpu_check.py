@@ -13,6 +13,7 @@ import importlib.util
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ import numpy as np
 from vit_common.config import ViTConfig, is_timm
 from vit_common.errors import InputError
 from vit_common.flops import forward_flops
-from vit_common.parameters import Head
+from vit_common.parameters import Head, parameter_shapes
 from vit_common.presets import PRESETS, preset
 from vit_common.versions import versions as installed
 from vit_convert.source import config_from_dict, open_source, read_config_file
@@ -36,13 +37,21 @@ from vit_flax.auto import FlaxAutoModelForImageClassification
 from vit_flax.hlo import (
     collectives,
     custom_kernels,
+    exchanges,
     float32_products,
     float64_operations,
     own_kernels,
     product_flops,
 )
 from vit_flax.last_words import first_line, is_out_of_memory
-from vit_flax.sharding import DATA, batch_sharding, replicated
+from vit_flax.sharding import (
+    DATA,
+    FSDP,
+    TRAINING_AXES,
+    batch_sharding,
+    replicated,
+    tree_shardings,
+)
 from vit_flax.training import TrainState, cross_entropy, make_step
 
 FLOPS_BOUND = 0.03
@@ -312,18 +321,40 @@ def chip_mesh(chip: str, devices: int | None = None) -> jax.sharding.Mesh:
     Raises:
         InputError: the compiler does not know the chip.
     """
+    found = _devices(CHIPS[chip].topology)
+    return jax.sharding.Mesh(np.array(found[:devices]), (DATA,))
+
+
+def training_mesh(topology: str, data: int, fsdp: int) -> jax.sharding.Mesh:
+    """A mesh with the axes of training over all devices of a topology such as "v5e:4x4".
+
+    Args:
+        topology: as libtpu names it.
+        data: size of the axis over which the batch alone is split.
+        fsdp: size of the axis over which parameters and moments are split too.
+
+    Raises:
+        InputError: the compiler does not know the topology, or the axes do not fill it.
+    """
+    found = np.array(_devices(topology))
+    if data * fsdp != len(found):
+        raise InputError(
+            f"the topology {topology} has {len(found)} chips; given axes of {data} x {fsdp}."
+        )
+    return jax.sharding.Mesh(found.reshape(data, fsdp, 1), TRAINING_AXES)
+
+
+def _devices(topology: str) -> list[Any]:
+    """The devices of a topology that is not here."""
     from jax.experimental import topologies
 
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=CHIPS[chip].topology
-        ).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         raise InputError(
-            f"libtpu {metadata.version('libtpu')} does not take the topology "
-            f"{CHIPS[chip].topology}: {first_line(error)}"
+            f"libtpu {metadata.version('libtpu')} does not take the topology {topology}: "
+            f"{first_line(error)}"
         ) from error
-    return jax.sharding.Mesh(np.array(found[:devices]), (DATA,))
 
 
 # -- programs
@@ -382,12 +413,27 @@ def training_step(
     dtype: str,
     teacher: bool = False,
     attn_implementation: str = "auto",
+    remat: str | None = None,
 ) -> Built:
-    """One step of AdamW on `batch` images on each device; gradients are summed over them."""
+    """One step of AdamW on `batch` images on each device; gradients are summed over them.
+
+    Args:
+        config: of the network.
+        mesh: with any of the axes of training; parameters and moments lie on it by the table in
+            `vit_flax.sharding`.
+        batch: images on each device.
+        dtype: compute dtype.
+        teacher: whether it is a distilled DeiT with two classifiers.
+        attn_implementation: see `vit_flax.attention`.
+        remat: what a block keeps for its gradient, as `enable_gradient_checkpointing` takes it;
+            None keeps everything.
+    """
     import optax
 
-    everywhere, split = replicated(mesh), batch_sharding(mesh)
+    split = batch_sharding(mesh)
     model = _model(config, dtype, teacher, attn_implementation)
+    if remat is not None:
+        model.enable_gradient_checkpointing(remat)
     optimizer = optax.adamw(1e-3)
     step = make_step(model, cross_entropy(), optimizer, mesh=mesh)
     state = jax.eval_shape(
@@ -397,16 +443,43 @@ def training_step(
     images = _pixels(config, total, dtype)
     labels = jax.ShapeDtypeStruct((total,), jnp.int32)
 
-    def on(place: jax.sharding.NamedSharding, tree: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
-        )
+    def on(leaf: Any, place: jax.sharding.NamedSharding) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    arguments = (on(everywhere, state), on(split, {"pixel_values": images, "labels": labels}))
+    arguments = (
+        jax.tree.map(on, state, tree_shardings(mesh, state)),
+        {"pixel_values": on(images, split), "labels": on(labels, split)},
+    )
     flops = 3 * forward_flops(config, "teacher" if teacher else "classifier")
     patch = math.prod(config.patch_height_width) * config.num_channels
     flops -= 2 * config.num_patches * patch * config.hidden_size  # the pixels need no gradient
     return Built(step, arguments, batch * flops, mesh.size, may_communicate=True)
+
+
+def exchange_check(hlo: str, config: ViTConfig, mesh: jax.sharding.Mesh) -> Check:
+    """Whether the communication of a training step is what its mesh calls for: sums of gradients
+    over "data"; and over "fsdp" parameters gathered, none twice for one pass and nothing larger
+    than a parameter, and gradients scattered as they are summed. Nothing else is moved.
+
+    Args:
+        hlo: text of the optimized program.
+        config: of the network.
+        mesh: that it was compiled for.
+    """
+    found = exchanges(hlo)
+    kinds = Counter(each.kind for each in found)
+    gathers = [each for each in found if each.kind.startswith("all-gather")]
+    expected = {"all-reduce"}
+    if mesh.shape.get(FSDP, 1) > 1:
+        expected |= {"all-gather", "all-gather ring", "reduce-scatter", "reduce-scatter ring"}
+    sizes = [math.prod(shape) for shape in parameter_shapes(config, "classifier").values()]
+    most = sum(size > config.hidden_size for size in sizes)  # arrays that are split
+    passed = set(kinds) <= expected and len(gathers) <= 2 * most
+    passed = passed and all(each.elements <= max(sizes) for each in gathers)
+    if mesh.shape.get(FSDP, 1) > 1:
+        passed = passed and bool(gathers) and any("reduce-scatter" in kind for kind in kinds)
+    said = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    return Check("collectives", passed, said or "none")
 
 
 def check_program(
@@ -420,6 +493,7 @@ def check_program(
     name: str,
     batch: int,
     dtype: str,
+    more: Callable[[str], Check] | None = None,
 ) -> Program:
     """Compile a jitted function of shapes and check what comes out.
 
@@ -431,6 +505,7 @@ def check_program(
         may_communicate: whether collectives are expected.
         chip, name, batch: for the report.
         dtype: of matrix products; with "float32" those may be float32.
+        more: one more check, of the optimized program's text.
     """
     with compiled_for("tpu"):
         lowered = jitted.lower(*arguments)
@@ -490,6 +565,8 @@ def check_program(
     if dtype != "float32":
         exact = float32_products(text)
         checks.append(Check("no float32 product", not exact, _listed(exact) or "none"))
+    if more is not None:
+        checks.append(more(text))
     if not may_communicate:
         kinds = ", ".join(f"{count} {kind}" for kind, count in found.items())
         checks.append(Check("no collective", not found, kinds or "none"))

@@ -27,6 +27,7 @@ from vit_common.checks import resolve_problem_type
 from vit_common.errors import InputError
 from vit_common.parameters import TOP_PARAMETERS
 from vit_common.recipes import Recipe
+from vit_torch.model import ViTPart
 
 Batch = Mapping[str, Any]
 
@@ -58,7 +59,7 @@ class Setting:
     decay: float
 
 
-def settings(recipe: Recipe, model: nn.Module) -> dict[str, Setting]:
+def settings(recipe: Recipe, model: ViTPart) -> dict[str, Setting]:
     """How each parameter of a model is trained, by name.
 
     Args:
@@ -227,7 +228,7 @@ class SGD(torch.optim.SGD):
     """`torch.optim.SGD` with decoupled weight decay: a group's "decay", times its learning rate."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """One update."""
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -236,7 +237,7 @@ class SGD(torch.optim.SGD):
         return super().step(closure)
 
 
-def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(recipe: Recipe, model: ViTPart) -> torch.optim.Optimizer:
     """The optimizer of a recipe over a model's parameters; those it does not train stop requiring
     gradients.
 
@@ -272,7 +273,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     return SGD(groups, lr, momentum=recipe.momentum, nesterov=recipe.nesterov)
 
 
-def parameter_groups(recipe: Recipe, model: nn.Module) -> Iterator[dict[str, Any]]:
+def parameter_groups(recipe: Recipe, model: ViTPart) -> Iterator[dict[str, Any]]:
     """The groups of an optimizer: parameters of one learning rate and weight decay.
 
     Returns:
@@ -294,7 +295,13 @@ def parameter_groups(recipe: Recipe, model: nn.Module) -> Iterator[dict[str, Any
 # -- the loss
 
 
-def example_losses(recipe: Recipe, outputs: Any, batch: Batch, problem_type: str | None) -> Any:
+def example_losses(
+    recipe: Recipe,
+    outputs: Any,
+    batch: Batch,
+    problem_type: str | None,
+    label_smoothing: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of each image, and which images count.
 
     Args:
@@ -304,6 +311,7 @@ def example_losses(recipe: Recipe, outputs: Any, batch: Batch, problem_type: str
             0 and 1 for several labels; numbers for a regression. "weights" (B,), if there: 0 for a
             row that does not count.
         problem_type: as in Transformers' configurations.
+        label_smoothing: in place of the recipe's.
 
     Returns:
         Losses (B,) and weights (B,).
@@ -321,7 +329,8 @@ def example_losses(recipe: Recipe, outputs: Any, batch: Batch, problem_type: str
     if labels.ndim == 1:
         weights = weights * (labels != IGNORED)
         labels = F.one_hot(labels.clamp(min=0), logits.shape[-1])
-    K, share = logits.shape[-1], recipe.label_smoothing
+    K = logits.shape[-1]
+    share = recipe.label_smoothing if label_smoothing is None else label_smoothing
     targets = (1.0 - share) * labels.to(logits) + share / K
     if recipe.loss == "bce":
         losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
@@ -384,7 +393,7 @@ class Trainer:
         >>> trainer.step({"pixel_values": images, "labels": labels})["loss"]
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, steps: int) -> None:
+    def __init__(self, model: ViTPart, recipe: Recipe, steps: int) -> None:
         self.model, self.recipe, self.steps = model, recipe, steps
         self.problem_type = None
         if getattr(model, "head", None) in ("classifier", "teacher"):
@@ -499,7 +508,7 @@ class Trainer:
 
 
 def fine_tune(
-    model: nn.Module, batches: Iterable[Batch], recipe: Recipe, *, steps: int | None = None
+    model: ViTPart, batches: Iterable[Batch], recipe: Recipe, *, steps: int | None = None
 ) -> list[dict[str, float]]:
     """Train a model on batches, one update for each.
 
@@ -523,7 +532,7 @@ def fine_tune(
     return [trainer.step(batch) for batch in batches]
 
 
-def as_tensors(batch: Batch, model: nn.Module) -> dict[str, Any]:
+def as_tensors(batch: Batch, model: ViTPart) -> dict[str, Any]:
     """A batch as tensors on the model's device, floating ones in its dtype."""
     parameter = next(model.parameters())
     found = {}

@@ -46,6 +46,10 @@ def merged(
         )
     faults = []
     found = dict(tensors)
+    if any(f"{name}.".startswith("classifier.") for name in (*adapter.layers, *adapter.saved)):
+        # The two heads of a distilled base model give way to the one that was trained.
+        others = ("cls_classifier.", "distillation_classifier.")
+        found = {name: x for name, x in found.items() if not name.startswith(others)}
     for layer, change in adapter.layers.items():
         name = f"{layer}.weight"
         weight = tensors.get(name)

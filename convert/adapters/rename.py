@@ -92,7 +92,9 @@ def rename_adapter(
             "for LoRA adapters alone. Choose a format for whole models."
         )
     target = Path(target)
-    if target.suffix in (".safetensors", ".msgpack", ".npz", ".pth", ".bin") or target.is_file():
+    if target.suffix in (".safetensors", ".msgpack", ".npz", ".pth", ".bin") or os.path.isfile(
+        target
+    ):
         raise InputError(f"{target}: an adapter is a folder of two files; give a folder.")
     adapter = read_adapter(files)
     config = None
@@ -113,7 +115,9 @@ def rename_adapter(
         adapter = _cast(adapter, DTYPES[dtype])
     tensors, changes = adapter_tensors(adapter, names, family=family)
     table = adapter_table(adapter, names, changes, layers)
-    there = [target / name for name in (CONFIG_NAME, *WEIGHTS_NAMES) if (target / name).exists()]
+    there = [
+        target / name for name in (CONFIG_NAME, *WEIGHTS_NAMES) if os.path.exists(target / name)
+    ]
     if there and not force:
         raise ExistingFileError(
             f"{', '.join(map(str, there))}: already there; nothing was written. Pass --force (in "

@@ -544,6 +544,10 @@ def _recipe(options: Options) -> tuple[Recipe, Mapping[str, Any]]:
     name = options.recipe
     if name is None:
         name = {"mim": "simmim"}.get(given.get("task", ""), "fine-tune")
+        if given.get("lora"):
+            name = "adapter"
+        if given.get("train") == "head":
+            name = "head"
     return recipe_named(name, **given), stored
 
 

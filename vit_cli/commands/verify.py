@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -208,26 +207,13 @@ def _training_settings(options: Options) -> dict[str, Any]:
     if names := ", ".join(name for name, given in unused.items() if given):
         raise InputError(f"--training compares the two runs of one model; given {names} too.")
     from vit_common.config import CONFIG_CLASSES  # only here: it loads numpy
-    from vit_common.recipes import Recipe
+    from vit_common.recipes import SHORT_NAMES, Recipe, parse_settings
 
     fields = {name for kind in CONFIG_CLASSES.values() for name in kind.fields}
-    known = {field.name for field in dataclasses.fields(Recipe)} - fields
+    known = {*SHORT_NAMES, *(field.name for field in dataclasses.fields(Recipe))} - fields
     mine = [text for text in options.fields if text.partition("=")[0] in known]
     options.fields = [text for text in options.fields if text not in mine]
-    return dict(_setting(text, "--set") for text in mine)
-
-
-def _setting(text: str, option: str) -> tuple[str, Any]:
-    """A name and its value, which is JSON or else a text."""
-    name, equals, value = text.partition("=")
-    if not (equals and name.isidentifier()):
-        raise InputError(f"{option} must be NAME=VALUE; given {text!r}.")
-    try:
-        return name, json.loads(
-            {"None": "null", "True": "true", "False": "false"}.get(value, value)
-        )
-    except ValueError:
-        return name, value
+    return parse_settings(mine)
 
 
 def _train(
@@ -239,13 +225,14 @@ def _train(
 ) -> Any:
     """Train both twins and compare."""
     from vit_common.recipes import recipe
+    from vit_torch.verify.definitions import parse_changes
     from vit_torch.verify.training import verify_training
 
     return verify_training(
         options.names[0],
         steps=options.training,
         recipe=recipe(options.recipe or "fine-tune", **settings),
-        changes=dict(_setting(text, "--torch") for text in options.torch),
+        changes=parse_changes(options.torch),
         images=pictures,
         devices=devices,
         dtypes=options.dtype or ("float64",),

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from vit_cli.terminal.exit_codes import DONE
 from vit_cli.terminal.messages import one_line, say
 from vit_cli.terminal.progress import Progress
 from vit_cli.terminal.results import print_titled
-from vit_common.errors import ViTError
-from vit_common.files.texts import reason
-from vit_common.images.pictures import load_image
+from vit_common.datasets.survey import Survey, survey
 
 if TYPE_CHECKING:
     from vit_flax.training.fit import Plan
@@ -41,15 +34,16 @@ def describe(plan: Plan, name: str) -> int:
     parts = {"training": plan.train}
     if plan.validation is not None:
         parts["validation"] = plan.validation
-    hashes, unreadable = _look(parts, plan.loader.workers)
+    found = _survey(parts, plan.loader.workers)
     rows = [("model", f"{name}, images of {_size(plan)}")]
     rows += _data_rows(plan, parts)
-    for part, faults in unreadable.items():
+    for part, faults in found.unreadable.items():
         if faults:
-            rows.append((f"unreadable, {part}", f"{len(faults)}: {_some(faults)}"))
-    if not any(unreadable.values()):
+            messages = [message for _, message in faults]
+            rows.append((f"unreadable, {part}", f"{len(faults)}: {_some(messages)}"))
+    if not any(found.unreadable.values()):
         rows.append(("unreadable", "none"))
-    rows.append(("in both parts", _duplicates(parts, hashes)))
+    rows.append(("in both parts", _duplicates(parts, found)))
     rows += _step_rows(plan)
     print_titled(rows, _WIDTH)
     print()
@@ -72,59 +66,23 @@ def _some(items: list[str]) -> str:
 # -- data
 
 
-def _look(
-    parts: dict[str, Any], workers: int
-) -> tuple[dict[str, list[str | None]], dict[str, list[str]]]:
-    """A digest of each image, and what is wrong with those that cannot be read."""
-    hashes: dict[str, list[str | None]] = {}
-    unreadable: dict[str, list[str]] = {}
+def _survey(parts: dict[str, Any], workers: int) -> Survey:
+    """What is wrong with the images, all of which are read."""
     total = sum(map(len, parts.values()))
-    with Progress(total, what="reading the images") as bar, ThreadPoolExecutor(workers) as pool:
-        for part, data in parts.items():
-            found = []
-            for digest, fault in pool.map(_one, map(data.image, range(len(data)))):
-                found.append((digest, fault))
-                bar.advance(1)
-            hashes[part] = [digest for digest, _ in found]
-            unreadable[part] = [
-                fault if str(data.names[i]) in fault else f"{data.names[i]}: {fault}"
-                for i, (_, fault) in enumerate(found)
-                if fault is not None
-            ]
-    return hashes, unreadable
+    with Progress(total, what="reading the images") as bar:
+        return survey(parts, workers=workers, done=lambda: bar.advance(1))
 
 
-def _one(source: Any) -> tuple[str | None, str | None]:
-    try:
-        if isinstance(source, (str, os.PathLike)):
-            with open(source, "rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        elif isinstance(source, bytes):
-            digest = hashlib.sha256(source).hexdigest()
-        else:
-            digest = hashlib.sha256(np.ascontiguousarray(source).tobytes()).hexdigest()
-        if not isinstance(source, np.ndarray):
-            load_image(source)
-    except ViTError as error:
-        return None, str(error)
-    except OSError as error:
-        return None, f"cannot be read ({reason(error)})"
-    return digest, None
-
-
-def _duplicates(parts: dict[str, Any], hashes: dict[str, list[str | None]]) -> str:
+def _duplicates(parts: dict[str, Any], found: Survey) -> str:
     """Images that are in training and in validation, too."""
     if "validation" not in parts:
         return "none, as there is no validation"
-    trained: dict[str, str] = {}
-    for name, digest in zip(parts["training"].names, hashes["training"], strict=True):
-        if digest is not None:
-            trained.setdefault(digest, str(name))
-    both = [
-        f"{name} = {trained[digest]}"
-        for name, digest in zip(parts["validation"].names, hashes["validation"], strict=True)
-        if digest is not None and digest in trained
-    ]
+    both = []
+    for group in found.same:
+        names = {part: [name for of, name in group if of == part] for part in parts}
+        both += [
+            f"{name} = {names['training'][0]}" for name in names["validation"] if names["training"]
+        ]
     if not both:
         return "none"
     say("warning", f"{len(both)} validation images are training images, too")

@@ -10,6 +10,7 @@ from vit_cli.terminal.messages import say
 from vit_common.class_names import labels_of, match_classes
 from vit_common.datasets import ImageFolder, LabelledImages, open_images, part_names
 from vit_common.datasets.folder import class_name, entries, is_split, part_of
+from vit_common.datasets.open import is_table
 from vit_common.datasets.table import SUFFIXES
 from vit_common.errors import InputError, MissingFileError, some
 
@@ -60,7 +61,7 @@ def open_for(
     chosen = part if several else None
     if parts:
         return open_folder(parts[str(chosen)], limit), chosen
-    if path.is_dir() and not _has_tables(path):
+    if path.is_dir() and not is_table(path):
         return open_folder(path, limit), None
     return _table(config, path, chosen or "train", image, label, limit), chosen
 
@@ -91,17 +92,6 @@ def check_source(source: str) -> None:
         raise InputError(
             f"{source}: wanted a folder of class folders, or a table ({', '.join(SUFFIXES)})."
         )
-
-
-def _has_tables(path: Path) -> bool:
-    """Whether a folder holds tables and no class folders."""
-    places = (path, path / "data")
-    return any(
-        part_of(file.name.split("-")[0].split(".")[0]) and file.suffix.lower() in SUFFIXES
-        for place in places
-        if place.is_dir()
-        for file in place.iterdir()
-    )
 
 
 def _folder_parts(path: Path) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""Random crops and their resize."""
+"""Random crops and their resize; turns, shears, scalings and shifts."""
 
 from __future__ import annotations
 
@@ -58,3 +58,56 @@ def crop_box(
     elif given > max(ratio):
         width = round(height * max(ratio))
     return (image_height - height) // 2, (image_width - width) // 2, height, width
+
+
+def affine(
+    image: PIL.Image.Image,
+    angle: float,
+    shift: tuple[float, float],
+    scale: float,
+    shear: float,
+) -> PIL.Image.Image:
+    """An image turned, scaled, sheared and shifted about its middle, as torchvision's
+    `functional.affine` of a PIL image; bilinear, and black where nothing is left.
+
+    Args:
+        image: of any mode.
+        angle: degrees, clockwise.
+        shift: pixels to the right and down.
+        scale: factor of the size of what is seen.
+        shear: degrees, along the width.
+    """
+    turn, lean = math.radians(angle), math.tan(math.radians(shear))
+    a, b = math.cos(turn), -math.cos(turn) * lean - math.sin(turn)
+    c, d = math.sin(turn), -math.sin(turn) * lean + math.cos(turn)
+    # Pillow wants the way back, and the determinant is 1 but for the scale.
+    a, b, c, d = (value / scale for value in (d, -b, -c, a))
+    x, y = image.width * 0.5, image.height * 0.5
+    left, up = -x - shift[0], -y - shift[1]
+    matrix = (a, b, a * left + b * up + x, c, d, c * left + d * up + y)
+    return image.transform(
+        image.size, PIL.Image.Transform.AFFINE, matrix, PIL.Image.Resampling.BILINEAR
+    )
+
+
+def affine_draw(
+    most: tuple[float, float, float, float], size: tuple[int, int], source: Draws
+) -> tuple[float, tuple[float, float], float, float]:
+    """Arguments of `affine`, each uniform, in the order in which torchvision's `RandomAffine` draws
+    them. (It rounds shifts to whole pixels.)
+
+    Args:
+        most: degrees to turn by, shares of the sides to shift by, share to scale by, and degrees
+            to shear by; each in both directions.
+        size: (height, width) of the image.
+        source: of random numbers.
+    """
+    degrees, share, scale, shear = most
+    angle = uniform(source, -degrees, degrees)
+    shift = tuple(uniform(source, -share * side, share * side) for side in size[::-1])
+    return (
+        angle,
+        (shift[0], shift[1]),
+        uniform(source, 1 - scale, 1 + scale),
+        uniform(source, -shear, shear),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,7 +11,7 @@ import PIL.Image
 from vit_common.augment.auto import auto_augment
 from vit_common.augment.colour import color_jitter
 from vit_common.augment.draws import Draws
-from vit_common.augment.geometry import EITHER, RESAMPLING, crop_box
+from vit_common.augment.geometry import EITHER, RESAMPLING, affine, affine_draw, crop_box
 from vit_common.checks import check_positive
 from vit_common.errors import InputError, shown
 from vit_common.recipes import Recipe
@@ -22,12 +22,12 @@ Picture = TypeVar("Picture", PIL.Image.Image, np.ndarray)
 class Augment:
     """Random crop, flip and change of colours of one image, as timm's training transforms.
 
-    In this order: crop and resize, flip, `auto_augment`, colour jitter. As in timm, there is no
-    colour jitter beside an automatic augmentation, unless that is 3-Augment.
+    In this order: crop and resize, flip, `affine`, `auto_augment`, colour jitter. As in timm, there
+    is no colour jitter beside an automatic augmentation, unless that is 3-Augment.
 
     Args:
-        recipe: its `crop_scale`, `crop_ratio`, `interpolation`, `flip`, `auto_augment` and
-            `color_jitter` are used.
+        recipe: its `crop_scale`, `crop_ratio`, `interpolation`, `flip`, `affine`, `auto_augment`
+            and `color_jitter` are used.
         size: of the result: (height, width), or the side of a square.
         channels: of the network's images. Changes of colour need 1 or 3 of them.
         mean: of the network's images, by channel and from 0 to 1: the colour that shears, shifts
@@ -97,14 +97,26 @@ class Augment:
         """
         if isinstance(image, np.ndarray):
             move = self._moves((image.shape[0], image.shape[1]), source)
+            turn = self._turn(source)
             bands = [PIL.Image.fromarray(image[..., i]) for i in range(image.shape[2])]
-            return np.stack([np.asarray(_moved(band, self.size, *move)) for band in bands], -1)
+            return np.stack(
+                [np.asarray(turn(_moved(band, self.size, *move))) for band in bands], -1
+            )
         image = _moved(image, self.size, *self._moves((image.height, image.width), source))
+        image = self._turn(source)(image)
         if self._auto is not None:
             image = self._auto(image, source)
         if self._jitter:
             image = color_jitter(image, self._jitter, source)
         return image
+
+    def _turn(self, source: Draws) -> Callable[[PIL.Image.Image], PIL.Image.Image]:
+        """What turns, shears, scales and shifts an image, or leaves it."""
+        most = self.recipe.affine
+        if most is None:
+            return lambda image: image
+        drawn = affine_draw(most, self.size, source)
+        return lambda image: affine(image, *drawn)
 
     def _moves(
         self, size: tuple[int, int], source: Draws

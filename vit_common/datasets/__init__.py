@@ -5,7 +5,7 @@ from vit_common.datasets.labelled import LabelledImages
 from vit_common.datasets.objects import ImageObjects, as_images
 from vit_common.datasets.open import open_images, part_names
 from vit_common.datasets.order import epoch_order, occurrences, split
-from vit_common.datasets.survey import check_images, same_images
+from vit_common.datasets.survey import check_images, survey
 from vit_common.datasets.table import ImageTable
 
 __all__ = [
@@ -20,6 +20,6 @@ __all__ = [
     "occurrences",
     "open_images",
     "part_names",
-    "same_images",
     "split",
+    "survey",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -77,6 +78,12 @@ class ImageFolder(LabelledImages):
                 f"({some((os.path.basename(name) for name in loose), _SHOWN)}), as no class is "
                 "known for them; move each into the folder of its class."
             )
+        for folder in folders:
+            if not folder.name.isprintable():
+                raise InputError(
+                    f"{root}: the name of a class folder must be UTF-8; given {folder.name!r}. "
+                    "Rename the folder."
+                )
         _check_links(root, folders)
         names = [class_name(folder.name) for folder in folders]
         check_alike(root, names)
@@ -281,5 +288,13 @@ def check_classes(
             f"{where}: {_number(len(unknown), 'class')} not among the {len(known)} that training "
             f"or the model knows: {some(map(repr, unknown), _SHOWN)}; known are "
             f"{some(known, _SHOWN)}.{''.join(hints)} Rename or remove what does not belong."
+        )
+    twice = [name for name, count in Counter(known).items() if count > 1]
+    doubtful = [name for name in names if name in twice]
+    if doubtful:
+        raise InputError(
+            f"{where}: the name {doubtful[0]!r} stands for {known.count(doubtful[0])} of the "
+            f"{len(known)} classes; wanted names that differ. Rename the model's labels, or give "
+            "the index of the class in a table."
         )
     return known

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -103,14 +101,6 @@ class LabelledImages:
             problem_type=self.problem_type,
             labelled=self.labelled,
         )
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the file names, labels and classes: whether a resumed run has the same data,
-        wherever it lies."""
-        names = [os.path.basename(name) for name in self.names]
-        text = json.dumps([names, self.classes, self.problem_type]).encode()
-        return hashlib.sha256(text + self.labels.tobytes()).hexdigest()
 
     @property
     def counts(self) -> np.ndarray:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vit_common.datasets.labelled import LabelledImages
+from vit_common.datasets.open import is_table, open_images
 from vit_common.datasets.order import limited
 from vit_common.datasets.table import IMAGE_COLUMNS, LABEL_COLUMNS
 from vit_common.datasets.values import labels_of
 from vit_common.errors import ImageError, InputError, ViTError, shown, some
 from vit_common.files.texts import reason
 
+_FACE = ("image", "labels", "names", "classes", "problem_type")
 _MOST = 10**10  # items; `grain.MapDataset.repeat()` says 2^63 - 1
 
 
@@ -92,24 +95,30 @@ class ImageObjects(LabelledImages):
         )
 
 
-def as_images(data: Any, **options: Any) -> LabelledImages:
+def as_images(data: Any, *, like: LabelledImages | None = None, **options: Any) -> LabelledImages:
     """Anything that a data set can be made of as `LabelledImages`; one is returned as it is.
 
     Args:
-        data: `LabelledImages`, the path of a folder or table, or an object with items by index.
-        **options: of `ImageFolder`, `ImageTable` or `ImageObjects`.
+        data: `LabelledImages`, or an object with its attributes; the path of a folder or table
+            (whose training images are taken, if it has parts); or an object with items by index.
+        like: images whose classes and problem type these have, too: those of training for those
+            of validation.
+        **options: of `open_images` or `ImageObjects`.
 
     Raises:
         MissingFileError, InputError: as those say.
     """
-    if isinstance(data, LabelledImages):
+    if isinstance(data, LabelledImages) or all(hasattr(data, name) for name in _FACE):
         return data
-    if isinstance(data, (str, os.PathLike)):
-        from vit_common.datasets.open import open_images
-
-        parts = open_images(data, **options)
-        return next(iter(parts.values()))
-    return ImageObjects(data, **options)
+    path = isinstance(data, (str, os.PathLike))
+    if like is not None:
+        options["classes"] = like.classes
+        if not path or is_table(Path(data)):
+            options["problem_type"] = like.problem_type
+    if not path:
+        return ImageObjects(data, **options)
+    parts = open_images(data, **options)
+    return next(iter(parts.values()))
 
 
 class _Items(Sequence):

@@ -71,7 +71,7 @@ def open_images(
             f"{root}: no images for the part {part!r}; there are {some(openers, 3)}. Wanted "
             f"{root / part}, or rows of that part."
         )
-    table = _is_table(root)
+    table = is_table(root)
     known = {} if not (labelled or table) else {"classes": classes}
     if known and classes is None and "train" not in openers and not table:
         known = {"classes": _all_classes(root)}
@@ -97,12 +97,12 @@ def part_names(path: str | os.PathLike) -> tuple[str, ...]:
 
 def _openers(root: Path, labelled: bool, options: dict[str, Any]) -> dict[str, Opener]:
     """What opens each part there is."""
-    if _is_table(root) and not root.is_dir():
+    if is_table(root) and not root.is_dir():
         return {
             part: _bind(ImageTable, root, part=part if several else None, **options)
             for part, several in parts_of(root)
         }
-    if _is_table(root):
+    if is_table(root):
         return {part: _bind(ImageTable, paths, **options) for part, paths in _tables(root).items()}
     if options:
         raise InputError(
@@ -121,7 +121,8 @@ def _all_classes(root: Path) -> list[str]:
     return sorted({class_name(folder.name) for part in folders for folder in part})
 
 
-def _is_table(root: Path) -> bool:
+def is_table(root: Path) -> bool:
+    """Whether `open_images` reads a table here, or a folder of tables, and no class folders."""
     if root.is_dir():
         return bool(_tables(root))
     return root.suffix.lower() in SUFFIXES
@@ -168,8 +169,9 @@ def _tables(root: Path) -> dict[str, list[Path]]:
                 found.setdefault(part, []).append(path)
         if "train" in found:
             return found
-    if (path := _metadata(root)) is not None:
-        return {"train": [path]}
+    whole = _metadata(root)
+    if whole is not None:
+        return {"train": [whole]}
     beside = {
         part_of(folder.name): _metadata(folder)
         for folder in entries(root)[0]

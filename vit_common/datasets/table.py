@@ -416,6 +416,8 @@ def _source(path: Path, value: Any, root: Path, row: str) -> tuple[Any, str]:
             f"{shown(text)}. Download it first."
         )
     name = os.path.join(root, text)
+    if "\\" in text and not os.path.exists(name):  # a table that was written on Windows
+        name = os.path.join(root, text.replace("\\", "/"))
     return name, name
 
 

@@ -18,6 +18,8 @@ SEPARATORS = ("|", ";", ",")
 were asked for, as class names may have one."""
 
 _SHOWN = 5
+_KNOWN = (str, Real)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def labels_of(
@@ -64,6 +66,16 @@ def labels_of(
         f"{where}: {{count}} without a label ({{names}}); wanted one in every row. Fill it in or "
         "remove the row.",
     )
+    _refuse(
+        [
+            i
+            for i, value in enumerate(values)
+            if not all(isinstance(part, _KNOWN) for part in _parts(value))
+        ],
+        lambda i: f"{row(i)}, {shown(values[i], 40)}",
+        f"{where}: {{count}} whose label is of no kind that is known ({{names}}); wanted a name, a "
+        "number, or a list of these.",
+    )
     problem_type = problem_type or _problem_type(values)
     if problem_type == REGRESSION:
         return _numbers(values, where, row), None, REGRESSION
@@ -91,6 +103,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     return list(value) if isinstance(value, tuple) else value
+
+
+def _parts(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _missing(value: Any, problem_type: str | None) -> bool:
@@ -152,13 +168,13 @@ def _split(values: list[Any]) -> list[list[Any]]:
 
 
 def _numbers(values: list[Any], where: str, row: Callable[[int], str]) -> np.ndarray:
-    lists = [value if isinstance(value, list) else [value] for value in values]
+    lists = [_parts(value) for value in values]
     numbers = [[_as_number(part) for part in value] for value in lists]
     _refuse(
         [
             i
             for i, value in enumerate(numbers)
-            if any(part is None or not math.isfinite(part) for part in value)
+            if any(part is None or not abs(part) <= _LARGEST for part in value)
         ],
         row,
         f"{where}: {{count}} whose label is no finite number ({{names}}); wanted numbers for "

@@ -7,7 +7,6 @@
 from vit_common.datasets import ImageFolder, ImageTable, LabelledImages, open_images, split
 from vit_common.recipes import RECIPES, Recipe, learning_rates, parse_settings, recipe
 from vit_flax.training.checkpoints import Checkpoints
-from vit_flax.training.distill import Teacher, distillation, load_teacher
 from vit_flax.training.evaluate import Evaluation, evaluate
 from vit_flax.training.fit import Diverged, Run, Stopped, Watcher, fine_tune, make_plan
 from vit_flax.training.loader import Loader, evaluation_batches
@@ -20,12 +19,13 @@ from vit_flax.training.losses import (
     loss_of,
     regression,
 )
-from vit_flax.training.masked import masking, reconstruction
 from vit_flax.training.mixing import mixing
 from vit_flax.training.optimizers import explain, make_optimizer, schedule_of, trainable_of
 from vit_flax.training.probe import Features, Probe, probe
 from vit_flax.training.step import Ema, Total, TrainState, ema_of, init_state, make_step
 from vit_flax.training.tasks import Task, task_of
+from vit_flax.training.tasks.distill import Teacher, distillation, load_teacher
+from vit_flax.training.tasks.masked import masking, reconstruction
 
 __all__ = [
     "RECIPES",

@@ -17,6 +17,7 @@ import numpy as np
 
 from vit_common.checks import check_positive
 from vit_common.class_names import labels_of, match_classes
+from vit_common.datasets import as_images
 from vit_common.errors import InputError, ViTError, shown
 from vit_common.files.texts import reason
 from vit_common.images.predictions import (
@@ -147,8 +148,8 @@ class Evaluator:
         """Evaluate.
 
         Args:
-            dataset: `vit_common.datasets`' kind: `len`, `image(i)`, `labels`, `names`, `classes`,
-                `problem_type`. Its classes are found among the model's by name.
+            dataset: images of `vit_common.datasets`, or what `as_images` makes them of. Their
+                classes are found among the model's by name.
             params: other parameters than the model's own.
             top_k, bins: of `vit_common.metrics.classification`.
             progress: called after each batch.
@@ -157,8 +158,19 @@ class Evaluator:
             InputError: the data set is empty, has classes that the model lacks, or is of another
                 problem type; or the model's output is not finite.
         """
-        labels, classes, problem = model_labels(self.model.config, dataset)
-        count = len(labels)
+        dataset = as_images(dataset)
+        rows, index, skipped = self.outputs(dataset, params=params, progress=progress)
+        return self.judged(dataset, rows, index, skipped, top_k=top_k, bins=bins)
+
+    def outputs(
+        self, dataset: Any, *, params: Any = None, progress: Report | None = None
+    ) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]]]:
+        """The model's output for every image that can be read.
+
+        Returns:
+            (N, K) float32; (N,) the images' indices; (name, message) of each of the others.
+        """
+        count = len(model_labels(self.model.config, dataset)[0])
         if params is None:
             params = self.model.params
             if self.mesh is not None:
@@ -174,13 +186,27 @@ class Evaluator:
                 progress(min(start + self.batch_size, count), count)
         read = np.concatenate(valid)[:count] > 0
         index = np.flatnonzero(read)
-        rows = np.concatenate(logits)[:count][index]
-        names = [str(name) for name in dataset.names]
+        names = dataset.names
         skipped = [
-            (names[i], faults.get(i, "could not be read by another process"))
+            (str(names[i]), faults.get(i, "could not be read by another process"))
             for i in np.flatnonzero(~read).tolist()
         ]
-        _check_finite(rows, [names[i] for i in index])
+        return np.concatenate(logits)[:count][index], index, skipped
+
+    def judged(
+        self,
+        dataset: Any,
+        rows: np.ndarray,
+        index: np.ndarray,
+        skipped: list[tuple[str, str]],
+        *,
+        top_k: Sequence[int] = (1, 5),
+        bins: int = BINS,
+    ) -> Evaluation:
+        """What outputs say of the model; `rows`, `index` and `skipped` as `outputs` gives them."""
+        labels, classes, problem = model_labels(self.model.config, dataset)
+        names = [str(dataset.names[i]) for i in index]
+        _check_finite(rows, names)
         metrics = {}
         if len(index):
             metrics = measure(
@@ -190,16 +216,7 @@ class Evaluator:
                 classes=classes,
                 **_options(problem, top_k=top_k, bins=bins),
             )
-        return Evaluation(
-            rows,
-            labels[index],
-            [names[i] for i in index],
-            index,
-            metrics,
-            skipped,
-            classes,
-            problem,
-        )
+        return Evaluation(rows, labels[index], names, index, metrics, skipped, classes, problem)
 
     # -- reading
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vit_common.datasets import split
+from vit_common.datasets import as_images, split
 from vit_common.datasets.labelled import SINGLE
 from vit_common.errors import CheckpointError, InputError, ViTError, some
 from vit_common.images.processor import BaseImageProcessor
@@ -46,6 +46,7 @@ from vit_flax.training.losses import balanced_weights, check_labels
 from vit_flax.training.optimizers import make_optimizer, trainable_of
 from vit_flax.training.step import TrainState, ema_of, make_step
 from vit_flax.training.tasks import task_of
+from vit_flax.training.tasks.head import FrozenNetwork, frozen
 
 __all__ = ["Best", "Diverged", "Plan", "Run", "Stopped", "Watcher", "fine_tune", "make_plan"]
 
@@ -154,6 +155,7 @@ class Plan:
         seed: of everything that is drawn.
         task: what the step runs (`vit_flax.training.tasks`).
         adapter: of a recipe that trains one; None otherwise.
+        frozen: what is under a head that trains alone, if its inputs are computed once.
         parameters: that the run begins with, as the state holds them.
     """
 
@@ -164,7 +166,7 @@ class Plan:
     validation: Any
     steps: int
     steps_per_epoch: int
-    loader: Loader
+    loader: Loader | FrozenNetwork
     optimizer: Any
     rate: Callable[[int], float]
     trainable: Callable[[str], bool] | None
@@ -177,6 +179,7 @@ class Plan:
     task: Any
     adapter: Any
     parameters: Any
+    frozen: FrozenNetwork | None = None
 
     @property
     def epochs(self) -> int:
@@ -230,6 +233,8 @@ def make_plan(
     """
     recipe = recipe or recipe_named()
     check_recipe(recipe)
+    train = as_images(train)
+    validation = None if validation is None else as_images(validation, like=train)
     _check_data(train, validation, recipe)
     beginning = begin(
         model,
@@ -269,6 +274,11 @@ def make_plan(
     rates = learning_rates(recipe, steps)
     trainable = trainable_of(recipe, model)
     params, materialize, adapter = task.model.params, None, None
+    network = frozen(recipe, model, processor, loader, mesh)
+    if network is not None:
+        say("the head alone trains: its inputs are computed once for each image")
+        task = task._replace(model=network.outputs, prepare=None)
+        params, materialize = network.shapes, network.whole
     if recipe.lora:
         adapter = _adapter(recipe, task.model)
         params, materialize = adapter.init(params, jax.random.key(seed)), adapter.merge
@@ -281,7 +291,7 @@ def make_plan(
             task.model,
             optimizer,
             key=jax.random.key(seed),
-            params=params,
+            params=params if network is None else network.params,
             ema=ema,
             trainable=trainable,
             mesh=mesh,
@@ -310,7 +320,8 @@ def make_plan(
         validation=validation,
         steps=steps,
         steps_per_epoch=per_epoch,
-        loader=loader,
+        loader=loader if network is None else network,
+        frozen=network,
         optimizer=optimizer,
         rate=lambda step: float(rates[step]),
         trainable=trainable,
@@ -508,7 +519,8 @@ def fine_tune(
     Args:
         model: folder, weights file, Hub name or a model of this package; or a size such as
             "vit-base", whose weights are drawn.
-        train: `vit_common.datasets`' kind of images.
+        train: images of `vit_common.datasets`, or what `as_images` makes them of: a path, or an
+            object with items by index.
         validation: more of them, or the share of `train` that is taken for it, such as 0.1.
         recipe: the settings; None means those of `recipe()`.
         output: folder for the result, the log and the checkpoints; None writes nothing.
@@ -550,8 +562,11 @@ def fine_tune(
     watcher = watcher or Watcher()
     recipe = recipe or recipe_named()
     check_recipe(recipe)
+    train = as_images(train)
     if isinstance(validation, float):
         train, validation = split(train, validation, seed)
+    elif validation is not None:
+        validation = as_images(validation, like=train)
     settings = {
         **recipe.to_dict(),
         "model": _described(model),
@@ -885,6 +900,8 @@ class _Loop:
 
     def _evaluated(self, params: Any, *, poll: bool) -> Evaluation:
         plan = self.plan
+        if plan.frozen is not None:
+            return plan.frozen.evaluate(plan.validation, params)
         mesh = _evaluation_mesh(plan.mesh)
         if self._evaluator is None:
             self._evaluator = Evaluator(

@@ -86,7 +86,7 @@ class Loader:
         self.seed = check_seed("seed", seed)
         self.repeats = check_positive("repeats", repeats)
         self.drop_last = drop_last
-        self._rows = _rows_of(batch_size, process_index, process_count)
+        self.rows = _rows_of(batch_size, process_index, process_count)
         self.batch_size = batch_size
         self.workers = usual_workers() if workers is None else check_positive("workers", workers)
         _check_choice("on_error", on_error, ("skip", "raise"))
@@ -136,7 +136,7 @@ class Loader:
             return self._one(index, draws(self.seed, epoch, index, int(count[place % n])))
 
         steps = [
-            step * self.batch_size + np.arange(self._rows.start, self._rows.stop)
+            step * self.batch_size + np.arange(self.rows.start, self.rows.stop)
             for step in range(first, self.steps_per_epoch)
         ]
         any_good = False
@@ -145,7 +145,7 @@ class Loader:
                 batch = self._batch(order[places % n], places < n, found)
                 any_good = any_good or bool(batch["weights"].any())
                 yield batch
-        alone = len(self._rows) == self.batch_size
+        alone = len(self.rows) == self.batch_size
         if steps and not any_good and first == 0 and alone:
             raise _none_read(self.skipped)
 

@@ -265,7 +265,7 @@ def make_optimizer(
         parts.append(_adam(recipe.b1, recipe.b2, recipe.eps, moment))
     elif recipe.optimizer == "sgd":
         if recipe.momentum:
-            parts.append(optax.trace(recipe.momentum, recipe.nesterov, accumulator_dtype=moment))
+            parts.append(_momentum(recipe.momentum, recipe.nesterov, moment))
     elif recipe.optimizer == "lion":
         parts.append(optax.scale_by_lion(recipe.b1, recipe.b2, mu_dtype=moment))
     elif recipe.optimizer == "muon":
@@ -289,7 +289,7 @@ def make_optimizer(
         parts.append(_trust(1.0, spared))
     elif lars:
         parts.append(_trust(1e-3, lambda path, leaf: leaf.ndim - ("stacked" in path) < 2))
-        parts.append(optax.trace(recipe.momentum, recipe.nesterov, accumulator_dtype=moment))
+        parts.append(_momentum(recipe.momentum, recipe.nesterov, moment))
     if recipe.layer_decay is not None:
         parts.append(_layer_rates(recipe, blocks))
     parts.append(optax.scale_by_learning_rate(schedule_of(recipe, steps)))
@@ -342,6 +342,24 @@ def _adam(b1: float, b2: float, eps: float, moment: Any) -> optax.GradientTransf
         found = jax.tree.map(direction, mu, nu)
         mu = jax.tree.map(lambda m, old: m.astype(old.dtype), mu, state.mu)
         return found, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _momentum(decay: float, nesterov: bool, moment: Any) -> optax.GradientTransformation:
+    """The momentum of torch's SGD (`optax.trace`), which may be held in bfloat16; its sum is in the
+    gradients' dtype."""
+
+    def init(params: Any) -> Any:
+        return optax.TraceState(jax.tree.map(lambda leaf: jnp.zeros_like(leaf, moment), params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        add = lambda g, t: g + decay * t.astype(g.dtype)  # noqa: E731
+        summed = jax.tree.map(add, updates, state.trace)
+        found = jax.tree.map(add, updates, summed) if nesterov else summed
+        kept = jax.tree.map(lambda new, old: new.astype(old.dtype), summed, state.trace)
+        return found, optax.TraceState(kept)
 
     return optax.GradientTransformation(init, update)
 

@@ -38,7 +38,7 @@ class Total(NamedTuple):
     """
 
     sum: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     metrics: Mapping[str, Any] = {}
 
 

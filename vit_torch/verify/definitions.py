@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,8 +17,16 @@ import numpy as np
 import torch
 
 from vit_common.errors import InputError
-from vit_common.recipes import Recipe
-from vit_torch.training import Average, Batch, Trainer, make_optimizer, parameter_groups, split
+from vit_common.recipes import SHORT_NAMES, Recipe, parse_settings
+from vit_torch.training import (
+    Average,
+    Batch,
+    Trainer,
+    example_losses,
+    make_optimizer,
+    parameter_groups,
+    split,
+)
 
 
 @dataclass(frozen=True)
@@ -105,15 +114,49 @@ class Setup:
         for name, value in ours.items():
             _check(name, value)
         theirs = {name: value for name, value in changes.items() if name not in DEFINITIONS}
-        settings = [field.name for field in dataclasses.fields(Recipe)]
         for name in theirs:
-            if name not in settings:
-                close = difflib.get_close_matches(name, [*settings, *DEFINITIONS], 1, 0.6)
-                hint = f" Did you mean {close[0]}?" if close else ""
-                raise InputError(
-                    f"{name!r} is neither a setting of a recipe nor a definition.{hint}"
-                )
+            if name not in _SETTINGS:
+                raise _unknown(name)
         return Setup(self.recipe.replace(**theirs), dataclasses.replace(self.definitions, **ours))
+
+
+_SETTINGS = {field.name for field in dataclasses.fields(Recipe)}
+
+
+def _unknown(name: str) -> InputError:
+    close = difflib.get_close_matches(name, [*DEFINITIONS, *_SETTINGS], 1, 0.6)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return InputError(f"{name!r} is neither a setting of a recipe nor a definition.{hint}")
+
+
+def parse_changes(texts: Iterable[str]) -> dict[str, Any]:
+    """Settings and definitions from texts such as "lr=0.01" or "schedule_offset=1".
+
+    Raises:
+        InputError: not NAME=VALUE, no such name, or a value that it cannot have.
+
+    Example:
+        >>> parse_changes(["clip_rule=torch", "schedule_offset=1"])
+        {'clip_rule': 'torch', 'schedule_offset': 1}
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (equals and name):
+            raise InputError(
+                f"a change must be NAME=VALUE, such as clip_rule=torch; given {text!r}."
+            )
+        if name in DEFINITIONS:
+            try:
+                found[name] = json.loads(value.lower() if value in ("True", "False") else value)
+            except ValueError:
+                found[name] = value
+            _check(name, found[name])
+        elif name in _SETTINGS or name in SHORT_NAMES:
+            found |= parse_settings([text])
+        else:
+            raise _unknown(name)
+    return found
 
 
 # -- a trainer for each of them
@@ -210,13 +253,9 @@ class Variant(Trainer):
         if self.definitions.smoothing == "all" or batch["labels"].ndim != 1:
             return super().losses(outputs, batch)
         # share / (K - 1) on the other classes is share * K / (K - 1) spread over all.
-        recipe, K = self.recipe, outputs.logits.shape[-1]
-        own, share = recipe, min(recipe.label_smoothing * K / max(K - 1, 1), 1.0)
-        self.recipe = recipe.replace(label_smoothing=share)
-        try:
-            return super().losses(outputs, batch)
-        finally:
-            self.recipe = own
+        K = outputs.logits.shape[-1]
+        share = self.recipe.label_smoothing * K / max(K - 1, 1)
+        return example_losses(self.recipe, outputs, batch, self.problem_type, share)
 
     def backward(self, batch: dict[str, Any]) -> float:
         if self.definitions.accumulation == "sum" or self.problem_type is None:
@@ -260,14 +299,14 @@ class Variant(Trainer):
 # -- what to try
 
 
-def alternatives(setup: Setup) -> Iterator[tuple[str, Setup]]:
-    """(what is changed, the changed setup) for each definition known to differ between libraries,
-    the commonest first."""
+def alternatives(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(what is changed, the changes as `Setup.change` takes them) for each definition known to
+    differ between libraries, the commonest first."""
     now = {**setup.recipe.to_dict(), **dataclasses.asdict(setup.definitions)}
     for text, changes in _changes(setup.recipe, setup.definitions):
         if any(now[name] != value for name, value in changes.items()):
             named = ", ".join(f"{name} = {value!r}" for name, value in changes.items())
-            yield f"{text} ({named})", setup.change(**changes)
+            yield f"{text} ({named})", changes
 
 
 def _changes(r: Recipe, d: Definitions) -> Iterator[tuple[str, dict[str, Any]]]:

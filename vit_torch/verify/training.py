@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -644,8 +645,9 @@ def find_causes(
     said: list[str] = []
     for _ in range(3):
         tried: list[tuple[float, str, Setup]] = []
-        for text, other in alternatives(setup):
+        for text, changes in alternatives(setup):
             try:
+                other = setup.change(**changes)
                 after = distance(other, max(before / _FACTOR, record.bound))
             except (InputError, ValueError):  # not with this optimizer
                 continue
@@ -725,7 +727,6 @@ def verify_training(
         )
     wanted, notes = quiet((recipe or Recipe()).replace(steps=steps))
     batch = batch or 16
-    wanted = wanted.replace(batch_size=batch) if wanted.scale_by_batch is None else wanted
     setup = Setup(wanted)
     if changes:
         setup = setup.change(**changes)
@@ -736,7 +737,8 @@ def verify_training(
         list(split({"pixel_values": np.zeros(batch)}, each.accumulate))
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0}
     subject = Subject(first, format, hub, {**(overrides or {}), **still}, ignore)
-    if subject.head is None:
+    has_head = subject.head is not None
+    if not has_head:
         subject.head = "classifier"
         notes.append("the checkpoint has no head; both runs have the same new classifier")
     pixels = None
@@ -764,10 +766,14 @@ def verify_training(
                 )
 
             with _on(place, dtype):
+                with warnings.catch_warnings():
+                    if not has_head:  # that its head is new is among the notes
+                        warnings.simplefilter("ignore", UserWarning)
+                    ours, twin = subject.flax(dtype, "highest"), subject.torch(dtype)
                 rows.append(
                     compare_runs(
-                        FlaxRun(subject.flax(dtype, "highest"), wanted, steps),
-                        subject.torch(dtype),
+                        FlaxRun(ours, wanted, steps),
+                        twin,
                         setup,
                         batches,
                         steps=steps,

@@ -14,17 +14,17 @@ from vit_common.errors import InputError, shown
 from vit_common.images.predictions import default_image_processor
 from vit_common.images.processor import BaseImageProcessor
 from vit_common.recipes import Recipe
-from vit_flax.training.distill import (
+from vit_flax.training.losses import loss_of
+from vit_flax.training.mixing import mixing
+from vit_flax.training.step import Loss, Prepare
+from vit_flax.training.tasks.distill import (
     Teacher,
     distillation,
     load_teacher,
     taught,
     teacher_constants,
 )
-from vit_flax.training.losses import loss_of
-from vit_flax.training.masked import masking, reconstruction, visual_tokens
-from vit_flax.training.mixing import mixing
-from vit_flax.training.step import Loss, Prepare
+from vit_flax.training.tasks.masked import masking, reconstruction, visual_tokens
 
 __all__ = ["Task", "task_of"]
 
@@ -59,8 +59,8 @@ def task_of(
 
     Args:
         recipe: its `task`: "classify" (labels), "mim" (hidden patches: see
-            `vit_flax.training.masked`) or "distill" (labels and a teacher: see
-            `vit_flax.training.distill`); and what belongs to each.
+            `vit_flax.training.tasks.masked`) or "distill" (labels and a teacher: see
+            `vit_flax.training.tasks.distill`); and what belongs to each.
         model: a model of this package with the head that the task needs.
         teacher: of "distill": a name, a `Teacher`, or a model of this package with its Hub's
             preprocessing.
