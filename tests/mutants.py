@@ -125,7 +125,7 @@ MUTANTS = [
         f"{_EVALUATE}classes_are_matched_by_name",
     ),
     Mutant(
-        "images that cannot be read count",
+        "images that cannot be read are evaluated",
         EVALUATE,
         "index = np.flatnonzero(read)",
         "index = np.arange(count)",

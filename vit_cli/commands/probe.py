@@ -157,7 +157,7 @@ def run(options: Options) -> int:
     for name, each in features.items():
         if not len(each[1]):
             raise InputError(f"{source}: none of the {name} images could be read.")
-    found = _probe(features, test, parts["train"].classes, options)
+    found = _probe(features, parts["train"].classes or (), options)
     summary = _summary(options, encoder.config, parts, features, test, skipped, found)
     if options.json:
         json.dump(summary, sys.stdout, allow_nan=False)
@@ -234,7 +234,6 @@ def _features(
 
 def _probe(
     features: dict[str, tuple[np.ndarray, np.ndarray]],
-    test: str,
     classes: tuple[str, ...],
     options: Options,
 ) -> list[Any]:
