@@ -295,7 +295,7 @@ def _as_pairs(validation: dict[float, float] | None) -> dict[str, Any]:
 
 
 def _print(summary: dict[str, Any]) -> None:
-    from vit_cli.runs.evaluation import number, print_table
+    from vit_cli.reports.evaluation import number, print_table
     from vit_cli.terminal.messages import one_line, printable
 
     images = ", ".join(f"{count} {name}" for name, count in summary["images"].items())
