@@ -184,7 +184,7 @@ def _parts(parts: dict[str, Any], options: Options) -> tuple[dict[str, Any], str
         return {"train": parts["train"], "test": parts["val"]}, "val"
     train, test = split(parts["train"], options.test_share, options.seed)
     say(
-        f"{options.names[0]}: {counted(len(test))} of {len(parts['train'])} are held out and "
+        f"{options.names[0]}: {len(test)} of {counted(len(parts['train']))} are held out and "
         f"tested on (--test-share, --seed)"
     )
     return {"train": train, "test": test}, f"{options.test_share} held out"
@@ -313,16 +313,17 @@ def _print(summary: dict[str, Any]) -> None:
                 number(each["top1"]),
                 number(each["top5"]),
                 number(each["balanced_accuracy"]),
-                _settings(each["settings"]),
+                _settings(each["settings"], "val" in summary["images"]),
             ]
             for each in summary["probes"]
         ],
     )
 
 
-def _settings(settings: dict[str, Any]) -> str:
+def _settings(settings: dict[str, Any], validated: bool) -> str:
     if "C" in settings:
-        chosen = " (chosen on validation images)" if "validation" in settings else ""
+        where = "validation images" if validated else "a fifth of the training images"
+        chosen = f" (chosen on {where})" if "validation" in settings else ""
         return f"C = {settings['C']:g}{chosen}"
     if "temperature" in settings:
         return f"votes exp(cosine / {settings['temperature']})"
