@@ -72,7 +72,7 @@ STEP, LOSSES = "vit_flax/training/step.py", "vit_flax/training/losses.py"
 MIXING, OPTIMIZERS = "vit_flax/training/mixing.py", "vit_flax/training/optimizers.py"
 _STEP, _RULES = "tests/test_training_step.py::test_", "tests/test_optimizers.py::test_"
 METRICS, EVALUATE = "vit_common/metrics.py", "vit_flax/training/evaluate.py"
-PROBE, CHARTS = "vit_flax/training/probe.py", "vit_cli/runs/charts.py"
+PROBE, CHARTS = "vit_flax/training/probe.py", "vit_cli/reports/charts.py"
 _METRICS, _EVALUATE = "tests/test_metrics.py::test_", "tests/test_evaluate.py::test_"
 TWIN_TRAINER, DEFINITIONS = "vit_torch/training.py", "vit_torch/verify/definitions.py"
 _RUNS = "tests/test_training_runs.py::test_"
@@ -257,7 +257,7 @@ MUTANTS = [
         f"{_EVALUATE}classes_are_matched_by_name",
     ),
     Mutant(
-        "images that cannot be read count",
+        "images that cannot be read are evaluated",
         EVALUATE,
         "index = np.flatnonzero(read)",
         "index = np.arange(count)",
