@@ -77,8 +77,8 @@ def compile_one(model: str, axes: str, remat: str, blocks: str, batch: str) -> d
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| model | data x fsdp | blocks | recomputed | products / analytic | parameters and moments, MB "
-        "| temporary, GB | all memory, GB | communication |",
+        "| model | data x fsdp | blocks | recomputed | products / analytic "
+        "| parameters and moments, MB | temporary, GB | all memory, GB | communication |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=order):
