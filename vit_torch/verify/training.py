@@ -649,10 +649,11 @@ def find_causes(
         for text, changes in alternatives(setup):
             try:
                 other = setup.change(**changes)
-                after = distance(other, max(before / _FACTOR, record.bound))
+                part = before / _FACTOR if before < np.inf else 0.0
+                after = distance(other, max(part, record.bound))
             except (InputError, ValueError):  # not with this optimizer
                 continue
-            if after <= record.bound or after * _FACTOR <= before:
+            if after <= record.bound or after * _FACTOR <= before < np.inf:
                 tried.append((after, text, other))
         tried.sort(key=lambda each: each[0])
         found = [
@@ -744,7 +745,12 @@ def verify_training(
         notes.append("the checkpoint has no head; both runs have the same new classifier")
     pixels = None
     if images is not None:
-        pixels = model_inputs(subject, images, None, 2)[0].astype(np.float64)
+        pixels, size = model_inputs(subject, images, None, 2)
+        if size != subject.config.image_height_width:
+            raise InputError(
+                f"training is compared at the model's image size; the images are prepared at "
+                f"{size[0]} x {size[1]} (height x width)."
+            )
     rows: list[Row] = []
     for place in places(devices):
         for dtype in dtypes:
