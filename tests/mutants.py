@@ -65,10 +65,15 @@ _AUGMENT = "tests/test_augment.py::test_"
 FOLDERS, TABLES = "vit_common/datasets/folder.py", "vit_common/datasets/values.py"
 ORDER, LOADER = "vit_common/datasets/order.py", "vit_flax/training/loader.py"
 CROP, OPERATIONS = "vit_common/augment/geometry.py", "vit_common/augment/operations.py"
+_TASKS = "tests/test_training_tasks.py::test_"
+MASKED, DISTILL = (f"vit_flax/training/tasks/{name}.py" for name in ("masked", "distill"))
 SOFTMAX = "tests/test_suite.py::test_softmax_in_half_precision"
 STEP, LOSSES = "vit_flax/training/step.py", "vit_flax/training/losses.py"
 MIXING, OPTIMIZERS = "vit_flax/training/mixing.py", "vit_flax/training/optimizers.py"
 _STEP, _RULES = "tests/test_training_step.py::test_", "tests/test_optimizers.py::test_"
+METRICS, EVALUATE = "vit_common/metrics.py", "vit_flax/training/evaluate.py"
+PROBE, CHARTS = "vit_flax/training/probe.py", "vit_cli/runs/charts.py"
+_METRICS, _EVALUATE = "tests/test_metrics.py::test_", "tests/test_evaluate.py::test_"
 TWIN_TRAINER, DEFINITIONS = "vit_torch/training.py", "vit_torch/verify/definitions.py"
 _RUNS = "tests/test_training_runs.py::test_"
 RUN = f"{_RUNS}a_run_is_the_same_in_both_frameworks[one block]"
@@ -231,6 +236,48 @@ MUTANTS = [
         f"{_RUNS}biases_of_keys_are_judged_apart",
     ),
     Mutant(
+        "equal logits all count as right",
+        METRICS,
+        "+ ((rows == own) & before).sum(axis=1)",
+        "",
+        f"{_METRICS}of_equal_logits_the_first_class_is_taken",
+    ),
+    Mutant(
+        "a confidence on an edge is in the bin above",
+        METRICS,
+        "np.searchsorted(edges[1:-1], confidence)",
+        'np.searchsorted(edges[1:-1], confidence, side="right")',
+        f"{_METRICS}a_confidence_on_an_edge_is_in_the_bin_below",
+    ),
+    Mutant(
+        "a model's classes in the order of the folders",
+        EVALUATE,
+        "return where[labels.astype(np.int64)], names, problem",
+        "return labels.astype(np.int64), names, problem",
+        f"{_EVALUATE}classes_are_matched_by_name",
+    ),
+    Mutant(
+        "images that cannot be read count",
+        EVALUATE,
+        "index = np.flatnonzero(read)",
+        "index = np.arange(count)",
+        f"{_EVALUATE}what_cannot_be_read_is_left_out_and_named",
+    ),
+    Mutant(
+        "neighbours vote without a temperature",
+        PROBE,
+        "np.exp(near / temperature)",
+        "np.exp(near)",
+        "tests/test_probe.py::test_weighted_neighbours_are_dino_s[5]",
+    ),
+    Mutant(
+        "names are not escaped in a report",
+        CHARTS,
+        "return html.escape(str(value))",
+        "return str(value)",
+        "tests/test_training_report.py::test_names_are_escaped_everywhere",
+    ),
+    Mutant(
         "gradients are divided by all rows",
         STEP,
         "scale = rows / divide",
@@ -238,11 +285,11 @@ MUTANTS = [
         f"{_STEP}parts_of_a_batch_take_the_step_of_the_whole",
     ),
     Mutant(
-        "weights of an average that do not sum to 1",
+        "the average of the step before",
         STEP,
-        "old + jnp.asarray(weight, old.dtype) * (new - old)",
-        "(1 - weight) * old + weight * new",
-        f"{_STEP}an_average_near_one_does_not_drift",
+        "weight = ema.weight(state.step)",
+        "weight = ema.weight(state.step + 1)",
+        f"{_STEP}averages_are_those_of_timm[warmup]",
     ),
     Mutant(
         "a batch without labels moves the parameters",
@@ -277,7 +324,7 @@ MUTANTS = [
         MIXING,
         "jnp.clip(y + (cut_h + 1) // 2, 0, height)",
         "jnp.clip(y + cut_h // 2, 0, height)",
-        f"{_MIXED}mixed_batches_are_those_of_timm[True-0.3-center0]",
+        f"{_MIXED}mixed_batches_are_those_of_timm[True-0.9-center0]",
     ),
     Mutant(
         "mixed with an image that could not be read",
@@ -836,6 +883,69 @@ MUTANTS = [
         "last if name == str(L - 1) else whole",
         "last if name == str(0) else whole",
         f"{FRONT}[vit]",
+    ),
+    Mutant(
+        "image size: the grid of another size with as many patches",
+        "convert/source.py",
+        "trained.grid_size != settled.grid_size",
+        "trained.num_patches != settled.num_patches",
+        "tests/test_image_size.py::test_a_grid_of_as_many_patches_is_another_grid",
+    ),
+    Mutant(
+        "image size: images are prepared for the old one",
+        "convert/source.py",
+        "return _at_size(source, found), PROCESSOR_NAME",
+        "return found, PROCESSOR_NAME",
+        "tests/test_image_size.py::test_dinov2s_images_follow_its_crop_and_not_its_positions",
+    ),
+    Mutant(
+        "image size: the crop's shorter side alone",
+        "vit_common/images/sizes.py",
+        "max(rows, columns)",
+        "rows",
+        "tests/test_image_size.py::test_a_wide_crop_lies_inside_the_resized_image",
+    ),
+    Mutant(
+        "masks: the ratio rounded down",
+        MASKED,
+        "math.ceil(self.squares * mask_ratio)",
+        "int(self.squares * mask_ratio)",
+        f"{_TASKS}masks_are_those_of_run_mim[32-8-0.6]",
+    ),
+    Mutant(
+        "masked loss: rows that do not count",
+        MASKED,
+        "mask = mask * (jnp.asarray(batch",
+        "mask = mask + 0 * (jnp.asarray(batch",
+        f"{_TASKS}reconstruction_is_transformers_loss[ViT]",
+    ),
+    Mutant(
+        "soft distillation divided by the batch alone, as timm's",
+        DISTILL,
+        "(T * T / pupil.shape[-1])",
+        "(T * T)",
+        f"{_TASKS}distillation_is_deits_loss[soft]",
+    ),
+    Mutant(
+        "distillation: the labels teach the mean of both heads",
+        DISTILL,
+        "labelled, pupil = _Labelled(outputs.cls_logits), outputs.distillation_logits",
+        "pupil = outputs.distillation_logits",
+        f"{_TASKS}distillation_is_deits_loss[soft]",
+    ),
+    Mutant(
+        "the teacher sees the student's normalisation",
+        DISTILL,
+        "if factor is not None and offset is not None:",
+        "if False:",
+        f"{_TASKS}the_teacher_sees_its_own_preprocessing[16]",
+    ),
+    Mutant(
+        "affine: sheared the other way",
+        CROP,
+        "math.tan(math.radians(shear))",
+        "-math.tan(math.radians(shear))",
+        f"{_AUGMENT}affine_against_torchvision[L]",
     ),
 ]
 

@@ -91,3 +91,13 @@ def test_a_page_that_is_wrong_is_found(tmp_path, monkeypatch):
     folder = tmp_path / "work"
     folder.mkdir()
     assert len([*Reader(folder).faults(page)]) == 3
+
+
+def test_every_recipe_has_a_row():
+    """And every row is a recipe."""
+    from vit_common.recipes import ALIASES, RECIPES
+
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").split("\n## ")[0]
+    rows = re.findall(r"^\| `([\w-]+)`(?: \(`(\w+)`\))? \|", page, re.MULTILINE)
+    assert sorted(name for name, _ in rows) == sorted(RECIPES)
+    assert {short: name for name, short in rows if short} == dict(ALIASES)

@@ -74,7 +74,13 @@ def load(place, size, framework: str = "torch"):
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("DeiT", "Dinov2") else ())
+        for name in FAMILIES
+    ],
+)
 def test_positions_are_resampled_as_transformers_interpolates_them(family, tmp_path):
     """There and back, as one fine-tunes at 384 and goes back to 224; both twins."""
     peer = theirs(family)

@@ -450,6 +450,13 @@ _ALL = (
     # AdamW with a small rate, as for any pretrained network and a few hundred images or more.
     Recipe(name="fine-tune", warmup_learning_rate=1e-6),
     Recipe(
+        name="adapter",
+        learning_rate=2e-3,
+        warmup_learning_rate=1e-6,
+        weight_decay=0.0,
+        lora=8,
+    ),
+    Recipe(
         name="head",
         epochs=100,
         learning_rate=1e-3,

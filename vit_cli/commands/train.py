@@ -7,7 +7,6 @@ and everything else to standard error.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import time
@@ -514,21 +513,23 @@ class advised:
 def _recipe(options: Options) -> tuple[Recipe, Mapping[str, Any]]:
     """The recipe, and what else the run holds that is gone on with."""
     from vit_common.errors import InputError
-    from vit_common.recipes import RECIPES, Recipe
+    from vit_common.recipes import Recipe, parse_settings
     from vit_common.recipes import recipe as recipe_named
 
-    given = {
+    given: dict[str, Any] = {
         setting: getattr(options, f"recipe_{setting}")
         for setting, *_ in _SETTINGS.values()
         if getattr(options, f"recipe_{setting}") is not None
     }
     if "freeze" in given:
         given["freeze"] = ",".join(map(_blocks, given["freeze"].split(",")))
-    for text in options.settings:
-        name, equals, value = text.partition("=")
-        if not (equals and name.isidentifier()):
-            raise InputError(f"--set must be SETTING=VALUE; given {text!r}.")
-        given[name] = _value(value)
+    more = parse_settings(options.settings)
+    twice = [name for name in more if name in given]
+    if twice:
+        raise InputError(
+            f"{twice[0]} is given by --set and by an option of its own; leave one out."
+        )
+    given.update(more)
     stored: Mapping[str, Any] = {}
     if options.resume and options.output is not None:
         from vit_flax.training.logs import read_run
@@ -539,59 +540,15 @@ def _recipe(options: Options) -> tuple[Recipe, Mapping[str, Any]]:
         began = recipe_named(options.recipe) if options.recipe else Recipe()
         if not options.recipe:
             began = began.replace(**{name: _tuples(stored[name]) for name in names})
-        return _typed(began, given), stored
+        return began.replace(**given), stored
     name = options.recipe
     if name is None:
-        usual = {"mim": "simmim"}.get(given.get("task", ""), "fine-tune")
+        name = {"mim": "simmim"}.get(given.get("task", ""), "fine-tune")
+        if given.get("lora"):
+            name = "adapter"
         if given.get("train") == "head":
-            usual = "head"
-        name = usual if usual in RECIPES else "fine-tune"
-    return _typed(recipe_named(name), given), stored
-
-
-def _typed(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
-    """The recipe with other settings, each of the kind that it has."""
-    import typing
-
-    from vit_common.errors import InputError
-    from vit_common.recipes import Recipe
-
-    recipe.replace(**given)  # names
-    hints = typing.get_type_hints(Recipe)
-    for name, value in given.items():
-        kinds = typing.get_args(hints[name]) or (hints[name],)
-        if typing.get_origin(hints[name]) is typing.Literal:
-            if value is None and "none" in kinds:
-                given = {**given, name: "none"}
-            elif value not in kinds:
-                raise InputError(
-                    f"--set {name}: wanted one of {', '.join(map(str, kinds))}; given {value!r}."
-                )
-            continue
-        plain = {typing.get_origin(kind) or kind for kind in kinds}
-        fits = (
-            (value is None and type(None) in plain)
-            or (isinstance(value, bool) and bool in plain)
-            or (isinstance(value, int) and not isinstance(value, bool) and {int, float} & plain)
-            or (isinstance(value, float) and float in plain)
-            or (isinstance(value, str) and str in plain)
-            or (isinstance(value, tuple) and tuple in plain)
-        )
-        if not fits:
-            named = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-            named |= {tuple: "several numbers, as [1,2]", type(None): "none"}
-            wanted = " or ".join(named[kind] for kind in named if kind in plain)
-            raise InputError(f"{name}: wanted {wanted}; given {value!r}.")
-    return recipe.replace(**given)
-
-
-def _value(text: str) -> Any:
-    if text.lower() in ("none", "null"):
-        return None
-    try:
-        return _tuples(json.loads(text))
-    except ValueError:
-        return text
+            name = "head"
+    return recipe_named(name, **given), stored
 
 
 def _tuples(value: Any) -> Any:
@@ -776,10 +733,6 @@ def _report(options: Options, result: Run, validation: Any, recipe: Recipe) -> N
     """The report in the folder of the run."""
     if result.folder is None or ((result.folder / _REPORT).exists() and result.evaluation is None):
         return
-    import importlib.util
-
-    if importlib.util.find_spec("vit_cli.runs.report") is None:
-        return
     from vit_cli.runs.report import write_report
     from vit_flax.training.logs import LOG, read_log
 
@@ -790,6 +743,7 @@ def _report(options: Options, result: Run, validation: Any, recipe: Recipe) -> N
         evaluation=result.evaluation,
         dataset=validation,
         settings={name: value for name, value in recipe.to_dict().items() if value is not None},
+        skipped=result.skipped,
     )
 
 
