@@ -24,7 +24,14 @@ from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor
 from vit_common.images.sizes import processor_at_size
 from vit_common.images.timm import processor_from_timm
 from vit_common.parameters import Head
-from vit_convert.adapters import Adapter, classes_of, is_adapter, merged, read_adapter
+from vit_convert.adapters import (
+    Adapter,
+    classes_of,
+    has_adapter,
+    is_adapter,
+    merged,
+    read_adapter,
+)
 from vit_convert.detect import Root
 from vit_convert.formats.format import family_prefix
 from vit_convert.formats.timm_config import TRANSFORM
@@ -231,7 +238,7 @@ def open_source(
     said_by, place = files.find(CONFIG_NAME), str(files.name)
     if is_adapter(files, described=said_by is not None):
         return _open_adapted(files, None, config, options)
-    given = dict(overrides or {})
+    asked, given = config, dict(overrides or {})
     found = None if said_by is None else read_json(said_by)
     timm = found if is_timm(found) else None
     table = _without_timm(found)
@@ -249,7 +256,12 @@ def open_source(
         assert said_by is not None
         settled, left_over = _settle(table, said_by, place, given, wanted, accept)
         trained = _trained(table, said_by, place, given, wanted, settled)
-    path = files.weights(prefer, fetch=fetch)
+    try:
+        path = files.weights(prefer, fetch=fetch)
+    except MissingFileError:
+        if files.local is None and fetch and has_adapter(files):
+            return _open_adapted(files, None, asked, options)
+        raise
     checkpoint = open_checkpoint(path)
     try:
         if settled is None and METADATA_KEY in checkpoint.metadata:

@@ -410,6 +410,7 @@ def test_rename_by_the_command(adapter, tmp_path, command):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*has no preprocessor_config.json")
 def test_export_of_an_adapter(adapter, tmp_path, command):
     place, wanted = adapter
@@ -440,7 +441,7 @@ def test_where_the_base_model_is_looked_for(network, adapter, tmp_path, monkeypa
         run_torch("far/adapter")
 
 
-def test_from_the_hub(network, adapter, hub):  # noqa: F811
+def test_from_the_hub(network, adapter, hub, command):  # noqa: F811
     """The adapter, and its base model at the revision that it names."""
     place, wanted = adapter
     serve(hub, "someone/vit", network("vit"))
@@ -453,6 +454,13 @@ def test_from_the_hub(network, adapter, hub):  # noqa: F811
     np.testing.assert_allclose(run_torch("someone/adapter"), wanted, rtol=0, atol=1e-12)
     own = run_torch("someone/vit", adapter="someone/adapter", revision=commit)
     np.testing.assert_allclose(own, wanted, rtol=0, atol=1e-12)
+    # Some put the model's configuration beside it.
+    config = (network("vit") / "config.json").read_bytes()
+    hub.repositories["someone/adapter"].commit({"config.json": config})
+    np.testing.assert_allclose(run_torch("someone/adapter"), wanted, rtol=0, atol=1e-12)
+    code, out, _ = command("inspect", "someone/adapter")
+    assert code == 0
+    assert rows(out)["base"] == f"someone/vit, revision {commit}"
 
 
 def test_a_whole_model_beside_an_adapter_is_a_model(network, adapter, tmp_path):

@@ -8,6 +8,7 @@ Source: `utils/save_and_load.py` of PEFT 0.21.2.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -116,6 +117,13 @@ def is_adapter(files: ModelFiles, *, described: bool) -> bool:
     return (place / CONFIG_NAME).is_file() and not files.has_weights()
 
 
+def has_adapter(files: ModelFiles) -> bool:
+    """Whether a repository that lacks the weights of a model has an adapter's."""
+    with contextlib.suppress(MissingFileError):
+        return files.find(CONFIG_NAME) is not None
+    return False
+
+
 def find_adapter(files: ModelFiles) -> Path | None:
     """The weights file of an adapter; None where the files are those of a model.
 
@@ -125,7 +133,11 @@ def find_adapter(files: ModelFiles) -> Path | None:
     local = files.local
     described = local is None and files.find(MODEL_CONFIG) is not None
     if not is_adapter(files, described=described):
-        return None
+        if not described or not has_adapter(files):
+            return None
+        with contextlib.suppress(MissingFileError):
+            files.weights()
+            return None
     if local is not None and local.is_file():
         files = ModelFiles(local.parent)
     return _weights(files)

@@ -9,6 +9,7 @@ import numpy as np
 from vit_common.config import FLOATS, ViTConfig
 from vit_common.errors import CheckpointError, some
 from vit_common.files.containers.tensor import Tensor
+from vit_common.parameters import HEAD_PARAMETERS, TOP_PARAMETERS
 from vit_convert.adapters.folder import Adapter
 from vit_convert.adapters.lowrank import LowRank
 from vit_convert.rules import MappedTensor, as_mapped
@@ -70,15 +71,12 @@ def merged(
                 faults.append(f"{layer}: the adapter has a bias for it, and the layer has none")
             else:
                 found[f"{layer}.bias"] = _changed_bias(f"{layer}.bias", bias, change)
-    heads = tuple(name.replace("weight", "") for name in _CLASSIFIERS) + (
-        "distillation_classifier.",
-    )
     dtype = next(iter(tensors.values())).dtype if tensors else None
     for name, array in adapter.saved.items():
         own = tensors.get(name)
-        if own is None and not name.startswith((*heads, "pooler.", "embeddings.mask_token")):
+        if own is None and not name.startswith(HEAD_PARAMETERS):
             faults.append(f"{name}: the base model has no such parameter")
-        elif own is not None and own.shape != array.shape and not name.startswith(heads):
+        elif own is not None and own.shape != array.shape and not name.startswith(TOP_PARAMETERS):
             faults.append(
                 f"{name}: its shape is {array.shape}; the base model's is {tuple(own.shape)}"
             )

@@ -22,6 +22,7 @@ from vit_common.errors import (
     some,
 )
 from vit_common.families import AutoConfig
+from vit_common.files.cards import CARD_NAME
 from vit_common.files.containers.tensor import DTYPES, as_tensor
 from vit_common.files.hub import ModelFiles
 from vit_common.files.texts import read_json
@@ -32,7 +33,7 @@ from vit_convert.adapters.folder import (
     Adapter,
     adapter_table,
     adapter_tensors,
-    is_adapter,
+    find_adapter,
     read_adapter,
     same_adapters,
     understood,
@@ -43,6 +44,8 @@ from vit_convert.report import Report, Verification
 
 FORMATS: Mapping[str, str] = {"peft-4": "transformers-4", "peft-5": "transformers-5"}
 """Format of an adapter folder -> the generation of Transformers whose names it has."""
+
+_OF_FILES = (".safetensors", ".msgpack", ".npz", ".pth", ".bin")
 
 
 def rename_adapter(
@@ -85,8 +88,7 @@ def rename_adapter(
     """
     started = time.perf_counter()
     files = ModelFiles(source, **hub)
-    described = files.find(MODEL_CONFIG) is not None
-    if not is_adapter(files, described=described) and files.find(CONFIG_NAME) is None:
+    if find_adapter(files) is None:
         raise InputError(
             f"{source} is no adapter folder (it has no {CONFIG_NAME}): {', '.join(FORMATS)} are "
             "for LoRA adapters alone. Choose a format for whole models."
@@ -151,7 +153,7 @@ def rename_adapter(
         report.verification = Verification(len(tensors))
     if not dry_run:
         beside = {}
-        for name in (MODEL_CONFIG, PROCESSOR_NAME):
+        for name in (MODEL_CONFIG, PROCESSOR_NAME, CARD_NAME):
             path = files.find(name)
             if path is not None and path.name == name:
                 beside[name] = path.read_text(encoding="utf-8")

@@ -448,14 +448,20 @@ def _chosen(model: Any, settings: LoraSettings, given: Mapping[str, LowRank] | N
         raise CheckpointError(f"{type(model).__name__} has no {some(lost, 6)}.")
     if given is None:
         _check_targets(settings, layers, all_names)
-    if "int8" in {str(jnp.asarray(x).dtype) for x in jax.tree.leaves(model.params)[:40]}:
-        raise InputError("8-bit weights are for inference; load the model without them.")
+    own = getattr(model, "_params", None) or {}
+    if any(not jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(own)):
+        raise InputError(
+            "adapters need floating point weights; these are integers (8-bit weights are for "
+            "inference). Load the model without `weights`."
+        )
     if model.scan_layers:
         _check_alike(layers, config.num_hidden_layers)
+    masked = given is None and model.head in ("decoder", "tokens")
     whole = tuple(
         name
         for name in _names(model)
         if any(_is_module(name.rpartition(".")[0], module) for module in settings.saved)
+        or (masked and name.endswith("embeddings.mask_token"))  # as new as the head
     )
     for module in settings.saved:
         if not any(_is_module(name.rpartition(".")[0], module) for name in whole):

@@ -332,8 +332,7 @@ def make_step(
         average = state.ema
         if ema is not None:
             weight = ema.weight(state.step)
-            # Not decay * old + (1 - decay) * new: rounded to float32, the two weights of a decay
-            # near 1 do not sum to 1, and the average would drift away from the parameters.
+            # As torch's lerp: exact where the two are equal.
             average = jax.tree.map(
                 lambda old, new: old + jnp.asarray(weight, old.dtype) * (new - old),
                 state.ema,

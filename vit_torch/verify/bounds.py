@@ -28,9 +28,9 @@ BOUNDS = {
     "gradients float32": 1e-5,  # measured 1.5e-6
     # every number of a training run over 200 steps: learning rates, losses, norms, parameters,
     # averages; moments relative to their largest entry (tests/test_training_runs.py)
-    "training float64": 1e-9,  # measured ?
+    "training float64": 1e-9,  # measured 1.3e-13 (moments), losses 2.1e-15
     # biases of keys, whose gradient is rounding that Adam divides by itself
-    "training key biases": 1e-8,  # measured ?
+    "training key biases": 1e-8,  # measured 1.2e-11
     # losses over 200 steps of AdamW; of SGD, which lets rounding grow with its momentum
     "training float32": 1e-5,  # measured ?
     "training SGD": 2e-2,  # measured ?

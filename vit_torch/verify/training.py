@@ -115,6 +115,7 @@ def quiet(recipe: Recipe) -> tuple[Recipe, list[str]]:
         "drop_path": 0.0,
         "dropout": 0.0,
         "class_weights": "none",
+        "standardize": False,
         "distillation": "none",
         "momentum_dtype": "float32",
     }
@@ -543,7 +544,7 @@ def compare_runs(
     rates = schedule_of(recipe, steps)
     peak = max(rate for rate in map(rates, range(steps)))
     loose = bounds["training key biases"]
-    if recipe.optimizer == "lion":  # which moves them by the learning rate, up or down
+    if recipe.optimizer in ("lion", "lamb"):  # which move them by the learning rate, up or down
         loose = 2.0 * steps * peak
     record = Record(bound, loose, held, peak)
     parameters = dict(torch_model.named_parameters())
