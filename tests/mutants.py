@@ -72,6 +72,13 @@ SOFTMAX = "tests/test_suite.py::test_softmax_in_half_precision"
 STEP, LOSSES = "vit_flax/training/step.py", "vit_flax/training/losses.py"
 MIXING, OPTIMIZERS = "vit_flax/training/mixing.py", "vit_flax/training/optimizers.py"
 _STEP, _RULES = "tests/test_training_step.py::test_", "tests/test_optimizers.py::test_"
+METRICS, EVALUATE = "vit_common/metrics.py", "vit_flax/training/evaluate.py"
+PROBE, CHARTS = "vit_flax/training/probe.py", "vit_cli/reports/charts.py"
+_METRICS, _EVALUATE = "tests/test_metrics.py::test_", "tests/test_evaluate.py::test_"
+TWIN_TRAINER, DEFINITIONS = "vit_torch/training.py", "vit_torch/verify/definitions.py"
+_RUNS = "tests/test_training_runs.py::test_"
+RUN = f"{_RUNS}a_run_is_the_same_in_both_frameworks[one block]"
+CAUSE = f"{_RUNS}a_definition_that_differs_is_named[one step ahead]"
 _MIXED, _LOSS = "tests/test_mixing.py::test_", "tests/test_losses.py::test_"
 
 
@@ -101,6 +108,176 @@ MUTANTS = [
         "1.7",
         f"{_PARITY}activations[float64-quick_gelu]",
     ),
+    # A run of both frameworks sees what training code gets wrong most often.
+    Mutant(
+        "a clipping epsilon that was not asked for",
+        OPTIMIZERS,
+        'extra = 1e-6 if rule == "torch" else 0.0',
+        "extra = 1e-6",
+        RUN,
+    ),
+    Mutant(
+        "weight decay by optax's default",
+        OPTIMIZERS,
+        "optax.add_decayed_weights(recipe.weight_decay, mask)",
+        "optax.add_decayed_weights(1e-4, mask)",
+        RUN,
+    ),
+    Mutant(
+        "a schedule one step ahead",
+        OPTIMIZERS,
+        "jnp.clip(jnp.asarray(step), 0, steps - 1)",
+        "jnp.clip(jnp.asarray(step) + 1, 0, steps - 1)",
+        RUN,
+    ),
+    Mutant(
+        "Adam's epsilon inside the root",
+        OPTIMIZERS,
+        "(jnp.sqrt(v / second) + eps)",
+        "jnp.sqrt(v / second + eps**2)",
+        RUN,
+    ),
+    Mutant(
+        "weight decay in the gradient",
+        OPTIMIZERS,
+        "parts.append(_clip(recipe.clip, recipe.clip_rule))",
+        "parts += [_clip(recipe.clip, recipe.clip_rule), "
+        "optax.add_decayed_weights(recipe.weight_decay)]",
+        RUN,
+    ),
+    Mutant(
+        "tokens and positions spared by Transformers' rule",
+        OPTIMIZERS,
+        'return not norms and not any("bias" in part for part in path)',
+        'return not norms and not any("bias" in part for part in path) and ndim == 2',
+        RUN,
+    ),
+    Mutant(
+        "the average keeps what it should leave",
+        STEP,
+        "return 1.0 - self.decay",
+        "return self.decay",
+        RUN,
+    ),
+    Mutant(
+        "the average of the parameters before the step",
+        STEP,
+        "state.ema,\n                moved,",
+        "state.ema,\n                chosen,",
+        RUN,
+    ),
+    Mutant(
+        "label smoothing over the other classes",
+        LOSSES,
+        "+ label_smoothing / K\n        if classes is not None:\n            targets",
+        "+ label_smoothing / (K - 1)\n        if classes is not None:\n            targets",
+        RUN,
+    ),
+    Mutant(
+        "the final norm with the last block's rate",
+        OPTIMIZERS,
+        "layer = blocks if timm else top",
+        "layer = blocks",
+        RUN,
+    ),
+    Mutant(
+        "rates from the wrong end of the network",
+        TWIN_TRAINER,
+        "recipe.layer_decay ** (last - depth)",
+        "recipe.layer_decay**depth",
+        f"{_RUNS}rates_and_decay_are_timms[timm]",
+    ),
+    Mutant(
+        "the twin's cosine one step ahead",
+        TWIN_TRAINER,
+        "share = min((at - done) / (length - done), 1.0)",
+        "share = min((at + 1 - done) / (length - done), 1.0)",
+        f"{_RUNS}cosine_is_timms[after the warm-up]",
+    ),
+    Mutant(
+        "the twin's clip without torch's epsilon",
+        TWIN_TRAINER,
+        'low = 1e-6 if self.recipe.clip_rule == "torch" else 0.0',
+        "low = 0.0",
+        f"{_RUNS}the_twin_trainer_is_a_plain_loop_over_torch_optim[AdamW, cosine]",
+    ),
+    Mutant(
+        "the twin's parts are means of their own",
+        TWIN_TRAINER,
+        "loss = (losses * weights).sum() / counted",
+        "loss = (losses * weights).sum() / weights.sum() / len(parts)",
+        f"{_RUNS}a_batch_in_parts_is_the_batch",
+    ),
+    Mutant(
+        "images that do not count do",
+        TWIN_TRAINER,
+        "weights = weights * (labels != IGNORED)\n        labels = F.one_hot",
+        "labels = F.one_hot",
+        f"{_RUNS}losses_are_torchs[classes]",
+    ),
+    Mutant(
+        "trust where there is no weight decay",
+        TWIN_TRAINER,
+        'if group["weight_decay"]:\n                    update = update + ',
+        "if True:\n                    update = update + ",
+        f"{_RUNS}lamb_is_timms[0.0]",
+    ),
+    Mutant(
+        "a schedule behind is never tried",
+        DEFINITIONS,
+        '{"schedule_offset": d.schedule_offset - 1}',
+        '{"schedule_offset": d.schedule_offset}',
+        CAUSE,
+    ),
+    Mutant(
+        "biases of keys held like the others",
+        "vit_torch/verify/training.py",
+        'return name.endswith("attention.key.bias")',
+        "return False",
+        f"{_RUNS}biases_of_keys_are_judged_apart",
+    ),
+    Mutant(
+        "equal logits all count as right",
+        METRICS,
+        "+ ((rows == own) & before).sum(axis=1)",
+        "",
+        f"{_METRICS}of_equal_logits_the_first_class_is_taken",
+    ),
+    Mutant(
+        "a confidence on an edge is in the bin above",
+        METRICS,
+        "np.searchsorted(edges[1:-1], confidence)",
+        'np.searchsorted(edges[1:-1], confidence, side="right")',
+        f"{_METRICS}a_confidence_on_an_edge_is_in_the_bin_below",
+    ),
+    Mutant(
+        "a model's classes in the order of the folders",
+        EVALUATE,
+        "return where[labels.astype(np.int64)], names, problem",
+        "return labels.astype(np.int64), names, problem",
+        f"{_EVALUATE}classes_are_matched_by_name",
+    ),
+    Mutant(
+        "images that cannot be read are evaluated",
+        EVALUATE,
+        "index = np.flatnonzero(read)",
+        "index = np.arange(count)",
+        f"{_EVALUATE}what_cannot_be_read_is_left_out_and_named",
+    ),
+    Mutant(
+        "neighbours vote without a temperature",
+        PROBE,
+        "np.exp(near / temperature)",
+        "np.exp(near)",
+        "tests/test_probe.py::test_weighted_neighbours_are_dino_s[5]",
+    ),
+    Mutant(
+        "names are not escaped in a report",
+        CHARTS,
+        "return html.escape(str(value))",
+        "return str(value)",
+        "tests/test_training_report.py::test_names_are_escaped_everywhere",
+    ),
     Mutant(
         "gradients are divided by all rows",
         STEP,
@@ -109,11 +286,11 @@ MUTANTS = [
         f"{_STEP}parts_of_a_batch_take_the_step_of_the_whole",
     ),
     Mutant(
-        "weights of an average that do not sum to 1",
+        "the average of the step before",
         STEP,
-        "old + jnp.asarray(weight, old.dtype) * (new - old)",
-        "(1 - weight) * old + weight * new",
-        f"{_STEP}an_average_near_one_does_not_drift",
+        "weight = ema.weight(state.step)",
+        "weight = ema.weight(state.step + 1)",
+        f"{_STEP}averages_are_those_of_timm[warmup]",
     ),
     Mutant(
         "a batch without labels moves the parameters",
@@ -148,7 +325,7 @@ MUTANTS = [
         MIXING,
         "jnp.clip(y + (cut_h + 1) // 2, 0, height)",
         "jnp.clip(y + cut_h // 2, 0, height)",
-        f"{_MIXED}mixed_batches_are_those_of_timm[True-0.3-center0]",
+        f"{_MIXED}mixed_batches_are_those_of_timm[True-0.9-center0]",
     ),
     Mutant(
         "mixed with an image that could not be read",

@@ -12,7 +12,6 @@ import unicodedata
 import zlib
 from pathlib import Path
 
-import grain
 import numpy as np
 import PIL.Image
 import pytest
@@ -33,6 +32,7 @@ from vit_common.datasets import (
     survey,
 )
 from vit_common.errors import InputError, MissingFileError
+from vit_common.images import kinds
 
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"
 
@@ -99,6 +99,23 @@ def test_what_is_left_out_of_folders(tmp_path):
     assert data.classes == ("cat", "dog")
     names = [os.path.relpath(name, tmp_path) for name in data.names]
     assert names == ["cat/0.png", "cat/1.png", "cat/link.png", "dog/0.png", "dog/1.png"]
+
+
+def test_files_of_other_kinds_are_counted(tmp_path, monkeypatch):
+    """Photos of a phone are not left out without a word."""
+    monkeypatch.setattr(kinds, "can_read_heif", lambda: False)
+    photos(tmp_path, cat=2, dog=2, empty=0)
+    for name in ("cat/a.heic", "cat/b.HEIC", "dog/film.mp4"):
+        (tmp_path / name).write_bytes(b"x" * 50)
+    (tmp_path / "empty" / "c.heic").write_bytes(b"x" * 50)
+    message = refused(ImageFolder, tmp_path)
+    assert "no images for 1 class (empty)" in message
+    assert "cat: 2 files of other kinds left out (.heic 2); HEIC photos need pillow-heif" in message
+    assert "empty: 1 file of another kind left out (.heic 1)" in message
+    (tmp_path / "empty" / "c.png").write_bytes(picture())
+    for kind in (ImageFolder, ImageFiles):
+        with pytest.warns(UserWarning, match=r"not all files are images; .*left out .*mp4 1"):
+            assert len(kind(tmp_path)) == 5
 
 
 def test_classes_come_from_training(tmp_path):
@@ -540,6 +557,7 @@ class HuggingFace:
 
 
 def test_objects_with_items_by_index():
+    grain = pytest.importorskip("grain")
     data = as_images(HuggingFace())
     assert data.classes == ("zebra", "ant")
     assert data.labels.tolist() == [0, 1, 1, 0]
@@ -576,6 +594,7 @@ def test_objects_of_torchvision(tmp_path):
 
 
 def test_objects_that_are_none():
+    grain = pytest.importorskip("grain")
     assert "given generator. A stream has no order" in refused(as_images, (i for i in range(3)))
     assert "has no items" in refused(as_images, [])
     assert "items must be (image, label)" in refused(as_images, [1, 2])
@@ -715,11 +734,27 @@ def test_split_of_few_images():
     train, held = split(data, 0.5)
     assert train.counts.tolist() == [4, 1, 1]
     assert held.counts.tolist() == [6, 0, 0]
-    several = LabelledImages(
-        [str(i) for i in range(4)], np.eye(4), classes="abcd", problem_type=MULTI
-    )
-    assert list(map(len, split(several, 0.25))) == [3, 1]
     lone = LabelledImages(["a", "b"], [0, 1], classes="ab")
     assert "leaves 0 for validation" in refused(split, lone, 0.5)
     for share in (0, 1, 1.5, "x", True):
         assert "must lie between 0 and 1" in refused(split, data, share)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_split_of_images_with_several_classes(share):
+    """Each class by its share, to within one or two images, also the rare ones; and the sides'
+    sizes."""
+    rng = np.random.default_rng(0)
+    labels = rng.random((300, 6)) < [0.5, 0.3, 0.1, 0.05, 0.02, 0.02]
+    names = [str(i) for i in range(300)]
+    data = LabelledImages(names, labels, classes="abcdef", problem_type=MULTI)
+    for seed in range(3):
+        train, held = split(data, share, seed)
+        assert sorted(train.names + held.names, key=int) == data.names
+        assert abs(len(held) - 300 * share) <= 3
+        assert np.abs(held.counts - share * data.counts).max() <= 2
+        assert held.counts.min() > 0
+        assert split(data, share, seed)[1].names == held.names
+    assert split(data, share, 0)[1].names != held.names
+    few = LabelledImages(names[:4], np.eye(4), classes="abcd", problem_type=MULTI)
+    assert list(map(len, split(few, 0.25))) == [3, 1]

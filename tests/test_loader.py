@@ -9,7 +9,6 @@ import threading
 import time
 from pathlib import Path
 
-import grain
 import numpy as np
 import PIL.Image
 import pytest
@@ -391,6 +390,7 @@ def test_evaluation_skips_and_names(tmp_path):
 
 def test_a_grain_data_set_is_read_in_our_order():
     """Its items come by index, whatever was done to them; the order is the loader's own."""
+    grain = pytest.importorskip("grain")
     pairs = [(pixels(i, 9, 9, 3), i % 3) for i in range(10)]
     source = grain.MapDataset.source(pairs).map(lambda pair: (255 - pair[0], pair[1]))
     batches = all_of(Loader(as_images(source), 5, augment()), 0)

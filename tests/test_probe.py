@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from vit_cli.main import main
+from vit_common.embedded import embedded_checkpoint
 from vit_common.errors import InputError
+from vit_flax.inference import ImageEncoder
 from vit_flax.training.probe import CHOICES, Features, knn, logistic_regression, probe
 
 
@@ -113,3 +121,71 @@ def test_a_class_without_training_images_is_never_taken():
 def test_what_no_probe_can_use_is_refused(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+# -- the command
+
+
+@pytest.fixture(name="photos", scope="module")
+def photos_fixture(tmp_path_factory):
+    """Scikit-learn's digits in class folders, of three classes, and one file that is no image."""
+    root = tmp_path_factory.mktemp("digits")
+    digits = load_digits(n_class=3)
+    for i in range(48):
+        folder = root / ("train" if i < 30 else "test") / str(digits.target[i])
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.rint(digits.images[i] * (255 / 16)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    (root / "test" / "0" / "broken.png").write_bytes(b"no image")
+    return root
+
+
+def test_the_command_reports_what_scikit_learn_finds_in_the_same_features(photos, capsys):
+    options = ["--pool", "cls+mean", "--layers", "-2,-1", "--batch-size", "16", "--C", "0.1"]
+    assert main(["probe", str(photos), *options, "--neighbours", "3", "--json"]) == 1
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert said.err.count("broken.png: not an image") == 1
+    assert found["images"] == {"train": 30, "test": 18}
+    assert found["features"] == 2 * 2 * 48
+
+    encode = ImageEncoder.from_pretrained(embedded_checkpoint())
+    values, labels = {}, {}
+    for part in ("train", "test"):
+        files = [p for p in sorted((photos / part).glob("*/*.png")) if p.name != "broken.png"]
+        tokens = encode.features(files, layers=(-2, -1), pool=None)  # (N, 2, S, D)
+        pooled = [tokens[:, :, 0], tokens[:, :, 1:].mean(2)]
+        values[part] = np.stack(pooled, 2).reshape(len(files), -1).astype(float)
+        labels[part] = [int(file.parent.name) for file in files]
+    peers = {
+        "3-NN": KNeighborsClassifier(3, metric="cosine"),
+        "logistic regression": make_pipeline(StandardScaler(), LogisticRegression(C=0.1)),
+    }
+    scores = {each["probe"]: each["top1"] for each in found["probes"]}
+    for name, peer in peers.items():
+        want = peer.fit(values["train"], labels["train"]).score(values["test"], labels["test"])
+        assert scores[name] == pytest.approx(want), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["{tmp}/none"], "none: no such folder or table"),
+        (["{photos}", "--pool", "max"], "invalid choice: 'max'"),
+        (["{photos}", "--C", "0"], "must be positive numbers"),
+        (["{photos}", "--neighbours", "0"], "positive integer"),
+        (["{photos}", "--test-share", "1"], "between 0 and 1"),
+        (["{photos}", "--layers", "x"], "must be numbers of blocks"),
+        (["{photos}", "--layers", "9"], "`layers` must hold blocks"),
+        (["{photos}", "--label-column", "x"], "option of tables"),
+        (["{tmp}/one"], "at least two classes"),
+    ],
+)
+def test_options_that_are_wrong(options, message, photos, tmp_path, capsys):
+    shutil.copytree(photos / "train" / "1", tmp_path / "one" / "1")
+    given = [option.format(tmp=tmp_path, photos=photos) for option in options]
+    assert main(["probe", *given]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""

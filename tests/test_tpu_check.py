@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from vit_flax.auto import FlaxAutoModelForImageClassification
 from vit_flax.hlo import (
     collectives,
     custom_kernels,
+    exchanges,
     float32_products,
     float64_operations,
     own_kernels,
@@ -39,8 +41,11 @@ from vit_flax.tpu_check import (
     check,
     check_program,
     chip_mesh,
+    exchange_check,
     libtpu_environment,
     network,
+    training_mesh,
+    training_step,
 )
 
 needs_compiler = pytest.mark.skipif(
@@ -178,6 +183,91 @@ def test_collectives_are_counted_by_kind():
 """
     assert collectives(text) == {"all-reduce": 2, "all-gather": 1}
     assert collectives(PRODUCTS) == {}
+
+
+# A gather in the three parts that the compiler divides it into, and gradients that are scattered as
+# they are summed, in a ring: a counter from 0 to 8 by twos.
+RING = """HloModule jit_step
+
+%fused_start (p.1: bf16[48,768]) -> bf16[768,768] {
+  %p.1 = bf16[48,768]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[768,768]{1,0} all-gather(%p.1), channel_id=9, dimensions={0}, metadata={op_name="jit(step)/query/dot_general"}
+}
+
+%fused_done (p.2: bf16[48,768]) -> bf16[768,768] {
+  %p.2 = bf16[48,768]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[768,768]{1,0} all-gather(%p.2), channel_id=9, dimensions={0}, metadata={op_name="jit(step)/query/dot_general"}
+}
+
+%wide.windowed_dot_general_cond_rs (p.3: (bf16[96,64], u32[])) -> pred[] {
+  %constant.1 = u32[]{:T(128)} constant(8), metadata={op_name="jit(step)/key/dot_general"}
+  %p.3 = (bf16[96,64]{1,0}, u32[]) parameter(0)
+  %get-tuple-element.1 = u32[]{:T(128)} get-tuple-element(%p.3), index=1
+  ROOT %compare.1 = pred[]{:T(512)} compare(%get-tuple-element.1, %constant.1), direction=LT
+}
+
+%wide.windowed_dot_general_body_rs.sunk (p.4: (bf16[96,64], u32[])) -> (bf16[96,64], u32[]) {
+  %constant.2 = u32[]{:T(128)} constant(2)
+  %p.4 = (bf16[96,64]{1,0}, u32[]) parameter(0)
+  %get-tuple-element.2 = bf16[96,64]{1,0} get-tuple-element(%p.4), index=0
+  %get-tuple-element.3 = u32[]{:T(128)} get-tuple-element(%p.4), index=1
+  %collective-permute.1 = bf16[96,64]{1,0} collective-permute(%get-tuple-element.2), channel_id=5, source_target_pairs={{0,1},{1,0}}, metadata={op_name="jit(step)/key/dot_general"}
+  %product.1 = bf16[96,64]{1,0} convolution(%collective-permute.1, %w.1), dim_labels=bf_io->bf, metadata={op_name="jit(step)/key/dot_general"}
+  %add.1 = u32[]{:T(128)} add(%get-tuple-element.3, %constant.2)
+  ROOT %tuple.1 = (bf16[96,64]{1,0}, u32[]) tuple(%product.1, %add.1)
+}
+
+ENTRY %main.1 (x.1: bf16[96,64], w.1: bf16[64,64]) -> bf16[96,64] {
+  %x.1 = bf16[96,64]{1,0} parameter(0)
+  %w.1 = bf16[64,64]{1,0} parameter(1)
+  %zero = u32[] constant(0)
+  %tuple.2 = (bf16[96,64]{1,0}, u32[]) tuple(%x.1, %zero)
+  %while.1 = (bf16[96,64]{1,0}, u32[]) while(%tuple.2), condition=%wide.windowed_dot_general_cond_rs, body=%wide.windowed_dot_general_body_rs.sunk, metadata={op_name="jit(step)/key/dot_general"}
+  %get-tuple-element.9 = bf16[96,64]{1,0} get-tuple-element(%while.1), index=0
+  %collective-permute.2 = bf16[96,64]{1,0} collective-permute(%get-tuple-element.9), channel_id=6, source_target_pairs={{0,1},{1,0}}, metadata={op_name="jit(step)/key/dot_general"}
+  ROOT %all-reduce.1 = bf16[96,64]{1,0} all-reduce(%collective-permute.2), channel_id=7, to_apply=%sum, metadata={op_name="jit(step)/reduce_sum"}
+}
+"""  # noqa: E501
+
+
+def test_rings_are_counted_once_and_their_products_each_round():
+    assert product_flops(RING) == 4 * 2 * 96 * 64 * 64
+    found = exchanges(RING)
+    assert sorted(each.kind for each in found) == [
+        "all-gather",
+        "all-reduce",
+        "reduce-scatter ring",
+    ]
+    assert max(each.elements for each in found) == 768 * 768
+    # A sum of which each device keeps a part.
+    scattered = RING.replace("%fused_done", "%all-reduce-scatter.6").replace(
+        "ROOT %all-gather.2 = bf16[768,768]{1,0} all-gather(%p.2), channel_id=9, dimensions={0}",
+        "%all-reduce.2 = bf16[48,768]{1,0} all-reduce(%p.2), channel_id=1, to_apply=%sum",
+    )
+    kinds = [each.kind for each in exchanges(scattered)]
+    assert kinds.count("reduce-scatter") == 1
+    assert kinds.count("all-reduce") == 1
+    stray = RING.replace('jit(step)/key/dot_general"}\n  ROOT', 'jit(step)/other"}\n  ROOT')
+    assert "collective-permute" in {each.kind for each in exchanges(stray)}
+
+
+def test_communication_is_held_to_the_mesh():
+    class Both:
+        shape: ClassVar = {"data": 2, "fsdp": 2, "model": 1}
+
+    class Data:
+        shape: ClassVar = {"data": 4}
+
+    wide = ViTConfig(**{**SIZES, "hidden_size": 768, "intermediate_size": 768})
+    good = exchange_check(RING, wide, Both)
+    assert good.passed
+    assert good.detail == "1 all-gather, 1 all-reduce, 1 reduce-scatter ring"
+    # Gathers where nothing is split; an array larger than any parameter; something else.
+    assert not exchange_check(RING, wide, Data).passed
+    assert not exchange_check(RING, SMALL, Both).passed
+    assert not exchange_check(RING.replace("all-reduce(", "all-to-all("), wide, Both).passed
+    assert not exchange_check(PRODUCTS, wide, Both).passed  # nothing is gathered at all
+    assert exchange_check(PRODUCTS, wide, Data).passed
 
 
 def test_float64_is_found_as_written_and_as_compiled():
@@ -377,6 +467,32 @@ def test_small_network_on_v5e():
     assert 2.5 < step.product_flops / forward.product_flops < 3
     assert step.collectives  # the sum of the gradients: what the forward pass may not have
     assert step.aliased_bytes > 0  # the old state gives its memory to the new
+
+
+@needs_compiler
+def test_small_training_step_over_data_and_fsdp():
+    found, texts = {}, {}
+    with libtpu_environment():
+        for axes in ((4, 1), (2, 2)):
+            mesh = training_mesh("v5e:2x2", *axes)
+
+            def more(text, axes=axes, mesh=mesh):
+                texts[axes] = text
+                return exchange_check(text, SMALL, mesh)
+
+            built = training_step(SMALL, mesh, batch=2, dtype="bfloat16")
+            found[axes] = check_program(
+                *built, chip="v5e", name="step", batch=2, dtype="bfloat16", more=more
+            )
+        with pytest.raises(InputError, match="has 4 chips; given axes of 2 x 3"):
+            training_mesh("v5e:2x2", 2, 3)
+    whole, half = found[4, 1], found[2, 2]
+    assert whole.passed, whole.checks
+    # (The activations of so small a network are moved instead of its parameters, here and there.)
+    assert [each.name for each in half.checks if not each.passed] in ([], ["collectives"])
+    assert {"all-gather", "all-reduce"} <= {each.kind for each in exchanges(texts[2, 2])}
+    # Half of the parameters and moments lies on each chip, but for vectors and tokens.
+    assert half.argument_bytes < 0.75 * whole.argument_bytes
 
 
 @needs_compiler

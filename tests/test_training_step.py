@@ -151,7 +151,7 @@ def test_half_parameters_train_in_float32():
     trees = (state.params, state.opt_state[0].mu, state.opt_state[0].nu, state.ema)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(trees)} == {"float32"}
     assert {name: value.dtype.name for name, value in metrics.items()} == {
-        **dict.fromkeys(("loss", "accuracy", "gradient_norm", "update_norm"), "float32"),
+        **dict.fromkeys(("loss", "accuracy", "gradient_norm"), "float32"),
         "finite": "bool",
     }
 
@@ -330,23 +330,11 @@ def test_averages_are_those_of_timm(rule):
         assert step._cache_size() == 1
 
 
-def test_an_average_near_one_does_not_drift():
-    """float32(0.99996) and float32(1 - 0.99996) do not sum to 1: parameters that stand still must
-    be their own average after many steps."""
-    optimizer = optax.sgd(0.0)
-    state = TrainState.create(Small(), optimizer, params=small(), ema=0.99996)
-    step = make_step(Small(), cross_entropy(), optimizer, ema=0.99996)
-    first = bits(state.params)
-    for _ in range(50):
-        state, _ = step(state, given())
-    assert bits(state.ema) == first
-
-
 def test_frozen_parameters_stay_and_cost_nothing():
     def head(name):
         return name.startswith("classifier")
 
-    state, after, metrics = one_step(given(), trainable=head, ema=0.5)
+    state, after, metrics = one_step(given(), trainable=head, ema=0.5, update_norm=True)
     for name in ("layernorm", "dense"):
         assert bits(after.params[name]) == bits(state.params[name])
     assert bits(after.params["classifier"]) != bits(state.params["classifier"])
@@ -354,6 +342,9 @@ def test_frozen_parameters_stay_and_cost_nothing():
     averaged = after.averaged
     assert bits(averaged["dense"]) == bits(state.params["dense"])
     assert bits(averaged["classifier"]) == bits(after.ema["classifier"])
+    moved = jax.tree.map(jnp.subtract, after.params["classifier"], state.params["classifier"])
+    wanted = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(moved)))
+    assert metrics["update_norm"] == pytest.approx(wanted, rel=1e-4)
     # The head moves as it does where everything trains.
     _, everything, all_metrics = one_step(given())
     for one, other in zip(

@@ -31,7 +31,7 @@ from vit_torch.model import ViTPart
 
 Batch = Mapping[str, Any]
 
-OPTIMIZERS = ("adamw", "sgd", "lion")
+OPTIMIZERS = ("adamw", "sgd", "lion", "lamb", "lars")
 """Optimizers of a recipe that the twin trainer has."""
 
 IGNORED = -100
@@ -224,6 +224,97 @@ class Lion(torch.optim.Optimizer):
                 momentum.mul_(b2).add_(parameter.grad, alpha=1 - b2)
 
 
+class LAMB(torch.optim.Optimizer):
+    """LAMB (You et al. 2019, arXiv:1904.00962): Adam's direction and the weight decay, scaled to
+    the norm of each parameter; without weight decay it is Adam, as in timm.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate.
+        betas: decays of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: part of the update that is scaled.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update."""
+        for group in self.param_groups:
+            b1, b2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                first = state.setdefault("exp_avg", torch.zeros_like(parameter))
+                second = state.setdefault("exp_avg_sq", torch.zeros_like(parameter))
+                state["step"] = n = state.get("step", 0) + 1
+                first.mul_(b1).add_(parameter.grad, alpha=1 - b1)
+                second.mul_(b2).addcmul_(parameter.grad, parameter.grad, value=1 - b2)
+                root = (second / (1 - b2**n)).sqrt() + group["eps"]
+                update = first / (1 - b1**n) / root
+                if group["weight_decay"]:
+                    update = update + group["weight_decay"] * parameter
+                    update = update * _trust(parameter, update)
+                parameter.sub_(update, alpha=group["lr"])
+
+
+class LARS(torch.optim.Optimizer):
+    """LARS (You et al. 2017, arXiv:1708.03888) as MAE has it (util/lars.py): the gradient and the
+    weight decay of matrices, scaled to their norm, go into the momentum; vectors have plain SGD.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate.
+        momentum: share of the momentum that stays at each step.
+        weight_decay: part of the update that is scaled.
+        trust: update's norm over the parameter's.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 1e-3,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                update = parameter.grad + group["weight_decay"] * parameter
+                if parameter.ndim > 1:
+                    update = update * _trust(parameter, update, group["trust"])
+                state = self.state[parameter]
+                momentum = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+                momentum.mul_(group["momentum"]).add_(update)
+                parameter.sub_(momentum, alpha=group["lr"])
+
+
+def _trust(parameter: torch.Tensor, update: torch.Tensor, trust: float = 1.0) -> float:
+    """What an update is multiplied by to have `trust` times the parameter's norm; 1 where one of
+    them is zero."""
+    norms = float(parameter.norm()), float(update.norm())
+    return trust * norms[0] / norms[1] if all(norms) else 1.0
+
+
 class SGD(torch.optim.SGD):
     """`torch.optim.SGD` with decoupled weight decay: a group's "decay", times its learning rate."""
 
@@ -247,7 +338,8 @@ def make_optimizer(recipe: Recipe, model: ViTPart) -> torch.optim.Optimizer:
         model: a model of `vit_torch`.
 
     Returns:
-        An optimizer of `torch.optim` (or `Lion`), with one group for each learning rate and decay.
+        An optimizer of `torch.optim`, or one of those above, with one group for each learning rate
+        and decay.
 
     Raises:
         InputError: the twin trainer does not have that optimizer, or that dtype of momentum.
@@ -268,6 +360,10 @@ def make_optimizer(recipe: Recipe, model: ViTPart) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr, betas=betas, eps=recipe.eps)
     if recipe.optimizer == "lion":
         return Lion(groups, lr, betas=betas)
+    if recipe.optimizer == "lamb":
+        return LAMB(groups, lr, betas=betas, eps=recipe.eps)
+    if recipe.optimizer == "lars":
+        return LARS(groups, lr, momentum=recipe.momentum)
     for group in groups:
         group["decay"] = group.pop("weight_decay")
     return SGD(groups, lr, momentum=recipe.momentum, nesterov=recipe.nesterov)

@@ -59,9 +59,14 @@ def open_for(
     if several and part not in names:
         raise InputError(f"{path}: no part {part!r}; there are {some(names, 3)}.")
     chosen = part if several else None
+    tables = not parts and (not path.is_dir() or is_table(path))
+    if (image or label) and not tables:
+        raise InputError(
+            f"{path}: a folder of class folders; --image-column and --label-column are for a table."
+        )
     if parts:
         return open_folder(parts[str(chosen)], limit), chosen
-    if path.is_dir() and not is_table(path):
+    if not tables:
         return open_folder(path, limit), None
     return _table(config, path, chosen or "train", image, label, limit), chosen
 

@@ -6,7 +6,7 @@ import difflib
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from vit_common.datasets.labelled import LabelledImages
@@ -92,8 +92,9 @@ class ImageFolder(LabelledImages):
         paths: list[str] = []
         labels: list[int] = []
         empty = []
+        left_out: list[str] = []
         for name, folder in zip(names, folders, strict=True):
-            found = list(files(folder))
+            found = list(files(folder, left_out.append))
             paths += found
             labels += [index[name]] * len(found)
             if not found:
@@ -101,13 +102,16 @@ class ImageFolder(LabelledImages):
         if not paths:
             raise InputError(
                 f"{root}: no images in its {len(folders)} class folders; looked for "
-                f"{' '.join(sorted(kinds.EXTENSIONS))}."
+                f"{' '.join(sorted(kinds.EXTENSIONS))}{_also(left_out)}."
             )
         if empty and classes is None:
             raise InputError(
                 f"{root}: no images for {_number(len(empty), 'class')} ({some(empty, _SHOWN)}); "
-                "every class needs at least one. Add images or remove the folder."
+                "every class needs at least one. Add images or remove the folder"
+                f"{_also(left_out)}."
             )
+        if left_out:
+            warn(f"{root}: not all files are images{_also(left_out)}.")
         if classes is None and len(known) < 2:
             raise InputError(
                 f"{root}: wanted at least two classes; given one ({known[0]}). Add a folder for "
@@ -135,12 +139,15 @@ class ImageFiles(LabelledImages):
     def __init__(self, path: str | os.PathLike, *, limit: int | None = None) -> None:
         root = Path(path)
         _check_folder(root)
-        paths = list(files(root))
+        left_out: list[str] = []
+        paths = list(files(root, left_out.append))
         if not paths:
             raise InputError(
                 f"{root}: no images in this folder; looked for "
-                f"{' '.join(sorted(kinds.EXTENSIONS))}."
+                f"{' '.join(sorted(kinds.EXTENSIONS))}{_also(left_out)}."
             )
+        if left_out:
+            warn(f"{root}: not all files are images{_also(left_out)}.")
         everything = LabelledImages(paths, [0] * len(paths), labelled=False)
         chosen = everything if limit is None else limited(everything, limit)
         super().__init__(
@@ -179,16 +186,29 @@ def entries(root: Path) -> tuple[list[Path], list[str]]:
     return folders, loose
 
 
-def files(folder: Path) -> Iterator[str]:
-    """Paths of the images in a folder, at any depth and sorted, hidden ones left out."""
+def files(folder: Path, note: Callable[[str], None]) -> Iterator[str]:
+    """Paths of the images in a folder, at any depth and sorted, hidden ones left out.
+
+    Args:
+        folder: the folder.
+        note: called with a line about files of other kinds, such as photos of phones that Pillow
+            needs more for.
+    """
     faults: list[str] = []
     prefix = len(folder.parts)
-    for name in find_images([str(folder)], faults.append):
+    for name in find_images([str(folder)], faults.append, note):
         if not any(_hidden(part) for part in Path(name).parts[prefix:]):
             yield name
     for fault in faults:
         if "cannot be read" in fault:
             raise MissingFileError(fault)
+        others = fault.partition("; looked for ")[2].partition("; ")[2]
+        if others:
+            note(f"{folder}: {others.rstrip('.')}")
+
+
+def _also(left_out: list[str]) -> str:
+    return f"; {some(left_out, 3, '; ')}" if left_out else ""
 
 
 def is_split(root: Path) -> bool:

@@ -113,8 +113,9 @@ def split(
 ) -> tuple[LabelledImages, LabelledImages]:
     """Split images into training and validation, each class by its share.
 
-    A class keeps at least one image for training. Images of several classes, and those with
-    numbers for labels, are split at random.
+    A class keeps at least one image for training. Images of several classes are split by iterative
+    stratification (Sechidis et al. 2011, "On the stratification of multi-label data"), so that rare
+    classes are in both sides; those with numbers for labels are split at random.
 
     Args:
         dataset: the images.
@@ -137,7 +138,11 @@ def split(
             f"{shown(share)}."
         )
     wanted = int(n * share + 0.5)
-    held = _stratified(dataset, wanted, check_seed("seed", seed), _SPLIT, keep=1)
+    held = np.zeros(n, bool)
+    if dataset.problem_type == "multi_label_classification":
+        held = _iterative(dataset.labels > 0, share, check_seed("seed", seed))
+    if not held.any():
+        held = _stratified(dataset, wanted, check_seed("seed", seed), _SPLIT, keep=1)
     if not 0 < held.sum() < n:
         raise InputError(
             f"a share of {share} of {n} images leaves {int(held.sum())} for validation; wanted at "
@@ -184,3 +189,37 @@ def _stratified(
         members = np.flatnonzero(groups == i)
         taken[members[_permutation(len(members), seed, purpose, i)[:number]]] = True
     return taken
+
+
+def _iterative(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """(N,) bool: a share of the images, and nearly that share of each class.
+
+    The rarest class that is left goes first, and each of its images to the side that lacks most of
+    it; then, of equal sides, to the one that lacks most images.
+
+    Args:
+        labels: (N, K) bool.
+    """
+    n = len(labels)
+    shares = np.array([1 - share, share])
+    lacks = shares[:, None] * labels.sum(axis=0)  # (2, K) of each class
+    lacks_images = shares * n
+    side = np.full(n, -1)
+    order = _permutation(n, seed, _SPLIT)
+
+    def put(images: np.ndarray, lack: np.ndarray) -> None:  # which changes with each image
+        for image in images:
+            best = np.flatnonzero(lack >= lack.max() - 1e-9)
+            to = int(best[np.argmax(lacks_images[best])])
+            side[image] = to
+            lacks[to] -= labels[image]
+            lacks_images[to] -= 1
+
+    while True:
+        left = labels[side < 0].sum(axis=0)
+        if not left.any():
+            break
+        rarest = int(np.argmin(np.where(left > 0, left, n + 1)))
+        put(order[(side[order] < 0) & labels[order, rarest]], lacks[:, rarest])
+    put(order[side[order] < 0], lacks_images)
+    return side == 1

@@ -24,7 +24,7 @@ from vit_common.datasets import as_images, split
 from vit_common.datasets.labelled import SINGLE
 from vit_common.errors import CheckpointError, InputError, ViTError, some
 from vit_common.images.processor import BaseImageProcessor
-from vit_common.metrics import LOWER_IS_BETTER, USUAL, is_better
+from vit_common.metrics import LOWER_IS_BETTER, USUAL, is_better, measure
 from vit_common.recipes import Recipe, learning_rates
 from vit_common.recipes import recipe as recipe_named
 from vit_flax.sharding import (
@@ -41,7 +41,7 @@ from vit_flax.training.begin import begin, outputs_of
 from vit_flax.training.checkpoints import Checkpoints, from_all
 from vit_flax.training.evaluate import Evaluation, Evaluator
 from vit_flax.training.loader import Loader
-from vit_flax.training.logs import Log, RunFolder, read_log
+from vit_flax.training.logs import Log, RunFolder, check_tensorboard, read_log
 from vit_flax.training.losses import balanced_weights, check_labels
 from vit_flax.training.optimizers import make_optimizer, trainable_of
 from vit_flax.training.step import TrainState, ema_of, make_step
@@ -311,7 +311,7 @@ def make_plan(
 
     metric = ""
     if validation is not None:
-        metric = recipe.metric or ("loss" if recipe.task == "mim" else USUAL[train.problem_type])
+        metric = _metric(recipe, train)
     return Plan(
         model=model,
         processor=processor,
@@ -335,6 +335,20 @@ def make_plan(
         adapter=adapter,
         parameters=params,
     )
+
+
+def _metric(recipe: Recipe, train: Any) -> str:
+    """The measure of the validation that decides."""
+    K, problem = outputs_of(train), train.problem_type
+    labels = np.zeros(2, np.int64) if problem == SINGLE else np.zeros((2, K))
+    found = measure(np.zeros((2, K)), labels, problem)
+    names = [name for name, each in found.items() if each is None or isinstance(each, float)]
+    metric = recipe.metric or USUAL[problem]
+    if metric not in names:
+        raise InputError(
+            f"`metric`: the validation has no {metric!r}; wanted one of {', '.join(names)}."
+        )
+    return metric
 
 
 def _adapter(recipe: Recipe, model: Any) -> Any:
@@ -565,6 +579,8 @@ def fine_tune(
         "dtype": str(np.dtype(dtype)) if not isinstance(dtype, str) else dtype,
         "teacher": None if teacher is None else _described(teacher),
     }
+    if tensorboard is not None and output is not None and jax.process_index() == 0:
+        check_tensorboard(tensorboard)
     folder = None
     if output is not None:
         folder = _opened(output, settings, resume=resume, force=force)
@@ -847,14 +863,10 @@ class _Loop:
                 self._leave(state, step)
             row["validation"] = measured
             value = measured.get(plan.metric)
-            if not isinstance(value, (int, float)):
-                numbers = [name for name, each in measured.items() if isinstance(each, float)]
-                raise InputError(
-                    f"`metric`: the validation has no {plan.metric!r}; wanted one of "
-                    f"{', '.join(numbers)}."
-                )
             best = record["best"]
-            if is_better(plan.metric, value, None if best is None else best["value"]):
+            if value is None:  # of these images there is no such measure
+                record["worse"] += 1
+            elif is_better(plan.metric, value, None if best is None else best["value"]):
                 record["best"], record["worse"] = {"step": step, "value": value}, 0
             else:
                 record["worse"] += 1
@@ -987,7 +999,7 @@ def _finished(folder: RunFolder, watcher: Watcher) -> Run:
         auto = FlaxAutoModelForMaskedImageModeling
     model = auto.from_pretrained(folder.path)
     result = found.get("result")
-    metrics = next((row["validation"] for row in rows if row["step"] == result), {})
+    metrics: dict[str, Any] = next((row["validation"] for row in rows if row["step"] == result), {})
     return Run(
         model=model,
         metrics=metrics,

@@ -317,12 +317,23 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     return found
 
 
-def _events(folder: str | os.PathLike, step: int) -> Any:
+def check_tensorboard(folder: str | os.PathLike) -> None:
+    """Make the folder of TensorBoard's event files.
+
+    Raises:
+        InputError: tensorboardX is not installed.
+        MissingFileError: the folder cannot be made.
+    """
     if importlib.util.find_spec("tensorboardX") is None:
         raise InputError(
             "--tensorboard needs tensorboardX: pip install tensorboardX, or leave it out."
         )
+    make_directory(folder)
+
+
+def _events(folder: str | os.PathLike, step: int) -> Any:
+    check_tensorboard(folder)
     from tensorboardX import SummaryWriter
 
     # TensorBoard passes over what an earlier start of the run wrote of later steps.
-    return SummaryWriter(os.fspath(make_directory(folder)), purge_step=step + 1)
+    return SummaryWriter(os.fspath(folder), purge_step=step + 1)
