@@ -12,7 +12,7 @@ import sklearn.metrics
 import torch
 
 from vit_common import metrics
-from vit_common.class_names import match_classes
+from vit_common.datasets.class_names import match_classes
 from vit_common.errors import InputError
 from vit_common.images.imagenet import imagenet_labels, imagenet_synsets
 

@@ -133,8 +133,8 @@ def _groups(plan: Plan) -> list[tuple[str, str]]:
     state = plan.parameters
     for row in explain(plan.recipe, state, plan.trainable):
         rates = row.rate if isinstance(row.rate, tuple) else (row.rate,)
-        for rate in rates:
-            key = (f"{rate:.4g}", row.decay, row.trained)
+        for each in rates:
+            key = (f"{each:.4g}", row.decay, row.trained)
             found[key] += math.prod(row.shape) // len(rates)
             arrays[key] += 1
     trained = sum(count for (_, _, trains), count in found.items() if trains)

@@ -180,6 +180,8 @@ def first_not_finite(plan: Plan, state: TrainState, batch: Mapping[str, Any], st
     if not _finite(prepared["pixel_values"]):
         return "The pixels are not finite."
     key = jax.random.fold_in(now, 1)
+    if plan.frozen is not None:
+        return "The head alone trains: its inputs are finite, and its output or gradient is not."
     layer = _first_layer(plan.task.model, params, prepared, key)
     if layer is not None:
         return f"The first layer with an output that is not finite is {layer}."

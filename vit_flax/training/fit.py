@@ -999,7 +999,7 @@ def _finished(folder: RunFolder, watcher: Watcher) -> Run:
         auto = FlaxAutoModelForMaskedImageModeling
     model = auto.from_pretrained(folder.path)
     result = found.get("result")
-    metrics = next((row["validation"] for row in rows if row["step"] == result), {})
+    metrics: dict[str, Any] = next((row["validation"] for row in rows if row["step"] == result), {})
     return Run(
         model=model,
         metrics=metrics,

@@ -41,7 +41,7 @@ class Task(NamedTuple):
 
     model: Any
     loss: Loss
-    prepare: Prepare
+    prepare: Prepare | None
     constants: Mapping[str, Any] = {}
 
 
