@@ -401,6 +401,12 @@ def _train(options: Options, hosts: Hosts | None) -> int:
 
     first = hosts is None or hosts.index == 0
     recipe, stored = _recipe(options)
+    if options.merge and not recipe.lora:
+        from vit_common.errors import InputError
+
+        raise InputError(
+            "--merge writes adapters into a model's weights; it goes with --lora RANK."
+        )
     model = options.model or stored.get("model")
     if model is None:
         from vit_common.errors import InputError
@@ -701,7 +707,7 @@ def _watcher(*, show: bool) -> Any:
             return steps * self._size / seconds if steps and seconds > 0 else 0.0
 
         def evaluating(self, done: int, total: int) -> None:
-            self._bar.describe(f"validating {done}/{total}")
+            self._bar.describe(f"{done}/{total} images", "validating")
 
         def epoch(self, row: Mapping[str, Any]) -> None:
             assert self._plan is not None
