@@ -1,6 +1,7 @@
 """What does a training step cost on a slice of TPUs, by XLA's own TPU compiler?
 
-    python benchmarks/tpu_training.py [--models base large] [--meshes 4x4 1x16] [--table]
+    python benchmarks/tpu_training.py [--models base large] [--meshes 4x4 1x16]
+        [--blocks each scan] [--remat none POLICY] [--table]
 
 Compiles, and does not run: neither a TPU nor weights are needed, but `pip install
 '.[bench,tpu-check]'` is. One step of AdamW on 1024 images over the 16 chips of a v5e-16 (the
@@ -12,6 +13,7 @@ second table in `docs/tpu.md` if it has a place for it; `--table` writes that al
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -21,11 +23,12 @@ from typing import Any
 from common import RESULTS, ROOT, parse, run_process, write_file
 
 TOPOLOGY, CHIP, BATCH = "v5e:4x4", "v5e", 1024
+KEY = ("model", "mesh", "remat", "blocks")
 BEGIN, END = "<!-- training table: begin -->", "<!-- training table: end -->"
 
 
-def compile_one(model: str, axes: str, remat: str, batch: str) -> dict[str, Any]:
-    """Compile one step; `remat` is "none" or a policy."""
+def compile_one(model: str, axes: str, remat: str, blocks: str, batch: str) -> dict[str, Any]:
+    """Compile one step; `remat` is "none" or a policy, `blocks` "each" or "scan"."""
     from vit_common.presets import preset
     from vit_flax import tpu_check
     from vit_flax.hlo import exchanges
@@ -37,7 +40,14 @@ def compile_one(model: str, axes: str, remat: str, batch: str) -> dict[str, Any]
     with tpu_check.libtpu_environment():
         mesh = tpu_check.training_mesh(TOPOLOGY, data, fsdp)
         each = int(batch) // mesh.size
-        built = tpu_check.training_step(config, mesh, batch=each, dtype="bfloat16", remat=policy)
+        built = tpu_check.training_step(
+            config,
+            mesh,
+            batch=each,
+            dtype="bfloat16",
+            remat=policy,
+            scan_layers=blocks == "scan",
+        )
 
         def more(text: str) -> Any:
             texts.append(text)
@@ -50,6 +60,7 @@ def compile_one(model: str, axes: str, remat: str, batch: str) -> dict[str, Any]
         "model": model,
         "mesh": axes,
         "remat": remat,
+        "blocks": blocks,
         "batch": int(batch),
         "flops_ratio": program.flops_ratio,
         "product_ratio": (program.product_flops or 0.0) / program.analytic_flops,
@@ -66,14 +77,15 @@ def compile_one(model: str, axes: str, remat: str, batch: str) -> dict[str, Any]
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| model | data x fsdp | recomputed | products / analytic | parameters and moments, MB "
-        "| temporary, GB | all memory, GB | communication |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | data x fsdp | blocks | recomputed | products / analytic "
+        "| parameters and moments, MB | temporary, GB | all memory, GB | communication |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=order):
         said = ", ".join(f"{count} {kind}" for kind, count in sorted(row["exchanges"].items()))
         lines.append(
             f"| {row['model']} | {row['mesh'].replace('x', ' x ')} | "
+            f"{'one by one' if row['blocks'] == 'each' else 'scanned'} | "
             f"{'nothing' if row['remat'] == 'none' else row['remat']} | "
             f"{row['product_ratio']:.4f} | {row['argument_bytes'] / 1e6:.0f} | "
             f"{row['temporary_bytes'] / 1e9:.2f} | {row['memory_bytes'] / 1e9:.2f} | {said} |"
@@ -84,7 +96,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def order(row: dict[str, Any]) -> tuple[Any, ...]:
     """Small models first."""
     sizes = ("tiny", "small", "base", "large", "huge", "giant")
-    return sizes.index(row["model"]), row["mesh"], row["remat"]
+    return sizes.index(row["model"]), row["mesh"], row["blocks"], row["remat"]
 
 
 def write_table(rows: list[dict[str, Any]]) -> None:
@@ -104,9 +116,16 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["base", "large"])
     parser.add_argument("--meshes", nargs="+", default=["4x4"], metavar="DATAxFSDP")
     parser.add_argument("--remat", nargs="+", default=["none"], help="none, or policies")
+    parser.add_argument(
+        "--blocks",
+        nargs="+",
+        default=["each"],
+        choices=["each", "scan"],
+        help="each block compiled, or one that is run for all: much sooner compiled",
+    )
     parser.add_argument("--batch", type=int, default=BATCH, help="images, over all chips")
     parser.add_argument("--table", action="store_true", help="only write the table again")
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     arguments = parse(parser, models=["tiny"], batch=16)
     if arguments.one:
         print(json.dumps(compile_one(*arguments.one)))
@@ -118,23 +137,20 @@ def main() -> None:
     if path.exists():
         earlier = json.loads(path.read_text())
         if arguments.table or earlier["versions"] == versions():
-            known = {(r["model"], r["mesh"], r["remat"]): r for r in earlier["rows"]}
+            known = {tuple(r[name] for name in KEY): r for r in earlier["rows"]}
     if arguments.table:
         write_table([*known.values()])
         return
-    for model in arguments.models:
-        for axes in arguments.meshes:
-            for remat in arguments.remat:
-                job = (model, axes, remat, str(arguments.batch))
-                done = run_process([sys.executable, os.path.abspath(__file__), "--one", *job])
-                row = json.loads(done["stdout"].splitlines()[-1])
-                known[job[:3]] = row
-                print(" ".join(job), json.dumps(row), flush=True)
-                if not arguments.quick:
-                    rows = sorted(known.values(), key=order)
-                    question = __doc__.splitlines()[0]
-                    result = {"question": question, "versions": versions(), "rows": rows}
-                    write_file("tpu_training", result)
+    choices = (arguments.models, arguments.meshes, arguments.remat, arguments.blocks)
+    for job in itertools.product(*choices):
+        command = [sys.executable, os.path.abspath(__file__), "--one", *job, str(arguments.batch)]
+        row = json.loads(run_process(command)["stdout"].splitlines()[-1])
+        known[job] = row
+        print(" ".join(job), json.dumps(row), flush=True)
+        if not arguments.quick:
+            rows = sorted(known.values(), key=order)
+            result = {"question": __doc__.splitlines()[0], "versions": versions(), "rows": rows}
+            write_file("tpu_training", result)
     if not arguments.quick:
         write_table([*known.values()])
 

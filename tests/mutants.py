@@ -54,6 +54,7 @@ DEVICES = f"{_ATTENTION}every_device_computes_its_own_images"
 SHARDED = "tests/test_sharding.py::test_numbers_and_collectives[BEiT-mesh3-pallas]"
 TILED = f"{_ATTENTION}tiled_kernel_against_torch[(2,257,2,64)-128]"
 _SCAN = "tests/test_scan.py::test_"
+_ADAPTERS = "tests/test_adapters.py::test_"
 SCANNED = f"{_SCAN}every_stage_against_the_torch_reference[vit]"
 SCANNED_TRAINING = f"{_SCAN}training_is_that_of_the_blocks_one_by_one[vit-"
 SCANNED_TRAINING += "dots_with_no_batch_dims_saveable]"
@@ -72,7 +73,7 @@ STEP, LOSSES = "vit_flax/training/step.py", "vit_flax/training/losses.py"
 MIXING, OPTIMIZERS = "vit_flax/training/mixing.py", "vit_flax/training/optimizers.py"
 _STEP, _RULES = "tests/test_training_step.py::test_", "tests/test_optimizers.py::test_"
 METRICS, EVALUATE = "vit_common/metrics.py", "vit_flax/training/evaluate.py"
-PROBE, CHARTS = "vit_flax/training/probe.py", "vit_cli/runs/charts.py"
+PROBE, CHARTS = "vit_flax/training/probe.py", "vit_cli/reports/charts.py"
 _METRICS, _EVALUATE = "tests/test_metrics.py::test_", "tests/test_evaluate.py::test_"
 TWIN_TRAINER, DEFINITIONS = "vit_torch/training.py", "vit_torch/verify/definitions.py"
 _RUNS = "tests/test_training_runs.py::test_"
@@ -257,7 +258,7 @@ MUTANTS = [
         f"{_EVALUATE}classes_are_matched_by_name",
     ),
     Mutant(
-        "images that cannot be read count",
+        "images that cannot be read are evaluated",
         EVALUATE,
         "index = np.flatnonzero(read)",
         "index = np.arange(count)",
@@ -981,6 +982,49 @@ MUTANTS = [
         "math.tan(math.radians(shear))",
         "-math.tan(math.radians(shear))",
         f"{_AUGMENT}affine_against_torchvision[L]",
+    ),
+    Mutant(
+        "rsLoRA scales as LoRA does",
+        "convert/adapters/settings.py",
+        "return alpha / (math.sqrt(rank) if rslora else rank)",
+        "return alpha / rank",
+        f"{_ADAPTERS}outputs_and_names_are_those_of_peft[vit-rslora-]",
+    ),
+    Mutant(
+        "DoRA's norm is that of the base weight",
+        "convert/adapters/lowrank.py",
+        "rows = out.reshape(len(out), -1)\n            norm = np.sqrt(np.square(rows)",
+        "rows = out.reshape(len(out), -1)\n            norm = np.sqrt(np.square("
+        "weight.reshape(rows.shape))",
+        f"{_ADAPTERS}outputs_and_names_are_those_of_peft[vit-dora-]",
+    ),
+    Mutant(
+        "an alpha pattern is not read",
+        "convert/adapters/settings.py",
+        "return _matched(self.alpha_pattern, layer, self.alpha)",
+        "return self.alpha",
+        f"{_ADAPTERS}outputs_and_names_are_those_of_peft[vit-patterns-]",
+    ),
+    Mutant(
+        "halves of a SwiGLU share the first A",
+        "convert/adapters/lowrank.py",
+        "shared = first.alpha == second.alpha and np.array_equal(first.a, second.a)",
+        "shared = first.alpha == second.alpha",
+        f"{_ADAPTERS}halves_of_a_swiglu[an A each]",
+    ),
+    Mutant(
+        "an adapter is trained at twice its scale",
+        "vit_flax/training/lora.py",
+        "new = kernel.astype(delta.dtype) + self._scale(layer) * delta",
+        "new = kernel.astype(delta.dtype) + 2 * self._scale(layer) * delta",
+        "tests/test_lora.py::test_training_is_that_of_peft[query and value]",
+    ),
+    Mutant(
+        "B is split as the kernel's inputs are",
+        "vit_flax/sharding.py",
+        "kept = [*before, None, outputs]",
+        "kept = [*before, None, inputs[-1]]",
+        "tests/test_lora.py::test_an_adapter_lies_as_its_kernel_does",
     ),
 ]
 

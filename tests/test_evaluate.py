@@ -28,7 +28,7 @@ from sklearn.metrics import (
 
 import vit_flax
 from vit_cli.main import main
-from vit_cli.runs.evaluation import write_predictions
+from vit_cli.reports.evaluation import write_predictions
 from vit_cli.runs.labelled import open_folder, open_for
 from vit_common.embedded import embedded_checkpoint
 from vit_common.errors import ImageError, InputError

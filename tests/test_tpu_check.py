@@ -239,6 +239,14 @@ def test_rings_are_counted_once_and_their_products_each_round():
         "reduce-scatter ring",
     ]
     assert max(each.elements for each in found) == 768 * 768
+    # A sum of which each device keeps a part.
+    scattered = RING.replace("%fused_done", "%all-reduce-scatter.6").replace(
+        "ROOT %all-gather.2 = bf16[768,768]{1,0} all-gather(%p.2), channel_id=9, dimensions={0}",
+        "%all-reduce.2 = bf16[48,768]{1,0} all-reduce(%p.2), channel_id=1, to_apply=%sum",
+    )
+    kinds = [each.kind for each in exchanges(scattered)]
+    assert kinds.count("reduce-scatter") == 1
+    assert kinds.count("all-reduce") == 1
     stray = RING.replace('jit(step)/key/dot_general"}\n  ROOT', 'jit(step)/other"}\n  ROOT')
     assert "collective-permute" in {each.kind for each in exchanges(stray)}
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_cli.runs.charts import line_chart, thinned, ticks
-from vit_cli.runs.report import report, worst, write_report
+from vit_cli.reports.charts import line_chart, thinned, ticks
+from vit_cli.reports.report import report, worst, write_report
 from vit_common.datasets import LabelledImages
 from vit_common.metrics import measure
 from vit_flax.training.evaluate import Evaluation

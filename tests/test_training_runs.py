@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 import vit_flax
 import vit_torch
+from vit_cli.commands import verify_report
 from vit_cli.main import main
 from vit_common.checks import resolve_problem_type
 from vit_common.errors import InputError
@@ -38,6 +39,7 @@ from vit_convert.formats import FORMATS
 from vit_convert.rules import to_canonical
 from vit_torch.training import LAMB, Average, Lion, Trainer, fine_tune, make_optimizer, schedule_of
 from vit_torch.training import settings as settings_of
+from vit_torch.verify import Verification
 from vit_torch.verify.definitions import Setup
 from vit_torch.verify.training import (
     FlaxRun,
@@ -564,6 +566,19 @@ def test_a_drift_of_another_cause_is_not_explained():
     assert row.drifts_from == 1
     assert row.first_over.stage.name == "learning rate"
     assert row.causes == []
+
+
+def test_a_run_that_is_not_finite_does_not_pass():
+    row = drifted({"learning_rate": 1e200}, {}, steps=7)
+    assert not row.passed
+    assert np.isnan(row.losses[0][-1])
+    assert np.isnan(row.first_over.value)
+    lines = verify_report.remarks(row)
+    assert "there it is infinite or no number (NaN)" in lines
+    found = Verification("m", None, "vit", "classifier", (8, 8), 8, [row], {})
+    table = json.loads(verify_report.as_json(found))
+    assert table["rows"][0]["losses"][0][-1] is None
+    assert "NaN" in verify_report.html(found)
 
 
 # -- the biases of keys

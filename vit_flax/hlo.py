@@ -264,14 +264,16 @@ def exchanges(hlo: str) -> list[Exchange]:
                 continue
             operation = _OPERATION.search(line.rest)
             name = operation[1] if operation else line.name
+            # The TPU compiler writes a reduce-scatter as a sum and the part of it that is kept.
+            called = "reduce-scatter" if where.startswith("all-reduce-scatter") else kind[1]
             if kind[1] == "collective-permute" and (_RING.search(where) or name in rings):
                 continue
             channel = re.search(r"channel_id=(\d+)", line.rest)
-            key = f"{kind[1]} {channel[1] if channel else line.name}"
+            key = f"{called} {channel[1] if channel else line.name}"
             elements = 0 if line.result is None else math.prod(line.result.shape)
             before = found.get(key)
             if before is None or before.elements < elements:
-                found[key] = Exchange(kind[1], elements, name)
+                found[key] = Exchange(called, elements, name)
     return [*found.values()]
 
 

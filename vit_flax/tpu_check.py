@@ -370,10 +370,14 @@ class Built(NamedTuple):
     may_communicate: bool
 
 
-def _model(config: ViTConfig, dtype: str, teacher: bool, kernel: str) -> Any:
+def _model(
+    config: ViTConfig, dtype: str, teacher: bool, kernel: str, scan_layers: bool = False
+) -> Any:
     auto = FlaxAutoModelForImageClassification
     cls = auto.teacher if teacher else auto.class_for(config)
-    return cls(config, dtype=dtype, _do_init=False, attn_implementation=kernel)
+    return cls(
+        config, dtype=dtype, _do_init=False, attn_implementation=kernel, scan_layers=scan_layers
+    )
 
 
 def _pixels(config: ViTConfig, batch: int, dtype: str) -> jax.ShapeDtypeStruct:
@@ -414,6 +418,7 @@ def training_step(
     teacher: bool = False,
     attn_implementation: str = "auto",
     remat: str | None = None,
+    scan_layers: bool = False,
 ) -> Built:
     """One step of AdamW on `batch` images on each device; gradients are summed over them.
 
@@ -427,11 +432,12 @@ def training_step(
         attn_implementation: see `vit_flax.attention`.
         remat: what a block keeps for its gradient, as `enable_gradient_checkpointing` takes it;
             None keeps everything.
+        scan_layers: compile one block and run it for all.
     """
     import optax
 
     split = batch_sharding(mesh)
-    model = _model(config, dtype, teacher, attn_implementation)
+    model = _model(config, dtype, teacher, attn_implementation, scan_layers=scan_layers)
     if remat is not None:
         model.enable_gradient_checkpointing(remat)
     optimizer = optax.adamw(1e-3)

@@ -118,7 +118,7 @@ def is_adapter(files: ModelFiles, *, described: bool) -> bool:
 
 
 def has_adapter(files: ModelFiles) -> bool:
-    """Whether a repository that lacks the weights of a model has an adapter's."""
+    """Whether an adapter is among the files, whatever else is."""
     with contextlib.suppress(MissingFileError):
         return files.find(CONFIG_NAME) is not None
     return False

@@ -34,6 +34,7 @@ from vit_convert.adapters.folder import (
     adapter_table,
     adapter_tensors,
     find_adapter,
+    has_adapter,
     read_adapter,
     same_adapters,
     understood,
@@ -44,7 +45,6 @@ from vit_convert.report import Report, Verification
 
 FORMATS: Mapping[str, str] = {"peft-4": "transformers-4", "peft-5": "transformers-5"}
 """Format of an adapter folder -> the generation of Transformers whose names it has."""
-
 _OF_FILES = (".safetensors", ".msgpack", ".npz", ".pth", ".bin")
 
 
@@ -88,15 +88,13 @@ def rename_adapter(
     """
     started = time.perf_counter()
     files = ModelFiles(source, **hub)
-    if find_adapter(files) is None:
+    if find_adapter(files) is None and not has_adapter(files):
         raise InputError(
             f"{source} is no adapter folder (it has no {CONFIG_NAME}): {', '.join(FORMATS)} are "
             "for LoRA adapters alone. Choose a format for whole models."
         )
     target = Path(target)
-    if target.suffix in (".safetensors", ".msgpack", ".npz", ".pth", ".bin") or os.path.isfile(
-        target
-    ):
+    if target.suffix in _OF_FILES or os.path.isfile(target):
         raise InputError(f"{target}: an adapter is a folder of two files; give a folder.")
     adapter = read_adapter(files)
     config = None

@@ -128,7 +128,7 @@ def run(options: Options) -> int:
         ViTError: the model or the data set cannot be loaded, they do not fit, or a file cannot be
             written.
     """
-    from vit_cli.runs.evaluation import check_predictions_file, write_predictions
+    from vit_cli.reports.evaluation import check_predictions_file, write_predictions
     from vit_cli.runs.labelled import check_source, open_for
     from vit_common.files.replace import check_target
 
@@ -154,7 +154,7 @@ def run(options: Options) -> int:
         write_predictions(options.output, found, every=options.probabilities)
     summary = _summary(options, found, part, model, dataset)
     if options.report is not None:
-        from vit_cli.runs.report import write_report
+        from vit_cli.reports.report import write_report
 
         write_report(
             options.report,
@@ -172,7 +172,7 @@ def run(options: Options) -> int:
         json.dump(summary, sys.stdout, allow_nan=False)
         sys.stdout.write("\n")
     else:
-        from vit_cli.runs.evaluation import print_evaluation
+        from vit_cli.reports.evaluation import print_evaluation
 
         print_evaluation(found, summary)
     if found.skipped:

@@ -157,7 +157,7 @@ def run(options: Options) -> int:
     for name, each in features.items():
         if not len(each[1]):
             raise InputError(f"{source}: none of the {name} images could be read.")
-    found = _probe(features, test, parts["train"].classes, options)
+    found = _probe(features, parts["train"].classes or (), options)
     summary = _summary(options, encoder.config, parts, features, test, skipped, found)
     if options.json:
         json.dump(summary, sys.stdout, allow_nan=False)
@@ -184,7 +184,7 @@ def _parts(parts: dict[str, Any], options: Options) -> tuple[dict[str, Any], str
         return {"train": parts["train"], "test": parts["val"]}, "val"
     train, test = split(parts["train"], options.test_share, options.seed)
     say(
-        f"{options.names[0]}: {counted(len(test))} of {len(parts['train'])} are held out and "
+        f"{options.names[0]}: {len(test)} of {counted(len(parts['train']))} are held out and "
         f"tested on (--test-share, --seed)"
     )
     return {"train": train, "test": test}, f"{options.test_share} held out"
@@ -234,7 +234,6 @@ def _features(
 
 def _probe(
     features: dict[str, tuple[np.ndarray, np.ndarray]],
-    test: str,
     classes: tuple[str, ...],
     options: Options,
 ) -> list[Any]:
@@ -296,7 +295,7 @@ def _as_pairs(validation: dict[float, float] | None) -> dict[str, Any]:
 
 
 def _print(summary: dict[str, Any]) -> None:
-    from vit_cli.runs.evaluation import number, print_table
+    from vit_cli.reports.evaluation import number, print_table
     from vit_cli.terminal.messages import one_line, printable
 
     images = ", ".join(f"{count} {name}" for name, count in summary["images"].items())
@@ -314,16 +313,17 @@ def _print(summary: dict[str, Any]) -> None:
                 number(each["top1"]),
                 number(each["top5"]),
                 number(each["balanced_accuracy"]),
-                _settings(each["settings"]),
+                _settings(each["settings"], "val" in summary["images"]),
             ]
             for each in summary["probes"]
         ],
     )
 
 
-def _settings(settings: dict[str, Any]) -> str:
+def _settings(settings: dict[str, Any], validated: bool) -> str:
     if "C" in settings:
-        chosen = " (chosen on validation images)" if "validation" in settings else ""
+        where = "validation images" if validated else "a fifth of the training images"
+        chosen = f" (chosen on {where})" if "validation" in settings else ""
         return f"C = {settings['C']:g}{chosen}"
     if "temperature" in settings:
         return f"votes exp(cosine / {settings['temperature']})"

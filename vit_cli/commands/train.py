@@ -768,7 +768,7 @@ def _report(options: Options, result: Run, validation: Any, recipe: Recipe) -> N
     """The report in the folder of the run."""
     if result.folder is None or ((result.folder / _REPORT).exists() and result.evaluation is None):
         return
-    from vit_cli.runs.report import write_report
+    from vit_cli.reports.report import write_report
     from vit_flax.training.logs import LOG, read_log
 
     write_report(

@@ -74,6 +74,8 @@ def _drift(row: Any, over: Any) -> list[str]:
         f"(bound {over.bound:.3g}); the largest difference there is {over.value:.3g}, at step "
         f"{over.stage.where[0]}"
     ]
+    if not math.isfinite(over.value):
+        lines.append("there it is infinite or no number (NaN)")
     if row.causes is None:
         lines.append("no cause was looked for: that takes float64")
     elif not row.causes:

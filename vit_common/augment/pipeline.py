@@ -13,7 +13,7 @@ from vit_common.augment.colour import color_jitter
 from vit_common.augment.draws import Draws
 from vit_common.augment.geometry import EITHER, RESAMPLING, affine, affine_draw, crop_box
 from vit_common.checks import check_positive
-from vit_common.errors import InputError, shown
+from vit_common.errors import InputError
 from vit_common.recipes import Recipe
 
 Picture = TypeVar("Picture", PIL.Image.Image, np.ndarray)
@@ -34,7 +34,7 @@ class Augment:
             and rotations leave behind, as in timm. None is grey (128).
 
     Raises:
-        InputError: a setting is out of its range, or there is no such augmentation.
+        InputError: there is no such augmentation, or it does not suit the number of channels.
 
     Example:
         >>> augment = Augment(recipe("fine-tune"), 224)
@@ -55,7 +55,6 @@ class Augment:
         self.channels = check_positive("channels", channels)
         self.recipe = recipe
         self.mean = None if mean is None else tuple(mean)
-        _check(recipe)
         self._auto = None
         if recipe.auto_augment:
             self._check_colours("auto_augment", (1, 3))
@@ -145,25 +144,3 @@ def _moved(
         image = image.crop(box)
     image = image.resize((size[1], size[0]), resample)
     return image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
-
-
-def _check(recipe: Recipe) -> None:
-    known = ("random", *RESAMPLING)
-    if recipe.interpolation not in known:
-        raise InputError(
-            f"`interpolation` must be one of {', '.join(known)}; given "
-            f"{shown(recipe.interpolation)}."
-        )
-    if not 0 <= recipe.flip <= 1:
-        raise InputError(f"`flip` must be a probability from 0 to 1; given {shown(recipe.flip)}.")
-    if not recipe.color_jitter >= 0:
-        raise InputError(f"`color_jitter` must be 0 or more; given {shown(recipe.color_jitter)}.")
-    for name in ("crop_scale", "crop_ratio"):
-        given = getattr(recipe, name)
-        if given is None and name == "crop_scale":
-            continue
-        fits = isinstance(given, (tuple, list)) and len(given) == 2
-        if not fits or not 0 < given[0] <= given[1]:
-            raise InputError(
-                f"`{name}` must be two positive numbers, the smaller first; given {shown(given)}."
-            )

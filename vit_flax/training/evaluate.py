@@ -261,9 +261,11 @@ class Evaluator:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _placed(self, *arrays: np.ndarray) -> list[Any]:
+    def _placed(self, pixels: np.ndarray, valid: np.ndarray) -> list[Any]:
+        """Arrays of a batch as the program takes them."""
+        arrays = [pixels, valid]
         if self._split is None:
-            return list(arrays)
+            return arrays
         return [jax.make_array_from_callback(a.shape, self._split, partial(_at, a)) for a in arrays]
 
 

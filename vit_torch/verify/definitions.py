@@ -247,7 +247,10 @@ class Variant(Trainer):
 
     def learning_rate(self, step: int) -> float:
         rate = self.rate(max(step + self.definitions.schedule_offset, 0))
-        return float(np.float32(rate)) if self.definitions.schedule_dtype == "float32" else rate
+        if self.definitions.schedule_dtype == "float64":
+            return rate
+        with np.errstate(over="ignore"):
+            return float(np.float32(rate))
 
     def losses(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         if self.definitions.smoothing == "all" or batch["labels"].ndim != 1:

@@ -48,6 +48,8 @@ _SMALL = 1_000_000
 """Parameters up to which PyTorch has one thread: several would wait for each other."""
 _AFTER = 3
 """Steps behind the first drift that a definition is tried for."""
+_FIRST = 50
+"""Steps in float32 whose losses are held where the optimizer lets rounding grow."""
 _FACTOR = 20.0
 """A definition has a part in a drift if the drift is this many times smaller with it."""
 
@@ -427,10 +429,14 @@ class Record:
         loose: the bound of key biases.
         held: which kinds have a bound; others are only written down.
         peak: the highest learning rate.
+        until: step from which on nothing has a bound.
     """
 
-    def __init__(self, bound: float, loose: float, held: Sequence[str], peak: float) -> None:
+    def __init__(
+        self, bound: float, loose: float, held: Sequence[str], peak: float, until: int
+    ) -> None:
         self.bound, self.loose, self.held, self.peak = bound, loose, held, peak
+        self.until = until
         self.worst: dict[str, Checked] = {}
         self.drift: dict[str, list[float]] = {}
         self.losses: tuple[list[float], list[float]] = ([], [])
@@ -465,7 +471,7 @@ class Record:
             self.drift.setdefault(kind, []).append(value)
 
     def _keep(self, kind: str, stage: Stage, value: float, bound: float, step: int) -> None:
-        if kind not in self.held:
+        if kind not in self.held or step >= self.until:
             return
         checked = Checked(stage, bound, value)
         before = self.worst.get(stage.name)
@@ -540,13 +546,14 @@ def compare_runs(
     recipe = setup.recipe
     exact = dtype == "float64"
     held = _ORDER if exact else ("learning rate", "loss")
-    bound = bounds[f"training {dtype}" if exact or recipe.optimizer != "sgd" else "training SGD"]
+    adam = recipe.optimizer in ("adamw", "lamb")
+    bound = bounds[f"training {dtype}" if exact or adam else "training SGD float32"]
     rates = schedule_of(recipe, steps)
     peak = max(rate for rate in map(rates, range(steps)))
     loose = bounds["training key biases"]
     if recipe.optimizer in ("lion", "lamb"):  # which move them by the learning rate, up or down
         loose = 2.0 * steps * peak
-    record = Record(bound, loose, held, peak)
+    record = Record(bound, loose, held, peak, steps if exact or adam else _FIRST)
     parameters = dict(torch_model.named_parameters())
     prefix = f"{torch_model.config.base_model_prefix}."
     small = sum(p.numel() for p in parameters.values()) <= _SMALL
@@ -649,10 +656,11 @@ def find_causes(
         for text, changes in alternatives(setup):
             try:
                 other = setup.change(**changes)
-                after = distance(other, max(before / _FACTOR, record.bound))
+                part = before / _FACTOR if before < np.inf else 0.0
+                after = distance(other, max(part, record.bound))
             except (InputError, ValueError):  # not with this optimizer
                 continue
-            if after <= record.bound or after * _FACTOR <= before:
+            if after <= record.bound or after * _FACTOR <= before < np.inf:
                 tried.append((after, text, other))
         tried.sort(key=lambda each: each[0])
         found = [
@@ -744,7 +752,12 @@ def verify_training(
         notes.append("the checkpoint has no head; both runs have the same new classifier")
     pixels = None
     if images is not None:
-        pixels = model_inputs(subject, images, None, 2)[0].astype(np.float64)
+        pixels, size = model_inputs(subject, images, None, 2)
+        if size != subject.config.image_height_width:
+            raise InputError(
+                f"training is compared at the model's image size; the images are prepared at "
+                f"{size[0]} x {size[1]} (height x width)."
+            )
     rows: list[Row] = []
     for place in places(devices):
         for dtype in dtypes:
@@ -783,6 +796,9 @@ def verify_training(
                         device=name,
                     )
                 )
+    if "float32" in dtypes:
+        what = "losses" if wanted.optimizer in ("adamw", "lamb") else f"first {_FIRST} losses"
+        notes.append(f"in float32 only the {what} have a bound: rounding grows")
     if not rows:
         raise InputError(f"nothing of what was asked for can be compared: {'; '.join(notes)}.")
     return Verification(

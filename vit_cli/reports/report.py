@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vit_cli.runs import charts
-from vit_cli.runs.charts import text
-from vit_cli.runs.evaluation import confused, number, scalars, title_of, worst_classes
+from vit_cli.reports import charts
+from vit_cli.reports.charts import text
+from vit_cli.reports.evaluation import confused, number, scalars, title_of, worst_classes
 from vit_cli.terminal.messages import printable
 from vit_common.errors import ViTError
 from vit_common.files.replace import write_text
