@@ -550,6 +550,7 @@ def _recipe(options: Options) -> tuple[Recipe, Mapping[str, Any]]:
     from vit_common.errors import InputError
     from vit_common.recipes import Recipe, parse_settings
     from vit_common.recipes import recipe as recipe_named
+    from vit_flax.training.begin import is_size
 
     given: dict[str, Any] = {
         setting: getattr(options, f"recipe_{setting}")
@@ -579,6 +580,8 @@ def _recipe(options: Options) -> tuple[Recipe, Mapping[str, Any]]:
     name = options.recipe
     if name is None:
         name = {"mim": "simmim"}.get(given.get("task", ""), "fine-tune")
+        if name == "fine-tune" and options.model is not None and is_size(options.model):
+            name = "scratch"
         if given.get("lora"):
             name = "adapter"
         if given.get("train") == "head":
