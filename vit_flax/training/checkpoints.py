@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -496,7 +497,21 @@ def _orbax() -> Any:
     logger = absl_logging.get_absl_logger()
     if _silence not in logger.filters:
         logger.addFilter(_silence)
+    if getattr(sys.unraisablehook, "__name__", "") != _late_callbacks_pass.__name__:
+        sys.unraisablehook = _late_callbacks_pass(sys.unraisablehook)
     return orbax
+
+
+def _late_callbacks_pass(before: Callable[[Any], object]) -> Callable[[Any], object]:
+    """What `sys.unraisablehook` is from now on: where one array cannot be read or written, orbax
+    ends its event loop, and tensorstore reports each of the others to a loop that is closed."""
+
+    def _late_callbacks_pass(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            before(unraisable)
+
+    return _late_callbacks_pass
 
 
 def _silence(record: logging.LogRecord) -> bool:
