@@ -254,9 +254,9 @@ def exchanges(hlo: str) -> list[Exchange]:
         for each in instructions:
             ring = _RING.search(each.rest) if each.opcode == "while" else None
             if ring:
-                name = _OPERATION.search(each.rest)
-                rings.add(name[1] if name else "")
-                found[each.name] = Exchange(_RINGS[ring[1]], 0, name[1] if name else each.name)
+                within = _OPERATION.search(each.rest)
+                rings.add(within[1] if within else "")
+                found[each.name] = Exchange(_RINGS[ring[1]], 0, within[1] if within else each.name)
     for where, instructions in computations.items():
         for line in instructions:
             kind = _COLLECTIVE.fullmatch(f" {line.opcode}(")

@@ -35,7 +35,7 @@ class Task(NamedTuple):
     Attributes:
         model: what the step runs.
         loss: from its output and a batch to a `Total`.
-        prepare: (batch, key) -> batch, inside the step.
+        prepare: (batch, key) -> batch, inside the step; None leaves the batch.
         constants: further entries of every batch: `step(state, {**batch, **task.constants})`.
     """
 
