@@ -91,7 +91,7 @@ class Checkpoints:
         self._say = say or (lambda line: None)
         self._saving: int | None = None
         options = orbax.CheckpointManagerOptions(
-            preservation_policy=_Keep(keep, self),  # type: ignore[arg-type]
+            preservation_policy=_Keep(keep, self),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
@@ -394,7 +394,7 @@ def _placed(like: Any, arrays: Mapping[str, np.ndarray], keys: Mapping[str, str]
         name = "/".join(map(_part, path))
         array, sharding = arrays[name], getattr(leaf, "sharding", None)
         if name in keys:
-            key = jax.random.wrap_key_data(array, impl=keys[name])
+            key = jax.random.wrap_key_data(jax.numpy.asarray(array), impl=keys[name])
             return key if sharding is None else lay_out(key, sharding)
         if sharding is None:
             return jax.numpy.asarray(array)
