@@ -88,16 +88,18 @@ def convert(
     started = time.perf_counter()
     check_keywords("convert", hub, HUB_OPTIONS)
     target = Path(target)
-    if to in ADAPTERS:
+    if to is not None and to in ADAPTERS:
         given = {
             "from_": from_, "num_labels": num_labels, "labels": labels, "image_size": image_size,
             "ignore": ignore, "overrides": overrides, "preprocessing": preprocessing,
         }  # fmt: skip
-        for name, value in given.items():
+        for option, value in given.items():
             if value:
-                raise InputError(f"`{name}` is for whole models; {to!r} writes an adapter.")
-        options = {"dry_run": dry_run, "verify": verify, "force": force, **hub}
-        return rename_adapter(source, target, to, base=base, dtype=dtype, **options)
+                raise InputError(f"`{option}` is for whole models; {to!r} writes an adapter.")
+        return rename_adapter(
+            source, target, to, base=base, dtype=dtype, dry_run=dry_run, verify=verify,
+            force=force, **hub,
+        )  # fmt: skip
     to = target_format(target, to)
     if os.path.isfile(target / ADAPTER_CONFIG):
         raise ExistingFileError(
@@ -107,8 +109,8 @@ def convert(
     if dtype is not None and dtype not in FLOATS:
         raise InputError(f"`dtype` must be one of {', '.join(FLOATS)}; given {dtype!r}.")
     wanted = dict(overrides or {})
-    name, adapter = (source, None) if base is None else (base, source)
-    with open_source(name, format=from_, overrides=wanted, adapter=adapter, **hub) as opened:
+    model, adapter = (source, None) if base is None else (base, source)
+    with open_source(model, format=from_, overrides=wanted, adapter=adapter, **hub) as opened:
         try:
             plan = Plan(opened, to, dtype, image_size, tuple(ignore), num_labels, labels)
         except (CheckpointError, ConfigError) as error:

@@ -72,7 +72,7 @@ SOFTMAX = "tests/test_suite.py::test_softmax_in_half_precision"
 STEP, LOSSES = "vit_flax/training/step.py", "vit_flax/training/losses.py"
 MIXING, OPTIMIZERS = "vit_flax/training/mixing.py", "vit_flax/training/optimizers.py"
 _STEP, _RULES = "tests/test_training_step.py::test_", "tests/test_optimizers.py::test_"
-METRICS, EVALUATE = "vit_common/metrics.py", "vit_flax/training/evaluate.py"
+METRICS, EVALUATE = "vit_common/metrics/measures.py", "vit_flax/training/evaluate.py"
 PROBE, CHARTS = "vit_flax/training/probe.py", "vit_cli/reports/charts.py"
 _METRICS, _EVALUATE = "tests/test_metrics.py::test_", "tests/test_evaluate.py::test_"
 TWIN_TRAINER, DEFINITIONS = "vit_torch/training.py", "vit_torch/verify/definitions.py"
@@ -361,6 +361,41 @@ MUTANTS = [
         "first + (peak - first) * at / before",
         "first + (peak - first) * (at + 1) / before",
         f"{_RULES}learning_rates_are_those_of_torch_transformers_and_timm[linear, warm-up]",
+    ),
+    Mutant(
+        "digests of a checkpoint not compared",
+        "vit_flax/training/checkpoints.py",
+        "return None if _digest(arrays[name][index]) == digest else name",
+        "return None",
+        "tests/test_checkpoints_training.py::test_a_damaged_checkpoint_is_passed_over[flip]",
+    ),
+    Mutant(
+        "a log that keeps what comes after the checkpoint",
+        "vit_flax/training/logs.py",
+        'if row["step"] <= step]',
+        "if row]",
+        "tests/test_training_logs.py::test_a_log_goes_on_after_a_step",
+    ),
+    Mutant(
+        "a resumed run that begins its epoch anew",
+        "vit_flax/training/fit.py",
+        "self.loader.batches(epoch, start=start)",
+        "self.loader.batches(epoch, start=0)",
+        "tests/test_fine_tune.py::test_a_run_that_was_stopped_goes_on_to_the_bit",
+    ),
+    Mutant(
+        "a head for other classes that is kept",
+        "vit_flax/training/begin.py",
+        "before != after and not _unnamed(before)",
+        "False",
+        "tests/test_fine_tune.py::test_heads_for_other_classes_are_replaced",
+    ),
+    Mutant(
+        "two runs in one folder",
+        "vit_flax/training/logs.py",
+        "if take_lock(descriptor) is False:",
+        "if take_lock(descriptor) is None:",
+        "tests/test_fine_tune.py::test_two_runs_into_one_folder_are_refused",
     ),
     Mutant(
         "classes of validation from its own folder",

@@ -362,6 +362,21 @@ def test_the_classifier_says_how_many_classes(network, tmp_path):
     assert own.config.id2label[4] == "z"
 
 
+def test_an_adapter_trained_at_another_image_size(network, adapter, tmp_path):
+    """Its `config.json` says the size; the base model's positions are resampled to it."""
+    place = tmp_path / "adapter"
+    shutil.copytree(adapter[0], place)
+    table = json.loads((network("vit") / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**table, "image_size": 16}))
+    model = vit_torch.AutoModelForImageClassification.from_pretrained(place, dtype="auto").eval()
+    assert model.config.image_size == 16
+    x = torch.tensor(np.random.default_rng(6).normal(size=(1, 3, 16, 16)))
+    theirs = peft.PeftModel.from_pretrained(load_peer(network("vit"), "vit"), place).double()
+    with torch.no_grad():
+        wanted = numbers(theirs(x, interpolate_pos_encoding=True))
+        np.testing.assert_allclose(numbers(model(x)), wanted, rtol=0, atol=1e-6)
+
+
 def test_predict_and_inspect(network, adapter, tmp_path, command):
     place = tmp_path / "adapter"
     shutil.copytree(adapter[0], place)

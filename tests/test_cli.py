@@ -176,8 +176,8 @@ def test_output_that_cannot_be_written():
     [
         (
             ["nope"],
-            "no such command: nope; wanted one of predict, features, attention, convert, "
-            "export, bench, inspect, verify, info; see `vit --help`",
+            "no such command: nope; wanted one of train, predict, features, evaluate, probe, "
+            "attention, convert, export, bench, inspect, verify, info; see `vit --help`",
         ),
         (["--nope"], "no such option: --nope; see `vit --help`"),
         (["predict"], "name at least one image or folder; see `vit predict --help`"),

@@ -308,3 +308,26 @@ def test_a_validation_with_another_class_is_refused(tiny):
     odd = LabelledImages(["a"], [0], classes=("darkk",))
     with pytest.raises(InputError, match="classes that training lacks: darkk"):
         fine_tune(str(tiny), TRAIN, validation=odd, recipe=short())
+
+
+@pytest.mark.slow
+def test_patience_ends_a_run_and_unreadable_images_do_not(tiny, tmp_path):
+    arrays = [TRAIN.image(i) for i in range(len(TRAIN))]
+    arrays[4] = b"no image"
+    names = [f"{i}.png" for i in range(len(TRAIN))]
+    spoiled = LabelledImages(arrays, TRAIN.labels, classes=TRAIN.classes, names=names)
+    told = Told()
+    run = fine_tune(
+        str(tiny),
+        spoiled,
+        validation=VALIDATION,
+        recipe=short(learning_rate=1e-12, patience=2, epochs=9, ema=None),
+        output=tmp_path / "run",
+        watcher=told,
+    )
+    assert run.steps == 9  # three epochs: the first is the best, and two more
+    assert run.best.step == 3
+    assert any("stopping early: top1 was best at step 3, 2 epochs ago" in x for x in told.lines)
+    assert [name for name, _ in run.skipped] == ["4.png"]
+    assert sum("skipped 4.png" in line for line in told.lines) == 1
+    assert "1 images could not be read" in (run.folder / "README.md").read_text()

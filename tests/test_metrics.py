@@ -12,7 +12,7 @@ import sklearn.metrics
 import torch
 
 from vit_common import metrics
-from vit_common.class_names import match_classes
+from vit_common.datasets.class_names import match_classes
 from vit_common.errors import InputError
 from vit_common.images.imagenet import imagenet_labels, imagenet_synsets
 
@@ -108,7 +108,7 @@ def test_of_equal_logits_the_first_class_is_taken():
 def test_many_rows_are_measured_in_parts(monkeypatch):
     logits, labels = outputs()
     whole = metrics.classification(logits, labels)
-    monkeypatch.setattr(metrics, "_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(metrics.measures, "_ROWS_AT_ONCE", 7)
     parts = metrics.classification(logits, labels)
     np.testing.assert_array_equal(parts.pop("confusion"), whole.pop("confusion"))
     assert parts == whole

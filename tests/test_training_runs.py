@@ -34,7 +34,8 @@ from vit_cli.commands import verify_report
 from vit_cli.main import main
 from vit_common.checks import resolve_problem_type
 from vit_common.errors import InputError
-from vit_common.recipes import Recipe
+from vit_common.recipes import RECIPES, Recipe, learning_rates
+from vit_common.recipes import recipe as recipe_of
 from vit_convert.formats import FORMATS
 from vit_convert.rules import to_canonical
 from vit_torch.training import LAMB, Average, Lion, Trainer, fine_tune, make_optimizer, schedule_of
@@ -331,6 +332,25 @@ def test_a_batch_in_parts_is_the_batch():
         for parts in found[1:]:
             atol = 1e-9 if is_key_bias(name) else 1e-12
             torch.testing.assert_close(parts[name], whole, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_can_be_compared(name):
+    """Its rates are those of the JAX trainer, and the twin has its optimizer or says that not."""
+    wanted = recipe_of(name, steps=40)
+    rates = schedule_of(wanted, 40)
+    np.testing.assert_allclose(
+        [rates(step) for step in range(40)], learning_rates(wanted, 40), rtol=1e-13, atol=1e-18
+    )
+    if wanted.optimizer == "muon" or wanted.lora:
+        with pytest.raises(InputError, match="the PyTorch twin"):
+            quiet(wanted)
+        return
+    quieted, notes = quiet(wanted)
+    trainer = Trainer(network(), quieted, 40)
+    for batch in batches_of(trainer.model, 1, 16)():
+        assert np.isfinite(trainer.step(batch)["loss"])
+    assert any("without augmentation" in note for note in notes)
 
 
 def test_what_the_twin_trainer_refuses():

@@ -400,7 +400,14 @@ def _train(options: Options, hosts: Hosts | None) -> int:
     from vit_cli.terminal import interrupt
 
     first = hosts is None or hosts.index == 0
+    _recall(options)
     recipe, stored = _recipe(options)
+    if options.merge and not recipe.lora:
+        from vit_common.errors import InputError
+
+        raise InputError(
+            "--merge writes adapters into a model's weights; it goes with --lora RANK."
+        )
     model = options.model or stored.get("model")
     if model is None:
         from vit_common.errors import InputError
@@ -454,6 +461,7 @@ def _train(options: Options, hosts: Hosts | None) -> int:
                 merge=options.merge,
                 stop=asked,
                 watcher=watcher,
+                notes={"command": {name: getattr(options, name) for name in _RECALLED}},
                 **common,
             )
         except Stopped as stopped:
@@ -466,6 +474,33 @@ def _train(options: Options, hosts: Hosts | None) -> int:
         _report(options, result, validation, recipe)
         _print(result, options)
     return DONE
+
+
+_RECALLED = (
+    "validation",
+    "limit",
+    "image_column",
+    "label_column",
+    "format",
+    "heads",
+    "fields",
+    "ignore",
+    "revision",
+    "subfolder",
+    "merge",
+)
+"""Options that a resumed run takes from its first start, where they are not given again."""
+
+
+def _recall(options: Options) -> None:
+    if not options.resume or options.output is None:
+        return
+    from vit_flax.training.logs import read_run
+
+    found = (read_run(options.output) or {}).get("command", {})
+    for name in _RECALLED:
+        if name in found and getattr(options, name) in (None, [], False):
+            setattr(options, name, found[name])
 
 
 def _stopping() -> None:
@@ -515,6 +550,7 @@ def _recipe(options: Options) -> tuple[Recipe, Mapping[str, Any]]:
     from vit_common.errors import InputError
     from vit_common.recipes import Recipe, parse_settings
     from vit_common.recipes import recipe as recipe_named
+    from vit_flax.training.begin import is_size
 
     given: dict[str, Any] = {
         setting: getattr(options, f"recipe_{setting}")
@@ -544,6 +580,8 @@ def _recipe(options: Options) -> tuple[Recipe, Mapping[str, Any]]:
     name = options.recipe
     if name is None:
         name = {"mim": "simmim"}.get(given.get("task", ""), "fine-tune")
+        if name == "fine-tune" and options.model is not None and is_size(options.model):
+            name = "scratch"
         if given.get("lora"):
             name = "adapter"
         if given.get("train") == "head":
@@ -701,7 +739,7 @@ def _watcher(*, show: bool) -> Any:
             return steps * self._size / seconds if steps and seconds > 0 else 0.0
 
         def evaluating(self, done: int, total: int) -> None:
-            self._bar.describe(f"validating {done}/{total}")
+            self._bar.describe(f"{done}/{total} images", "validating")
 
         def epoch(self, row: Mapping[str, Any]) -> None:
             assert self._plan is not None
@@ -749,10 +787,8 @@ def _report(options: Options, result: Run, validation: Any, recipe: Recipe) -> N
 
 def _print(result: Run, options: Options) -> None:
     if result.skipped:
-        for name, why in result.skipped[:10]:
-            say("warning", f"skipped {name}: {why}")
-        if len(result.skipped) > 10:
-            say("warning", f"{counted(len(result.skipped))} were skipped; all are in the report")
+        count = len(result.skipped)
+        say("warning", f"{counted(count)} could not be read and were skipped; see {_REPORT}")
     numbers = {
         name: value
         for name, value in result.metrics.items()

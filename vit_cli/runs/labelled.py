@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vit_cli.terminal.messages import say
-from vit_common.class_names import labels_of, match_classes
 from vit_common.datasets import ImageFolder, LabelledImages, open_images, part_names
+from vit_common.datasets.class_names import labels_of, match_classes
 from vit_common.datasets.folder import class_name, entries, is_split, part_of
 from vit_common.datasets.open import is_table
 from vit_common.datasets.table import SUFFIXES

@@ -14,9 +14,8 @@ import PIL.Image
 from vit_common.datasets.labelled import LabelledImages
 from vit_common.errors import MissingFileError, ViTError
 from vit_common.files.texts import reason
-from vit_common.images.pictures import load_image
+from vit_common.images.pictures import load_image, usual_workers
 from vit_common.images.predictions import naming
-from vit_common.threads import usual_workers
 
 
 class Survey(NamedTuple):

@@ -143,6 +143,14 @@ _ORIENTATION_TAG = 0x0112
 _WITH_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
 
+def usual_workers(share: int = 1) -> int:
+    """Threads to decode with: one for every `share` of the processor's cores, at most 16."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return min(16, max(1, cores // share))
+
+
 def is_image_file(source: Any) -> bool:
     """Whether a value is the content of an image file, as bytes or open for reading."""
     return isinstance(source, (bytes, bytearray, memoryview)) or (

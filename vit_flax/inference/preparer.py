@@ -11,6 +11,7 @@ import PIL.Image
 from vit_common.checks import check_positive
 from vit_common.config import ViTConfig
 from vit_common.errors import ImageError, ViTError
+from vit_common.images.pictures import usual_workers
 from vit_common.images.predictions import (
     AS_IN_A_PICTURE,
     are_many,
@@ -21,7 +22,6 @@ from vit_common.images.predictions import (
     prepare_image,
 )
 from vit_common.images.processor import BaseImageProcessor
-from vit_common.threads import usual_workers
 from vit_flax.inference.reader import Reader
 
 

@@ -155,6 +155,11 @@ def _named(
     return model, _at_size(processor, model.config, options)
 
 
+def is_size(name: Any) -> bool:
+    """Whether a model's name is that of a size, whose weights are drawn."""
+    return _preset_name(name) is not None
+
+
 def _preset_name(name: str | os.PathLike) -> str | None:
     if not isinstance(name, str) or os.path.exists(name):
         return None

@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -90,7 +91,7 @@ class Checkpoints:
         self._say = say or (lambda line: None)
         self._saving: int | None = None
         options = orbax.CheckpointManagerOptions(
-            preservation_policy=_Keep(keep, self),  # type: ignore[arg-type]
+            preservation_policy=_Keep(keep, self),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
@@ -393,7 +394,7 @@ def _placed(like: Any, arrays: Mapping[str, np.ndarray], keys: Mapping[str, str]
         name = "/".join(map(_part, path))
         array, sharding = arrays[name], getattr(leaf, "sharding", None)
         if name in keys:
-            key = jax.random.wrap_key_data(array, impl=keys[name])
+            key = jax.random.wrap_key_data(jax.numpy.asarray(array), impl=keys[name])
             return key if sharding is None else lay_out(key, sharding)
         if sharding is None:
             return jax.numpy.asarray(array)
@@ -496,7 +497,21 @@ def _orbax() -> Any:
     logger = absl_logging.get_absl_logger()
     if _silence not in logger.filters:
         logger.addFilter(_silence)
+    if getattr(sys.unraisablehook, "__name__", "") != _late_callbacks_pass.__name__:
+        sys.unraisablehook = _late_callbacks_pass(sys.unraisablehook)
     return orbax
+
+
+def _late_callbacks_pass(before: Callable[[Any], object]) -> Callable[[Any], object]:
+    """What `sys.unraisablehook` is from now on: where one array cannot be read or written, orbax
+    ends its event loop, and tensorstore reports each of the others to a loop that is closed."""
+
+    def _late_callbacks_pass(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            before(unraisable)
+
+    return _late_callbacks_pass
 
 
 def _silence(record: logging.LogRecord) -> bool:

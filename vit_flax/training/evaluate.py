@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_common.checks import check_positive
-from vit_common.class_names import labels_of, match_classes
 from vit_common.datasets import as_images
+from vit_common.datasets.class_names import labels_of, match_classes
 from vit_common.errors import InputError, ViTError, shown
 from vit_common.files.texts import reason
 from vit_common.images.predictions import (

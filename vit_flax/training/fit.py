@@ -52,6 +52,7 @@ __all__ = ["Best", "Diverged", "Plan", "Run", "Stopped", "Watcher", "fine_tune",
 
 _POLL = 8  # steps between looks at whether another process was asked to stop
 _SHOWN = 4  # images in a message
+_MOST_NAMED = 20  # skipped images that are named while the run goes on
 
 
 class Stopped(ViTError):
@@ -513,6 +514,7 @@ def fine_tune(
     merge: bool = False,
     stop: Callable[[], bool] = lambda: False,
     watcher: Watcher | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> Run:
     """Train a model on labelled images.
 
@@ -544,6 +546,7 @@ def fine_tune(
         merge: write the whole model, not the adapter alone, if the recipe has one.
         stop: asked after each step and in the evaluation whether to stop; the run is then saved.
         watcher: is told what happens.
+        notes: what `run.json` holds besides, as JSON can hold it.
 
     Returns:
         The `Run`. With a validation, its model has the parameters of the best one.
@@ -605,6 +608,8 @@ def fine_tune(
             options=options,
             say=watcher.say,
         )
+        if folder is not None and notes:
+            folder.note(**notes)
         loop = _Loop(plan, folder, watcher, stop, save_every, keep, tensorboard, detect_nan, merge)
         return loop.run()
     finally:
@@ -666,6 +671,7 @@ class _Loop:
         self._laid_out: Any = None
         self._evaluation: tuple[int, Evaluation] | None = None
         self._pending: list[tuple[int, Any, Any]] = []
+        self._named = 0  # images that were skipped, and named
         self.checkpoints: Checkpoints | None = None
         self.log: Log | None = None
         self.record: dict[str, Any] = {
@@ -686,6 +692,7 @@ class _Loop:
             if folder is not None:
                 step, state = self._open(state)
             plan.loader.skipped += [(name, why) for name, why in self.record["skipped"]]
+            self._named = len(plan.loader.skipped)
             self.watcher.begin(plan, step)
             state, step = self._steps(state, step)
             return self._finish(state, step)
@@ -773,7 +780,17 @@ class _Loop:
                 sums[name] = sums.get(name, 0.0) + value
             self.record["images"] += 1
             self.watcher.step(row)
+            self._name_skipped()
         return before
+
+    def _name_skipped(self) -> None:
+        """Say which images could not be read since the last step."""
+        skipped = self.plan.loader.skipped
+        for name, why in skipped[self._named : _MOST_NAMED]:
+            self.watcher.say(f"skipped {why if str(name) in why else f'{name}: {why}'}")
+        if self._named < _MOST_NAMED < len(skipped):
+            self.watcher.say("more images are skipped; all are counted at the end")
+        self._named = len(skipped)
 
     def _diverged(
         self,

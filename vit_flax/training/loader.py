@@ -21,9 +21,8 @@ from vit_common.checks import as_integer, check_positive
 from vit_common.datasets.labelled import SINGLE, LabelledImages
 from vit_common.datasets.order import check_seed, epoch_order, occurrences
 from vit_common.errors import ImageError, InputError, ViTError, shown
-from vit_common.images.pictures import convert_mode, load_image
+from vit_common.images.pictures import convert_mode, load_image, usual_workers
 from vit_common.images.predictions import PIL_MODES, naming
-from vit_common.threads import usual_workers
 
 Batch = dict[str, np.ndarray]
 

@@ -27,7 +27,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_common.errors import CheckpointError, InputError, some
-from vit_common.parameters import HEAD_PARAMETERS, class_name
+from vit_common.parameters import HEAD_PARAMETERS, Head, class_name
 from vit_convert.adapters import (
     Adapter,
     LoraSettings,
@@ -93,7 +93,7 @@ class Lora:
     saved: tuple[str, ...]
     paths: tuple[Path, ...]
     model_config: Any
-    head: str | None
+    head: Head | None
     stacked: bool
 
     def init(self, params: Params, key: jax.Array | None = None) -> dict[str, Any]:
@@ -448,8 +448,8 @@ def _chosen(model: Any, settings: LoraSettings, given: Mapping[str, LowRank] | N
         raise CheckpointError(f"{type(model).__name__} has no {some(lost, 6)}.")
     if given is None:
         _check_targets(settings, layers, all_names)
-    own = getattr(model, "_params", None) or {}
-    if any(not jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(own)):
+    held = jax.tree.leaves(getattr(model, "_params", None))
+    if any(not jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in held):
         raise InputError(
             "adapters need floating point weights; these are integers (8-bit weights are for "
             "inference). Load the model without `weights`."
@@ -532,6 +532,6 @@ def _canonical_shape(kernel: tuple[int, ...]) -> tuple[int, ...]:
     return kernel[::-1]
 
 
-def _described(config: Any, head: str | None) -> dict[str, Any]:
+def _described(config: Any, head: Head | None) -> dict[str, Any]:
     """The configuration for `config.json`: of the whole model, adapter merged."""
     return {**config.to_dict(), "architectures": [class_name(config, head)]}

@@ -128,6 +128,8 @@ def quiet(recipe: Recipe) -> tuple[Recipe, list[str]]:
         if now[name] != value and now[name] is not None
     ]
     notes = ["both runs see the same images, without augmentation and dropout"]
+    if recipe.task != "classify":
+        notes.append(f"the loss is that of the checkpoint's head, not of the task {recipe.task!r}")
     if changed:
         notes.append(f"settings of the recipe that were turned off: {', '.join(changed)}")
     return recipe.replace(**off), notes

@@ -1,0 +1,43 @@
+"""How good a model is: measures of its output against labels."""
+
+from vit_common.metrics.measures import (
+    BINS,
+    LOWER_IS_BETTER,
+    MOST_CLASSES,
+    PROBLEM_TYPES,
+    USUAL,
+    average_precision,
+    calibration_error,
+    classification,
+    confusion_matrix,
+    is_better,
+    measure,
+    multi_label,
+    per_class,
+    ranks,
+    regression,
+    reliability,
+    sigmoid,
+    softmax,
+)
+
+__all__ = [
+    "BINS",
+    "LOWER_IS_BETTER",
+    "MOST_CLASSES",
+    "PROBLEM_TYPES",
+    "USUAL",
+    "average_precision",
+    "calibration_error",
+    "classification",
+    "confusion_matrix",
+    "is_better",
+    "measure",
+    "multi_label",
+    "per_class",
+    "ranks",
+    "regression",
+    "reliability",
+    "sigmoid",
+    "softmax",
+]
