@@ -608,8 +608,8 @@ def fine_tune(
             options=options,
             say=watcher.say,
         )
-        if folder is not None and notes:
-            folder.note(**notes)
+        if folder is not None:
+            folder.begin(**(notes or {}))
         loop = _Loop(plan, folder, watcher, stop, save_every, keep, tensorboard, detect_nan, merge)
         return loop.run()
     finally:
