@@ -247,6 +247,11 @@ def test_heads_for_other_classes_are_replaced(tmp_path):
     assert lines == [
         f"{tmp_path / 'base'}: has no classification head; a new one for 3 classes is trained"
     ]
+    _, lines = began(tmp_path / "same", pooling="mean")
+    assert lines == [
+        f"{tmp_path / 'same'}: its head is replaced, since the recipe sets what a head looks at; a "
+        "new one for 3 classes is trained"
+    ]
     model, _ = began(tmp_path / "base", head="normal")
     assert np.any(model.model.params["classifier"]["kernel"])
 

@@ -7,6 +7,7 @@ and everything else to standard error.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 import time
@@ -352,6 +353,11 @@ def _check_names(options: Options) -> None:
     """Faults that can be found before anything is loaded."""
     from vit_common.errors import InputError, MissingFileError
 
+    if not all(map(importlib.util.find_spec, ("optax", "orbax"))):
+        raise InputError(
+            "vit train needs optax and Orbax; run: pip install optax orbax-checkpoint (the extra "
+            "`train`)"
+        )
     source = options.names[0]
     if not os.path.exists(source):
         raise MissingFileError(f"{source}: no such folder or table of images.")
@@ -716,7 +722,7 @@ def _watcher(*, show: bool) -> Any:
             self.say(
                 f"training on {counted(trained)}"
                 + (f", validating on {checked}" if checked else "")
-                + f": {plan.steps} steps of {self._size}, {plan.epochs} epochs"
+                + f": {plan.steps} steps of {self._size}, {plan.epochs} epoch{'s' * (plan.epochs != 1)}"
             )
             self._began = time.monotonic()
             self._bar.reach(step, plan.steps)

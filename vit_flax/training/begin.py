@@ -253,6 +253,8 @@ def _head_line(name: str, before: tuple[str, ...] | None, after: tuple[str, ...]
         return f"{name}: has no classification head; {new}"
     if len(before) != len(after):
         return f"{name}: its head for {_counted(before)} is replaced; {new}"
+    if before == after:  # a recipe with `pooling` makes its own
+        return f"{name}: its head is replaced, since the recipe sets what a head looks at; {new}"
     pairs = [f"{b!r} is now {a!r}" for b, a in zip(before, after, strict=True) if a != b]
     return (
         f"{name}: its head is for as many classes, but others ({some(pairs, _SHOWN)}); it is "
