@@ -3,6 +3,11 @@ torch on the same inputs, and that it works for every family and kind of label."
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -286,3 +291,30 @@ def test_a_run_can_be_stopped_while_inputs_are_computed(tmp_path):
     with pytest.raises(Stopped, match="stopped after step 0 of 6"):
         fine_tune(name, TRAIN, **given, stop=lambda: True)
     assert fine_tune(name, TRAIN, **given, resume=True).steps == 6
+
+
+_ON_DEVICES = """
+import sys
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+from test_head_training import TRAIN, VALIDATION, fine_tune, head
+mesh = {"data": 1, "fsdp": 2} if sys.argv[3] == "fsdp" else {"data": 2}
+run = fine_tune(sys.argv[2], TRAIN, validation=VALIDATION, recipe=head(), mesh=mesh)
+np.save(sys.argv[4], run.evaluation.logits)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_on_several_devices(axis, tmp_path):
+    name = saved(tmp_path / "net", "ViT")
+    expected = fine_tune(name, TRAIN, validation=VALIDATION, recipe=head()).evaluation.logits
+    flags = "--xla_force_host_platform_device_count=2"
+    tests = str(Path(__file__).parent)
+    subprocess.run(
+        [sys.executable, "-c", _ON_DEVICES, tests, name, axis, str(tmp_path / "logits.npy")],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=Path(tests).parent,
+        check=True,
+    )
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-5)

@@ -276,7 +276,7 @@ def make_plan(
     rates = learning_rates(recipe, steps)
     trainable = trainable_of(recipe, model)
     params, materialize, adapter = task.model.params, None, None
-    network = frozen(recipe, model, processor, loader, mesh, say)
+    network = frozen(recipe, model, processor, loader, _evaluation_mesh(mesh), say)
     if network is not None:
         task = task._replace(model=network.outputs, prepare=None)
         params, materialize = network.shapes, network.whole
@@ -941,7 +941,7 @@ class _Loop:
     def _evaluated(self, params: Any, *, poll: bool) -> Evaluation:
         plan = self.plan
         if plan.frozen is not None:
-            return plan.frozen.evaluate(plan.validation, params)
+            return plan.frozen.evaluate(plan.validation, _on_host(params["classifier"], plan.mesh))
         mesh = _evaluation_mesh(plan.mesh)
         if self._evaluator is None:
             self._evaluator = Evaluator(

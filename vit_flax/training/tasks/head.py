@@ -74,7 +74,7 @@ class FrozenNetwork:
         recipe: what is drawn of each image, and whether inputs are standardised.
         processor: prepares the images.
         loader: of the training images; it says their order.
-        mesh: devices.
+        mesh: devices, with the axes that `Evaluator` takes.
 
     Attributes:
         skipped: (name, message) of each training image that could not be read.
@@ -118,8 +118,8 @@ class FrozenNetwork:
         """The parameters of the model, from those of the head in training."""
         mean, deviation = self.statistics
         head = params["classifier"]
-        kernel = head["kernel"] / jnp.asarray(deviation, head["kernel"].dtype)[:, None]
-        shift = jnp.asarray(mean, kernel.dtype) @ kernel
+        kernel = head["kernel"] / np.asarray(deviation, head["kernel"].dtype)[:, None]
+        shift = np.asarray(mean, kernel.dtype) @ kernel
         return {
             **unfreeze(self.model.params),
             "classifier": {"kernel": kernel, "bias": head["bias"] - shift},
@@ -214,18 +214,17 @@ class FrozenNetwork:
 
     # -- the validation
 
-    def evaluate(self, dataset: Any, params: Any) -> Evaluation:
-        """Evaluate a model's parameters, of which the head alone has changed since the last time.
+    def evaluate(self, dataset: Any, head: Any) -> Evaluation:
+        """Evaluate the model with a head.
 
         Args:
             dataset: the same each time.
-            params: of the model.
+            head: the parameters of the model's classifier, on this host.
         """
         if self._validation is None:
             self._evaluator.mirrored = False
             self._validation = self._evaluator.outputs(dataset, progress=self.progress)
         rows, index, skipped = self._validation
-        head = jax.device_get(params["classifier"])
         kernel = np.asarray(head["kernel"], np.float32)
         logits = rows @ kernel + np.asarray(head["bias"], np.float32)
         return self._evaluator.judged(dataset, logits, index, skipped)
