@@ -24,6 +24,7 @@ from vit_flax import FlaxViTForImageClassification, FlaxViTModel
 from vit_flax.training import Diverged, Stopped, Watcher, fine_tune
 from vit_flax.training.begin import begin
 from vit_flax.training.checkpoints import Checkpoints
+from vit_flax.training.evaluate import Evaluator
 from vit_flax.training.logs import RunFolder
 
 TRAIN, VALIDATION = pictures(0, 9), pictures(1, 5)
@@ -160,6 +161,68 @@ def read_checkpoint(folder, step: int) -> dict:
     names = {name.split("/")[0] for name in found}
     assert {"params", "opt_state", "ema", "key@0:2", "step@"} <= names
     return found
+
+
+@pytest.mark.slow
+def test_a_checkpoint_from_before_its_validation_stays(tiny, whole, tmp_path, monkeypatch):
+    """Were it deleted to be written anew, a full disk or a kill would lose the run."""
+    given = {"recipe": short(), "validation": VALIDATION, "output": tmp_path / "run", "keep": 1}
+    told = Told()
+    with pytest.raises(Stopped, match="stopped after step 3 of 9"):
+        fine_tune(str(tiny), TRAIN, **given, watcher=told, stop=lambda: 3 in told.steps)
+
+    def full(*args, **kwargs):
+        raise MissingFileError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", full)
+        with pytest.raises(MissingFileError, match="No space"):
+            fine_tune(str(tiny), TRAIN, **given, resume=True)
+    found = Checkpoints(tmp_path / "run" / "checkpoints")
+    assert found.steps == [3]
+    found.close()
+    run = fine_tune(str(tiny), TRAIN, **given, resume=True)
+    assert log_of(run.folder) == log_of(whole[0].folder)
+    assert (run.history, run.best) == (whole[0].history, whole[0].best)
+
+
+def test_without_a_folder_the_result_is_the_best_one_too(tiny, monkeypatch):
+    """Top-1 falls from epoch to epoch here, so the first is the best."""
+    values = iter([0.9, 0.5, 0.4, 0.9])  # the last is of the result
+    found = []
+    plain = Evaluator.__call__
+
+    def falling(self, dataset, *, params, **kwargs):
+        evaluation = plain(self, dataset, params=params, **kwargs)
+        evaluation.metrics["top1"] = next(values)
+        found.append(jax.tree.map(np.array, params))
+        return evaluation
+
+    monkeypatch.setattr(Evaluator, "__call__", falling)
+    run = fine_tune(str(tiny), TRAIN, validation=VALIDATION, recipe=short())
+    assert run.best.step == 3
+    assert run.metrics["top1"] == 0.9
+    for one, other in zip(
+        jax.tree.leaves(run.model.params), jax.tree.leaves(found[0]), strict=True
+    ):
+        assert np.array_equal(one, other)
+
+
+def test_a_validation_without_the_measure_is_no_end(tiny, tmp_path):
+    """None of its images can be read, so there is no top-1: the run ends by its patience."""
+    unreadable = LabelledImages([b"no", b"image"], [0, 1], classes=TRAIN.classes, names=["a", "b"])
+    told = Told()
+    run = fine_tune(
+        str(tiny),
+        TRAIN,
+        validation=unreadable,
+        recipe=short(patience=2),
+        output=tmp_path / "run",
+        watcher=told,
+    )
+    assert (run.steps, run.best) == (6, None)
+    assert "stopping early: 2 epochs without a top1" in told.lines
+    assert "| 2 | 6 | " in (run.folder / "README.md").read_text()
 
 
 def test_what_a_folder_holds_is_not_lost(tiny, whole, tmp_path):

@@ -239,6 +239,12 @@ class Recipe:
             return {"warmup_steps": round(share * steps)}
         return {"warmup_epochs": self.warmup_epochs / self.epochs * epochs}
 
+    def is_usual(self, setting: str) -> bool:
+        """Whether a setting is that of the recipe of this name. Such a one may be left out where
+        it does not fit the model or the data; what a user set may not."""
+        began = RECIPES.get(self.name)
+        return began is not None and getattr(self, setting) == getattr(began, setting)
+
     def to_dict(self) -> dict[str, Any]:
         """All settings, as JSON can hold them."""
         return dataclasses.asdict(self)

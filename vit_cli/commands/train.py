@@ -744,8 +744,8 @@ def _watcher(*, show: bool) -> Any:
             steps, seconds = self._done - self._first, time.monotonic() - self._began
             return steps * self._size / seconds if steps and seconds > 0 else 0.0
 
-        def evaluating(self, done: int, total: int) -> None:
-            self._bar.describe(f"{done}/{total} images", "validating")
+        def evaluating(self, done: int, total: int, what: str = "validating") -> None:
+            self._bar.describe(f"{done}/{total} images", what)
 
         def epoch(self, row: Mapping[str, Any]) -> None:
             assert self._plan is not None
@@ -754,7 +754,9 @@ def _watcher(*, show: bool) -> Any:
             if "accuracy" in row:
                 parts.append(f"accuracy {row['accuracy']:.3f}")
             if "validation" in row:
-                parts.append(f"validation {plan.metric} {row['validation'][plan.metric]:.4f}")
+                found = row["validation"].get(plan.metric)
+                value = "unknown" if found is None else format(found, ".4f")
+                parts.append(f"validation {plan.metric} {value}")
             rate = self._rate()
             if rate:
                 left = (plan.steps - row["step"]) * self._size / rate

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -26,6 +28,11 @@ from vit_flax.families import FlaxDeiTForImageClassificationWithTeacher
 HEADS = ("classifier", "cls_classifier", "distillation_classifier")
 """Parts of a model that its classes decide."""
 _SHOWN = 3  # names in a message
+_LOOKS = {
+    "cls": "the class token",
+    "mean": "the mean of the patches",
+    "cls_mean": "the class token and the mean of the patches",
+}
 
 
 class Beginning(NamedTuple):
@@ -82,6 +89,7 @@ def begin(
     else:
         model = name
         _check_head(model, recipe, data)
+        _check_built(model.config, recipe, say)
     if remat is not None:
         model.enable_gradient_checkpointing(remat)
     processor = processor or default_image_processor(model.config)
@@ -115,11 +123,9 @@ def _named(
         ) from error
     with source:
         found = find_processor(source)
-        if recipe.pooling and "pooling" not in source.config.fields:
-            raise InputError(
-                f"{name}: `pooling` cannot be set in a recipe for {source.config.model_type}; its "
-                f"classifier looks at {source.config.pooling!r}."
-            )
+        pooling = source.config.pooling
+        if "pooling" not in options:
+            _set_pooling(str(name), source.config, recipe, say)
         before = _names(source.config) if source.head in ("classifier", "teacher") else None
         if recipe.task == "mim":
             source.config.encoder_stride = source.config.patch_height_width[0]  # of a new decoder
@@ -148,7 +154,7 @@ def _named(
         raise InputError(f"{name}: these weights do not fit the model: {some(odd, _SHOWN)}.")
     after = _names(model.config)
     other = before is not None and before != after and not _unnamed(before)
-    if new or other or recipe.pooling:
+    if new or other or model.config.pooling != pooling:
         _new_head(model, recipe)
         say(_head_line(str(name), before, after))
     processor = None if found is None else found[0]
@@ -190,6 +196,8 @@ def _drawn(
         model = FlaxDeiTForImageClassificationWithTeacher(config, dtype=dtype, **made)
     else:
         config = ViTConfig.from_dict(table)
+        if "pooling" not in fields:
+            _set_pooling(f"vit-{size}", config, recipe, say)
         _set_classes(config, data)
         model = FlaxAutoModelForImageClassification.from_config(config, dtype=dtype, **made)
         _new_head(model, recipe)
@@ -202,9 +210,28 @@ def _fields(recipe: Recipe) -> dict[str, Any]:
     given = {
         "hidden_dropout_prob": recipe.dropout,
         "drop_path_rate": recipe.drop_path,
-        "pooling": recipe.pooling or None,
     }
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _set_pooling(
+    name: str, config: ViTConfig, recipe: Recipe, say: Callable[[str], object]
+) -> None:
+    """Let the new head look at what the recipe says. Where this network cannot, what the recipe
+    has of itself is left out, and what a user set is refused."""
+    if recipe.task == "mim" or recipe.pooling in ("", config.pooling):
+        return
+    tried = copy.deepcopy(config)
+    if "pooling" in config.fields:
+        tried.pooling = recipe.pooling
+        with contextlib.suppress(ConfigError):
+            tried.validate()
+            config.pooling = recipe.pooling
+            return
+    why = f"the classifier of this {config.model_type} looks at {_LOOKS[config.pooling]}"
+    if not recipe.is_usual("pooling"):
+        raise InputError(f"{name}: `pooling` cannot be {recipe.pooling!r}: {why}. Leave it out.")
+    say(f"{name}: {why}; it stays so")
 
 
 def _at_size(
@@ -256,6 +283,8 @@ def _head_line(name: str, before: tuple[str, ...] | None, after: tuple[str, ...]
     if before == after:  # a recipe with `pooling` makes its own
         return f"{name}: its head is replaced, since the recipe sets what a head looks at; {new}"
     pairs = [f"{b!r} is now {a!r}" for b, a in zip(before, after, strict=True) if a != b]
+    if not pairs:
+        return f"{name}: its head does not fit what a head looks at here; {new}"
     return (
         f"{name}: its head is for as many classes, but others ({some(pairs, _SHOWN)}); it is "
         f"replaced, and {new}"
@@ -296,6 +325,29 @@ def _check_head(model: Any, recipe: Recipe, data: Any) -> None:
             f"{data.problem_type!r}."
         )
     _set_classes(model.config, data)
+
+
+def _check_built(config: ViTConfig, recipe: Recipe, say: Callable[[str], object]) -> None:
+    """Settings of a recipe that a model which was given has decided already."""
+    size = recipe.image_size
+    built = {
+        "image_size": config.image_height_width,
+        "dropout": config.hidden_dropout_prob,
+        "drop_path": config.drop_path_rate,
+        "pooling": config.pooling,
+    }
+    wanted = {name: getattr(recipe, name) for name in built}
+    wanted["image_size"] = (size, size) if isinstance(size, int) else size
+    odd = [name for name in built if wanted[name] not in (None, "", built[name])]
+    given = [name for name in odd if not recipe.is_usual(name)]
+    if given:
+        values = ", ".join(f"{name} {wanted[name]!r}, not {built[name]!r}" for name in given)
+        raise InputError(
+            f"the recipe wants {values} as the model was built; give the model's name or folder "
+            "instead, or build it so."
+        )
+    if odd:
+        say(f"the model was built already: {', '.join(odd)} of the recipe are left out")
 
 
 def _check_patches(config: ViTConfig) -> None:

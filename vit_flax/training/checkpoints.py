@@ -188,6 +188,16 @@ class Checkpoints:
         if wait:
             self.wait()
 
+    def rate(self, step: int, value: float | None) -> None:
+        """Say how good a checkpoint is that was saved without a value. (This is not written down.)
+
+        Args:
+            step: of the checkpoint; another one is passed over.
+            value: as `save` has it.
+        """
+        if step in self.steps:
+            self._note(step, value)
+
     def wait(self) -> None:
         """Wait until what is being saved is on the disk.
 

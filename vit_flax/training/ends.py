@@ -132,7 +132,8 @@ def _curve(plan: Plan, run: Run) -> str:
     head += [measured] if measured else []
     for row in run.history:
         cells = [row["epoch"], row["step"], _number(row.get("loss", float("nan")))]
-        cells += [_number(row["validation"][measured])] if measured else []
+        found = row.get("validation", {}).get(measured)
+        cells += ["-" if found is None else _number(found)] if measured else []
         rows.append("| " + " | ".join(map(str, cells)) + " |\n")
     title = "| " + " | ".join(head) + " |\n|" + " --- |" * len(head) + "\n"
     return f"\n### Curve\n\nLoss by epoch: {bars(losses)}\n\n{title}{''.join(rows)}"

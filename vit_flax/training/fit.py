@@ -124,8 +124,9 @@ class Watcher:
     def step(self, row: Mapping[str, Any]) -> None:
         """A step is done: the row of the log."""
 
-    def evaluating(self, done: int, total: int) -> None:
-        """So many images of the validation are done."""
+    def evaluating(self, done: int, total: int, what: str = "validating") -> None:
+        """So many images of the validation are done; or of those whose head's inputs are computed,
+        as `what` says."""
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """An epoch is done: the row of the history."""
@@ -275,9 +276,8 @@ def make_plan(
     rates = learning_rates(recipe, steps)
     trainable = trainable_of(recipe, model)
     params, materialize, adapter = task.model.params, None, None
-    network = frozen(recipe, model, processor, loader, mesh)
+    network = frozen(recipe, model, processor, loader, _evaluation_mesh(mesh), say)
     if network is not None:
-        say("the head alone trains: its inputs are computed once for each image")
         task = task._replace(model=network.outputs, prepare=None)
         params, materialize = network.shapes, network.whole
     if recipe.lora:
@@ -305,7 +305,8 @@ def make_plan(
         accumulate=recipe.accumulate,
         ema=ema,
         trainable=trainable,
-        materialize=materialize,
+        # A head that trains alone is run on what it sees, and not as a part of the model.
+        materialize=materialize if network is None else None,
         prepare=task.prepare,
         mesh=mesh,
     )
@@ -345,6 +346,8 @@ def _metric(recipe: Recipe, train: Any) -> str:
     found = measure(np.zeros((2, K)), labels, problem)
     names = [name for name, each in found.items() if each is None or isinstance(each, float)]
     metric = recipe.metric or USUAL[problem]
+    if metric not in names and recipe.is_usual("metric"):
+        metric = USUAL[problem]  # the recipe's own is of other problems
     if metric not in names:
         raise InputError(
             f"`metric`: the validation has no {metric!r}; wanted one of {', '.join(names)}."
@@ -454,6 +457,11 @@ def _check_data(train: Any, validation: Any, recipe: Recipe) -> None:
     if validation is not None and len(validation) == 0:
         raise InputError("there are no validation images; wanted one at least, or no validation.")
     if recipe.task == "mim":
+        if validation is not None:
+            raise InputError(
+                "the task 'mim' has no validation: what it learns shows in a fine-tuning or a "
+                "probe. Leave `validation` out."
+            )
         return
     if train.classes is not None and len(train.classes) < 2 and train.labels.ndim == 1:
         raise InputError(
@@ -670,6 +678,7 @@ class _Loop:
         self._evaluator: Any = None
         self._laid_out: Any = None
         self._evaluation: tuple[int, Evaluation] | None = None
+        self._best_params: tuple[int, Any] | None = None  # where there are no checkpoints
         self._pending: list[tuple[int, Any, Any]] = []
         self._named = 0  # images that were skipped, and named
         self.checkpoints: Checkpoints | None = None
@@ -681,21 +690,28 @@ class _Loop:
             "history": [],
             "skipped": [],
             "sums": {},  # of the metrics of this epoch's steps
-            "images": 0,
+            "steps": 0,  # of this epoch, that are in the sums
         }
 
     def run(self) -> Run:
         plan, folder = self.plan, self.folder
-        state = plan.make_state()
+        if plan.frozen is not None:
+            plan.frozen.progress = self._progress("the head's inputs")
         step = 0
         try:
+            state = plan.make_state()
             if folder is not None:
                 step, state = self._open(state)
-            plan.loader.skipped += [(name, why) for name, why in self.record["skipped"]]
-            self._named = len(plan.loader.skipped)
+            before = [(name, why) for name, why in self.record["skipped"]]
+            known = {name for name, _ in before}
+            skipped = plan.loader.skipped  # of a frozen network, known by now
+            skipped[:] = before + [each for each in skipped if each[0] not in known]
+            self._named = len(before)
             self.watcher.begin(plan, step)
             state, step = self._steps(state, step)
             return self._finish(state, step)
+        except _Abandoned:  # in what comes before the first step: a validation is given up there
+            raise Stopped(f"stopped after step {step} of {plan.steps}.", step) from None
         finally:
             for each in (self.log, self.checkpoints):
                 if each is not None:
@@ -716,8 +732,11 @@ class _Loop:
             self.record.update({name: record[name] for name in self.record})
             self.watcher.say(f"going on after step {step} of {self.plan.steps}")
         self.checkpoints.forget_after(step)
+        if self.record["best"] is not None:
+            self.checkpoints.rate(self.record["best"]["step"], self.record["best"]["value"])
         if self.folder.writes:
-            self.log = Log(self.folder.log, step, tensorboard=self._tensorboard)
+            epochs = self.record["epochs"]  # the validation of a later one is still to come
+            self.log = Log(self.folder.log, step, epochs=epochs, tensorboard=self._tensorboard)
         return step, state
 
     # -- steps
@@ -778,7 +797,7 @@ class _Loop:
             sums = self.record["sums"]
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + value
-            self.record["images"] += 1
+            self.record["steps"] += 1
             self.watcher.step(row)
             self._name_skipped()
         return before
@@ -857,6 +876,11 @@ class _Loop:
         if self.log is not None:
             self.log.flush()
         self.record["skipped"] = [list(each) for each in self.plan.loader.skipped]
+        if step in self.checkpoints.steps:
+            # Saved before its validation, and kept: were it written anew and that failed, the run
+            # would have lost it. If it is gone on from, it is validated once more.
+            self.checkpoints.rate(step, value)
+            return
         self.checkpoints.save(step, state, self.record, value=value)
         self.folder.note(step=step)
 
@@ -865,7 +889,7 @@ class _Loop:
     def _end_of_epoch(self, state: TrainState, step: int) -> None:
         plan, record = self.plan, self.record
         epoch = -(-step // plan.steps_per_epoch)
-        sums, count = record["sums"], record["images"]
+        sums, count = record["sums"], record["steps"]
         row: dict[str, Any] = {
             "epoch": epoch,
             "step": step,
@@ -885,20 +909,24 @@ class _Loop:
                 record["worse"] += 1
             elif is_better(plan.metric, value, None if best is None else best["value"]):
                 record["best"], record["worse"] = {"step": step, "value": value}, 0
+                if self.checkpoints is None:
+                    params = _on_host(plan.params_of(state), plan.mesh)
+                    # Copies: the next step takes the memory of the state.
+                    self._best_params = step, jax.tree.map(np.array, params)
             else:
                 record["worse"] += 1
             if self.log is not None:
                 self.log.write({"step": step, "epoch": epoch, "validation": measured})
         record["history"].append(row)
-        record.update(epochs=epoch, sums={}, images=0)
-        if self.checkpoints is not None and step in self.checkpoints.steps:
-            self.checkpoints.delete(step)  # saved before the validation
+        record.update(epochs=epoch, sums={}, steps=0)
         self._save(state, step, value)
         self.watcher.epoch(row)
         if self._patience_is_over() and step < plan.steps:
             self.watcher.say(
                 f"stopping early: {plan.metric} was best at step {record['best']['step']}, "
                 f"{record['worse']} epochs ago"
+                if record["best"] is not None
+                else f"stopping early: {record['worse']} epochs without a {plan.metric}"
             )
 
     def _patience_is_over(self) -> bool:
@@ -918,7 +946,7 @@ class _Loop:
     def _evaluated(self, params: Any, *, poll: bool) -> Evaluation:
         plan = self.plan
         if plan.frozen is not None:
-            return plan.frozen.evaluate(plan.validation, params)
+            return plan.frozen.evaluate(plan.validation, _on_host(params["classifier"], plan.mesh))
         mesh = _evaluation_mesh(plan.mesh)
         if self._evaluator is None:
             self._evaluator = Evaluator(
@@ -931,12 +959,18 @@ class _Loop:
                 )
             params = self._laid_out(params)
 
+        progress = self._progress("validating", poll=poll)
+        return self._evaluator(plan.validation, params=params, progress=progress)
+
+    def _progress(self, what: str, *, poll: bool = True) -> Callable[[int, int], None]:
+        """Tells the watcher of images that are done, and gives up if the run is to stop."""
+
         def progress(done: int, total: int) -> None:
-            self.watcher.evaluating(done, total)
+            self.watcher.evaluating(done, total, what)
             if poll and jax.process_count() == 1 and self._stop():
                 raise _Abandoned
 
-        return self._evaluator(plan.validation, params=params, progress=progress)
+        return progress
 
     # -- the end
 
@@ -952,6 +986,8 @@ class _Loop:
             except CheckpointError as error:
                 self.watcher.say(f"{error} The result has the parameters of the last step.")
         params = plan.params_of(state)
+        if best is not None and self._best_params is not None:
+            chosen, params = self._best_params
         evaluation = None
         if plan.validation is not None:
             if self._evaluation is not None and self._evaluation[0] == chosen:

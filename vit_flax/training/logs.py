@@ -226,6 +226,7 @@ class Log:
         file: is made, or goes on after `step`: lines of later steps, and what a killed process left
             of a line, are deleted.
         step: the last one that counts.
+        epochs: whose validation is done; lines of a later one's are deleted, too. None keeps all.
         tensorboard: folder for TensorBoard's event files, too; None writes none.
 
     Raises:
@@ -238,12 +239,22 @@ class Log:
     """
 
     def __init__(
-        self, file: str | os.PathLike, step: int, *, tensorboard: str | os.PathLike | None = None
+        self,
+        file: str | os.PathLike,
+        step: int,
+        *,
+        epochs: int | None = None,
+        tensorboard: str | os.PathLike | None = None,
     ) -> None:
         self._file = Path(file)
         self._events = None if tensorboard is None else _events(tensorboard, step)
         if self._file.exists():
-            kept = [row for row in read_log(self._file) if row["step"] <= step]
+            kept = [
+                row
+                for row in read_log(self._file)
+                if row["step"] <= step
+                and (epochs is None or "validation" not in row or row["epoch"] <= epochs)
+            ]
             write_text(self._file, "".join(map(_line, kept)))
         try:
             self._stream = self._file.open("a", encoding="utf-8")
@@ -319,11 +330,12 @@ def read_log(file: str | os.PathLike) -> list[dict[str, Any]]:
 
 def _line(row: Mapping[str, Any]) -> str:
     # NaN is no JSON: a diverged step says "nan".
-    plain = {
-        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in row.items()
-    }
-    return json.dumps(plain) + "\n"
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: plain(each) for name, each in value.items()}
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(row)) + "\n"
 
 
 def _flat(row: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -30,10 +30,12 @@ from vit_flax.training.loader import Loader
 _LEAST = 1e-6  # standard deviation of an input that is taken to vary
 
 
-def changes_images(recipe: Recipe, config: Any) -> list[str]:
-    """The settings that keep the head's inputs from being computed once."""
+def changes_images(recipe: Recipe) -> list[str]:
+    """The settings that keep the head's inputs from being computed once. (Dropout and drop path
+    that a model has of itself do not: a network that does not train runs as it predicts.)"""
     off: dict[str, Any] = {
         "crop_scale": None,
+        "affine": None,
         "color_jitter": 0.0,
         "auto_augment": None,
         "erasing": 0.0,
@@ -41,11 +43,7 @@ def changes_images(recipe: Recipe, config: Any) -> list[str]:
         "cutmix": 0.0,
     }
     found = [name for name, value in off.items() if getattr(recipe, name) != value]
-    rates = {
-        "dropout": (config.hidden_dropout_prob, config.attention_probs_dropout_prob),
-        "drop_path": (config.drop_path_rate,),
-    }
-    return found + [name for name, given in rates.items() if any(given)]
+    return found + [name for name in ("dropout", "drop_path") if getattr(recipe, name)]
 
 
 def head_inputs(model: Any) -> Callable[[Any, jax.Array], jax.Array]:
@@ -76,11 +74,12 @@ class FrozenNetwork:
         recipe: what is drawn of each image, and whether inputs are standardised.
         processor: prepares the images.
         loader: of the training images; it says their order.
-        mesh: devices.
+        mesh: devices, with the axes that `Evaluator` takes.
 
     Attributes:
         skipped: (name, message) of each training image that could not be read.
         workers: threads that read images.
+        progress: told how many images are done, of how many, where inputs are computed.
         params: of the head as training begins with it; it sees standardised inputs if the recipe
             says so.
     """
@@ -91,6 +90,7 @@ class FrozenNetwork:
         self.model, self.recipe, self.loader = model, recipe, loader
         self.skipped, self.workers = loader.skipped, loader.workers
         self._evaluator = _Inputs(model, processor, mesh=mesh, workers=loader.workers)
+        self.progress: Callable[[int, int], object] | None = None
         self._rows: np.ndarray | None = None
         self._good = np.zeros(0, bool)
         self._statistics: tuple[np.ndarray, np.ndarray] | None = None
@@ -118,8 +118,8 @@ class FrozenNetwork:
         """The parameters of the model, from those of the head in training."""
         mean, deviation = self.statistics
         head = params["classifier"]
-        kernel = head["kernel"] / jnp.asarray(deviation, head["kernel"].dtype)[:, None]
-        shift = jnp.asarray(mean, kernel.dtype) @ kernel
+        kernel = head["kernel"] / np.asarray(deviation, head["kernel"].dtype)[:, None]
+        shift = np.asarray(mean, kernel.dtype) @ kernel
         return {
             **unfreeze(self.model.params),
             "classifier": {"kernel": kernel, "bias": head["bias"] - shift},
@@ -146,7 +146,7 @@ class FrozenNetwork:
         found = []
         for mirrored in sides:
             self._evaluator.mirrored = mirrored
-            rows, index, skipped = self._evaluator.outputs(dataset)
+            rows, index, skipped = self._evaluator.outputs(dataset, progress=self.progress)
             whole = np.zeros((len(dataset), rows.shape[1]), np.float32)
             whole[index] = rows
             found.append(whole)
@@ -214,18 +214,17 @@ class FrozenNetwork:
 
     # -- the validation
 
-    def evaluate(self, dataset: Any, params: Any) -> Evaluation:
-        """Evaluate a model's parameters, of which the head alone has changed since the last time.
+    def evaluate(self, dataset: Any, head: Any) -> Evaluation:
+        """Evaluate the model with a head.
 
         Args:
             dataset: the same each time.
-            params: of the model.
+            head: the parameters of the model's classifier, on this host.
         """
         if self._validation is None:
             self._evaluator.mirrored = False
-            self._validation = self._evaluator.outputs(dataset)
+            self._validation = self._evaluator.outputs(dataset, progress=self.progress)
         rows, index, skipped = self._validation
-        head = jax.device_get(params["classifier"])
         kernel = np.asarray(head["kernel"], np.float32)
         logits = rows @ kernel + np.asarray(head["bias"], np.float32)
         return self._evaluator.judged(dataset, logits, index, skipped)
@@ -248,25 +247,31 @@ class _Inputs(Evaluator):
 
 
 def frozen(
-    recipe: Recipe, model: Any, processor: Any, loader: Loader, mesh: Any
+    recipe: Recipe,
+    model: Any,
+    processor: Any,
+    loader: Loader,
+    mesh: Any,
+    say: Callable[[str], object] = lambda line: None,
 ) -> FrozenNetwork | None:
     """The frozen network, if the recipe trains the head alone and draws nothing else of an image
     than whether it is mirrored; else None.
 
     Raises:
-        InputError: inputs are to be standardised, and cannot be computed once.
+        InputError: a user asked for standardised inputs, and they cannot be computed once.
     """
     alone = recipe.train == "head" and recipe.task == "classify" and not recipe.lora
-    single = "classifier" in model.params
-    hinder = changes_images(recipe, model.config)
-    if alone and single and not hinder:
+    why = "the network trains, too (wanted train=head)"
+    if alone:
+        hinder = changes_images(recipe)
+        why = f"each epoch draws other ones ({', '.join(hinder)})" if hinder else ""
+        why = why if "classifier" in model.params else "this model has two heads"
+    if not why:
+        say("the head alone trains: its inputs are computed once for each image")
         return FrozenNetwork(model, recipe, processor, loader, mesh)
     if recipe.standardize:
-        why = "the network trains, too: set train=head"
-        if alone:
-            why = f"set these to nothing: {', '.join(hinder)}" if hinder else "it has two heads"
-        raise InputError(
-            "`standardize` needs inputs of the head that are computed once, and that cannot be: "
-            f"{why}."
-        )
+        line = f"`standardize`: the head's inputs cannot be computed once: {why}"
+        if not recipe.is_usual("standardize"):
+            raise InputError(f"{line}. Leave it out.")
+        say(f"{line}; they are taken as they are")
     return None
