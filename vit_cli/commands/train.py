@@ -716,7 +716,7 @@ def _watcher(*, show: bool) -> Any:
 
         def begin(self, plan: Plan, step: int) -> None:
             self._plan, self._first, self._done = plan, step, step
-            self._size = plan.recipe.batch_size
+            self._size = plan.images_per_step
             trained = len(plan.train)
             checked = 0 if plan.validation is None else len(plan.validation)
             self.say(
