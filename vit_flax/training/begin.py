@@ -219,14 +219,15 @@ def _set_pooling(
 ) -> None:
     """Let the new head look at what the recipe says. Where this network cannot, what the recipe
     has of itself is left out, and what a user set is refused."""
-    if recipe.task == "mim" or recipe.pooling in ("", config.pooling):
+    pooling = recipe.pooling
+    if recipe.task == "mim" or pooling == "" or pooling == config.pooling:
         return
     tried = copy.deepcopy(config)
     if "pooling" in config.fields:
-        tried.pooling = recipe.pooling
+        tried.pooling = pooling
         with contextlib.suppress(ConfigError):
             tried.validate()
-            config.pooling = recipe.pooling
+            config.pooling = pooling
             return
     why = f"the classifier of this {config.model_type} looks at {_LOOKS[config.pooling]}"
     if not recipe.is_usual("pooling"):
