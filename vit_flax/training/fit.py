@@ -40,7 +40,7 @@ from vit_flax.sharding import (
 from vit_flax.training.begin import begin, outputs_of
 from vit_flax.training.checkpoints import Checkpoints, from_all
 from vit_flax.training.evaluate import Evaluation, Evaluator
-from vit_flax.training.loader import Loader
+from vit_flax.training.loader import Loader, none_read
 from vit_flax.training.logs import Log, RunFolder, check_tensorboard, read_log
 from vit_flax.training.losses import balanced_weights, check_labels
 from vit_flax.training.optimizers import make_optimizer, trainable_of
@@ -675,7 +675,9 @@ class _Loop:
         self._evaluation: tuple[int, Evaluation] | None = None
         self._best_params: tuple[int, Any] | None = None  # where there are no checkpoints
         self._pending: list[tuple[int, Any, Any]] = []
+        self._read_any = False  # any image of training, so far
         self._named = 0  # images that were skipped, and named
+        self._told_skipped = False  # which images of the validation cannot be read
         self.checkpoints: Checkpoints | None = None
         self.log: Log | None = None
         self.record: dict[str, Any] = {
@@ -743,6 +745,7 @@ class _Loop:
         while step < plan.steps and not self._patience_is_over():
             before = time.monotonic()
             for batch in plan.batches(step):
+                self._read_any |= bool(batch["weights"].any())
                 state, metrics = plan.step(state, plan.placed(batch))
                 step += 1
                 self._pending.append((step, metrics, batch["index"]))
@@ -755,6 +758,8 @@ class _Loop:
                 if self._save_every and step % self._save_every == 0:
                     self._save(state, step)
             self._drain(state, batch, before, keep=0)
+            if self.record["epochs"] == 0 and not any(from_all(self._read_any)):
+                raise none_read(plan.loader.skipped)  # nothing was learnt
             self._end_of_epoch(state, step)
         return state, step
 
@@ -932,6 +937,13 @@ class _Loop:
         """The measures of the validation, single numbers only."""
         found = self._evaluated(self.plan.params_of(state), poll=True)
         self._evaluation = (step, found)
+        if found.skipped and not self._told_skipped:
+            self._told_skipped = True
+            names = [why if name in why else f"{name}: {why}" for name, why in found.skipped]
+            self.watcher.say(
+                f"{len(names)} of {len(self.plan.validation)} validation images cannot be read: "
+                f"{some(names, _SHOWN, '; ')}"
+            )
         return {
             name: value
             for name, value in found.metrics.items()
