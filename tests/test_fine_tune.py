@@ -225,7 +225,9 @@ def test_a_run_that_can_read_no_image_is_no_run(tiny, tmp_path, steps):
 
 def test_a_validation_without_the_measure_is_no_end(tiny, tmp_path):
     """None of its images can be read, so there is no top-1: the run ends by its patience."""
-    unreadable = LabelledImages([b"no", b"image"], [0, 1], classes=TRAIN.classes, names=["x1", "x2"])
+    unreadable = LabelledImages(
+        [b"no", b"image"], [0, 1], classes=TRAIN.classes, names=["x1", "x2"]
+    )
     told = Told()
     run = fine_tune(
         str(tiny),
@@ -256,7 +258,10 @@ def test_what_a_folder_holds_is_not_lost(tiny, whole, tmp_path):
     again = fine_tune(str(tiny), TRAIN, recipe=short(), resume=True, watcher=told, **given)
     assert told.lines == [f"{run.folder}: this run is finished (9 steps); nothing to do"]
     assert again.best == run.best
+    assert again.history == run.history
     assert again.metrics["top1"] == run.metrics["top1"]
+    with pytest.raises(InputError, match=r"other settings: weights .* there and"):
+        fine_tune(str(tiny), TRAIN, recipe=short(), resume=True, class_weights=[1, 2, 1], **given)
     assert {p.name: p.stat().st_mtime_ns for p in run.folder.iterdir()} == before
     (tmp_path / "other.txt").write_text("mine")
     with pytest.raises(ExistingFileError, match=r"other files \(other\.txt\)"):

@@ -585,6 +585,10 @@ def fine_tune(
         "dtype": str(np.dtype(dtype)) if not isinstance(dtype, str) else dtype,
         "teacher": None if teacher is None else _described(teacher),
     }
+    if class_weights is not None:
+        settings["weights"] = np.asarray(class_weights, np.float64).tolist()
+    if image_processor is not None:
+        settings["image_processor"] = repr(sorted(image_processor.to_dict().items()))
     if tensorboard is not None and output is not None and jax.process_index() == 0:
         check_tensorboard(tensorboard)
     folder = None
@@ -1052,7 +1056,8 @@ def _finished(folder: RunFolder, watcher: Watcher) -> Run:
 
     found = folder.found or {}
     watcher.say(f"{folder.path}: this run is finished ({found.get('step')} steps); nothing to do")
-    rows = [row for row in read_log(folder.log) if "validation" in row]
+    history = _history(read_log(folder.log))
+    rows = [row for row in history if "validation" in row]
     best = found.get("best")
     auto: Any = FlaxAutoModelForImageClassification
     if folder.settings["task"] == "mim":
@@ -1064,7 +1069,29 @@ def _finished(folder: RunFolder, watcher: Watcher) -> Run:
         model=model,
         metrics=metrics,
         best=None if best is None else Best(**best),
-        history=rows,
+        history=history,
         folder=folder.path,
         steps=int(found.get("step", 0)),
     )
+
+
+def _history(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The history of a run from its log: of each epoch the means over its steps, and its
+    validation."""
+    of_epochs: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        epoch = of_epochs.setdefault(row["epoch"], {"steps": [], "more": {}})
+        if "validation" in row:
+            epoch["more"] = {"validation": row["validation"]}
+        else:
+            epoch["steps"].append(row)
+    history = []
+    for number, epoch in of_epochs.items():
+        steps = epoch["steps"]
+        last = steps[-1] if steps else {"step": 0}
+        apart = ("step", "epoch", "learning_rate", "seconds", "images")
+        names = [name for name in last if name not in apart]
+        means = {name: sum(row[name] for row in steps) / len(steps) for name in names}
+        rate = {"learning_rate": last["learning_rate"]} if steps else {}
+        history.append({"epoch": number, "step": last["step"], **means, **rate, **epoch["more"]})
+    return history
