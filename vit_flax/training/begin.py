@@ -219,14 +219,15 @@ def _set_pooling(
 ) -> None:
     """Let the new head look at what the recipe says. Where this network cannot, what the recipe
     has of itself is left out, and what a user set is refused."""
-    if recipe.task == "mim" or recipe.pooling in ("", config.pooling):
+    pooling = recipe.pooling
+    if recipe.task == "mim" or pooling == "" or pooling == config.pooling:
         return
     tried = copy.deepcopy(config)
     if "pooling" in config.fields:
-        tried.pooling = recipe.pooling
+        tried.pooling = pooling
         with contextlib.suppress(ConfigError):
             tried.validate()
-            config.pooling = recipe.pooling
+            config.pooling = pooling
             return
     why = f"the classifier of this {config.model_type} looks at {_LOOKS[config.pooling]}"
     if not recipe.is_usual("pooling"):
@@ -281,6 +282,8 @@ def _head_line(name: str, before: tuple[str, ...] | None, after: tuple[str, ...]
         return f"{name}: has no classification head; {new}"
     if len(before) != len(after):
         return f"{name}: its head for {_counted(before)} is replaced; {new}"
+    if before == after:  # a recipe with `pooling` makes its own
+        return f"{name}: its head is replaced, since the recipe sets what a head looks at; {new}"
     pairs = [f"{b!r} is now {a!r}" for b, a in zip(before, after, strict=True) if a != b]
     if not pairs:
         return f"{name}: its head looks at something else than this one is to; {new}"
