@@ -16,7 +16,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from training_runs import log_of, pictures, save_tiny, short, tiny_config
 
 from vit_common.datasets import LabelledImages
-from vit_common.errors import ConfigError, ExistingFileError, InputError, MissingFileError, ViTError
+from vit_common.errors import (
+    ConfigError,
+    ExistingFileError,
+    ImageError,
+    InputError,
+    MissingFileError,
+    ViTError,
+)
 from vit_common.images.processor import ViTImageProcessor
 from vit_common.presets import PRESETS
 from vit_common.recipes import recipe
@@ -208,9 +215,20 @@ def test_without_a_folder_the_result_is_the_best_one_too(tiny, monkeypatch):
         assert np.array_equal(one, other)
 
 
+@pytest.mark.parametrize("steps", [None, 1])
+def test_a_run_that_can_read_no_image_is_no_run(tiny, tmp_path, steps):
+    """It would end with the model that it began with, as if that were trained."""
+    unreadable = LabelledImages([b"no"] * 12, [0, 1, 2] * 4, classes=TRAIN.classes)
+    with pytest.raises(ImageError, match=r"none of the \d+ images could be read"):
+        fine_tune(str(tiny), unreadable, recipe=short(steps=steps), output=tmp_path / "run")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_a_validation_without_the_measure_is_no_end(tiny, tmp_path):
     """None of its images can be read, so there is no top-1: the run ends by its patience."""
-    unreadable = LabelledImages([b"no", b"image"], [0, 1], classes=TRAIN.classes, names=["a", "b"])
+    unreadable = LabelledImages(
+        [b"no", b"image"], [0, 1], classes=TRAIN.classes, names=["x1", "x2"]
+    )
     told = Told()
     run = fine_tune(
         str(tiny),
@@ -222,6 +240,7 @@ def test_a_validation_without_the_measure_is_no_end(tiny, tmp_path):
     )
     assert (run.steps, run.best) == (6, None)
     assert "stopping early: 2 epochs without a top1" in told.lines
+    assert sum("2 of 2 validation images cannot be read: x1: " in x for x in told.lines) == 1
     assert "| 2 | 6 | " in (run.folder / "README.md").read_text()
 
 
@@ -240,7 +259,10 @@ def test_what_a_folder_holds_is_not_lost(tiny, whole, tmp_path):
     again = fine_tune(str(tiny), TRAIN, recipe=short(), resume=True, watcher=told, **given)
     assert told.lines == [f"{run.folder}: this run is finished (9 steps); nothing to do"]
     assert again.best == run.best
+    assert again.history == run.history
     assert again.metrics["top1"] == run.metrics["top1"]
+    with pytest.raises(InputError, match=r"other settings: weights .* there and"):
+        fine_tune(str(tiny), TRAIN, recipe=short(), resume=True, class_weights=[1, 2, 1], **given)
     assert {p.name: p.stat().st_mtime_ns for p in run.folder.iterdir()} == before
     (tmp_path / "other.txt").write_text("mine")
     with pytest.raises(ExistingFileError, match=r"other files \(other\.txt\)"):

@@ -114,6 +114,7 @@ def test_the_head_that_comes_out_is_one_of_torch_trained_on_the_same_inputs(tmp_
     the scale are folded into the head, so the whole network has the same logits."""
     name = saved(tmp_path / "net", "ViT")
     settings = {"pooling": "cls", "flip": 0.0, "label_smoothing": 0.1, "clip": None, "epochs": 4}
+    settings["weight_decay"] = 0.5
     run = fine_tune(name, TRAIN, recipe=head(**settings, metric=""))
     plan = make_plan(name, TRAIN, recipe=head(**settings))
 

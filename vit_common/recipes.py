@@ -478,11 +478,11 @@ _ALL = (
     Recipe(
         name="head",
         epochs=100,
-        learning_rate=1e-3,
+        learning_rate=3e-4,
         warmup_epochs=1,
         crop_scale=None,
         train="head",
-        weight_decay=0.5,
+        weight_decay=5.0,
         standardize=True,
         pooling="cls_mean",
         metric="log_loss",  # which of a hundred epochs has most right is mostly luck

@@ -276,7 +276,8 @@ def _set_classes(config: ViTConfig, data: Any) -> None:
 
 
 def _head_line(name: str, before: tuple[str, ...] | None, after: tuple[str, ...]) -> str:
-    new = f"a new one for {_counted(after)} is trained"
+    many = f"{len(after)} outputs" if _unnamed(after) and len(after) > 1 else _counted(after)
+    new = f"a new one for {many} is trained"
     if before is None:
         return f"{name}: has no classification head; {new}"
     if len(before) != len(after):
@@ -285,7 +286,7 @@ def _head_line(name: str, before: tuple[str, ...] | None, after: tuple[str, ...]
         return f"{name}: its head is replaced, since the recipe sets what a head looks at; {new}"
     pairs = [f"{b!r} is now {a!r}" for b, a in zip(before, after, strict=True) if a != b]
     if not pairs:
-        return f"{name}: its head does not fit what a head looks at here; {new}"
+        return f"{name}: its head looks at something else than this one is to; {new}"
     return (
         f"{name}: its head is for as many classes, but others ({some(pairs, _SHOWN)}); it is "
         f"replaced, and {new}"

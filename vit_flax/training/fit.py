@@ -40,7 +40,7 @@ from vit_flax.sharding import (
 from vit_flax.training.begin import begin, outputs_of
 from vit_flax.training.checkpoints import Checkpoints, from_all
 from vit_flax.training.evaluate import Evaluation, Evaluator
-from vit_flax.training.loader import Loader
+from vit_flax.training.loader import Loader, none_read
 from vit_flax.training.logs import Log, RunFolder, check_tensorboard, read_log
 from vit_flax.training.losses import balanced_weights, check_labels
 from vit_flax.training.optimizers import make_optimizer, trainable_of
@@ -606,6 +606,10 @@ def fine_tune(
         "dtype": str(np.dtype(dtype)) if not isinstance(dtype, str) else dtype,
         "teacher": None if teacher is None else _described(teacher),
     }
+    if class_weights is not None:
+        settings["weights"] = np.asarray(class_weights, np.float64).tolist()
+    if image_processor is not None:
+        settings["image_processor"] = repr(sorted(image_processor.to_dict().items()))
     if tensorboard is not None and output is not None and jax.process_index() == 0:
         check_tensorboard(tensorboard)
     folder = None
@@ -696,7 +700,9 @@ class _Loop:
         self._evaluation: tuple[int, Evaluation] | None = None
         self._best_params: tuple[int, Any] | None = None  # where there are no checkpoints
         self._pending: list[tuple[int, Any, Any]] = []
+        self._read_any = False  # any image of training, so far
         self._named = 0  # images that were skipped, and named
+        self._told_skipped = False  # which images of the validation cannot be read
         self.checkpoints: Checkpoints | None = None
         self.log: Log | None = None
         self.record: dict[str, Any] = {
@@ -764,6 +770,7 @@ class _Loop:
         while step < plan.steps and not self._patience_is_over():
             before = time.monotonic()
             for batch in plan.batches(step):
+                self._read_any |= bool(batch["weights"].any())
                 state, metrics = plan.step(state, plan.placed(batch))
                 step += 1
                 self._pending.append((step, metrics, batch["index"]))
@@ -776,6 +783,8 @@ class _Loop:
                 if self._save_every and step % self._save_every == 0:
                     self._save(state, step)
             self._drain(state, batch, before, keep=0)
+            if self.record["epochs"] == 0 and not any(from_all(self._read_any)):
+                raise none_read(plan.loader.skipped)  # nothing was learnt
             self._end_of_epoch(state, step)
         return state, step
 
@@ -953,6 +962,13 @@ class _Loop:
         """The measures of the validation, single numbers only."""
         found = self._evaluated(self.plan.params_of(state), poll=True)
         self._evaluation = (step, found)
+        if found.skipped and not self._told_skipped:
+            self._told_skipped = True
+            names = [why if name in why else f"{name}: {why}" for name, why in found.skipped]
+            self.watcher.say(
+                f"{len(names)} of {len(self.plan.validation)} validation images cannot be read: "
+                f"{some(names, _SHOWN, '; ')}"
+            )
         return {
             name: value
             for name, value in found.metrics.items()
@@ -1061,7 +1077,8 @@ def _finished(folder: RunFolder, watcher: Watcher) -> Run:
 
     found = folder.found or {}
     watcher.say(f"{folder.path}: this run is finished ({found.get('step')} steps); nothing to do")
-    rows = [row for row in read_log(folder.log) if "validation" in row]
+    history = _history(read_log(folder.log))
+    rows = [row for row in history if "validation" in row]
     best = found.get("best")
     auto: Any = FlaxAutoModelForImageClassification
     if folder.settings["task"] == "mim":
@@ -1073,7 +1090,29 @@ def _finished(folder: RunFolder, watcher: Watcher) -> Run:
         model=model,
         metrics=metrics,
         best=None if best is None else Best(**best),
-        history=rows,
+        history=history,
         folder=folder.path,
         steps=int(found.get("step", 0)),
     )
+
+
+def _history(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The history of a run from its log: of each epoch the means over its steps, and its
+    validation."""
+    of_epochs: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        epoch = of_epochs.setdefault(row["epoch"], {"steps": [], "more": {}})
+        if "validation" in row:
+            epoch["more"] = {"validation": row["validation"]}
+        else:
+            epoch["steps"].append(row)
+    history = []
+    for number, epoch in of_epochs.items():
+        steps = epoch["steps"]
+        last = steps[-1] if steps else {"step": 0}
+        apart = ("step", "epoch", "learning_rate", "seconds", "images")
+        names = [name for name in last if name not in apart]
+        means = {name: sum(row[name] for row in steps) / len(steps) for name in names}
+        rate = {"learning_rate": last["learning_rate"]} if steps else {}
+        history.append({"epoch": number, "step": last["step"], **means, **rate, **epoch["more"]})
+    return history

@@ -146,7 +146,7 @@ class Loader:
                 yield batch
         alone = len(self.rows) == self.batch_size
         if steps and not any_good and first == 0 and alone:
-            raise _none_read(self.skipped)
+            raise none_read(self.skipped)
 
     def _one(self, index: int, source: Any) -> np.ndarray:
         """One augmented image (H, W, C)."""
@@ -161,7 +161,7 @@ class Loader:
         if self._shape is None:
             self._shape = next((row.shape for row in found if isinstance(row, np.ndarray)), None)
         if self._shape is None:
-            raise _none_read(self.skipped)
+            raise none_read(self.skipped)
         return _batch(self.dataset, index, real, good, _stack(found, self._shape, np.uint8))
 
 
@@ -229,7 +229,7 @@ def evaluation_batches(
         ]
         example = _any_image(dataset, prepare)
         if example is None:
-            raise _none_read(skipped)
+            raise none_read(skipped)
         for (places, found), good in zip(waiting, noted, strict=True):
             pixel_values = _stack(found, example.shape, example.dtype)
             yield _batch(dataset, np.minimum(places, n - 1), places < n, good, pixel_values)
@@ -271,7 +271,8 @@ def _rows_of(batch_size: Any, process_index: Any, process_count: Any) -> range:
     return range(index * share, (index + 1) * share)
 
 
-def _none_read(skipped: list[tuple[str, str]]) -> ImageError:
+def none_read(skipped: list[tuple[str, str]]) -> ImageError:
+    """The error where none of the images can be read."""
     count = "the one image" if len(skipped) == 1 else f"none of the {len(skipped)} images"
     verb = "could not" if len(skipped) == 1 else "could"
     return ImageError(f"{count} {verb} be read. The first: {skipped[0][1]}")
