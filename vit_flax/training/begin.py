@@ -219,18 +219,19 @@ def _set_pooling(
 ) -> None:
     """Let the new head look at what the recipe says. Where this network cannot, what the recipe
     has of itself is left out, and what a user set is refused."""
-    if recipe.task == "mim" or recipe.pooling in ("", config.pooling):
+    wanted = recipe.pooling
+    if recipe.task == "mim" or wanted == "" or wanted == config.pooling:
         return
     tried = copy.deepcopy(config)
     if "pooling" in config.fields:
-        tried.pooling = recipe.pooling
+        tried.pooling = wanted
         with contextlib.suppress(ConfigError):
             tried.validate()
-            config.pooling = recipe.pooling
+            config.pooling = wanted
             return
     why = f"the classifier of this {config.model_type} looks at {_LOOKS[config.pooling]}"
     if not recipe.is_usual("pooling"):
-        raise InputError(f"{name}: `pooling` cannot be {recipe.pooling!r}: {why}. Leave it out.")
+        raise InputError(f"{name}: `pooling` cannot be {wanted!r}: {why}. Leave it out.")
     say(f"{name}: {why}; it stays so")
 
 
