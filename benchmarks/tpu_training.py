@@ -83,6 +83,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in sorted(rows, key=order):
         said = ", ".join(f"{count} {kind}" for kind, count in sorted(row["exchanges"].items()))
+        if not row["product_ratio"]:  # there is no program
+            said = "; ".join(detail for passed, detail in row["checks"].values() if not passed)
         lines.append(
             f"| {row['model']} | {row['mesh'].replace('x', ' x ')} | "
             f"{'one by one' if row['blocks'] == 'each' else 'scanned'} | "

@@ -46,7 +46,9 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path, caplog, capfd):
     for step in range(1, 5):
         checkpoints.save(step, state_of(step), {"epoch": step / 2}, value=[0, 3, 9, 2, 1][step])
     checkpoints.close()
+    (tmp_path / "c" / "5.orbax-checkpoint-tmp").mkdir()  # of a process that was killed
     again = Checkpoints(tmp_path / "c", keep=2)
+    assert sorted(path.name for path in again.folder.iterdir()) == ["2", "3", "4"]
     assert again.steps == [2, 3, 4]  # the last two, and the best
     assert again.best_step == 2
     restored = again.restore(jax.eval_shape(lambda: state_of(0)))

@@ -22,6 +22,7 @@ from vit_common.errors import (
     ImageError,
     InputError,
     MissingFileError,
+    ViTError,
 )
 from vit_common.images.processor import ViTImageProcessor
 from vit_common.presets import PRESETS
@@ -273,6 +274,21 @@ def test_two_runs_into_one_folder_are_refused(tiny, tmp_path):
     with pytest.raises(MissingFileError, match="another process trains into this folder"):
         fine_tune(str(tiny), TRAIN, recipe=short(), output=tmp_path / "run", force=True)
     first.close()
+
+
+def test_a_run_that_cannot_begin_leaves_everything_as_it_was(tiny, tmp_path):
+    """Also the run that `force` would have deleted."""
+    wrong = {"recipe": short(image_size=9), "output": tmp_path / "run"}
+    with pytest.raises(ViTError, match="multiple of the patch"):
+        fine_tune(str(tiny), TRAIN, **wrong)
+    assert not (tmp_path / "run").exists()
+    old = RunFolder(tmp_path / "run", {})
+    old.begin(step=7)
+    old.close()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(ViTError, match="multiple of the patch"):
+        fine_tune(str(tiny), TRAIN, **wrong, force=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == {**before}
 
 
 @pytest.mark.slow

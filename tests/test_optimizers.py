@@ -87,7 +87,14 @@ def theirs(make, rates=None, clip=None, groups=None):
     return {name: p.detach().numpy() for name, p in parameters.items()}
 
 
-FLAT = {"schedule": "constant", "warmup_steps": 0, "clip": None, "no_decay": "none", "steps": STEPS}
+FLAT = {
+    "layer_decay": None,
+    "schedule": "constant",
+    "warmup_steps": 0,
+    "clip": None,
+    "no_decay": "none",
+    "steps": STEPS,
+}
 ADAMW = {"learning_rate": 1e-2, "weight_decay": 0.1, "b2": 0.98}
 SGD = {"optimizer": "sgd", "learning_rate": 1e-2, "weight_decay": 0.0}
 # name -> settings of the recipe, torch's optimizer, its clipping

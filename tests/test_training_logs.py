@@ -66,6 +66,7 @@ def test_event_files_hold_the_numbers(tmp_path):
 
 def test_a_folder_says_how_far_its_run_is(tmp_path):
     folder = RunFolder(tmp_path / "run", {"seed": 1, "crop": (1, 2)})
+    folder.begin()
     folder.note(step=3)
     folder.close()
     assert read_run(tmp_path / "run")["step"] == 3

@@ -136,7 +136,9 @@ def run(options: Options) -> int:
     from vit_common.errors import InputError
 
     if importlib.util.find_spec("sklearn") is None:
-        raise InputError("vit probe needs scikit-learn; run: pip install scikit-learn")
+        raise InputError(
+            "vit probe needs scikit-learn; run: pip install scikit-learn (the extra `probe`)"
+        )
     source = options.names[0]
     check_source(source)
     parts = open_images(

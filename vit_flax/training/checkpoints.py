@@ -90,6 +90,9 @@ class Checkpoints:
         self._best = best
         self._say = say or (lambda line: None)
         self._saving: int | None = None
+        if jax.process_index() == 0:  # what killed processes left
+            for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left, ignore_errors=True)
         options = orbax.CheckpointManagerOptions(
             preservation_policy=_Keep(keep, self),
             cleanup_tmp_directories=True,

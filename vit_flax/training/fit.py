@@ -457,6 +457,11 @@ def _check_data(train: Any, validation: Any, recipe: Recipe) -> None:
     if validation is not None and len(validation) == 0:
         raise InputError("there are no validation images; wanted one at least, or no validation.")
     if recipe.task == "mim":
+        if validation is not None:
+            raise InputError(
+                "the task 'mim' has no validation: what it learns shows in a fine-tuning or a "
+                "probe. Leave `validation` out."
+            )
         return
     if train.classes is not None and len(train.classes) < 2 and train.labels.ndim == 1:
         raise InputError(
@@ -615,8 +620,8 @@ def fine_tune(
             options=options,
             say=watcher.say,
         )
-        if folder is not None and notes:
-            folder.note(**notes)
+        if folder is not None:
+            folder.begin(**(notes or {}))
         loop = _Loop(plan, folder, watcher, stop, save_every, keep, tensorboard, detect_nan, merge)
         return loop.run()
     finally:

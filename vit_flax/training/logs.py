@@ -7,6 +7,7 @@ OUTPUT/checkpoints/    see `vit_flax.training.checkpoints`
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -61,21 +62,33 @@ class RunFolder:
         self.writes = writes
         self.settings = json.loads(json.dumps(dict(settings)))
         self._lock: int | None = None
+        self._made = self._locks = self._begun = False
         self.found: dict[str, Any] | None = None
         if not writes:
             return
         self._look(resume, force)
+        self._made = not self.path.exists()
+        self._locks = not (self.path / LOCK).exists()
         make_directory(self.path)
         self._lock = _locked(self.path)
         try:
             self.found = self._look(resume, force)  # another run may have ended meanwhile
-            if self.found is None:
-                self._clear()
-            if not self.is_finished:
-                self.note(status="running")
         except BaseException:
             self.close()
             raise
+
+    def begin(self, **notes: Any) -> None:
+        """Write the first files of a run, or that it goes on; what a run that is not gone on with
+        left is deleted. Until then the folder is as it was, so a run that cannot begin, since its
+        model or settings do not fit, costs nothing.
+
+        Args:
+            **notes: as `note` takes them.
+        """
+        self._begun = True
+        if self.writes and self.found is None:
+            self._clear()
+        self.note(status="running", **notes)
 
     def _look(self, resume: bool, force: bool) -> dict[str, Any] | None:
         found = read_run(self.path)
@@ -151,10 +164,16 @@ class RunFolder:
         write_text(self.path / RUN, json.dumps(body, indent=2, sort_keys=True) + "\n")
 
     def close(self) -> None:
-        """Let the folder go."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        """Let the folder go. Where no run began, it is as it was."""
+        if self._lock is None:
+            return
+        if self._locks and not self._begun:
+            (self.path / LOCK).unlink(missing_ok=True)
+            if self._made:
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()
+        os.close(self._lock)
+        self._lock = None
 
 
 def read_run(path: str | os.PathLike) -> dict[str, Any] | None:

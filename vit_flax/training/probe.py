@@ -222,7 +222,8 @@ def _fit(train: Features, C: float, max_iterations: int, num_classes: int) -> An
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
         raise InputError(
-            "logistic regression needs scikit-learn; run: pip install scikit-learn"
+            "logistic regression needs scikit-learn; run: pip install scikit-learn (the extra "
+            "`probe`)"
         ) from error
     values = train.values.astype(np.float64)
     mean, deviation = values.mean(axis=0), values.std(axis=0)
