@@ -28,7 +28,7 @@ from vit_common.images.processor import ViTImageProcessor
 from vit_common.presets import PRESETS
 from vit_common.recipes import recipe
 from vit_flax import FlaxViTForImageClassification, FlaxViTModel
-from vit_flax.training import Diverged, Stopped, Watcher, fine_tune
+from vit_flax.training import Diverged, Stopped, Watcher, fine_tune, make_plan
 from vit_flax.training.begin import begin
 from vit_flax.training.checkpoints import Checkpoints
 from vit_flax.training.evaluate import Evaluator
@@ -276,6 +276,24 @@ def test_two_runs_into_one_folder_are_refused(tiny, tmp_path):
     first.close()
 
 
+def test_a_batch_larger_than_the_data_is_one_of_all_images(tiny):
+    """Without rows for images that are not there, and with the numbers of the larger batch."""
+    given = {"mixup": 0.0, "cutmix": 0.0, "epochs": 2, "steps": None, "warmup_epochs": 0}
+    plans = [make_plan(str(tiny), TRAIN, recipe=short(batch_size=n, **given)) for n in (32, 1024)]
+    states = []
+    for plan in plans:
+        state, losses = plan.make_state(), []
+        for step in range(plan.steps):
+            batch = next(iter(plan.batches(step)))
+            assert batch["pixel_values"].shape[0] == 32
+            assert batch["weights"].sum() == len(TRAIN) == plan.images_per_step
+            state, metrics = plan.step(state, plan.placed(batch))
+            losses.append(float(metrics["loss"]))
+        states.append(losses)
+    assert states[0] == states[1]
+    assert plans[0].steps == 2
+
+
 def test_a_run_that_cannot_begin_leaves_everything_as_it_was(tiny, tmp_path):
     """Also the run that `force` would have deleted."""
     wrong = {"recipe": short(image_size=9), "output": tmp_path / "run"}
@@ -331,6 +349,11 @@ def test_heads_for_other_classes_are_replaced(tmp_path):
     _, lines = began(tmp_path / "base")
     assert lines == [
         f"{tmp_path / 'base'}: has no classification head; a new one for 3 classes is trained"
+    ]
+    _, lines = began(tmp_path / "same", pooling="mean")
+    assert lines == [
+        f"{tmp_path / 'same'}: its head is replaced, since the recipe sets what a head looks at; a "
+        "new one for 3 classes is trained"
     ]
     model, _ = began(tmp_path / "base", head="normal")
     assert np.any(model.model.params["classifier"]["kernel"])

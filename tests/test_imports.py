@@ -54,6 +54,17 @@ def test_forbidden_imports(statement):
     assert not loaded & FORBIDDEN[statement]
 
 
+def test_evaluation_and_probes_do_without_optax():
+    """They are commands of the extra `cli` alone."""
+    loaded = loaded_by(
+        "import sys\nsys.modules['optax'] = None\nimport vit_flax.training as training\n"
+        "from vit_common.errors import InputError\n"
+        "try: training.make_optimizer(training.recipe(), {}, steps=1)\n"
+        "except InputError as error: assert 'optax' in str(error)"
+    )
+    assert "vit_flax" in loaded
+
+
 ROOT = Path(__file__).parents[1]
 PRODUCT = ("vit_common", "convert", "vit_flax", "vit_torch", "vit_cli")
 PEERS = {"jax", "jaxlib", "flax", "transformers"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -150,6 +151,18 @@ def test_bad_folders(place, tmp_path, capsys, make, message):
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 1
     assert message in err[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("missing", ["optax", "orbax"])
+def test_what_is_not_installed_is_named(place, tmp_path, capsys, monkeypatch, missing):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: name != missing and find(name, *more)
+    )
+    given = ("--model", str(place / "model"), "--output", str(tmp_path / "run"))
+    assert train(place, *given) == COULD_NOT_RUN
+    assert "pip install optax orbax-checkpoint (the extra `train`)" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

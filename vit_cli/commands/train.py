@@ -7,6 +7,7 @@ and everything else to standard error.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 import time
@@ -352,6 +353,11 @@ def _check_names(options: Options) -> None:
     """Faults that can be found before anything is loaded."""
     from vit_common.errors import InputError, MissingFileError
 
+    if not all(map(importlib.util.find_spec, ("optax", "orbax"))):
+        raise InputError(
+            "vit train needs optax and Orbax; run: pip install optax orbax-checkpoint (the extra "
+            "`train`)"
+        )
     source = options.names[0]
     if not os.path.exists(source):
         raise MissingFileError(f"{source}: no such folder or table of images.")
@@ -710,7 +716,7 @@ def _watcher(*, show: bool) -> Any:
 
         def begin(self, plan: Plan, step: int) -> None:
             self._plan, self._first, self._done = plan, step, step
-            self._size = plan.recipe.batch_size
+            self._size = plan.images_per_step
             trained = len(plan.train)
             checked = 0 if plan.validation is None else len(plan.validation)
             self.say(

@@ -178,7 +178,7 @@ def _compiled(plan: Plan) -> list[tuple[str, str]]:
     rows.append(
         (
             "seconds per step",
-            f"{each:.3g} (median of {_STEPS}; {plan.recipe.batch_size / each:.4g} images/s), "
+            f"{each:.3g} (median of {_STEPS}; {plan.images_per_step / each:.4g} images/s), "
             f"about {_hours(each * plan.steps)} for all steps, reading and validation aside",
         )
     )

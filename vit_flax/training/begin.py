@@ -219,19 +219,20 @@ def _set_pooling(
 ) -> None:
     """Let the new head look at what the recipe says. Where this network cannot, what the recipe
     has of itself is left out, and what a user set is refused."""
-    wanted = recipe.pooling
-    if recipe.task == "mim" or wanted == "" or wanted == config.pooling:
+    pooling = recipe.pooling
+    if recipe.task == "mim" or pooling == "" or pooling == config.pooling:
         return
     tried = copy.deepcopy(config)
     if "pooling" in config.fields:
-        tried.pooling = wanted
+        tried.pooling = pooling
         with contextlib.suppress(ConfigError):
             tried.validate()
-            config.pooling = wanted
+            config.pooling = pooling
+
             return
     why = f"the classifier of this {config.model_type} looks at {_LOOKS[config.pooling]}"
     if not recipe.is_usual("pooling"):
-        raise InputError(f"{name}: `pooling` cannot be {wanted!r}: {why}. Leave it out.")
+        raise InputError(f"{name}: `pooling` cannot be {pooling!r}: {why}. Leave it out.")
     say(f"{name}: {why}; it stays so")
 
 
@@ -282,6 +283,8 @@ def _head_line(name: str, before: tuple[str, ...] | None, after: tuple[str, ...]
         return f"{name}: has no classification head; {new}"
     if len(before) != len(after):
         return f"{name}: its head for {_counted(before)} is replaced; {new}"
+    if before == after:  # a recipe with `pooling` makes its own
+        return f"{name}: its head is replaced, since the recipe sets what a head looks at; {new}"
     pairs = [f"{b!r} is now {a!r}" for b, a in zip(before, after, strict=True) if a != b]
     if not pairs:
         return f"{name}: its head looks at something else than this one is to; {new}"

@@ -503,7 +503,7 @@ def _orbax() -> Any:
         import orbax.checkpoint as orbax
     except ImportError as error:
         raise InputError(
-            "checkpoints need orbax: pip install 'vitflax[train]' (or orbax-checkpoint)."
+            "checkpoints need Orbax; run: pip install orbax-checkpoint (the extra `train`)"
         ) from error
     from absl import logging as absl_logging
 

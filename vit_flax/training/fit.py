@@ -145,6 +145,7 @@ class Plan:
         recipe: the settings.
         train, validation: the images.
         steps, steps_per_epoch: how many there will be.
+        images_per_step: that a step sees: those of a batch, or all that there are.
         loader: of the training images.
         optimizer: of optax.
         rate: step -> learning rate.
@@ -168,6 +169,7 @@ class Plan:
     validation: Any
     steps: int
     steps_per_epoch: int
+    images_per_step: int
     loader: Loader | FrozenNetwork
     optimizer: Any
     rate: Callable[[int], float]
@@ -265,7 +267,8 @@ def make_plan(
     task = task_of(
         recipe, model, teacher, processor=processor, class_weights=class_weights, mesh=mesh
     )
-    loader = _loader(recipe, model, processor, train, seed, workers, on_error)
+    size = _rows(recipe, len(train), mesh)
+    loader = _loader(recipe, model, processor, train, size, seed, workers, on_error)
     if len(train) < recipe.batch_size:
         say(
             f"a batch of {recipe.batch_size} is larger than the {len(train)} training images; each "
@@ -322,6 +325,7 @@ def make_plan(
         validation=validation,
         steps=steps,
         steps_per_epoch=per_epoch,
+        images_per_step=min(size, len(train)),
         loader=loader if network is None else network,
         frozen=network,
         optimizer=optimizer,
@@ -374,6 +378,7 @@ def _loader(
     model: Any,
     processor: BaseImageProcessor,
     train: Any,
+    size: int,
     seed: int,
     workers: int | None,
     on_error: Any,
@@ -387,7 +392,7 @@ def _loader(
     )
     return Loader(
         train,
-        recipe.batch_size,
+        size,
         augment,
         seed=seed,
         workers=workers,
@@ -449,6 +454,17 @@ def _check_batch(recipe: Recipe, mesh: Mesh | None) -> None:
             + (f" times {recipe.accumulate} parts" if recipe.accumulate > 1 else "")
             + f"; wanted a multiple of {parts}."
         )
+
+
+def _rows(recipe: Recipe, images: int, mesh: Mesh | None) -> int:
+    """Rows of a batch: those of the recipe, halved while every image has one. A batch of 2048 would
+    else be computed whole for a hundred images. Halved, so that it is the same on most meshes."""
+    parts = 1 if mesh is None else mesh.shape.get(DATA, 1) * mesh.shape.get(FSDP, 1)
+    parts = math.lcm(parts * recipe.accumulate, jax.process_count())
+    rows = recipe.batch_size
+    while rows % 2 == 0 and rows // 2 >= images and rows // 2 % parts == 0:
+        rows //= 2
+    return rows
 
 
 def _check_data(train: Any, validation: Any, recipe: Recipe) -> None:
@@ -796,7 +812,7 @@ class _Loop:
                 **found,
                 "learning_rate": self.plan.rate(step - 1),
                 "seconds": round(now - before, 6),
-                "images": self.plan.recipe.batch_size,
+                "images": self.plan.images_per_step,
             }
             before = now
             if self.log is not None:

@@ -8,6 +8,7 @@ everything else is float64.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -16,13 +17,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict
 
 from vit_common.errors import InputError
 from vit_common.recipes import Recipe, learning_rates
 from vit_flax.training.step import Trainable
+
+with contextlib.suppress(ModuleNotFoundError):  # evaluation and probes do without
+    import optax
 
 __all__ = ["explain", "make_optimizer", "schedule_of", "trainable_of"]
 
@@ -250,11 +253,15 @@ def make_optimizer(
             moments. (`make_step` gives the optimizer only what trains, and needs no such thing.)
 
     Raises:
-        InputError: a setting is out of range.
+        InputError: a setting is out of range; or optax is not installed.
 
     Example:
         >>> optimizer = make_optimizer(recipe("mae-finetune"), model, steps=1000)
     """
+    if "optax" not in globals():
+        raise InputError(
+            "training needs optax; run: pip install optax orbax-checkpoint (the extra `train`)"
+        )
     blocks = depth_of(_params_of(model))
     moment = None if recipe.momentum_dtype == "float32" else jnp.dtype(recipe.momentum_dtype)
     parts = []
