@@ -228,7 +228,6 @@ def _set_pooling(
         with contextlib.suppress(ConfigError):
             tried.validate()
             config.pooling = pooling
-
             return
     why = f"the classifier of this {config.model_type} looks at {_LOOKS[config.pooling]}"
     if not recipe.is_usual("pooling"):
