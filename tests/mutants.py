@@ -372,8 +372,8 @@ MUTANTS = [
     Mutant(
         "a log that keeps what comes after the checkpoint",
         "vit_flax/training/logs.py",
-        'if row["step"] <= step]',
-        "if row]",
+        'if row["step"] <= step',
+        'if row["step"]',
         "tests/test_training_logs.py::test_a_log_goes_on_after_a_step",
     ),
     Mutant(
@@ -389,6 +389,21 @@ MUTANTS = [
         "before != after and not _unnamed(before)",
         "False",
         "tests/test_fine_tune.py::test_heads_for_other_classes_are_replaced",
+    ),
+    Mutant(
+        "a head that trains alone, run as a part of the model",
+        "vit_flax/training/fit.py",
+        "materialize=materialize if network is None else None,",
+        "materialize=materialize,",
+        "tests/test_head_training.py::test_the_head_that_comes_out_is_one_of_torch_trained_on_the_"
+        "same_inputs",
+    ),
+    Mutant(
+        "random turns left out, where the head's inputs are computed once",
+        "vit_flax/training/tasks/head.py",
+        '"affine": None,',
+        "",
+        "tests/test_head_training.py::test_images_that_are_drawn_anew_are_not_computed_once[affine]",
     ),
     Mutant(
         "two runs in one folder",

@@ -215,7 +215,7 @@ def test_without_a_folder_the_result_is_the_best_one_too(tiny, monkeypatch):
         assert np.array_equal(one, other)
 
 
-@pytest.mark.parametrize("steps", [None, 1])
+@pytest.mark.parametrize("steps", [None, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_that_can_read_no_image_is_no_run(tiny, tmp_path, steps):
     """It would end with the model that it began with, as if that were trained."""
     unreadable = LabelledImages([b"no"] * 12, [0, 1, 2] * 4, classes=TRAIN.classes)

@@ -231,7 +231,7 @@ def _set_pooling(
             return
     why = f"the classifier of this {config.model_type} looks at {_LOOKS[config.pooling]}"
     if not recipe.is_usual("pooling"):
-        raise InputError(f"{name}: `pooling` cannot be {recipe.pooling!r}: {why}. Leave it out.")
+        raise InputError(f"{name}: `pooling` cannot be {pooling!r}: {why}. Leave it out.")
     say(f"{name}: {why}; it stays so")
 
 
