@@ -42,9 +42,9 @@ def parts(text: str) -> list[str]:
     return [f"{head}:", *(f"- {fault}" for fault in (*faults, last)), *closing]
 
 
-def counted(images: int) -> str:
+def counted(number: int, noun: str = "image") -> str:
     """The number, with its noun."""
-    return "1 image" if images == 1 else f"{images} images"
+    return f"1 {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def tidy(text: str) -> str:
