@@ -722,7 +722,8 @@ def _watcher(*, show: bool) -> Any:
             self.say(
                 f"training on {counted(trained)}"
                 + (f", validating on {checked}" if checked else "")
-                + f": {counted(plan.steps, 'step')} of {self._size}, {counted(plan.epochs, 'epoch')}"
+                + f": {counted(plan.steps, 'step')} of {self._size}, "
+                + counted(plan.epochs, "epoch")
             )
             self._began = time.monotonic()
             self._bar.reach(step, plan.steps)
