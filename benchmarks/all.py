@@ -26,6 +26,7 @@ BENCHMARKS: dict[str, tuple[list[str], str | None]] = {
     "training": ([], None),
     "scan": ([], None),
     "tpu": ([], "libtpu"),
+    "tpu_training": ([], "libtpu"),
 }
 
 

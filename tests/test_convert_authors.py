@@ -419,7 +419,7 @@ def test_vit_mae_by_the_names_of_transformers(names, tmp_path):
             assert_close(ours(torch.tensor(x)).last_hidden_state.numpy(), want, 1e-6)
 
 
-@pytest.mark.parametrize("prefix", ["", "timm_model."])
+@pytest.mark.parametrize("prefix", ["", pytest.param("timm_model.", marks=pytest.mark.slow)])
 def test_timm_wrapper_folders_are_timms(prefix, tmp_path, monkeypatch):
     """As Transformers saves what it loads through timm, which lies where it does not see it."""
     monkeypatch.setattr(transformers.utils.import_utils, "_timm_available", True)

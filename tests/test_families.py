@@ -849,7 +849,7 @@ def test_derived_fields_cannot_be_set(family, name, value):
             {"pooling": "mean", "norm_after_pooling": True, "use_representation_layer": True},
             "must not both be True",
         ),
-        ("ViT", {"pooling": "cls_mean"}, "`pooling` must be one of 'cls', 'mean'"),
+        ("ViT", {"pooling": "max"}, "`pooling` must be one of 'cls', 'mean', 'cls_mean'"),
         ("ViT", {"position_tokens": "some"}, "`position_tokens` must be one of 'all', 'cls'"),
         ("ViT", {"num_register_tokens": -1}, "`num_register_tokens` must be an integer of at"),
         ("ViT", {"drop_path_rate": 1.0}, "`drop_path_rate` must be a number from 0 to below 1"),

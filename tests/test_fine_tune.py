@@ -96,6 +96,7 @@ def logits_of(folder) -> np.ndarray:
         return model(**prepare(images, return_tensors="pt")).logits.numpy()
 
 
+@pytest.mark.slow
 def test_the_result_is_a_checkpoint_like_any_other(whole):
     run, told = whole
     assert told.steps == list(range(1, STEPS + 1))

@@ -340,6 +340,7 @@ def test_whatever_one_has_and_the_other_not_differs(monkeypatch, here, there):
     hosts.agree(here)
 
 
+@pytest.mark.slow
 def test_one_is_interrupted_while_it_loads(tmp_path, many):
     """The others hear of it long before they would miss it."""
     script = (

@@ -41,8 +41,15 @@ FAMILIES = {
 }
 IMAGES = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
 
+QUICK = ("vit", "beit", "dinov2_with_registers")
 
-@pytest.fixture(scope="module", params=FAMILIES)
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES
+    ],
+)
 def model(request):
     """A model of random weights, large enough that all of the network shows in the logits."""
     cls, config, further = FAMILIES[request.param]

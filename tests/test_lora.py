@@ -327,6 +327,7 @@ def test_weights_and_models_that_do_not_fit(base, tmp_path):
 # -- several devices
 
 
+@pytest.mark.slow
 def test_an_adapter_lies_as_its_kernel_does():
     """A is split as the kernel's inputs are, B as its outputs; also in moments and averages."""
     for scan in (False, True):

@@ -45,6 +45,7 @@ def test_mixed_batches_are_those_of_timm(monkeypatch, share, center, cuts):
     np.testing.assert_allclose(labels, targets.numpy(), rtol=0, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_shares_are_drawn_as_timm_draws_them():
     """Beta(alpha, alpha), one for a batch; cutmix with its probability."""
     # Ones and zeros in turn: what is left of the first image is the share.

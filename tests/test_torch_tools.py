@@ -187,7 +187,11 @@ def trained(model, folder, data, **options):
 
 @pytest.mark.filterwarnings("ignore")  # theirs, of accelerate and torch
 @pytest.mark.parametrize(
-    "options", [{}, {"label_smoothing_factor": 0.1, "bf16": True}], ids=["plain", "smoothed"]
+    "options",
+    [
+        pytest.param({}, id="plain", marks=pytest.mark.slow),
+        pytest.param({"label_smoothing_factor": 0.1, "bf16": True}, id="smoothed"),
+    ],
 )
 def test_trainer(twin, peer, x, tmp_path, monkeypatch, options):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # `bf16` sets it for good

@@ -645,6 +645,7 @@ def saved(tmp_path_factory):
     return str(path)
 
 
+@pytest.mark.slow
 def test_the_command_names_the_definition(saved, tmp_path, capsys):
     page = tmp_path / "r.html"
     arguments = ["verify", saved, "--training", "6", "--batch", "4", "--set", "warmup_steps=2"]

@@ -303,6 +303,7 @@ def test_distillation_is_deits_loss(kind):
             assert value(task.loss(ours(batch["pixel_values"]), part)) == pytest.approx(want)
 
 
+@pytest.mark.slow
 def test_a_step_with_a_teacher_in_parts():
     """One program, which does not hold the teacher's parameters; two parts are the whole."""
     recipe = Recipe(task="distill", distillation="hard", mixup=1.0, distillation_alpha=0.5)

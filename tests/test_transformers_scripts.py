@@ -55,7 +55,13 @@ def assert_equal(got, want):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-@pytest.mark.parametrize("case", TREES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case in ("vit", "beit") else pytest.param(case, marks=pytest.mark.slow)
+        for case in TREES
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_trees_of_transformers(case):
     """Their parameters as `params=`, also traced, and there and back."""
