@@ -85,13 +85,18 @@ def table(rows: list[dict[str, Any]]) -> str:
         said = ", ".join(f"{count} {kind}" for kind, count in sorted(row["exchanges"].items()))
         if not row["product_ratio"]:  # there is no program
             said = "; ".join(detail for passed, detail in row["checks"].values() if not passed)
-        lines.append(
-            f"| {row['model']} | {row['mesh'].replace('x', ' x ')} | "
-            f"{'one by one' if row['blocks'] == 'each' else 'scanned'} | "
-            f"{'nothing' if row['remat'] == 'none' else row['remat']} | "
-            f"{row['product_ratio']:.4f} | {row['argument_bytes'] / 1e6:.0f} | "
-            f"{row['temporary_bytes'] / 1e9:.2f} | {row['memory_bytes'] / 1e9:.2f} | {said} |"
-        )
+        numbers = ["-"] * 4
+        if row["product_ratio"]:
+            numbers = [
+                f"{row['product_ratio']:.4f}",
+                f"{row['argument_bytes'] / 1e6:.0f}",
+                f"{row['temporary_bytes'] / 1e9:.2f}",
+                f"{row['memory_bytes'] / 1e9:.2f}",
+            ]
+        blocks = "one by one" if row["blocks"] == "each" else "scanned"
+        remat = "nothing" if row["remat"] == "none" else row["remat"]
+        cells = [row["model"], row["mesh"].replace("x", " x "), blocks, remat, *numbers, said]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ import errno
 import importlib.metadata
 import os
 import signal
+from collections import Counter
 
 import pytest
 
@@ -20,6 +21,50 @@ os.environ.setdefault("XLA_FLAGS", _FLAGS)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests write nothing into the home of who runs them.
 os.environ.setdefault("VIT_COMPILATION_CACHE", "")
+
+
+# test -> how many of its cases run each time; `make test-slow` runs them all. What the others of
+# these have in common with the first is most of what they show, and together they are a minute.
+REPRESENTED_BY = {
+    "test_against_the_flax_reference_through_its_files": 3,
+    "test_checks": 2,
+    "test_counts_of_timms_models": 5,
+    "test_dinov2": 2,
+    "test_equals_transformers_on_random_cases": 3,
+    "test_errors_never_repeat_an_image": 2,
+    "test_every_stage": 3,
+    "test_every_stage_of_the_base_network": 3,
+    "test_extensions_of_vit_in_both_twins": 5,
+    "test_few_tensors_are_alive_at_once": 6,
+    "test_flax_shards_are_those_of_transformers": 2,
+    "test_forbidden_imports": 4,
+    "test_google_directly_and_converted": 4,
+    "test_image_files_however_they_are_given": 2,
+    "test_kernel_for_processors_against_torch": 8,
+    "test_kernel_of_whole_images_against_torch": 3,
+    "test_logits_are_those_of_the_torch_reference": 4,
+    "test_loading_holds_little_more_than_the_weights": 1,
+    "test_losses_and_their_gradients_against_the_torch_reference": 3,
+    "test_outputs_and_gradients_under_the_same_masks": 3,
+    "test_stochastic_depth": 3,
+    "test_the_flax_modules_parameters": 3,
+    "test_timm_directly_and_converted": 10,
+    "test_transformers_flax_reads_what_we_write": 2,
+    "test_vision_transformer_by_its_own_names": 2,
+    "test_what_changes_the_network_is_never_left_over": 5,
+    "test_what_was_loaded_once_loads_without_the_hub": 2,
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` is applied
+def pytest_collection_modifyitems(items):
+    seen = Counter()
+    for item in items:
+        name = getattr(item, "originalname", item.name)
+        if name in REPRESENTED_BY and item.get_closest_marker("slow") is None:
+            seen[item.path, name] += 1
+            if seen[item.path, name] > REPRESENTED_BY[name]:
+                item.add_marker(pytest.mark.slow)
 
 
 def pytest_addoption(parser):
