@@ -131,8 +131,8 @@ def add_options(parser: Parser) -> None:
     parser.usage = "vit train [options] PHOTOS --model NAME --output DIR"
     parser.description = (
         "Fine-tune a model on labelled images, or train one from nothing. The output is a folder "
-        "that every other command, Transformers and timm read. A run that is stopped or killed "
-        "goes on with --resume as if nothing had happened."
+        "that every other command and both frameworks read. A run that is stopped or killed goes "
+        "on with --resume as if nothing had happened."
     )
     parser.add_names(
         "PHOTOS",
