@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -319,6 +320,8 @@ def _ahead(
     """For each step, what `read` made of its places, or the error that it raised for one; threads
     read a few steps ahead."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="vit-decode")
+    # Held here: a program that ends in the middle of an epoch takes modules apart before this.
+    ending = sys.is_finalizing
     pending: deque[list[Future[Any]]] = deque()
 
     def one(place: int) -> Any:
@@ -338,7 +341,8 @@ def _ahead(
         while pending:
             yield done(pending.popleft())
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        if not ending():
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _note(
