@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,8 +16,9 @@ import numpy as np
 from vit_common.checks import check_positive
 from vit_common.datasets import as_images
 from vit_common.datasets.class_names import labels_of, match_classes
-from vit_common.errors import InputError, ViTError, shown
+from vit_common.errors import ImageError, InputError, ViTError, shown
 from vit_common.files.texts import reason
+from vit_common.images.pictures import usual_workers
 from vit_common.images.predictions import (
     check_processor,
     default_image_processor,
@@ -29,6 +28,7 @@ from vit_common.images.predictions import (
 from vit_common.images.processor import BaseImageProcessor
 from vit_common.metrics import BINS, measure, sigmoid, softmax
 from vit_flax.sharding import MeshLike, batch_sharding, make_mesh, place, replicated
+from vit_flax.training.loader import read_ahead
 
 Report = Callable[[int, int], object]
 """Told how many images are done, of how many."""
@@ -127,7 +127,7 @@ class Evaluator:
         if batch_size is None:
             batch_size = parts * (8 if jax.default_backend() == "cpu" else 64)
         self.batch_size = -(-check_positive("batch_size", batch_size) // parts) * parts
-        self.workers = workers or min(16, _cores())
+        self.workers = workers or usual_workers()
         # Parameters that went through training lie on the mesh already, under any tree of axes.
         whole = None if self.mesh is None else replicated(self.mesh)
         self._run = jax.jit(self._logits, out_shardings=whole)
@@ -224,42 +224,30 @@ class Evaluator:
         self, dataset: Any, count: int, faults: dict[int, str]
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Batches of one size, in order: where each begins, its pixels (B, C, H, W), and (B,)
-        float32, 1 for rows that count. Threads read one batch ahead."""
+        float32, 1 for rows that count. Threads read ahead."""
         size = self.batch_size
         local = range(size) if self._split is None else _local_rows(self._split, size)
 
-        def fill(pixels: np.ndarray, fine: np.ndarray, row: int, image: int) -> None:
+        def read(image: int) -> np.ndarray:
             try:
-                pixels[row] = prepare_image(dataset.image(image), self.processor, self.shape)
-                fine[row] = 1.0
-            except ViTError as error:
-                faults[image] = str(error)
+                return prepare_image(dataset.image(image), self.processor, self.shape)
             except OSError as error:
-                faults[image] = f"cannot be read ({reason(error)})."
+                raise ImageError(f"cannot be read ({reason(error)}).") from error
 
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="vit-evaluate") as pool:
-
-            def begin(start: int) -> Any:
+        starts = range(0, count, size)
+        steps = [
+            np.array([start + row for row in local if start + row < count], int) for start in starts
+        ]
+        with contextlib.closing(read_ahead(steps, read, self.workers)) as found:
+            for start, images, rows in zip(starts, steps, found, strict=True):
                 pixels = np.zeros((size, *self.shape), np.float32)
                 fine = np.zeros(size, np.float32)
-                work = [
-                    pool.submit(fill, pixels, fine, row, start + row)
-                    for row in local
-                    if start + row < count
-                ]
-                return start, pixels, fine, work
-
-            starts = iter(range(0, count, size))
-            pending = deque(map(begin, itertools.islice(starts, 2)))
-            try:
-                while pending:
-                    start, pixels, fine, work = pending.popleft()
-                    for each in work:
-                        each.result()
-                    pending.extend(map(begin, itertools.islice(starts, 1)))
-                    yield start, pixels, fine
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+                for image, row in zip(images.tolist(), rows, strict=True):
+                    if isinstance(row, ViTError):
+                        faults[image] = str(row)
+                    else:
+                        pixels[image - start], fine[image - start] = row, 1.0
+                yield start, pixels, fine
 
     def _placed(self, pixels: np.ndarray, valid: np.ndarray) -> list[Any]:
         """Arrays of a batch as the program takes them."""
@@ -431,9 +419,3 @@ def _local_rows(sharding: Any, size: int) -> list[int]:
     """The rows of a batch that this process's devices hold."""
     places = sharding.addressable_devices_indices_map((size,)).values()
     return sorted({row for (rows,) in places for row in range(*rows.indices(size))})
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

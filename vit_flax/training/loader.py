@@ -140,7 +140,7 @@ class Loader:
             for step in range(first, self.steps_per_epoch)
         ]
         any_good = False
-        with contextlib.closing(_ahead(steps, read, self.workers)) as rows:
+        with contextlib.closing(read_ahead(steps, read, self.workers)) as rows:
             for places, found in zip(steps, rows, strict=False):
                 batch = self._batch(order[places % n], places < n, found)
                 any_good = any_good or bool(batch["weights"].any())
@@ -163,7 +163,7 @@ class Loader:
             self._shape = next((row.shape for row in found if isinstance(row, np.ndarray)), None)
         if self._shape is None:
             raise none_read(self.skipped)
-        return _batch(self.dataset, index, real, good, _stack(found, self._shape, np.uint8))
+        return as_batch(self.dataset, index, real, good, _stack(found, self._shape, np.uint8))
 
 
 def evaluation_batches(
@@ -210,7 +210,7 @@ def evaluation_batches(
     shape: tuple[int, ...] | None = None
     dtype: Any = None
     waiting: list[tuple[np.ndarray, list[Any]]] = []  # until the shape is known
-    with contextlib.closing(_ahead(steps, read, workers)) as found_rows:
+    with contextlib.closing(read_ahead(steps, read, workers)) as found_rows:
         for places, found in zip(steps, found_rows, strict=False):
             waiting.append((places, found))
             first = next((row for row in found if isinstance(row, np.ndarray)), None)
@@ -221,7 +221,7 @@ def evaluation_batches(
             for places, found in waiting:
                 index = np.minimum(places, n - 1)
                 good = _note(dataset, index, found, skipped, on_error)
-                yield _batch(dataset, index, places < n, good, _stack(found, shape, dtype))
+                yield as_batch(dataset, index, places < n, good, _stack(found, shape, dtype))
             waiting = []
     if waiting:  # none of this process's images, if it has any, can be read
         noted = [
@@ -233,7 +233,7 @@ def evaluation_batches(
             raise none_read(skipped)
         for (places, found), good in zip(waiting, noted, strict=True):
             pixel_values = _stack(found, example.shape, example.dtype)
-            yield _batch(dataset, np.minimum(places, n - 1), places < n, good, pixel_values)
+            yield as_batch(dataset, np.minimum(places, n - 1), places < n, good, pixel_values)
 
 
 def _any_image(dataset: LabelledImages, prepare: Callable[[Any], np.ndarray]) -> np.ndarray | None:
@@ -314,7 +314,7 @@ def _picture(given: Any, channels: int, at_least: tuple[int, int] | None = None)
         raise ImageError(naming(given, "not enough memory to decode it.")) from error
 
 
-def _ahead(
+def read_ahead(
     steps: Sequence[np.ndarray], read: Callable[[int], Any], workers: int
 ) -> Generator[list[Any], None, None]:
     """For each step, what `read` made of its places, or the error that it raised for one; threads
@@ -377,13 +377,22 @@ def _stack(found: list[Any], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return pixels
 
 
-def _batch(
+def as_batch(
     dataset: LabelledImages,
     index: np.ndarray,
     real: np.ndarray,
     good: np.ndarray,
     pixel_values: np.ndarray,
 ) -> Batch:
+    """A batch as `Loader.batches` gives it.
+
+    Args:
+        dataset: the images.
+        index: (B,) of the images.
+        real: (B,) bool, False for rows that fill the batch up.
+        good: (B,) bool, False for images that could not be read.
+        pixel_values: (B, ...), what is known of each.
+    """
     labels = dataset.labels[index]
     return {
         "pixel_values": pixel_values,

@@ -25,7 +25,7 @@ from vit_common.errors import ImageError, InputError
 from vit_common.recipes import Recipe
 from vit_flax.outputs import FlaxSequenceClassifierOutput
 from vit_flax.training.evaluate import Evaluation, Evaluator
-from vit_flax.training.loader import Loader
+from vit_flax.training.loader import Loader, as_batch
 
 _LEAST = 1e-6  # standard deviation of an input that is taken to vary
 
@@ -185,7 +185,7 @@ class FrozenNetwork:
         self._compute()
         assert self._rows is not None
         mean, deviation = self.statistics
-        loader, dataset, n = self.loader, self.loader.dataset, 0
+        loader, dataset = self.loader, self.loader.dataset
         order = loader.order(epoch)
         count, n = occurrences(order), len(order)
         for step in range(start, loader.steps_per_epoch):
@@ -202,15 +202,8 @@ class FrozenNetwork:
                     int,
                 )
             rows = (self._rows[side, index] - mean) / deviation
-            weights = (places < n) & self._good[index]
-            labels = dataset.labels[index]
-            single = dataset.problem_type == "single_label_classification"
-            yield {
-                "pixel_values": rows.astype(np.float32),
-                "labels": labels.astype(np.int32) if single else labels,
-                "weights": weights.astype(np.float32),
-                "index": np.where(places < n, index, -1).astype(np.int32),
-            }
+            good = self._good[index]
+            yield as_batch(dataset, index, places < n, good, rows.astype(np.float32))
 
     # -- the validation
 
