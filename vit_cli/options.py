@@ -197,17 +197,33 @@ def add_model(parser: Parser) -> None:
     )
 
 
+def add_columns(group: Any) -> None:
+    """Which columns of a table are read, in a group of options."""
+    group.add_argument(
+        "--image-column",
+        metavar="NAME",
+        help="column of a table with the images (default: the usual names, such as file)",
+    )
+    group.add_argument(
+        "--label-column",
+        metavar="NAME[,NAME]",
+        help="column of a table with the labels (default: the usual names, such as label)",
+    )
+
+
 def add_reading(
     parser: Parser,
     *,
-    image_size: str = "image size to run at: positions are resampled if the model was trained at "
-    "another; if its files do not say which, the size it was trained at",
+    image_size: str | None = "image size to run at: positions are resampled if the model was "
+    "trained at another; if its files do not say which, the size it was trained at",
+    fields: str = "--set",
     loads: bool = True,
 ) -> None:
     """What the files of a model do not say by themselves, and where on the Hub they are.
 
     Args:
-        image_size: help of --image-size.
+        image_size: help of --image-size; None where it is something else in this command.
+        fields: the option that overrides fields of the configuration.
         loads: whether the command loads the weights, so that it may have to leave some out.
     """
     group = parser.add_argument_group("reading a model's files")
@@ -217,14 +233,15 @@ def add_reading(
     group.add_argument(
         "--heads", metavar="N", type=positive, help="number of attention heads, if not in the files"
     )
+    if image_size is not None:
+        group.add_argument(
+            "--image-size",
+            metavar="N|HxW",
+            type=size,
+            help=f"{image_size} (height x width)",
+        )
     group.add_argument(
-        "--image-size",
-        metavar="N|HxW",
-        type=size,
-        help=f"{image_size} (height x width)",
-    )
-    group.add_argument(
-        "--set",
+        fields,
         dest="fields",
         metavar="FIELD=VALUE",
         action="append",
@@ -276,7 +293,7 @@ class Reading:
         overrides = dict(map(_field, options.fields))
         if options.heads is not None:
             overrides["num_attention_heads"] = options.heads
-        if options.image_size is not None and not resized:
+        if not resized and options.image_size is not None:
             overrides["image_size"] = options.image_size
         named = ("revision", "subfolder", "local_files_only")
         hub = {name: getattr(options, name) for name in named if getattr(options, name)}

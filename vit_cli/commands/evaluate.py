@@ -7,7 +7,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_cli.options import Options, Parser, Reading, add_model, add_pixel_limit, add_reading
+from vit_cli.options import (
+    Options,
+    Parser,
+    Reading,
+    add_columns,
+    add_model,
+    add_pixel_limit,
+    add_reading,
+)
 from vit_cli.options import positive as positive_number
 from vit_cli.terminal.exit_codes import DONE, SOME_FAILED
 from vit_cli.terminal.messages import counted, say
@@ -33,18 +41,25 @@ def add_source(parser: Parser) -> None:
         wanted="one folder or table of labelled images",
     )
     group = parser.add_argument_group("reading the images")
-    group.add_argument(
-        "--image-column",
-        metavar="NAME",
-        help="column of a table with the images (default: the usual names, such as file)",
-    )
-    group.add_argument(
-        "--label-column",
-        metavar="NAME[,NAME]",
-        help="column of a table with the labels (default: the usual names, such as label)",
-    )
+    add_columns(group)
     group.add_argument(
         "--limit", metavar="N", type=positive_number, help="use N images only, for a quick look"
+    )
+
+
+def add_batches(parser: Parser) -> None:
+    """How many images go through the model at once, and where."""
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=positive_number,
+        help="images that go through the model at once (default: 8 on a CPU, 64 elsewhere)",
+    )
+    parser.add_argument(
+        "--devices",
+        metavar="N",
+        type=positive_number,
+        help="devices of this machine to use (default: all)",
     )
 
 
@@ -63,18 +78,7 @@ def add_options(parser: Parser) -> None:
         help="part to evaluate on, where SOURCE has several (default: test, or val without one)",
     )
     add_model(parser)
-    parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=positive_number,
-        help="images that go through the model at once (default: 8 on a CPU, 64 elsewhere)",
-    )
-    parser.add_argument(
-        "--devices",
-        metavar="N",
-        type=positive_number,
-        help="devices of this machine to use (default: all)",
-    )
+    add_batches(parser)
     parser.add_argument(
         "--top-k",
         metavar="K,...",

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_cli.commands.evaluate import add_source
+from vit_cli.commands.evaluate import add_batches, add_source
 from vit_cli.options import Options, Parser, Reading, add_model, add_pixel_limit, add_reading
 from vit_cli.options import positive as positive_number
 from vit_cli.terminal.exit_codes import DONE, SOME_FAILED
@@ -101,18 +101,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--seed", metavar="N", type=int, default=0, help="seed of that choice (default: 0)"
     )
-    parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=positive_number,
-        help="images that go through the model at once (default: 8 on a CPU, 64 elsewhere)",
-    )
-    parser.add_argument(
-        "--devices",
-        metavar="N",
-        type=positive_number,
-        help="devices of this machine to use (default: all)",
-    )
+    add_batches(parser)
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
     add_pixel_limit(parser)
     add_reading(parser)

@@ -20,9 +20,10 @@ from vit_cli.options import (
     Options,
     Parser,
     Reading,
+    add_columns,
     add_hosts,
-    add_hub,
     add_pixel_limit,
+    add_reading,
     cluster_of,
     positive,
     size,
@@ -172,7 +173,7 @@ def add_options(parser: Parser) -> None:
     _add_data(parser)
     _add_devices(parser)
     _add_keeping(parser)
-    _add_reading(parser)
+    add_reading(parser, image_size=None, fields="--config")
 
     def check(options: Options) -> None:
         if options.output is None and not options.dry_run:
@@ -221,14 +222,7 @@ def _add_data(parser: Parser) -> None:
         help="folder or table of the validation images, or the share of PHOTOS taken for them "
         "(default: photos/val if it is there, else 0.1)",
     )
-    group.add_argument(
-        "--image-column", metavar="NAME", help="column of a table with the images (default: file)"
-    )
-    group.add_argument(
-        "--label-column",
-        metavar="NAME[,NAME]",
-        help="column of a table with the labels (default: label)",
-    )
+    add_columns(group)
     group.add_argument(
         "--limit", metavar="N", type=positive, help="use N images of each part only, for a try"
     )
@@ -300,32 +294,6 @@ def _add_keeping(parser: Parser) -> None:
         action="store_true",
         help="if a step is not finite, find the first layer whose output is not (a little slower)",
     )
-
-
-def _add_reading(parser: Parser) -> None:
-    group = parser.add_argument_group("reading the model's files")
-    group.add_argument(
-        "--from", dest="format", metavar="FORMAT", help="format of the weights, if not detected"
-    )
-    group.add_argument(
-        "--heads", metavar="N", type=positive, help="number of attention heads, if not in the files"
-    )
-    group.add_argument(
-        "--config",
-        dest="fields",
-        metavar="FIELD=VALUE",
-        action="append",
-        default=[],
-        help="override a field of the configuration, such as hidden_act=gelu; may be repeated",
-    )
-    group.add_argument(
-        "--ignore",
-        metavar="PATTERN",
-        action="append",
-        default=[],
-        help="regular expression of tensor names to leave out; may be repeated",
-    )
-    add_hub(parser)
 
 
 # -- the run
@@ -443,7 +411,7 @@ def _train(options: Options, hosts: Hosts | None) -> int:
         "mesh": _mesh(options),
         "workers": options.workers,
         "teacher": teacher,
-        "options": Reading.of(_without_size(options)).keywords,
+        "options": Reading.of(options, resized=True).keywords,
     }
     if options.dry_run:
         from vit_cli.runs.dry_run import describe
@@ -511,12 +479,6 @@ def _recall(options: Options) -> None:
 
 def _stopping() -> None:
     say("stopping: this step is finished and saved first (Ctrl-C once more ends at once)")
-
-
-def _without_size(options: Options) -> Options:
-    given = dict(vars(options))
-    given["image_size"] = None  # is a setting of the recipe here
-    return argparse.Namespace(**given)
 
 
 class advised:
