@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from vit_common.config import ViTConfig
@@ -300,13 +301,12 @@ def _counted(names: tuple[str, ...]) -> str:
 def _new_head(model: Any, recipe: Recipe) -> None:
     """Give a model a new head, as the recipe has it begin."""
     params = dict(model.params)
-    drawn = model.init_weights(model.key, model.input_shape)
-    for head in HEADS:
-        if head in params:
-            fresh = drawn[head]
-            if recipe.head == "zero":
-                fresh = {part: jnp.zeros_like(value) for part, value in fresh.items()}
-            params[head] = fresh
+    heads = [head for head in HEADS if head in params]
+    if recipe.head == "zero":
+        fresh = {head: jax.tree.map(jnp.zeros_like, params[head]) for head in heads}
+    else:
+        fresh = model.init_weights(model.key, model.input_shape)
+    params.update({head: fresh[head] for head in heads})
     model.params = params
 
 
