@@ -577,18 +577,14 @@ def _blocks(pattern: str) -> str:
 
 def _data(options: Options, recipe: Recipe, seed: int) -> tuple[Any, Any]:
     """The images to train on and those to validate with, or None."""
+    from vit_cli.runs.labelled import columns
     from vit_common.datasets import open_images, split
     from vit_common.errors import InputError
 
-    columns: dict[str, Any] = {}
-    if options.image_column:
-        columns["image"] = options.image_column
-    if options.label_column:
-        label = options.label_column
-        columns["label"] = label.split(",") if "," in label else label
+    named = columns(options.image_column, options.label_column)
     labelled = recipe.task != "mim"
     source, asked = options.names[0], options.validation
-    parts = open_images(source, limit=options.limit, labelled=labelled, **columns)
+    parts = open_images(source, limit=options.limit, labelled=labelled, **named)
     if "train" not in parts:
         raise InputError(f"{source}: there are no training images; wanted {source}/train.")
     train, validation = parts["train"], parts.get("val")
@@ -599,9 +595,7 @@ def _data(options: Options, recipe: Recipe, seed: int) -> tuple[Any, Any]:
         return split(train, share, seed)
     if asked is not None:
         more = {"problem_type": train.problem_type} if Path(asked).is_file() else {}
-        found = open_images(
-            asked, limit=options.limit, classes=train.classes, **{**columns, **more}
-        )
+        found = open_images(asked, limit=options.limit, classes=train.classes, **{**named, **more})
         return train, found.get("val", found.get("train"))
     if validation is not None:
         return train, validation
