@@ -9,6 +9,7 @@ from typing import Any, Literal
 from vit_common.config import ViTConfig, config_classes, without_timm
 from vit_common.config_fields import Pooling, PositionTokens, fields_of
 from vit_common.errors import ConfigError, shown
+from vit_common.positions import RotaryType
 
 __all__ = [
     "CONFIG_CLASSES",
@@ -35,6 +36,7 @@ class FamilyConfig(ViTConfig):
     use_absolute_position_embeddings = True
     use_relative_position_bias = False
     use_shared_relative_position_bias = False
+    rope_type: RotaryType | None = None
     norm_after_pooling = False
     use_representation_layer = False
     pooling: Pooling = "cls"

@@ -45,6 +45,7 @@ from vit_torch.outputs import (
     MaskedImageModelingOutput,
     MaskedLMOutput,
 )
+from vit_torch.parts.rotary import Rotation, rotate, rotation
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": lambda x: F.gelu(x, approximate="none"),
@@ -256,6 +257,7 @@ class ViTSelfAttention(ViTPart):
         bias=None,
         output_attentions: bool = False,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """The context (B, S, D), and the probabilities (B, A, S, S) or None: see `attention`."""
         B, S, D = hidden_states.shape
@@ -266,6 +268,9 @@ class ViTSelfAttention(ViTPart):
         query = self.query(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
         key = self.key(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
         value = self.value(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
+        if rotation is not None:
+            query = rotate(query, rotation, self.config.rope_rotate_half)
+            key = rotate(key, rotation, self.config.rope_rotate_half)
         context, probabilities = attention(
             query,
             key,
@@ -317,10 +322,11 @@ class ViTAttention(ViTPart):
         bias=None,
         output_attentions: bool = False,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """As `ViTLayer`."""
         context, probabilities = self.attention(
-            hidden_states, head_mask, bias, output_attentions, grid
+            hidden_states, head_mask, bias, output_attentions, grid, rotation
         )
         return with_probabilities(self.output(context), probabilities, output_attentions, self)
 
@@ -397,6 +403,7 @@ class ViTLayer(ViTPart):
         bias=None,
         output_attentions: bool = False,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """Hidden states (B, S, D); with `output_attentions`, a pair of these and the probabilities;
         of BEiT a tuple in any case.
@@ -407,9 +414,10 @@ class ViTLayer(ViTPart):
             bias: added to the attention scores, such as the one that all of BEiT's blocks share.
             output_attentions: return the attention probabilities (B, A, S, S) too.
             grid: rows and columns of patches, for BEiT's bias; None means those of the config.
+            rotation: by what queries and keys are rotated, see `vit_torch.parts.rotary`.
         """
         attention_output = self.attention(
-            self.layernorm_before(hidden_states), head_mask, bias, output_attentions, grid
+            self.layernorm_before(hidden_states), head_mask, bias, output_attentions, grid, rotation
         )
         probabilities = None
         if isinstance(attention_output, tuple):
@@ -448,6 +456,10 @@ class ViTEncoder(ViTPart):
         )
         if self.config.use_shared_relative_position_bias:
             self.relative_position_bias = ViTRelativePositionBias(**options(self))
+        if self.config.rope_type == "mixed":
+            L, A = self.config.num_hidden_layers, self.config.num_attention_heads
+            shape = (2, L, A, self.config.head_dim // 2)
+            add_parameter(self, "rope_frequencies", shape, "frequencies")
         self.gradient_checkpointing = self.config.gradient_checkpointing
         self.gradient_checkpointing_kwargs: dict[str, Any] = {"use_reentrant": False}
 
@@ -467,17 +479,18 @@ class ViTEncoder(ViTPart):
             head_mask: (A,) or (L, A), multiplies the attention probabilities.
             output_attentions, output_hidden_states: return those of every block too.
             return_dict: False returns the output's tuple.
-            grid: rows and columns of patches, for BEiT's bias; None means those of the config.
+            grid: rows and columns of patches, for positions; None means those of the config.
         """
         if head_mask is not None:
             head_mask = spread_head_mask(head_mask, self.config)
         shared = self.config.use_shared_relative_position_bias
         bias = self.relative_position_bias(grid or self.config.grid_size) if shared else None
+        turns = self.rotations(grid or self.config.grid_size, hidden_states)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         all_hidden_states, all_attentions = [hidden_states], []
         for i, layer in enumerate(self.layer):
             layer_mask = None if head_mask is None else head_mask[i]
-            inputs = (hidden_states, layer_mask, bias, output_attentions, grid)
+            inputs = (hidden_states, layer_mask, bias, output_attentions, grid, turns[i])
             if recompute:
                 hidden_states = checkpoint(layer, *inputs, **self.gradient_checkpointing_kwargs)
             else:
@@ -492,6 +505,15 @@ class ViTEncoder(ViTPart):
             attentions=tuple(all_attentions) if output_attentions else None,
         )
         return output if return_dict else output.to_tuple()
+
+    def rotations(self, grid: tuple[int, int], like: torch.Tensor) -> list[Rotation | None]:
+        """By what each block rotates queries and keys, for a grid (rows, columns) of patches; in
+        the dtype and on the device of a tensor."""
+        L, kind = self.config.num_hidden_layers, self.config.rope_type
+        if kind is None:
+            return [None] * L
+        turn = rotation(self.config, grid, like, getattr(self, "rope_frequencies", None))
+        return list(zip(*turn, strict=True)) if kind == "mixed" else [turn] * L
 
 
 def spread_head_mask(head_mask, config: ViTConfig):
