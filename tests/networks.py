@@ -50,16 +50,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "tall image": {"image_size": (48, 16)},
     "flat patches": {"image_size": (32, 32), "patch_size": (4, 16), "encoder_stride": 8},
     "cut image": {"image_size": 37},
-    "axial rotary": {"rope_type": "axial", "rope_grid_size": (3, 5), "rope_grid_offset": 1.0},
-    "dinov3 rotary": {
-        "rope_type": "dinov3",
-        "rope_theta": 100.0,
-        "rope_rotate_half": True,
-        "num_register_tokens": 2,
-        "use_absolute_position_embeddings": False,
-        "image_size": (32, 48),
-    },
-    "mixed rotary": {"rope_type": "mixed", "rope_grid_indexing": "xy", "image_size": (16, 40)},
 }
 
 

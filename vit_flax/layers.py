@@ -27,7 +27,7 @@ from vit_flax.attention import targets
 from vit_flax.int8 import Dense
 
 if TYPE_CHECKING:
-    from vit_flax.model import FlaxViTPart
+    from vit_flax.parts.part import FlaxViTPart
 
 
 def initializer(std: float) -> Callable[..., jax.Array]:

@@ -13,7 +13,7 @@ from torch import nn
 from vit_common.config import ViTConfig
 
 if TYPE_CHECKING:
-    from vit_torch.model import ViTPart
+    from vit_torch.parts.part import ViTPart
 
 
 def initialize(parameter: torch.Tensor, config: ViTConfig) -> None:

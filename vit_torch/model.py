@@ -12,7 +12,7 @@ token), S = T + N tokens, D width, L layers, A heads, I MLP width, K labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,53 +45,8 @@ from vit_torch.outputs import (
     MaskedImageModelingOutput,
     MaskedLMOutput,
 )
+from vit_torch.parts.part import ViTPart, activation, options
 from vit_torch.parts.rotary import Rotation, rotate, rotation
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu": lambda x: F.gelu(x, approximate="none"),
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "selu": F.selu,
-    "silu": F.silu,
-    "swish": F.silu,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "linear": lambda x: x,
-}
-
-
-def activation(name: str | Callable) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function of `hidden_act` or `pooler_act`; a callable is used as given."""
-    return name if callable(name) else ACTIVATIONS[name]
-
-
-class ViTPart(nn.Module):
-    """Base of every module here.
-
-    Attributes:
-        config: the sizes. All parts of a model share one, which also names the attention kernel.
-    """
-
-    def __init__(self, config: ViTConfig):
-        super().__init__()
-        self.config = config
-        self._is_hf_initialized = True  # see `ModelBase.init_weights`
-
-    @property
-    def attn_implementation(self) -> str:
-        """The attention kernel, see `vit_torch.attention`."""
-        return self.config._attn_implementation or "auto"
-
-    def make_network(self, **kwargs) -> ViTModule:
-        """The base network of a model with a head."""
-        return ViTModule(**options(self), **kwargs)
-
-
-def options(part: ViTPart) -> dict[str, Any]:
-    """Arguments that a module passes on to the modules inside it."""
-    return {"config": part.config}
 
 
 class ViTPatchEmbeddings(ViTPart):
@@ -637,7 +592,8 @@ class ViTModule(ViTPart):
 
 def add_network(part: ViTPart, **kwargs) -> None:
     """Put the base network into a model with a head, under the name its family gives it."""
-    part.add_module(part.config.base_model_prefix, part.make_network(**kwargs))
+    make = getattr(part, "make_network", partial(ViTModule, **options(part)))
+    part.add_module(part.config.base_model_prefix, make(**kwargs))
 
 
 def run_network(part: ViTPart, flags, pixel_values, **inputs):
