@@ -689,6 +689,7 @@ EXTENSIONS: dict[str, dict[str, Any]] = {
         "use_absolute_position_embeddings": False,
     },
     "mixed rotary": {"rope_type": "mixed", "rope_grid_indexing": "xy"},
+    "norm before the blocks": {"use_patch_bias": False, "use_pre_norm": True},
     "all at once": {
         "layer_scale_init_value": 0.1,
         "num_register_tokens": 2,

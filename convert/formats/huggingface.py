@@ -20,6 +20,8 @@ _TOP = (
     "embeddings.patch_embeddings.projection.weight",
     "embeddings.patch_embeddings.projection.bias",
     "encoder.rope_frequencies",
+    "pre_layernorm.weight",
+    "pre_layernorm.bias",
     "layernorm.weight",
     "layernorm.bias",
     "pooler.dense.weight",
