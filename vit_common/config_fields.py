@@ -295,7 +295,10 @@ ROWS: dict[str, Field] = {
         3072, _size, "width I of the MLP", (*_VITS, BEIT, *_CLIP_TOWERS), {CLIP_TEXT: 2048}
     ),
     "projection_dim": Field(
-        512, _size, "width of the space that images and texts are compared in", (*_CLIP_TOWERS, CLIP)
+        512,
+        _size,
+        "width of the space that images and texts are compared in",
+        (*_CLIP_TOWERS, CLIP),
     ),
     "max_position_embeddings": Field(
         77, integer(1, _MOST_TOKENS), "largest number of tokens of a text", (CLIP_TEXT,)
