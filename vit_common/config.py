@@ -23,6 +23,7 @@ from vit_common.config_fields import (
     FLOATS,
     INHERITED,
     MOST_LABELS,
+    ROWS,
     VIT_FIELDS,
     Fields,
     Pooling,
@@ -132,6 +133,8 @@ class ViTConfig:
     pooling: Pooling
     norm_after_pooling: bool
     use_representation_layer: bool
+    use_patch_bias: bool
+    use_pre_norm: bool
     drop_path_rate: float
     gradient_checkpointing: bool
     position_resize: ResizeRule
@@ -153,6 +156,9 @@ class ViTConfig:
         if fields is not None:
             cls.fields = fields
             cls.base_family = cls.model_type
+            for name in EXTENSIONS:  # what ViT varies and this family does not
+                if name not in fields and not hasattr(cls, name):
+                    setattr(cls, name, ROWS[name].default)
             _FAMILIES[cls.model_type] = cls
             _describe(cls)
         elif "__init__" in vars(cls):
@@ -210,7 +216,8 @@ class ViTConfig:
             # The network has it from other fields, or it was about one process; a file may say it.
             if name != "num_labels":
                 self._ignored[name] = value
-        elif isinstance(taken, (bool, int, float, str)):  # the same for the whole family
+        elif name in EXTENSIONS or isinstance(taken, (bool, int, float, str)):
+            # The same for the whole family.
             if value != taken and (name in EXTENSIONS or name == "qkv_bias"):
                 raise refusal(name, f"{taken!r} for {type(self).__name__}", value)
             self._ignored[name] = value

@@ -397,6 +397,13 @@ ROWS: dict[str, Field] = {
         "whether a dense layer of `pooler_output_size` with `pooler_act` stands before the "
         "classifier (pre-logits, Dosovitskiy et al. 2021, arXiv:2010.11929)",
     ),
+    "use_patch_bias": _extension(True, _boolean, "whether the patch projection has a bias"),
+    "use_pre_norm": _extension(
+        False,
+        _boolean,
+        "whether the tokens are normalised before the first block (Radford et al. 2021, "
+        "arXiv:2103.00020)",
+    ),
     "gradient_checkpointing": _everywhere(
         False, _boolean, "whether each block is recomputed in the backward pass instead of stored"
     ),

@@ -107,7 +107,11 @@ def parameter_shapes(
         shapes["embeddings.position_embeddings"] = (1, positions, D)
     projection = (D, config.num_channels, *config.patch_height_width)
     shapes["embeddings.patch_embeddings.projection.weight"] = projection
-    shapes["embeddings.patch_embeddings.projection.bias"] = (D,)
+    if config.use_patch_bias:
+        shapes["embeddings.patch_embeddings.projection.bias"] = (D,)
+    if config.use_pre_norm:
+        shapes["pre_layernorm.weight"] = (D,)
+        shapes["pre_layernorm.bias"] = (D,)
     relative = (relative_distances(config.grid_size), A)
     if config.use_shared_relative_position_bias:
         shapes["encoder.relative_position_bias.relative_position_bias_table"] = relative
@@ -179,4 +183,4 @@ def initial_value(name: str) -> Literal["normal", "one", "zero", "layer scale"]:
         return "layer scale"
     if leaf != "weight":
         return "zero"
-    return "one" if "layernorm" in owner else "normal"
+    return "one" if "norm" in owner else "normal"
