@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vit_common.config import ViTConfig
+from vit_common.config_fields import ROWS
 from vit_common.errors import CheckpointError, ConfigError
 from vit_common.families import Dinov2Config, config_class
 from vit_common.images.imagenet import imagenet_labels
@@ -94,7 +95,7 @@ def infer_config(
         note(f"the format {table.name}", **{name: value})
     _sizes(shapes, family, note)
     if timm is not None:
-        read_timm_config(timm, note)
+        read_timm_config(timm, shapes, note)
     if "num_attention_heads" not in {*given, *fields}:
         _heads(shapes, source, mapped, timm, note)
     _pooling(shapes, family, timm, note)
@@ -117,6 +118,7 @@ def infer_config(
     if "id2label" in given or "label2id" in given:
         values.pop("num_labels", None)
     accepted = {*cls.fields, "num_labels"}
+    _check_family(cls, fields)
     try:
         config = cls(**{name: value for name, value in values.items() if name in accepted})
     except ConfigError as error:
@@ -134,6 +136,19 @@ def infer_config(
     ]
     notes += [Note(name, value, "given") for name, value in given.items()]
     return config, notes
+
+
+def _check_family(cls: type[ViTConfig], fields: Mapping[str, tuple[Any, str]]) -> None:
+    """Refuse what is said of a network that its family cannot be."""
+    neutral = {"norm_type": "layernorm", "block_type": "pre_norm"}
+    for name, (value, origin) in fields.items():
+        if name in cls.fields or name == "num_labels":
+            continue
+        fixed = getattr(cls, name, ROWS[name].default if name in ROWS else neutral.get(name))
+        if value != fixed and (value or fixed):
+            raise ConfigError(
+                f"{origin} means `{name}={value!r}`, which no {cls.__name__[:-6]} here can have."
+            )
 
 
 def _rank(name: str) -> int:
@@ -340,8 +355,8 @@ def _pooling(shapes, family: str, timm: Any, note: Any) -> None:
     if "pooler.layernorm.weight" in shapes:
         note("names (fc_norm)", pooling="mean", norm_after_pooling=True)
         return
-    if pooling_of(timm) == "avg":
-        note(POOLING, pooling="mean")
+    if (pool := pooling_of(timm)) in ("avg", "map"):
+        note(POOLING, pooling="mean" if pool == "avg" else "map")
     if "embeddings.cls_token" not in shapes:
         note("names (no class token)", pooling="mean")
 
