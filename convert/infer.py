@@ -37,7 +37,9 @@ PUBLISHED: tuple[Published, ...] = (
     # Alabdulmohsin et al. 2023, arXiv:2305.13035; Oquab et al. 2023, arXiv:2304.07193; Zhai et al.
     # 2022, arXiv:2106.04560.
     Published("ViT-So400m", 1152, 27, 4304, 16),
-    Published("DINOv2 ViT-giant", 1536, 40, 4096, 24),
+    Published("DINOv2 ViT-giant", 1536, 40, 4096, 24, gated=True),
+    # Siméoni et al. 2025, arXiv:2508.10104, and what timm 1.0.31 has of such sizes.
+    Published("DINOv3 ViT-H+", 1280, 32, 5120, 20, gated=True),
     Published("ViT-G", 1664, 48, 8192, 16),
     # Of these names in timm 1.0.31; no weights of the second were published.
     Published("vit_base_patch16_siglip_gap_224", 768, 12, 3072, 12, class_token=False),
@@ -260,15 +262,20 @@ def _heads(shapes, source, mapped, timm, note) -> None:
     if table:
         note("shapes", num_attention_heads=table[1])
         return
+    width = shapes["embeddings.patch_embeddings.projection.weight"][0]
+    norm = shapes.get("encoder.layer.0.attention.attention.query_norm.weight")
+    if norm and norm[0] and width % norm[0] == 0:
+        note("shapes", num_attention_heads=width // norm[0])
+        return
     if named := heads_of(timm):
         note(named[1], num_attention_heads=named[0])
         return
-    width = shapes["embeddings.patch_embeddings.projection.weight"][0]
     second = shapes.get("encoder.layer.0.output.dense.weight", (0, 0))
     depth = len({name.split(".")[2] for name in shapes if name.startswith("encoder.layer.")})
-    sizes = (width, depth, second[1])
+    gated = shapes.get("encoder.layer.0.intermediate.dense.weight", (0,))[0] == 2 * second[1]
+    sizes = (width, depth, second[1], gated)
     class_token = "embeddings.cls_token" in shapes
-    rows = [row for row in PUBLISHED if (row.width, row.depth, row.inner) == sizes]
+    rows = [row for row in PUBLISHED if (row.width, row.depth, row.inner, row.gated) == sizes]
     rows = [row for row in rows if row.class_token == class_token]
     chosen = _by_positions(rows, mapped)
     if len({row.heads for row in chosen}) == 1:

@@ -234,20 +234,26 @@ def test_parts_that_change_the_network_are_named(name, part, tmp_path):
 # -- heads of attention
 
 
-def published_of_timm() -> dict[str, tuple[tuple[int, int, int], int, bool]]:
-    """timm's name -> (width, depth, width of the MLP), heads, and whether there is a class token;
+def published_of_timm() -> dict[str, tuple[tuple[int, int, int, bool], int, bool]]:
+    """timm's name -> (width, depth, width of the MLP, whether it is gated), heads, and whether there is a class token;
     from the arguments its own functions give its models."""
     found = {}
     for name in timm_models.HEADS:
         cls, args = timm_table.arguments_of(name)
         if cls in ("NaFlexVit", "VisionTransformerRelPos", "VisionTransformerSAM"):
             continue  # their names say what they are
+        if args.get("qk_norm"):
+            continue  # the norm's width is that of a head
         width, depth = args.get("embed_dim", 768), args.get("depth", 12)
         inner = int(width * args.get("mlp_ratio", 4.0))
-        if "GluMlp" in str(args.get("mlp_layer", "")):
+        packed = "GluMlp" in str(args.get("mlp_layer", ""))
+        if packed:
             inner //= 2
+        if align := args.get("swiglu_align_to"):
+            inner += -inner % align
+        gated = packed or args.get("swiglu_mlp", False)
         token = args.get("class_token", True)
-        found[name] = ((width, depth, inner), args.get("num_heads", 12), token)
+        found[name] = ((width, depth, inner, gated), args.get("num_heads", 12), token)
     return found
 
 
@@ -259,15 +265,19 @@ def test_every_published_network_has_the_heads_it_was_published_with():
         heads.setdefault((*sizes, token), {}).setdefault(count, []).append(name)
     assert len(heads) > 15
     for row in PUBLISHED:
-        key = (row.width, row.depth, row.inner, row.class_token)
+        key = (row.width, row.depth, row.inner, row.gated, row.class_token)
         heads.setdefault(key, {}).setdefault(row.heads, []).append(row.name)
     assert {row for table in FORMATS for row in table.published} <= set(PUBLISHED)
     for key, counts in heads.items():
-        known = {row.heads for row in PUBLISHED if (row.width, row.depth, row.inner) == key[:3]}
+        known = {
+            row.heads
+            for row in PUBLISHED
+            if (row.width, row.depth, row.inner, row.gated) == key[:4]
+        }
         if len(counts) > 1:
             # Either fixed positions tell them apart, or both are named and asked for.
             assert set(counts) <= known, (key, counts)
-        elif known and key[3]:
+        elif known and key[4]:
             assert set(counts) <= known, (key, counts)
 
 
