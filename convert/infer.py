@@ -157,6 +157,8 @@ def _rank(name: str) -> int:
     """Number of axes of a parameter."""
     if name.endswith(("projection.weight", "decoder.0.weight")):
         return 4
+    if name == "encoder.rope_frequencies":
+        return 4
     if name.startswith("embeddings.") and "projection" not in name:
         return 3
     vector = name.endswith((".bias", "lambda_1", "lambda_2")) or "norm" in name.split(".")[-2]

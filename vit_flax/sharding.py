@@ -55,6 +55,7 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     ),
     (r"embeddings/patch_embeddings/projection/bias", _WHOLE),
     (r"encoder/relative_position_bias/relative_position_bias_table", _BIASES),
+    (r"encoder/rope_frequencies", PartitionSpec(None, None, MODEL)),  # (2, L, A, D/A/2)
     (rf"{_ATTENTION}/relative_position_bias/relative_position_bias_table", _BIASES),
     (rf"{_ATTENTION}/(query|key|value)/kernel", _OUTPUTS),
     (rf"{_ATTENTION}/(query|key|value)/(bias|kernel_scale)", _PART),

@@ -19,6 +19,7 @@ _TOP = (
     "embeddings.position_embeddings",
     "embeddings.patch_embeddings.projection.weight",
     "embeddings.patch_embeddings.projection.bias",
+    "encoder.rope_frequencies",
     "pre_layernorm.weight",
     "pre_layernorm.bias",
     "layernorm.weight",
