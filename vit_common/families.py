@@ -24,20 +24,8 @@ __all__ = [
 
 
 class FamilyConfig(ViTConfig):
-    """Base of the other families: what `ViTConfig` has as fields is fixed, or has another name."""
-
-    use_distillation_token = False
-    layer_scale_init_value = 0.0
-    use_swiglu_ffn = False
-    num_register_tokens = 0
-    use_cls_token = True
-    position_tokens: PositionTokens = "all"
-    use_absolute_position_embeddings = True
-    use_relative_position_bias = False
-    use_shared_relative_position_bias = False
-    norm_after_pooling = False
-    use_representation_layer = False
-    pooling: Pooling = "cls"
+    """Base of the other families: what `ViTConfig` has as fields and a family has not is fixed, at
+    the field's default unless the family says otherwise, or has another name."""
 
 
 class DeiTConfig(FamilyConfig, fields=fields_of("deit")):

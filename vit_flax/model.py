@@ -43,6 +43,7 @@ from vit_flax.outputs import (
     FlaxSequenceClassifierOutput,
 )
 from vit_flax.parts.part import FlaxViTPart, activation, options
+from vit_flax.parts.stems import FlaxViTStem
 from vit_flax.stacked import make_blocks, scan_blocks
 
 
@@ -50,10 +51,10 @@ class FlaxViTPatchEmbeddings(FlaxViTPart):
     """Cuts the image into patches and projects each to width D."""
 
     def setup(self):
-        self.projection = convolution(self, self.config.hidden_size, self.config.patch_height_width)
+        self.projection = convolution(self, self.config.hidden_size, self.config.projection_size)
 
     def __call__(self, pixel_values):
-        embeddings = self.projection(pixel_values)  # (B, H/P, W/P, D)
+        embeddings = self.projection(pixel_values)  # (B, H/P, W/P, D); with a stem, of its output
         B, rows, columns, D = embeddings.shape
         return embeddings.reshape(B, rows * columns, D)  # (B, N, D)
 
@@ -76,6 +77,8 @@ class FlaxViTEmbeddings(FlaxViTPart):
         if config.use_absolute_position_embeddings:
             positions = config.num_prefix_positions + config.num_patches
             add_parameter(self, "position_embeddings", (1, positions, D), "normal")
+        if config.stem_type is not None:
+            self.stem = FlaxViTStem(**options(self))
         self.patch_embeddings = FlaxViTPatchEmbeddings(**options(self))
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
@@ -97,7 +100,11 @@ class FlaxViTEmbeddings(FlaxViTPart):
         B, H, W, C = pixel_values.shape
         grid = check_image(C, H, W, self.config, interpolate=interpolate_pos_encoding)
 
-        embeddings = self.patch_embeddings(pixel_values.astype(self.dtype))  # (B, N, D)
+        pixel_values = pixel_values.astype(self.dtype)
+        if self.config.stem_type is not None:
+            P = self.config.patch_height_width
+            pixel_values = self.stem(pixel_values[:, : grid[0] * P[0], : grid[1] * P[1]])
+        embeddings = self.patch_embeddings(pixel_values)  # (B, N, D)
         if bool_masked_pos is not None:
             if not self.use_mask_token:
                 raise InputError(

@@ -163,6 +163,7 @@ class Format:
         candidate: whether it is named in the error where no sign decides between formats.
         settings: fields of the config that networks in this format have, where they differ from
             the defaults of the family.
+        stem: the same of networks with a stem before their patches.
         relative_resize: how relative positions of networks in this format are resampled.
         positions: positions (N, D) of networks whose files hold none, from (rows, columns) of
             patches and the width; None where files hold them or the family has none.
@@ -197,6 +198,7 @@ class Format:
     clues: tuple[Clue, ...] = ()
     candidate: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    stem: Mapping[str, Any] = field(default_factory=dict)
     relative_resize: RelativeRule = "bilinear"
     positions: Callable[[tuple[int, int], int], np.ndarray] | None = None
     published: tuple[Published, ...] = ()
