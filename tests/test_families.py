@@ -680,6 +680,7 @@ EXTENSIONS: dict[str, dict[str, Any]] = {
     "norm after the mean": {"pooling": "mean", "norm_after_pooling": True},
     "pre-logits": {"use_representation_layer": True, "pooler_output_size": 20},
     "gated": {"use_swiglu_ffn": True},
+    "norm before the blocks": {"use_patch_bias": False, "use_pre_norm": True},
     "all at once": {
         "layer_scale_init_value": 0.1,
         "num_register_tokens": 2,

@@ -212,9 +212,7 @@ def test_stems_that_cannot_be(fields, message):
 
 def test_published_sizes_and_operations():
     """Numbers of parameters are timm's own (`vit_base_r50_s16_384`, 1000 classes)."""
-    config = ViTConfig(
-        stem_type="resnetv2", stem_depths=(3, 4, 9), image_size=384, num_labels=1000
-    )
+    config = ViTConfig(stem_type="resnetv2", stem_depths=(3, 4, 9), image_size=384, num_labels=1000)
     model = vit_flax.FlaxViTForImageClassification(config, _do_init=False)
     shapes = model.params_shape_tree
     assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == 98_950_952

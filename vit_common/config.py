@@ -24,11 +24,11 @@ from vit_common.config_fields import (
     INHERITED,
     MOST_LABELS,
     ROWS,
+    STEM_GROUPS,
+    STEM_NARROWING,
     VIT_FIELDS,
     Fields,
     Pooling,
-    STEM_GROUPS,
-    STEM_NARROWING,
     PositionTokens,
     StemStandardization,
     StemType,
@@ -134,14 +134,16 @@ class ViTConfig:
     use_absolute_position_embeddings: bool
     use_relative_position_bias: bool
     use_shared_relative_position_bias: bool
-    pooling: Pooling
-    norm_after_pooling: bool
-    use_representation_layer: bool
     stem_type: StemType | None
     stem_depths: tuple[int, ...]
     stem_width: int
     stem_standardization: StemStandardization
     stem_norm_eps: float
+    pooling: Pooling
+    norm_after_pooling: bool
+    use_representation_layer: bool
+    use_patch_bias: bool
+    use_pre_norm: bool
     drop_path_rate: float
     gradient_checkpointing: bool
     position_resize: ResizeRule

@@ -396,23 +396,6 @@ ROWS: dict[str, Field] = {
         'tokens in front of the patches that have position embeddings: "all", "cls" (the class '
         'token alone) or "patches" (none of them)',
     ),
-    "pooling": _extension(
-        "cls",
-        _choice(get_args(Pooling)),
-        'input of the classifier: "cls" (the class token), "mean" (the mean of the patches) or '
-        '"cls_mean" (both joined, as in DINOv2)',
-    ),
-    "norm_after_pooling": _extension(
-        False,
-        _boolean,
-        "whether the final norm is applied to the pooled mean, not to the tokens",
-    ),
-    "use_representation_layer": _extension(
-        False,
-        _boolean,
-        "whether a dense layer of `pooler_output_size` with `pooler_act` stands before the "
-        "classifier (pre-logits, Dosovitskiy et al. 2021, arXiv:2010.11929)",
-    ),
     "stem_type": _extension(
         None,
         _optional(_choice(get_args(StemType))),
@@ -436,6 +419,30 @@ ROWS: dict[str, Field] = {
     ),
     "stem_norm_eps": _extension(
         1e-5, _fraction, "epsilon of the stem's norms (timm 1e-5; Google 1e-6)"
+    ),
+    "pooling": _extension(
+        "cls",
+        _choice(get_args(Pooling)),
+        'input of the classifier: "cls" (the class token), "mean" (the mean of the patches) or '
+        '"cls_mean" (both joined, as in DINOv2)',
+    ),
+    "norm_after_pooling": _extension(
+        False,
+        _boolean,
+        "whether the final norm is applied to the pooled mean, not to the tokens",
+    ),
+    "use_representation_layer": _extension(
+        False,
+        _boolean,
+        "whether a dense layer of `pooler_output_size` with `pooler_act` stands before the "
+        "classifier (pre-logits, Dosovitskiy et al. 2021, arXiv:2010.11929)",
+    ),
+    "use_patch_bias": _extension(True, _boolean, "whether the patch projection has a bias"),
+    "use_pre_norm": _extension(
+        False,
+        _boolean,
+        "whether the tokens are normalised before the first block (Radford et al. 2021, "
+        "arXiv:2103.00020)",
     ),
     "gradient_checkpointing": _everywhere(
         False, _boolean, "whether each block is recomputed in the backward pass instead of stored"

@@ -110,7 +110,11 @@ def parameter_shapes(
         shapes |= _stem_shapes(config)
     projection = (D, config.stem_channels, *config.projection_size)
     shapes["embeddings.patch_embeddings.projection.weight"] = projection
-    shapes["embeddings.patch_embeddings.projection.bias"] = (D,)
+    if config.use_patch_bias:
+        shapes["embeddings.patch_embeddings.projection.bias"] = (D,)
+    if config.use_pre_norm:
+        shapes["pre_layernorm.weight"] = (D,)
+        shapes["pre_layernorm.bias"] = (D,)
     relative = (relative_distances(config.grid_size), A)
     if config.use_shared_relative_position_bias:
         shapes["encoder.relative_position_bias.relative_position_bias_table"] = relative

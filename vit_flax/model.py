@@ -51,7 +51,12 @@ class FlaxViTPatchEmbeddings(FlaxViTPart):
     """Cuts the image into patches and projects each to width D."""
 
     def setup(self):
-        self.projection = convolution(self, self.config.hidden_size, self.config.projection_size)
+        self.projection = convolution(
+            self,
+            self.config.hidden_size,
+            self.config.projection_size,
+            use_bias=self.config.use_patch_bias,
+        )
 
     def __call__(self, pixel_values):
         embeddings = self.projection(pixel_values)  # (B, H/P, W/P, D); with a stem, of its output
@@ -508,7 +513,8 @@ def finish(output_class, outputs, flags, **results):
 
 
 class FlaxViTModule(FlaxViTPart):
-    """The base network: embeddings, encoder, final norm and, if asked for, the pooler.
+    """The base network: embeddings (of CLIP with a norm), encoder, final norm and, if asked for,
+    the pooler.
 
     Attributes:
         add_pooling_layer: whether there is a pooler.
@@ -523,6 +529,8 @@ class FlaxViTModule(FlaxViTPart):
     def setup(self):
         use_mask_token = self.use_mask_token or self.config.use_mask_token
         self.embeddings = FlaxViTEmbeddings(**options(self), use_mask_token=use_mask_token)
+        if self.config.use_pre_norm:
+            self.pre_layernorm = layer_norm(self)
         self.encoder = FlaxViTEncoder(**options(self))
         if not self.config.norm_after_pooling:
             self.layernorm = layer_norm(self)
@@ -565,7 +573,9 @@ class FlaxViTModule(FlaxViTPart):
             deterministic,
             bool_masked_pos=bool_masked_pos,
             interpolate_pos_encoding=interpolate_pos_encoding,
-        )
+        )  # (B, S, D)
+        if self.config.use_pre_norm:
+            hidden_states = self.pre_layernorm(hidden_states)
         P = self.config.patch_height_width
         outputs = self.encoder(
             hidden_states,

@@ -67,7 +67,7 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (rf"{_BLOCK}/(attention/)?output/dense/(bias|kernel_scale)", _WHOLE),
     (rf"{_BLOCK}/layernorm_(before|after)/(scale|bias)", _WHOLE),
     (rf"{_BLOCK}/lambda_[12]", _WHOLE),
-    (r"(layernorm|pooler/layernorm)/(scale|bias)", _WHOLE),
+    (r"(pre_layernorm|layernorm|pooler/layernorm)/(scale|bias)", _WHOLE),
     (r"pooler/dense/kernel", PartitionSpec(FSDP)),
     (r"pooler/dense/bias", _WHOLE),
 )

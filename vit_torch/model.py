@@ -69,6 +69,7 @@ class ViTPatchEmbeddings(ViTPart):
             self.config.stem_channels,
             self.config.hidden_size,
             self.config.projection_size,
+            use_bias=self.config.use_patch_bias,
         )
 
     def forward(self, pixel_values):
@@ -501,7 +502,8 @@ def finish(output_class, outputs, flags, **results):
 
 
 class ViTModule(ViTPart):
-    """The base network: embeddings, encoder, final norm and, if asked for, the pooler.
+    """The base network: embeddings (of CLIP with a norm), encoder, final norm and, if asked for,
+    the pooler.
 
     Attributes:
         add_pooling_layer: whether there is a pooler.
@@ -513,6 +515,8 @@ class ViTModule(ViTPart):
         self.add_pooling_layer = add_pooling_layer
         self.use_mask_token = use_mask_token or self.config.use_mask_token
         self.embeddings = ViTEmbeddings(**options(self), use_mask_token=self.use_mask_token)
+        if self.config.use_pre_norm:
+            self.pre_layernorm = layer_norm(self)
         self.encoder = ViTEncoder(**options(self))
         if not self.config.norm_after_pooling:
             self.layernorm = layer_norm(self)
@@ -553,7 +557,9 @@ class ViTModule(ViTPart):
             pixel_values,
             bool_masked_pos=bool_masked_pos,
             interpolate_pos_encoding=interpolate_pos_encoding,
-        )
+        )  # (B, S, D)
+        if self.config.use_pre_norm:
+            hidden_states = self.pre_layernorm(hidden_states)
         P = self.config.patch_height_width
         outputs = self.encoder(
             hidden_states,

@@ -34,7 +34,7 @@ _DENSE = (
     "lm_head",
 )
 _CONVOLUTIONS = ("embeddings.patch_embeddings.projection", "decoder.0")
-_NORMS = ("layernorm", "pooler.layernorm", "lm_layernorm")
+_NORMS = ("pre_layernorm", "layernorm", "pooler.layernorm", "lm_layernorm")
 
 
 def _leaves(theirs: str, ours: str, separator: str) -> list[Rule]:

@@ -19,6 +19,8 @@ _TOP = (
     "embeddings.position_embeddings",
     "embeddings.patch_embeddings.projection.weight",
     "embeddings.patch_embeddings.projection.bias",
+    "pre_layernorm.weight",
+    "pre_layernorm.bias",
     "layernorm.weight",
     "layernorm.bias",
     "pooler.dense.weight",

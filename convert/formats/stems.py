@@ -40,7 +40,9 @@ def _torch_rules(root: tuple[str, str], block: str, downsample: str) -> tuple[Ru
 
 _TIMM = "patch_embed.backbone."
 TIMM = _torch_rules(
-    (f"{_TIMM}stem.conv", f"{_TIMM}stem.norm"), _TIMM + "stages.{stage}.blocks.{{i}}", "downsample.{}"
+    (f"{_TIMM}stem.conv", f"{_TIMM}stem.norm"),
+    _TIMM + "stages.{stage}.blocks.{{i}}",
+    "downsample.{}",
 )
 """timm's names, where the ResNet has stages."""
 TIMM_ROOT = _rules(f"{_TIMM}conv", f"{_STEM}convolution") + _rules(f"{_TIMM}norm", f"{_STEM}norm")

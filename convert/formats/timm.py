@@ -192,9 +192,7 @@ def _format(families: tuple[str, ...], rules, describes: str, **more: Any) -> Fo
 
 
 FORMATS = (
-    _format(
-        ("vit",), RULES, "timm state dict of a Vision Transformer", fits=stems.has_stages
-    ),
+    _format(("vit",), RULES, "timm state dict of a Vision Transformer", fits=stems.has_stages),
     _format(
         ("vit",),
         stems.TIMM_ROOT + RULES,
