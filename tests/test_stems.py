@@ -71,7 +71,13 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", slow_but(KINDS, "stages", "root alone"))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "larger patches" else [])
+        for name in KINDS
+    ],
+)
 def test_hybrids_of_timm_in_both_twins(kind, tmp_path):
     make, native, other = KINDS[kind]
     source, heads = saved(make(), tmp_path / "timm"), {"num_attention_heads": 2}

@@ -16,8 +16,9 @@ def multiply_adds(
 ) -> int:
     """Multiply-adds of one forward pass over one image.
 
-    Matrix products only: the convolutions of a stem, patch projection, attention with both of its S x S products, MLP and
-    head. Norms, softmax, activations and biases are left out; they are less than one percent.
+    Matrix products only: the convolutions of a stem, the patch projection, attention with both of
+    its S x S products, MLP and head. Norms, softmax, activations and biases are left out; they are
+    less than one percent.
     The pooler of the base network is not counted.
 
     Args:
