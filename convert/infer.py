@@ -19,7 +19,7 @@ from vit_common.positions import resize_positions
 from vit_common.presets import PRESETS
 from vit_convert.formats import FORMATS
 from vit_convert.formats.format import Format, Published
-from vit_convert.formats.timm_config import (
+from vit_convert.formats.timm.config import (
     LABELS,
     POOLING,
     heads_of,

@@ -28,7 +28,8 @@ import vit_convert
 import vit_torch
 from vit_common.errors import CheckpointError
 from vit_convert.convert import convert
-from vit_convert.formats import FORMATS, NAMES, mae, moco, timm_models
+from vit_convert.formats import FORMATS, NAMES, mae, moco
+from vit_convert.formats.timm import models as timm_models
 from vit_convert.infer import PUBLISHED
 from vit_convert.source import open_source
 

@@ -30,7 +30,7 @@ import vit_flax
 import vit_torch
 from vit_common.errors import CheckpointError, ConfigError
 from vit_convert.convert import convert
-from vit_convert.formats import timm_models
+from vit_convert.formats.timm import models as timm_models
 
 # -- timm
 

@@ -12,7 +12,7 @@ from PIL.Image import Resampling
 from vit_common.config import OURS, ViTConfig
 from vit_common.errors import ConfigError
 from vit_common.presets import PRESETS
-from vit_convert.formats.timm_models import ACTIVATIONS, EPS, HEADS
+from vit_convert.formats.timm.models import ACTIVATIONS, EPS, HEADS
 
 # Keyword of timm's model -> field here.
 _SAME = {

@@ -14,7 +14,7 @@ from vit_common.images.options import HALF_TO_EVEN  # torchvision crops so
 from vit_common.images.processors import BitImageProcessor
 from vit_convert.formats import stems
 from vit_convert.formats.format import Clue, Files, Format, Implied, Rule
-from vit_convert.formats.timm_config import timm_config
+from vit_convert.formats.timm.config import timm_config
 from vit_convert.layouts import FUSED_QKV
 
 EMBEDDINGS = {
