@@ -21,6 +21,7 @@ import vit_flax
 import vit_torch
 from vit_common.config import ViTConfig
 from vit_common.errors import CheckpointError, ConfigError, InputError
+from vit_common.families import AutoConfig
 from vit_common.flops import multiply_adds
 from vit_convert.convert import convert
 
@@ -99,6 +100,9 @@ def test_hybrids_of_timm_in_both_twins(kind, tmp_path):
     assert_close(run_torch(tmp_path / "flax", x), want, 1e-12)
     if kind == "root alone":
         convert(tmp_path / "flax", tmp_path / "back", to="timm")
+        again = timm.create_model(f"local-dir:{tmp_path / 'back'}", pretrained=True).double()
+        with torch.no_grad():
+            assert_close(again.eval()(torch.tensor(x)).numpy(), want, 1e-12)
         first, again = load_file(source), load_file(tmp_path / "back" / "model.safetensors")
         assert first.keys() == again.keys()
         assert all(np.array_equal(first[name], again[name]) for name in first)
@@ -239,3 +243,52 @@ def test_published_sizes_and_operations():
     sizes = {"hidden_size": 16, "num_hidden_layers": 0, "patch_size": 8, "num_attention_heads": 2}
     config = ViTConfig(**one, **sizes)
     assert multiply_adds(config, None) == sum(total)
+
+
+def vit_hybrid(**backbone: Any) -> Any:
+    """Transformers' ViTHybrid of the smallest ResNet."""
+    from transformers.models.deprecated.vit_hybrid import modeling_vit_hybrid as theirs
+
+    config = theirs.ViTHybridConfig(
+        backbone_config={
+            "global_padding": "same",
+            "layer_type": "bottleneck",
+            "depths": [1, 1],
+            "hidden_sizes": [128, 256],
+            "embedding_size": 32,
+            "out_features": ["stage2"],
+            "embedding_dynamic_padding": True,
+            **backbone,
+        },
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        backbone_featmap_shape=[1, 256, 4, 4],
+        num_labels=5,
+        attn_implementation="eager",
+    )
+    return randomise(theirs.ViTHybridForImageClassification(config))
+
+
+def test_hybrids_of_transformers(tmp_path):
+    model, x = vit_hybrid(), pixels((32, 32))
+    model.save_pretrained(tmp_path / "hub")
+    with torch.no_grad():
+        want = model.double()(torch.tensor(x)).logits.numpy()
+    assert_close(run_torch(tmp_path / "hub", x), want, FLOAT32)  # its softmax is in float32
+    report = convert(tmp_path / "hub", tmp_path / "flax", to="flax")
+    assert not report.ignored
+    config = ViTConfig.from_pretrained(tmp_path / "flax")
+    assert (config.stem_depths, config.patch_size, config.stem_width) == ((1, 1), 8, 32)
+
+
+@pytest.mark.parametrize(
+    "backbone", [{"layer_type": "preactivation"}, {"global_padding": None}, {"width_factor": 2}]
+)
+def test_other_resnets_of_transformers_are_refused(backbone):
+    table = {"model_type": "vit-hybrid", "backbone_config": {"layer_type": "bottleneck",
+             "global_padding": "same", "embedding_dynamic_padding": True, **backbone}}  # fmt: skip
+    with pytest.raises(ConfigError, match=f"the ResNet of this hybrid has .*{[*backbone][0]}"):
+        AutoConfig.from_dict(table)

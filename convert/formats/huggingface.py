@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from vit_common.config import ViTConfig
 from vit_convert.formats.format import Files, Format, Rule
+from vit_convert.formats.stems import TRANSFORMERS
 from vit_convert.layouts import GATE_AND_UP, KEEP, TOKEN, Layout
 
 _TOP = (
@@ -197,6 +198,13 @@ FORMATS = (
     _format(_DINOV2, _top(TOKEN) + _block(DINOV2_BLOCK, _V4), V4_NAMES, fits=plain),
     _format(_DINOV2, _top(TOKEN) + _block(DINOV2_SWIGLU_BLOCK, _V4), V4_NAMES, fits=gated),
     _format(_VIT, _top() + _block(BLOCK, _V5), V5_NAMES, False),
+    _format(
+        ("vit",),
+        TRANSFORMERS + _top() + _block(_SAME, _V4),
+        "Hub ViTHybrid, names of Transformers v4",
+        False,
+        requires=("embeddings.patch_embeddings.backbone.bit.embedder.convolution.weight",),
+    ),
     _format(
         _BEIT,
         _top(shared="shared_position_bias.relative_position_bias_table") + _block(BLOCK, _V5),

@@ -107,13 +107,20 @@ def google_rules(norms: Layout = _CHANNELS) -> tuple[Rule, ...]:
 GOOGLE = google_rules()
 GOOGLE_LINEN = google_rules(KEEP)
 
-TIMM_NAMES: dict[tuple[int, ...], tuple[str, int]] = {
-    (3, 4, 9): ("vit_base_r50_s16_224", 12),
-    (3, 4, 6, 3): ("vit_large_r50_s32_224", 24),
-    (2, 2, 2, 2): ("vit_base_r26_s32_224", 12),
-    (): ("vit_tiny_r_s16_p8_224", 12),
+TIMM_NAMES: dict[tuple[int, ...], str] = {
+    (3, 4, 9): "vit_base_r50_s16_224",
+    (3, 4, 6, 3): "vit_large_r50_s32_224",
+    (2, 2, 2, 2): "vit_base_r26_s32_224",
+    (): "vit_tiny_r_s16_p8_224",
 }
 """Depths of a stem -> a network of timm that has it, for its `config.json`."""
+
+
+def timm_first_convolution(config: ViTConfig) -> str:
+    """What timm calls the first convolution of a network."""
+    if config.stem_type is None:
+        return "patch_embed.proj"
+    return f"patch_embed.backbone.{'stem.' if config.stem_depths else ''}conv"
 
 
 def timm_cannot_hold(config: ViTConfig) -> str | None:
