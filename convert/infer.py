@@ -4,6 +4,7 @@ networks in that format have in common. Nothing is guessed: what neither says is
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,9 @@ def infer_config(
     for name, value in table.settings.items():
         note(f"the format {table.name}", **{name: value})
     _sizes(shapes, family, note)
+    if _STEM in shapes:
+        _stem(shapes, note)
+        note(f"the format {table.name}", **table.stem)
     if timm is not None:
         read_timm_config(timm, shapes, note)
     if "num_attention_heads" not in {*given, *fields}:
@@ -159,6 +163,8 @@ def _rank(name: str) -> int:
         return 4
     if name == "encoder.rope_frequencies":
         return 4
+    if name.startswith("embeddings.stem."):
+        return 1 if "norm" in name.split(".")[-2] else 4
     if name.startswith("embeddings.") and "projection" not in name:
         return 3
     vector = name.endswith((".bias", "lambda_1", "lambda_2")) or "norm" in name.split(".")[-2]
@@ -241,6 +247,28 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], family: str, note: Any) -> Non
         note("shapes", pooler_output_size=shapes["pooler.dense.weight"][0])
         if "classifier.weight" in shapes:
             note("names (pre-logits)", use_representation_layer=True)
+
+
+_STEM = "embeddings.stem.convolution.weight"
+
+
+def _stem(shapes: Mapping[str, tuple[int, ...]], note: Any) -> None:
+    """The ResNet before the patch projection."""
+    blocks = {
+        (int(match[1]), int(match[2]))
+        for name in shapes
+        if (match := re.match(r"embeddings\.stem\.stage(\d)\.(\d+)\.", name))
+    }
+    depths = tuple(sum(i == stage for i, _ in blocks) for stage in range(len(dict(blocks))))
+    if blocks != {(i, j) for i, depth in enumerate(depths) for j in range(depth)}:
+        raise CheckpointError("blocks of the stem are missing.")
+    width, C = shapes[_STEM][:2]
+    note("names", stem_type="resnetv2")
+    note("shapes", stem_depths=depths, stem_width=width, num_channels=C)
+    made = ViTConfig(stem_type="resnetv2", stem_depths=depths)
+    _, _, *size = shapes["embeddings.patch_embeddings.projection.weight"]
+    height, width = (side * made.stem_stride for side in size)
+    note("shapes", patch_size=_sides(height, width))
 
 
 def _mlp_ratio(width: int, inner: int, swiglu: bool) -> float:

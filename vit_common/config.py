@@ -24,10 +24,14 @@ from vit_common.config_fields import (
     INHERITED,
     MOST_LABELS,
     ROWS,
+    STEM_GROUPS,
+    STEM_NARROWING,
     VIT_FIELDS,
     Fields,
     Pooling,
     PositionTokens,
+    StemStandardization,
+    StemType,
     check_depth,
     integer,
     refusal,
@@ -136,6 +140,11 @@ class ViTConfig:
     rope_grid_offset: float
     rope_grid_indexing: Literal["ij", "xy"]
     rope_rotate_half: bool
+    stem_type: StemType | None
+    stem_depths: tuple[int, ...]
+    stem_width: int
+    stem_standardization: StemStandardization
+    stem_norm_eps: float
     pooling: Pooling
     norm_after_pooling: bool
     use_representation_layer: bool
@@ -297,6 +306,7 @@ class ViTConfig:
                 f"config: `image_size` must be at least `patch_size`; given {self.image_size!r} "
                 f"and {self.patch_size!r}."
             )
+        self._check_stem()
         if not self.use_cls_token and self.pooling != "mean":
             raise ConfigError(
                 "config: `pooling` must be 'mean' where `use_cls_token` is False; given "
@@ -316,6 +326,25 @@ class ViTConfig:
             raise ConfigError(
                 "config: `norm_after_pooling` and `use_representation_layer` must not both be True."
             )
+
+    def _check_stem(self) -> None:
+        """Check that a stem's widths and stride fit the norms and the patches."""
+        if self.stem_type is None:
+            return
+        if self.stem_width % STEM_GROUPS:
+            raise ConfigError(
+                f"config: `stem_width` must be a multiple of {STEM_GROUPS}; given "
+                f"{self.stem_width}."
+            )
+        sides = (*self.patch_height_width, *self.image_height_width)
+        stride = self.stem_stride
+        for side, patch in zip(sides, self.patch_height_width * 2, strict=True):
+            if side % stride or side % patch:
+                raise ConfigError(
+                    "config: `patch_size` must be a multiple of the stem's stride, and "
+                    f"`image_size` one of `patch_size`; given {self.patch_size!r}, {stride} and "
+                    f"{self.image_size!r}."
+                )
 
     # -- what the network is made of; the same names for every family
 
@@ -418,6 +447,30 @@ class ViTConfig:
     def patch_height_width(self) -> tuple[int, int]:
         """Patch size in pixels, (height, width)."""
         return _pair(self.patch_size)
+
+    @property
+    def stem_widths(self) -> tuple[int, ...]:
+        """Number of channels after each stage of the stem."""
+        first = STEM_NARROWING * self.stem_width
+        return tuple(first * 2**i for i in range(len(self.stem_depths)))
+
+    @property
+    def stem_channels(self) -> int:
+        """Number of channels that the patch projection takes: the stem's, or the image's."""
+        if self.stem_type is None:
+            return self.num_channels
+        return (self.stem_width, *self.stem_widths)[-1]
+
+    @property
+    def stem_stride(self) -> int:
+        """Pixels of the image, down and across, for one of what the patch projection takes."""
+        return 1 if self.stem_type is None else 4 * 2 ** max(len(self.stem_depths) - 1, 0)
+
+    @property
+    def projection_size(self) -> tuple[int, int]:
+        """Size (height, width) of the patch projection: the patch's, over the stem's stride."""
+        height, width = self.patch_height_width
+        return height // self.stem_stride, width // self.stem_stride
 
     @property
     def grid_size(self) -> tuple[int, int]:

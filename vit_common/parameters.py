@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 from vit_common.config import ViTConfig
+from vit_common.config_fields import STEM_NARROWING
 from vit_common.positions import relative_distances
 
 Head = Literal["classifier", "teacher", "decoder", "tokens"]
@@ -105,7 +106,9 @@ def parameter_shapes(
     if config.use_absolute_position_embeddings:
         positions = config.num_prefix_positions + config.num_patches
         shapes["embeddings.position_embeddings"] = (1, positions, D)
-    projection = (D, config.num_channels, *config.patch_height_width)
+    if config.stem_type is not None:
+        shapes |= _stem_shapes(config)
+    projection = (D, config.stem_channels, *config.projection_size)
     shapes["embeddings.patch_embeddings.projection.weight"] = projection
     if config.use_patch_bias:
         shapes["embeddings.patch_embeddings.projection.bias"] = (D,)
@@ -174,6 +177,31 @@ def parameter_shapes(
         pixels = config.encoder_stride**2 * config.num_channels
         shapes["decoder.0.weight"] = (pixels, D, 1, 1)
         shapes["decoder.0.bias"] = (pixels,)
+    return shapes
+
+
+def _stem_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
+    """The parameters of a ResNet before the patch projection."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def add(module: str, number: str, inputs: int, features: int, size: int = 1) -> None:
+        conv = "convolution" if number == "" else f"conv{number}"
+        shapes[f"{module}.{conv}.weight"] = (features, inputs, size, size)
+        for leaf in ("weight", "bias"):
+            shapes[f"{module}.norm{number}.{leaf}"] = (features,)
+
+    inputs = config.stem_width
+    add("embeddings.stem", "", config.num_channels, inputs, 7)
+    for i, features in enumerate(config.stem_widths):
+        inner = features // STEM_NARROWING
+        for j in range(config.stem_depths[i]):
+            block = f"embeddings.stem.stage{i}.{j}"
+            if j == 0:
+                add(block, "_shortcut", inputs, features)
+            add(block, "1", inputs, inner)
+            add(block, "2", inner, inner, 3)
+            add(block, "3", inner, features)
+            inputs = features
     return shapes
 
 

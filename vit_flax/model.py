@@ -44,6 +44,7 @@ from vit_flax.outputs import (
 )
 from vit_flax.parts.part import FlaxViTPart, activation, options
 from vit_flax.parts.rotary import rotate, rotation
+from vit_flax.parts.stems import FlaxViTStem
 from vit_flax.stacked import make_blocks, scan_blocks
 
 
@@ -54,12 +55,12 @@ class FlaxViTPatchEmbeddings(FlaxViTPart):
         self.projection = convolution(
             self,
             self.config.hidden_size,
-            self.config.patch_height_width,
+            self.config.projection_size,
             use_bias=self.config.use_patch_bias,
         )
 
     def __call__(self, pixel_values):
-        embeddings = self.projection(pixel_values)  # (B, H/P, W/P, D)
+        embeddings = self.projection(pixel_values)  # (B, H/P, W/P, D); with a stem, of its output
         B, rows, columns, D = embeddings.shape
         return embeddings.reshape(B, rows * columns, D)  # (B, N, D)
 
@@ -82,6 +83,8 @@ class FlaxViTEmbeddings(FlaxViTPart):
         if config.use_absolute_position_embeddings:
             positions = config.num_prefix_positions + config.num_patches
             add_parameter(self, "position_embeddings", (1, positions, D), "normal")
+        if config.stem_type is not None:
+            self.stem = FlaxViTStem(**options(self))
         self.patch_embeddings = FlaxViTPatchEmbeddings(**options(self))
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
@@ -103,7 +106,11 @@ class FlaxViTEmbeddings(FlaxViTPart):
         B, H, W, C = pixel_values.shape
         grid = check_image(C, H, W, self.config, interpolate=interpolate_pos_encoding)
 
-        embeddings = self.patch_embeddings(pixel_values.astype(self.dtype))  # (B, N, D)
+        pixel_values = pixel_values.astype(self.dtype)
+        if self.config.stem_type is not None:
+            P = self.config.patch_height_width
+            pixel_values = self.stem(pixel_values[:, : grid[0] * P[0], : grid[1] * P[1]])
+        embeddings = self.patch_embeddings(pixel_values)  # (B, N, D)
         if bool_masked_pos is not None:
             if not self.use_mask_token:
                 raise InputError(

@@ -47,6 +47,7 @@ from vit_torch.outputs import (
 )
 from vit_torch.parts.part import ViTPart, activation, options
 from vit_torch.parts.rotary import Rotation, rotate, rotation
+from vit_torch.parts.stems import ViTStem
 
 
 class ViTPatchEmbeddings(ViTPart):
@@ -66,14 +67,14 @@ class ViTPatchEmbeddings(ViTPart):
         self.num_channels, self.num_patches = self.config.num_channels, self.config.num_patches
         self.projection = convolution(
             self,
-            self.config.num_channels,
+            self.config.stem_channels,
             self.config.hidden_size,
-            self.config.patch_height_width,
+            self.config.projection_size,
             use_bias=self.config.use_patch_bias,
         )
 
     def forward(self, pixel_values):
-        embeddings = self.projection(pixel_values)  # (B, D, H/P, W/P)
+        embeddings = self.projection(pixel_values)  # (B, D, H/P, W/P); with a stem, of its output
         return embeddings.flatten(2).transpose(1, 2)  # (B, N, D)
 
 
@@ -97,6 +98,8 @@ class ViTEmbeddings(ViTPart):
         if config.use_absolute_position_embeddings:
             positions = config.num_prefix_positions + config.num_patches
             add_parameter(self, "position_embeddings", (1, positions, D), "normal")
+        if config.stem_type is not None:
+            self.stem = ViTStem(**options(self))
         self.patch_embeddings = ViTPatchEmbeddings(**options(self))
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
@@ -114,7 +117,11 @@ class ViTEmbeddings(ViTPart):
         grid = check_image(C, H, W, self.config, interpolate=interpolate_pos_encoding)
 
         dtype = self.patch_embeddings.projection.weight.dtype
-        embeddings = self.patch_embeddings(pixel_values.to(dtype))  # (B, N, D)
+        pixel_values = pixel_values.to(dtype)
+        if self.config.stem_type is not None:
+            P = self.config.patch_height_width
+            pixel_values = self.stem(pixel_values[:, :, : grid[0] * P[0], : grid[1] * P[1]])
+        embeddings = self.patch_embeddings(pixel_values)  # (B, N, D)
         if bool_masked_pos is not None:
             if not self.use_mask_token:
                 raise InputError(

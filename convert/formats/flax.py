@@ -12,6 +12,7 @@ from vit_convert.formats.huggingface import (
     BLOCK,
     DINOV2_BLOCK,
     DINOV2_SWIGLU_BLOCK,
+    STEM,
     extended,
     gated,
     plain,
@@ -52,7 +53,7 @@ def _leaves(theirs: str, ours: str, separator: str) -> list[Rule]:
     elif "norm" in ours.rpartition(".")[2]:
         pairs = [(".scale", ".weight", KEEP), (".bias", ".bias", KEEP)]
     else:
-        layout = HWIO if ours in _CONVOLUTIONS else TRANSPOSE
+        layout = HWIO if ours in (*_CONVOLUTIONS, *STEM) else TRANSPOSE
         pairs = [(".kernel", ".weight", layout), (".bias", ".bias", KEEP)]
     return [
         Rule((theirs + leaf).replace(".", separator), ours + own, layout)
@@ -65,6 +66,8 @@ def _rules(block: dict[str, str], separator: str, mask_token: Layout = KEEP) -> 
         Rule(f"embeddings{separator}mask_token", "embeddings.mask_token", mask_token),
     ]
     for name in (*_TOKENS, *_DENSE, *_CONVOLUTIONS, *_NORMS):
+        rules += _leaves(name, name, separator)
+    for name in STEM:
         rules += _leaves(name, name, separator)
     for ours, theirs in block.items():
         rules += _leaves(f"encoder.layer.{{i}}.{theirs}", f"encoder.layer.{{i}}.{ours}", separator)

@@ -170,6 +170,7 @@ class Format:
             them.
         classes: names of timm's classes whose networks have these names; a file whose
             architecture is of another class is in another format. Empty for any.
+        stem: the same of networks with a stem before their patches.
         relative_resize: how relative positions of networks in this format are resampled.
         positions: positions (N, D) of networks whose files hold none, from (rows, columns) of
             patches and the width; None where files hold them or the family has none.
@@ -206,6 +207,7 @@ class Format:
     settings: Mapping[str, Any] = field(default_factory=dict)
     unsaid: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
     classes: tuple[str, ...] = ()
+    stem: Mapping[str, Any] = field(default_factory=dict)
     relative_resize: RelativeRule = "bilinear"
     positions: Callable[[tuple[int, int], int], np.ndarray] | None = None
     published: tuple[Published, ...] = ()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from vit_common.config import ViTConfig
 from vit_convert.formats.format import Files, Format, Rule
+from vit_convert.formats.stems import TRANSFORMERS
 from vit_convert.layouts import GATE_AND_UP, KEEP, TOKEN, Layout
 
 _TOP = (
@@ -76,6 +77,19 @@ DINOV2_SWIGLU_BLOCK = {
     "output.dense": "mlp.weights_out",
 }
 
+
+def stem_modules() -> tuple[str, ...]:
+    """Modules of a ResNet before the patches; `{i}` is the number of a block in its stage."""
+    return ("embeddings.stem.convolution", "embeddings.stem.norm") + tuple(
+        f"embeddings.stem.stage{stage}.{{i}}.{kind}{which}"
+        for stage in range(4)
+        for kind in ("conv", "norm")
+        for which in ("1", "2", "3", "_shortcut")
+    )
+
+
+STEM = stem_modules()
+
 BEIT_HEAD = (("layernorm.", "lm_layernorm."),)
 """BEiT's head for masked image modelling calls its norm as the network under it calls its own."""
 
@@ -83,6 +97,11 @@ _NO_WEIGHTS = (
     (r".*relative_position_index", "an index computed from the grid, no weight"),
     (r"embeddings\.position_ids", "an index, no weight"),
 )
+
+
+def _leaves(module: str) -> tuple[str, ...]:
+    leaves = ("weight", "bias") if "norm" in module.rpartition(".")[2] else ("weight",)
+    return tuple(f"{module}.{leaf}" for leaf in leaves)
 
 
 def _block(table: dict[str, str], start: str, but: tuple[str, ...] = ()) -> tuple[Rule, ...]:
@@ -98,6 +117,7 @@ def _block(table: dict[str, str], start: str, but: tuple[str, ...] = ()) -> tupl
 def _top(mask_token: Layout = KEEP, shared: str = f"encoder.{_TABLE}") -> tuple[Rule, ...]:
     return (
         *(Rule(name, name) for name in _TOP),
+        *(Rule(name, name) for module in STEM for name in _leaves(module)),
         Rule("embeddings.mask_token", "embeddings.mask_token", mask_token),
         Rule(shared, f"encoder.{_TABLE}"),
     )
@@ -179,6 +199,13 @@ FORMATS = (
     _format(_DINOV2, _top(TOKEN) + _block(DINOV2_BLOCK, _V4), V4_NAMES, fits=plain),
     _format(_DINOV2, _top(TOKEN) + _block(DINOV2_SWIGLU_BLOCK, _V4), V4_NAMES, fits=gated),
     _format(_VIT, _top() + _block(BLOCK, _V5), V5_NAMES, False),
+    _format(
+        ("vit",),
+        TRANSFORMERS + _top() + _block(_SAME, _V4),
+        "Hub ViTHybrid, names of Transformers v4",
+        False,
+        requires=("embeddings.patch_embeddings.backbone.bit.embedder.convolution.weight",),
+    ),
     _format(
         _BEIT,
         _top(shared="shared_position_bias.relative_position_bias_table") + _block(BLOCK, _V5),

@@ -95,8 +95,6 @@ _UNKNOWN = {
     ("embed_layer", "MbConvStages"): "MBConv stages before its blocks (ViTamin)",
     ("embed_layer", "ConvStem"): "a convolutional stem before its blocks (MobileCLIP)",
     ("embed_layer", "FeatureListNet"): "a ResNet-D before its patches (a hybrid)",
-    ("embed_layer", "ResNetV2"): "a ResNetV2 before its patches (a hybrid)",
-    ("embed_layer", "Sequential"): "the root of a ResNetV2 before its patches (a hybrid)",
     ("attn_layer", "diff"): "differential attention",
     ("block_fn", "DiffParallelScalingBlock"): "parallel blocks with differential attention",
     ("attn_only_layer_scale", True): "layer scale on the attention alone (Sapiens 2)",

@@ -12,6 +12,7 @@ from PIL.Image import Resampling
 from vit_common.config import OURS, ViTConfig
 from vit_common.errors import ConfigError
 from vit_common.presets import PRESETS
+from vit_convert.formats import stems
 from vit_convert.formats.timm import arguments
 from vit_convert.formats.timm.models import HEADS
 
@@ -52,7 +53,7 @@ def timm_config(config: ViTConfig, timm: Mapping[str, Any] | None, processor: An
     cfg = dict(table.get("pretrained_cfg") or {})
     cfg["input_size"] = [config.num_channels, height, width]
     cfg["num_classes"] = table["num_classes"]
-    cfg.setdefault("first_conv", "patch_embed.proj")
+    cfg.setdefault("first_conv", stems.timm_first_convolution(config))
     cfg.setdefault("classifier", ["head", "head_dist"] if config.use_distillation_token else "head")
     if processor is not None and timm is None:
         cfg.update(_transform(processor, height))
@@ -94,6 +95,8 @@ def _architecture(config: ViTConfig) -> tuple[str, dict[str, Any]]:
         "mlp_ratio": _ratio(config.intermediate_size, config.hidden_size),
         "qkv_bias": config.qkv_bias,
     }
+    if config.stem_type is not None:
+        name, args["patch_size"] = stems.TIMM_NAMES[config.stem_depths], config.projection_size
     if config.has_layer_scale:
         args["init_values"] = config.layer_scale_init_value
     if config.num_register_tokens:
