@@ -108,6 +108,14 @@ class ViTConfig:
     use_distillation_token: ClassVar[bool] = False
     any_image_size: ClassVar[bool] = False
 
+    is_part: ClassVar[bool] = False
+    """Whether the base network lies under `base_model_prefix` in every model, also in the one that
+    has nothing on it."""
+
+    keeps_pooler: ClassVar[bool] = False
+    """Whether models with a head have the pooler's parameters even where the head does not look at
+    it."""
+
     # Fields are set by name below; these are for readers and type checkers.
     vocab_size: int  # of BEiT alone
     hidden_size: int
@@ -291,11 +299,7 @@ class ViTConfig:
             ConfigError: `hidden_size` is not a multiple of `num_attention_heads`, the image holds
                 no whole patch, or there is nothing to pool.
         """
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"config: `hidden_size` must be a multiple of `num_attention_heads`; given "
-                f"{self.hidden_size} and {self.num_attention_heads}."
-            )
+        self._check_heads()
         if self.rope_type is not None and self.head_dim % 4:
             raise ConfigError(
                 "config: the width of a head, `hidden_size` / `num_attention_heads`, must be a "
@@ -312,7 +316,11 @@ class ViTConfig:
                 "config: `pooling` must be 'mean' where `use_cls_token` is False; given "
                 f"{self.pooling!r}."
             )
-        if self.norm_after_pooling and self.pooling != "mean":
+        if (
+            self.norm_after_pooling
+            and self.pooling != "mean"
+            and "norm_after_pooling" in self.fields
+        ):
             raise ConfigError(
                 "config: `pooling` must be 'mean' where `norm_after_pooling` is True; given "
                 f"{self.pooling!r}."
@@ -346,6 +354,13 @@ class ViTConfig:
                     f"{self.image_size!r}."
                 )
 
+    def _check_heads(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"config: `hidden_size` must be a multiple of `num_attention_heads`; given "
+                f"{self.hidden_size} and {self.num_attention_heads}."
+            )
+
     # -- what the network is made of; the same names for every family
 
     @classmethod
@@ -362,6 +377,11 @@ class ViTConfig:
             f"{stem}ForImageClassification (in JAX Flax{stem}Model ...), or the Auto classes, "
             "which choose them."
         )
+
+    @classmethod
+    def from_related(cls, config: ViTConfig) -> ViTConfig | None:
+        """This family's configuration out of another's that holds it; None where it does not."""
+        return None
 
     @property
     def is_extended(self) -> bool:
@@ -897,6 +917,9 @@ def as_config(config: Any, wanted: type[ViTConfig] = ViTConfig) -> Any:
     if isinstance(config, ViTConfig):
         own = isinstance(config, wanted) and config.base_family == wanted.base_family
         if config.model_type != wanted.model_type and not own:
+            related = wanted.from_related(config)
+            if related is not None:
+                return related
             raise ConfigError(
                 f"`config` must be a {wanted.__name__}; given {type(config).__name__}. "
                 + config.use_instead()

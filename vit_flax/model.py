@@ -456,6 +456,7 @@ class FlaxViTEncoder(FlaxViTPart):
         return_dict: bool = True,
         *,
         head_mask=None,
+        bias=None,
         grid: tuple[int, int] | None = None,
     ):
         """`FlaxBaseModelOutput` of the last block, before the final norm.
@@ -466,12 +467,14 @@ class FlaxViTEncoder(FlaxViTPart):
             head_mask: (A,) or (L, A), multiplies the attention probabilities.
             output_attentions, output_hidden_states: return those of every block too.
             return_dict: False returns the output's tuple.
+            bias: added to the scores of every block, such as a text's mask; broadcasts against
+                (B, A, S, S).
             grid: rows and columns of patches, for positions; None means those of the config.
         """
         if head_mask is not None:
             head_mask = spread_head_mask(head_mask, self.config)
-        shared = self.config.use_shared_relative_position_bias
-        bias = self.relative_position_bias(grid or self.config.grid_size) if shared else None
+        if self.config.use_shared_relative_position_bias:
+            bias = self.relative_position_bias(grid or self.config.grid_size)
         turn = None
         if self.config.rope_type is not None:
             learned = getattr(self, "rope_frequencies", None)
@@ -642,7 +645,8 @@ class FlaxViTForImageClassificationModule(FlaxViTPart):
     """The base network and a linear classifier on the class token, or as `pooling` says."""
 
     def setup(self):
-        add_network(self, add_pooling_layer=self.config.classifier_has_pooler)
+        config = self.config
+        add_network(self, add_pooling_layer=config.classifier_has_pooler or config.keeps_pooler)
         self.classifier = dense(self, self.config.num_labels)
 
     def __call__(

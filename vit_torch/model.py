@@ -434,6 +434,7 @@ class ViTEncoder(ViTPart):
         output_hidden_states: bool = False,
         return_dict: bool = True,
         grid: tuple[int, int] | None = None,
+        bias=None,
     ):
         """`BaseModelOutput` of the last block, before the final norm.
 
@@ -443,11 +444,13 @@ class ViTEncoder(ViTPart):
             output_attentions, output_hidden_states: return those of every block too.
             return_dict: False returns the output's tuple.
             grid: rows and columns of patches, for positions; None means those of the config.
+            bias: added to the scores of every block, such as a text's mask; broadcasts against
+                (B, A, S, S).
         """
         if head_mask is not None:
             head_mask = spread_head_mask(head_mask, self.config)
-        shared = self.config.use_shared_relative_position_bias
-        bias = self.relative_position_bias(grid or self.config.grid_size) if shared else None
+        if self.config.use_shared_relative_position_bias:
+            bias = self.relative_position_bias(grid or self.config.grid_size)
         turns = self.rotations(grid or self.config.grid_size, hidden_states)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         all_hidden_states, all_attentions = [hidden_states], []
@@ -626,7 +629,8 @@ class ViTForImageClassificationModule(ViTPart):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        add_network(self, add_pooling_layer=self.config.classifier_has_pooler)
+        config = self.config
+        add_network(self, add_pooling_layer=config.classifier_has_pooler or config.keeps_pooler)
         self.classifier = dense(self, self.config.classifier_width, self.config.num_labels)
 
     def forward(
