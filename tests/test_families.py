@@ -842,7 +842,7 @@ def test_derived_fields_cannot_be_set(family, name, value):
 @pytest.mark.parametrize(
     ("family", "fields", "match"),
     [
-        ("ViT", {"use_cls_token": False}, "`pooling` must be 'mean' where `use_cls_token`"),
+        ("ViT", {"use_cls_token": False}, "`pooling` must be 'mean' or 'map' where `use_cls"),
         ("ViT", {"norm_after_pooling": True}, "`pooling` must be 'mean' where `norm_after_pool"),
         (
             "ViT",

@@ -43,7 +43,8 @@ def head_tokens(
     if head == "teacher":
         return 2
     if head is None:
-        return None if add_pooling_layer and config.pooling == "mean" else 1
+        patches = config.pooling == "mean" or config.pooler_type == "map"
+        return None if add_pooling_layer and patches else 1
     return 1 if head == "classifier" and config.pooling == "cls" else None
 
 
@@ -146,6 +147,8 @@ def parameter_shapes(
         elif config.pooler_type == "norm":
             shapes["pooler.layernorm.weight"] = (D,)
             shapes["pooler.layernorm.bias"] = (D,)
+        elif config.pooler_type == "map":
+            shapes |= _attention_pooler(D, config.pooler_inner)
     if head is None:
         return shapes
 
@@ -170,10 +173,22 @@ def parameter_shapes(
     return shapes
 
 
+def _attention_pooler(D: int, inner: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"pooler.probe": (1, 1, D)}
+    dense = {f"attention.{name}": (D, D) for name in ("query", "key", "value", "output.dense")}
+    dense |= {"intermediate.dense": (inner, D), "output.dense": (D, inner)}
+    for name, shape in dense.items():
+        if name == "intermediate.dense":
+            shapes["pooler.layernorm.weight"] = shapes["pooler.layernorm.bias"] = (D,)
+        shapes[f"pooler.{name}.weight"] = shape
+        shapes[f"pooler.{name}.bias"] = shape[:1]
+    return shapes
+
+
 def initial_value(name: str) -> Literal["normal", "one", "zero", "layer scale"]:
     """What a new parameter of that canonical name starts as; "normal" is the truncated one."""
     *_, owner, leaf = ("", *name.split("."))
-    if leaf in ("cls_token", "distillation_token", "position_embeddings"):
+    if leaf in ("cls_token", "distillation_token", "position_embeddings", "probe"):
         return "normal"
     if leaf in ("lambda_1", "lambda_2"):
         return "layer scale"

@@ -68,6 +68,13 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(layernorm|pooler/layernorm)/(scale|bias)", _WHOLE),
     (r"pooler/dense/kernel", PartitionSpec(FSDP)),
     (r"pooler/dense/bias", _WHOLE),
+    (r"pooler/probe", _WIDTH),
+    (r"pooler/attention/(query|key|value)/kernel", _OUTPUTS),
+    (r"pooler/attention/(query|key|value)/bias", _PART),
+    (r"pooler/intermediate/dense/kernel", _OUTPUTS),
+    (r"pooler/intermediate/dense/bias", _PART),
+    (r"pooler/(attention/)?output/dense/kernel", _INPUTS),
+    (r"pooler/(attention/)?output/dense/bias", _WHOLE),
 )
 _HEADS = r"(cls_classifier|distillation_classifier|classifier|lm_head)"
 _TREES = ("model", "lora")  # a model's parameters, and adapters beside them

@@ -8,6 +8,7 @@ Sources: `models/{vit,beit,dinov2}/modeling_flax_*.py` of Transformers 4.57.6.
 
 from vit_convert.formats.format import Files, Format, Rule
 from vit_convert.formats.huggingface import (
+    ATTENTION_POOLER_DENSE,
     BEIT_HEAD,
     BLOCK,
     DINOV2_BLOCK,
@@ -24,9 +25,11 @@ _TOKENS = (
     "embeddings.register_tokens",
     "embeddings.position_embeddings",
     "encoder.relative_position_bias.relative_position_bias_table",
+    "pooler.probe",
 )
 _DENSE = (
     "pooler.dense",
+    *ATTENTION_POOLER_DENSE,
     "classifier",
     "cls_classifier",
     "distillation_classifier",
@@ -38,7 +41,9 @@ _NORMS = ("layernorm", "pooler.layernorm", "lm_layernorm")
 
 def _leaves(theirs: str, ours: str, separator: str) -> list[Rule]:
     """The rules of one module; what kind it is, its name says."""
-    if ours.endswith(("lambda_1", "lambda_2", "_table", "_token", "_tokens", "_embeddings")):
+    if ours.endswith(
+        ("lambda_1", "lambda_2", "_table", "_token", "_tokens", "_embeddings", "probe")
+    ):
         pairs: list[tuple[str, str, Layout]] = [("", "", KEEP)]
     elif "norm" in ours.rpartition(".")[2]:
         pairs = [(".scale", ".weight", KEEP), (".bias", ".bias", KEEP)]

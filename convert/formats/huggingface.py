@@ -12,6 +12,18 @@ from vit_common.config import ViTConfig
 from vit_convert.formats.format import Files, Format, Rule
 from vit_convert.layouts import GATE_AND_UP, KEEP, TOKEN, Layout
 
+ATTENTION_POOLER_DENSE = (
+    "pooler.attention.query",
+    "pooler.attention.key",
+    "pooler.attention.value",
+    "pooler.attention.output.dense",
+    "pooler.intermediate.dense",
+    "pooler.output.dense",
+)
+ATTENTION_POOLER = (
+    "pooler.probe",
+    *(f"{name}.{leaf}" for name in ATTENTION_POOLER_DENSE for leaf in ("weight", "bias")),
+)
 _TOP = (
     "embeddings.cls_token",
     "embeddings.distillation_token",
@@ -25,6 +37,7 @@ _TOP = (
     "pooler.dense.bias",
     "pooler.layernorm.weight",
     "pooler.layernorm.bias",
+    *ATTENTION_POOLER,
     "classifier.weight",
     "classifier.bias",
     "cls_classifier.weight",
