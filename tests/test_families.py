@@ -680,6 +680,13 @@ EXTENSIONS: dict[str, dict[str, Any]] = {
     "norm after the mean": {"pooling": "mean", "norm_after_pooling": True},
     "pre-logits": {"use_representation_layer": True, "pooler_output_size": 20},
     "gated": {"use_swiglu_ffn": True},
+    "attention pooling": {"use_cls_token": False, "pooling": "map", "hidden_act": "gelu_new"},
+    "attention pooling of all tokens": {
+        "pooling": "map",
+        "pooler_num_heads": 2,
+        "pooler_intermediate_size": 20,
+        "pool_prefix_tokens": True,
+    },
     "all at once": {
         "layer_scale_init_value": 0.1,
         "num_register_tokens": 2,
