@@ -97,7 +97,9 @@ class _Network:
         patches = patches.transpose(1, 3, 0, 2, 4).reshape(rows * columns, -1)
         name = "embeddings.patch_embeddings.projection"
         kernel = self.weight(f"{name}.weight").reshape(config.hidden_size, -1)
-        x = patches @ kernel.T + self.weight(f"{name}.bias")
+        x = patches @ kernel.T
+        if config.use_patch_bias:
+            x = x + self.weight(f"{name}.bias")
         names = ("cls_token", "distillation_token", "register_tokens")
         found = [f"embeddings.{n}" for n in names if f"embeddings.{n}" in self.tensors]
         front = np.concatenate([x[:0], *(self.weight(name)[0] for name in found)])
@@ -149,6 +151,8 @@ class _Network:
     def run(self, image: np.ndarray) -> np.ndarray:
         config = self.config
         x = self.embeddings(image)
+        if config.use_pre_norm:
+            x = self.norm(x, "pre_layernorm")
         shared = self.bias("encoder") if config.use_shared_relative_position_bias else None
         for i in range(config.num_hidden_layers):
             layer = f"encoder.layer.{i}"

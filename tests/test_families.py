@@ -687,6 +687,7 @@ EXTENSIONS: dict[str, dict[str, Any]] = {
         "pooler_intermediate_size": 20,
         "pool_prefix_tokens": True,
     },
+    "norm before the blocks": {"use_patch_bias": False, "use_pre_norm": True},
     "all at once": {
         "layer_scale_init_value": 0.1,
         "num_register_tokens": 2,

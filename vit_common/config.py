@@ -23,6 +23,7 @@ from vit_common.config_fields import (
     FLOATS,
     INHERITED,
     MOST_LABELS,
+    ROWS,
     VIT_FIELDS,
     Fields,
     Pooling,
@@ -106,6 +107,14 @@ class ViTConfig:
     use_distillation_token: ClassVar[bool] = False
     any_image_size: ClassVar[bool] = False
 
+    is_part: ClassVar[bool] = False
+    """Whether the base network lies under `base_model_prefix` in every model, also in the one that
+    has nothing on it."""
+
+    keeps_pooler: ClassVar[bool] = False
+    """Whether models with a head have the pooler's parameters even where the head does not look at
+    it."""
+
     # Fields are set by name below; these are for readers and type checkers.
     vocab_size: int  # of BEiT alone
     hidden_size: int
@@ -138,6 +147,8 @@ class ViTConfig:
     pool_prefix_tokens: bool
     norm_after_pooling: bool
     use_representation_layer: bool
+    use_patch_bias: bool
+    use_pre_norm: bool
     drop_path_rate: float
     gradient_checkpointing: bool
     position_resize: ResizeRule
@@ -159,6 +170,9 @@ class ViTConfig:
         if fields is not None:
             cls.fields = fields
             cls.base_family = cls.model_type
+            for name in EXTENSIONS:  # what ViT varies and this family does not
+                if name not in fields and not hasattr(cls, name):
+                    setattr(cls, name, ROWS[name].default)
             _FAMILIES[cls.model_type] = cls
             _describe(cls)
         elif "__init__" in vars(cls):
@@ -216,7 +230,8 @@ class ViTConfig:
             # The network has it from other fields, or it was about one process; a file may say it.
             if name != "num_labels":
                 self._ignored[name] = value
-        elif isinstance(taken, (bool, int, float, str)):  # the same for the whole family
+        elif name in EXTENSIONS or isinstance(taken, (bool, int, float, str)):
+            # The same for the whole family.
             if value != taken and (name in EXTENSIONS or name == "qkv_bias"):
                 raise refusal(name, f"{taken!r} for {type(self).__name__}", value)
             self._ignored[name] = value
@@ -275,11 +290,7 @@ class ViTConfig:
             ConfigError: `hidden_size` is not a multiple of `num_attention_heads`, the image holds
                 no whole patch, or there is nothing to pool.
         """
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"config: `hidden_size` must be a multiple of `num_attention_heads`; given "
-                f"{self.hidden_size} and {self.num_attention_heads}."
-            )
+        self._check_heads()
         if min(self.grid_size) < 1:
             raise ConfigError(
                 f"config: `image_size` must be at least `patch_size`; given {self.image_size!r} "
@@ -290,7 +301,11 @@ class ViTConfig:
                 "config: `pooling` must be 'mean' or 'map' where `use_cls_token` is False; given "
                 f"{self.pooling!r}."
             )
-        if self.norm_after_pooling and self.pooling != "mean":
+        if (
+            self.norm_after_pooling
+            and self.pooling != "mean"
+            and "norm_after_pooling" in self.fields
+        ):
             raise ConfigError(
                 "config: `pooling` must be 'mean' where `norm_after_pooling` is True; given "
                 f"{self.pooling!r}."
@@ -310,6 +325,13 @@ class ViTConfig:
                 "config: `norm_after_pooling` and `use_representation_layer` must not both be True."
             )
 
+    def _check_heads(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"config: `hidden_size` must be a multiple of `num_attention_heads`; given "
+                f"{self.hidden_size} and {self.num_attention_heads}."
+            )
+
     # -- what the network is made of; the same names for every family
 
     @classmethod
@@ -326,6 +348,11 @@ class ViTConfig:
             f"{stem}ForImageClassification (in JAX Flax{stem}Model ...), or the Auto classes, "
             "which choose them."
         )
+
+    @classmethod
+    def from_related(cls, config: ViTConfig) -> ViTConfig | None:
+        """This family's configuration out of another's that holds it; None where it does not."""
+        return None
 
     @property
     def is_extended(self) -> bool:
@@ -845,6 +872,9 @@ def as_config(config: Any, wanted: type[ViTConfig] = ViTConfig) -> Any:
     if isinstance(config, ViTConfig):
         own = isinstance(config, wanted) and config.base_family == wanted.base_family
         if config.model_type != wanted.model_type and not own:
+            related = wanted.from_related(config)
+            if related is not None:
+                return related
             raise ConfigError(
                 f"`config` must be a {wanted.__name__}; given {type(config).__name__}. "
                 + config.use_instead()

@@ -134,13 +134,18 @@ def dense(part: FlaxViTPart, features: int, use_bias: bool = True) -> Dense:
 
 
 def convolution(
-    part: FlaxViTPart, features: int, size: tuple[int, int], name: str | None = None
+    part: FlaxViTPart,
+    features: int,
+    size: tuple[int, int],
+    use_bias: bool = True,
+    name: str | None = None,
 ) -> nn.Conv:
     return nn.Conv(
         features,
         kernel_size=size,
         strides=size,
         padding="VALID",
+        use_bias=use_bias,
         dtype=part.dtype,
         param_dtype=part.param_dtype,
         precision=part.precision,

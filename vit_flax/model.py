@@ -51,7 +51,12 @@ class FlaxViTPatchEmbeddings(FlaxViTPart):
     """Cuts the image into patches and projects each to width D."""
 
     def setup(self):
-        self.projection = convolution(self, self.config.hidden_size, self.config.patch_height_width)
+        self.projection = convolution(
+            self,
+            self.config.hidden_size,
+            self.config.patch_height_width,
+            use_bias=self.config.use_patch_bias,
+        )
 
     def __call__(self, pixel_values):
         embeddings = self.projection(pixel_values)  # (B, H/P, W/P, D)
@@ -428,6 +433,7 @@ class FlaxViTEncoder(FlaxViTPart):
         return_dict: bool = True,
         *,
         head_mask=None,
+        bias=None,
         grid: tuple[int, int] | None = None,
     ):
         """`FlaxBaseModelOutput` of the last block, before the final norm.
@@ -438,12 +444,14 @@ class FlaxViTEncoder(FlaxViTPart):
             head_mask: (A,) or (L, A), multiplies the attention probabilities.
             output_attentions, output_hidden_states: return those of every block too.
             return_dict: False returns the output's tuple.
+            bias: added to the scores of every block, such as a text's mask; broadcasts against
+                (B, A, S, S).
             grid: rows and columns of patches, for BEiT's bias; None means those of the config.
         """
         if head_mask is not None:
             head_mask = spread_head_mask(head_mask, self.config)
-        shared = self.config.use_shared_relative_position_bias
-        bias = self.relative_position_bias(grid or self.config.grid_size) if shared else None
+        if self.config.use_shared_relative_position_bias:
+            bias = self.relative_position_bias(grid or self.config.grid_size)
         return self.layer(
             hidden_states,
             deterministic,
@@ -503,7 +511,8 @@ def finish(output_class, outputs, flags, **results):
 
 
 class FlaxViTModule(FlaxViTPart):
-    """The base network: embeddings, encoder, final norm and, if asked for, the pooler.
+    """The base network: embeddings (of CLIP with a norm), encoder, final norm and, if asked for,
+    the pooler.
 
     Attributes:
         add_pooling_layer: whether there is a pooler.
@@ -518,6 +527,8 @@ class FlaxViTModule(FlaxViTPart):
     def setup(self):
         use_mask_token = self.use_mask_token or self.config.use_mask_token
         self.embeddings = FlaxViTEmbeddings(**options(self), use_mask_token=use_mask_token)
+        if self.config.use_pre_norm:
+            self.pre_layernorm = layer_norm(self)
         self.encoder = FlaxViTEncoder(**options(self))
         if not self.config.norm_after_pooling:
             self.layernorm = layer_norm(self)
@@ -562,7 +573,9 @@ class FlaxViTModule(FlaxViTPart):
             deterministic,
             bool_masked_pos=bool_masked_pos,
             interpolate_pos_encoding=interpolate_pos_encoding,
-        )
+        )  # (B, S, D)
+        if self.config.use_pre_norm:
+            hidden_states = self.pre_layernorm(hidden_states)
         P = self.config.patch_height_width
         outputs = self.encoder(
             hidden_states,
@@ -607,7 +620,8 @@ class FlaxViTForImageClassificationModule(FlaxViTPart):
     """The base network and a linear classifier on the class token, or as `pooling` says."""
 
     def setup(self):
-        add_network(self, add_pooling_layer=self.config.classifier_has_pooler)
+        config = self.config
+        add_network(self, add_pooling_layer=config.classifier_has_pooler or config.keeps_pooler)
         self.classifier = dense(self, self.config.num_labels)
 
     def __call__(

@@ -65,7 +65,7 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (rf"{_BLOCK}/(attention/)?output/dense/(bias|kernel_scale)", _WHOLE),
     (rf"{_BLOCK}/layernorm_(before|after)/(scale|bias)", _WHOLE),
     (rf"{_BLOCK}/lambda_[12]", _WHOLE),
-    (r"(layernorm|pooler/layernorm)/(scale|bias)", _WHOLE),
+    (r"(pre_layernorm|layernorm|pooler/layernorm)/(scale|bias)", _WHOLE),
     (r"pooler/dense/kernel", PartitionSpec(FSDP)),
     (r"pooler/dense/bias", _WHOLE),
     (r"pooler/probe", _WIDTH),
@@ -75,16 +75,20 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (r"pooler/intermediate/dense/bias", _PART),
     (r"pooler/(attention/)?output/dense/kernel", _INPUTS),
     (r"pooler/(attention/)?output/dense/bias", _WHOLE),
+    (r"embeddings/(token_embedding|position_embedding)/embedding", PartitionSpec(None, FSDP)),
+    (r"final_layernorm/(scale|bias)", _WHOLE),
 )
 _HEADS = r"(cls_classifier|distillation_classifier|classifier|lm_head)"
 _TREES = ("model", "lora")  # a model's parameters, and adapters beside them
 _ADAPTERS = ("lora_A", "lora_B", "lora_magnitude")
-_FAMILIES = r"(vit|deit|beit|dinov2|dinov2_with_registers)"
+_FAMILIES = r"(vit|deit|beit|dinov2|dinov2_with_registers|vision_model|text_model)"
 _TABLE = [(re.compile(rf"({_FAMILIES}/)?{name}"), spec) for name, spec in _NETWORK] + [
     (re.compile(rf"{_HEADS}/kernel"), PartitionSpec(FSDP)),  # (D, K)
     (re.compile(r"decoder/0/kernel"), PartitionSpec(None, None, FSDP)),  # (1, 1, D, ...)
     (re.compile(rf"({_HEADS}|decoder/0)/bias"), _WHOLE),
     (re.compile(r"lm_layernorm/(scale|bias)"), _WHOLE),
+    (re.compile(r"(visual|text)_projection/kernel"), PartitionSpec(FSDP)),
+    (re.compile(r"logit_scale"), _WHOLE),
 ]
 
 

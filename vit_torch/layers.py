@@ -51,10 +51,15 @@ def dense(part: ViTPart, inputs: int, features: int, use_bias: bool = True) -> n
     return layer
 
 
-def convolution(part: ViTPart, inputs: int, features: int, size: tuple[int, int]) -> nn.Conv2d:
-    layer = uninitialized(nn.Conv2d, inputs, features, kernel_size=size, stride=size, padding=0)
+def convolution(
+    part: ViTPart, inputs: int, features: int, size: tuple[int, int], use_bias: bool = True
+) -> nn.Conv2d:
+    layer = uninitialized(
+        nn.Conv2d, inputs, features, kernel_size=size, stride=size, padding=0, bias=use_bias
+    )
     initialize(layer.weight, part.config)
-    nn.init.zeros_(layer.bias)
+    if use_bias:
+        nn.init.zeros_(layer.bias)
     return layer
 
 

@@ -69,6 +69,7 @@ class ViTPatchEmbeddings(ViTPart):
             self.config.num_channels,
             self.config.hidden_size,
             self.config.patch_height_width,
+            use_bias=self.config.use_patch_bias,
         )
 
     def forward(self, pixel_values):
@@ -415,6 +416,7 @@ class ViTEncoder(ViTPart):
         output_hidden_states: bool = False,
         return_dict: bool = True,
         grid: tuple[int, int] | None = None,
+        bias=None,
     ):
         """`BaseModelOutput` of the last block, before the final norm.
 
@@ -424,11 +426,13 @@ class ViTEncoder(ViTPart):
             output_attentions, output_hidden_states: return those of every block too.
             return_dict: False returns the output's tuple.
             grid: rows and columns of patches, for BEiT's bias; None means those of the config.
+            bias: added to the scores of every block, such as a text's mask; broadcasts against
+                (B, A, S, S).
         """
         if head_mask is not None:
             head_mask = spread_head_mask(head_mask, self.config)
-        shared = self.config.use_shared_relative_position_bias
-        bias = self.relative_position_bias(grid or self.config.grid_size) if shared else None
+        if self.config.use_shared_relative_position_bias:
+            bias = self.relative_position_bias(grid or self.config.grid_size)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         all_hidden_states, all_attentions = [hidden_states], []
         for i, layer in enumerate(self.layer):
@@ -496,7 +500,8 @@ def finish(output_class, outputs, flags, **results):
 
 
 class ViTModule(ViTPart):
-    """The base network: embeddings, encoder, final norm and, if asked for, the pooler.
+    """The base network: embeddings (of CLIP with a norm), encoder, final norm and, if asked for,
+    the pooler.
 
     Attributes:
         add_pooling_layer: whether there is a pooler.
@@ -508,6 +513,8 @@ class ViTModule(ViTPart):
         self.add_pooling_layer = add_pooling_layer
         self.use_mask_token = use_mask_token or self.config.use_mask_token
         self.embeddings = ViTEmbeddings(**options(self), use_mask_token=self.use_mask_token)
+        if self.config.use_pre_norm:
+            self.pre_layernorm = layer_norm(self)
         self.encoder = ViTEncoder(**options(self))
         if not self.config.norm_after_pooling:
             self.layernorm = layer_norm(self)
@@ -549,7 +556,9 @@ class ViTModule(ViTPart):
             pixel_values,
             bool_masked_pos=bool_masked_pos,
             interpolate_pos_encoding=interpolate_pos_encoding,
-        )
+        )  # (B, S, D)
+        if self.config.use_pre_norm:
+            hidden_states = self.pre_layernorm(hidden_states)
         P = self.config.patch_height_width
         outputs = self.encoder(
             hidden_states,
@@ -594,7 +603,8 @@ class ViTForImageClassificationModule(ViTPart):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        add_network(self, add_pooling_layer=self.config.classifier_has_pooler)
+        config = self.config
+        add_network(self, add_pooling_layer=config.classifier_has_pooler or config.keeps_pooler)
         self.classifier = dense(self, self.config.classifier_width, self.config.num_labels)
 
     def forward(

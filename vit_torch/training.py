@@ -108,7 +108,7 @@ def _depth(bare: str, last: int, rule: str) -> int:
     """0 for the embeddings, i + 1 for block i, `last` for what stands behind the blocks."""
     if block := re.match(r"encoder\.layer\.(\d+)\.", bare):
         return int(block[1]) + 1
-    if bare.startswith("embeddings."):
+    if bare.startswith(("embeddings.", "pre_layernorm.")):
         return 0
     if bare.startswith("encoder."):  # a table of position biases that all blocks share
         return last if rule == "mae" else 0

@@ -20,8 +20,9 @@ from vit_common.parameters import Head
 from vit_common.positions import RelativeRule
 from vit_convert.layouts import KEEP, Layout
 
-PREFIXES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers")
-"""What models with a head put before the names of the network under it, one for each family."""
+PREFIXES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers", "vision_model")
+"""What models with a head put before the names of the network under it, one for each family (CLIP:
+every model)."""
 
 
 @dataclass(frozen=True)
