@@ -246,6 +246,25 @@ class _Network:
             x = x + branch
         return self.head(x if config.norm_after_pooling else self.norm(x, "layernorm"))
 
+    def attention_pooler(self, x: np.ndarray) -> np.ndarray:
+        """What the probe finds in the tokens, (N, D) -> (D,)."""
+        A = self.config.pooler_num_heads or self.config.num_attention_heads
+        query = self.dense(self.weight("pooler.probe")[0], "pooler.attention.query")
+        heads = []
+        for q, k, v in zip(
+            np.split(query, A, axis=1),
+            np.split(self.dense(x, "pooler.attention.key"), A, axis=1),
+            np.split(self.dense(x, "pooler.attention.value"), A, axis=1),
+            strict=True,
+        ):
+            scores = q @ k.T / math.sqrt(q.shape[1])  # (1, N)
+            scores = np.exp(scores - scores.max())
+            heads.append(scores / scores.sum() @ v)  # (1, D/A)
+        x = self.dense(np.concatenate(heads, axis=1), "pooler.attention.output.dense")[0]
+        inner = self.dense(self.norm(x, "pooler.layernorm"), "pooler.intermediate.dense")
+        inner = self.activation(inner, self.config.hidden_act)
+        return x + self.dense(inner, "pooler.output.dense")
+
     def head(self, x: np.ndarray) -> np.ndarray:
         """Logits, or without a classifier the pooled output; one vector."""
         config, T = self.config, self.config.num_prefix_tokens
@@ -254,9 +273,12 @@ class _Network:
         if "cls_classifier.weight" in self.tensors:
             both = [self.dense(x[0], "cls_classifier"), self.dense(x[1], "distillation_classifier")]
             return np.add(*both) / 2
-        mean = x[T:].mean(axis=0)
+        first = 0 if config.pool_prefix_tokens else T
+        mean = x[first:].mean(axis=0)
         pooled = mean if config.pooling == "mean" else x[0]
-        if "pooler.layernorm.weight" in self.tensors:
+        if "pooler.probe" in self.tensors:
+            pooled = self.attention_pooler(x[first:])
+        elif "pooler.layernorm.weight" in self.tensors:
             pooled = self.norm(pooled, "pooler.layernorm")
         elif "pooler.dense.weight" in self.tensors and (
             config.use_representation_layer or "classifier.weight" not in self.tensors

@@ -165,7 +165,7 @@ def _rank(name: str) -> int:
         return 4
     if name.startswith("embeddings.stem."):
         return 1 if "norm" in name.split(".")[-2] else 4
-    if name.startswith("embeddings.") and "projection" not in name:
+    if (name.startswith("embeddings.") and "projection" not in name) or name == "pooler.probe":
         return 3
     vector = name.endswith((".bias", "lambda_1", "lambda_2")) or "norm" in name.split(".")[-2]
     return 1 if vector else 2
@@ -388,6 +388,12 @@ def _pooling(shapes, family: str, timm: Any, note: Any) -> None:
         note("names", use_mean_pooling="pooler.layernorm.weight" in shapes or pretrained)
         return
     if family != "vit":
+        return
+    if "pooler.probe" in shapes:
+        note("names (attention pooling)", pooling="map")
+        inner = shapes.get("pooler.intermediate.dense.weight", (0,))[0]
+        if inner != shapes.get("encoder.layer.0.output.dense.weight", (0, inner))[1]:
+            note("shapes", pooler_intermediate_size=inner)
         return
     if "pooler.layernorm.weight" in shapes:
         note("names (fc_norm)", pooling="mean", norm_after_pooling=True)

@@ -59,6 +59,9 @@ __all__ = [
 CONFIG_NAME = "config.json"
 
 
+PoolerType = Literal["dense", "norm", "token", "map"]
+
+
 class Flags(NamedTuple):
     """Flags of a call: what it returns."""
 
@@ -154,6 +157,9 @@ class ViTConfig:
     stem_standardization: StemStandardization
     stem_norm_eps: float
     pooling: Pooling
+    pooler_num_heads: int | None
+    pooler_intermediate_size: int | None
+    pool_prefix_tokens: bool
     norm_after_pooling: bool
     use_representation_layer: bool
     use_patch_bias: bool
@@ -311,9 +317,9 @@ class ViTConfig:
                 f"and {self.patch_size!r}."
             )
         self._check_stem()
-        if not self.use_cls_token and self.pooling != "mean":
+        if not self.use_cls_token and self.pooling not in ("mean", "map"):
             raise ConfigError(
-                "config: `pooling` must be 'mean' where `use_cls_token` is False; given "
+                "config: `pooling` must be 'mean' or 'map' where `use_cls_token` is False; given "
                 f"{self.pooling!r}."
             )
         if (
@@ -325,10 +331,15 @@ class ViTConfig:
                 "config: `pooling` must be 'mean' where `norm_after_pooling` is True; given "
                 f"{self.pooling!r}."
             )
-        if self.pooling == "cls_mean" and self.use_representation_layer:
+        if self.pooling in ("cls_mean", "map") and self.use_representation_layer:
             raise ConfigError(
                 "config: `pooling` must be 'cls' or 'mean' where `use_representation_layer` is "
-                "True; given 'cls_mean'."
+                f"True; given {self.pooling!r}."
+            )
+        if self.pooler_type == "map" and self.hidden_size % self.pooler_heads:
+            raise ConfigError(
+                "config: `hidden_size` must be a multiple of `pooler_num_heads`; given "
+                f"{self.hidden_size} and {self.pooler_heads}."
             )
         if self.norm_after_pooling and self.use_representation_layer:
             raise ConfigError(
@@ -439,15 +450,32 @@ class ViTConfig:
         return tuple(self.drop_path_rate * i / last for i in range(self.num_hidden_layers))
 
     @property
-    def pooler_type(self) -> Literal["dense", "norm", "token"]:
-        """Kind of the pooler on the class token or the mean of the patches: a dense layer with
-        `pooler_act`, a norm, or neither."""
+    def pooler_type(self) -> PoolerType:
+        """Kind of the pooler: on the class token or the mean of the patches a dense layer with
+        `pooler_act`, a norm, or neither; or attention pooling, "map"."""
+        if self.pooling == "map":
+            return "map"
         return "norm" if self.norm_after_pooling else "dense"
+
+    @property
+    def pooler_heads(self) -> int:
+        """Number of heads of attention pooling."""
+        return self.pooler_num_heads or self.num_attention_heads
+
+    @property
+    def pooler_inner(self) -> int:
+        """Width of the MLP in attention pooling."""
+        return self.pooler_intermediate_size or self.intermediate_size
+
+    @property
+    def first_pooled_token(self) -> int:
+        """The token from which on the pooling "mean" or "map" takes all."""
+        return 0 if self.pool_prefix_tokens else self.num_prefix_tokens
 
     @property
     def classifier_has_pooler(self) -> bool:
         """Whether the input of the classifier is the pooler's output."""
-        return self.norm_after_pooling or self.use_representation_layer
+        return self.norm_after_pooling or self.use_representation_layer or self.pooling == "map"
 
     @property
     def classifier_width(self) -> int:

@@ -229,7 +229,7 @@ STEM_NARROWING = 4
 PositionTokens = Literal["all", "cls", "patches"]
 StemType = Literal["resnetv2"]
 StemStandardization = Literal["variance", "deviation"]
-Pooling = Literal["cls", "mean", "cls_mean"]
+Pooling = Literal["cls", "mean", "cls_mean", "map"]
 
 VIT, DEIT, BEIT, DINOV2, REGISTERS = "vit", "deit", "beit", "dinov2", "dinov2_with_registers"
 CLIP, CLIP_VISION, CLIP_TEXT = "clip", "clip_vision_model", "clip_text_model"
@@ -492,7 +492,9 @@ ROWS: dict[str, Field] = {
         dinov2_with_registers=4,
     ),
     "use_cls_token": _extension(
-        True, _boolean, 'whether there is a class token; without it `pooling` must be "mean"'
+        True,
+        _boolean,
+        'whether there is a class token; without it `pooling` must be "mean" or "map"',
     ),
     "position_tokens": _extension(
         "all",
@@ -527,8 +529,26 @@ ROWS: dict[str, Field] = {
     "pooling": _extension(
         "cls",
         _choice(get_args(Pooling)),
-        'input of the classifier: "cls" (the class token), "mean" (the mean of the patches) or '
-        '"cls_mean" (both joined, as in DINOv2)',
+        'input of the classifier: "cls" (the class token), "mean" (the mean of the patches), '
+        '"cls_mean" (both joined, as in DINOv2) or "map" (attention pooling: a learned probe '
+        "attends to the patches and an MLP follows, as in SigLIP; Zhai et al. 2022, "
+        "arXiv:2106.04560)",
+    ),
+    "pooler_num_heads": _extension(
+        None,
+        _optional(_size),
+        "number of heads of attention pooling; None means `num_attention_heads`",
+    ),
+    "pooler_intermediate_size": _extension(
+        None,
+        _optional(_size),
+        "width of the MLP in attention pooling; None means `intermediate_size`",
+    ),
+    "pool_prefix_tokens": _extension(
+        False,
+        _boolean,
+        'whether the pooling "mean" or "map" takes the tokens in front of the patches too, as in '
+        "the Perception Encoder",
     ),
     "norm_after_pooling": _extension(
         False,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from vit_common.config import ViTConfig, config_classes, without_timm
+from vit_common.config import PoolerType, ViTConfig, config_classes, without_timm
 from vit_common.config_fields import Pooling, PositionTokens, fields_of
 from vit_common.errors import ConfigError, shown
 
@@ -82,7 +82,7 @@ class BeitConfig(FamilyConfig, fields=fields_of("beit")):
         return self.use_mean_pooling
 
     @property
-    def pooler_type(self) -> Literal["dense", "norm", "token"]:
+    def pooler_type(self) -> PoolerType:
         """Kind of the pooler."""
         return "norm" if self.use_mean_pooling else "token"
 
@@ -136,7 +136,7 @@ class Dinov2Config(FamilyConfig, fields=fields_of("dinov2", "use_mask_token")):
         return (self.drop_path_rate,) * self.num_hidden_layers
 
     @property
-    def pooler_type(self) -> Literal["dense", "norm", "token"]:
+    def pooler_type(self) -> PoolerType:
         """Kind of the pooler."""
         return "token"
 

@@ -52,7 +52,8 @@ def head_tokens(
         return 2
     if head is None:
         pools = add_pooling_layer and not config.keeps_pooler
-        return None if pools and config.pooling == "mean" else 1
+        by_attention = add_pooling_layer and config.pooler_type == "map"
+        return None if by_attention or (pools and config.pooling == "mean") else 1
     if head == "projection":
         return 1
     return 1 if head == "classifier" and config.pooling == "cls" else None
@@ -180,6 +181,8 @@ def parameter_shapes(
         elif config.pooler_type == "norm":
             shapes["pooler.layernorm.weight"] = (D,)
             shapes["pooler.layernorm.bias"] = (D,)
+        elif config.pooler_type == "map":
+            shapes |= _attention_pooler(D, config.pooler_inner)
     if head is None and not config.is_part:
         return shapes
 
@@ -231,6 +234,18 @@ def _stem_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _attention_pooler(D: int, inner: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"pooler.probe": (1, 1, D)}
+    dense = {f"attention.{name}": (D, D) for name in ("query", "key", "value", "output.dense")}
+    dense |= {"intermediate.dense": (inner, D), "output.dense": (D, inner)}
+    for name, shape in dense.items():
+        if name == "intermediate.dense":
+            shapes["pooler.layernorm.weight"] = shapes["pooler.layernorm.bias"] = (D,)
+        shapes[f"pooler.{name}.weight"] = shape
+        shapes[f"pooler.{name}.bias"] = shape[:1]
+    return shapes
+
+
 def _text_tower(config: ViTConfig, head: Head | None) -> dict[str, tuple[int, ...]]:
     """The text tower of a CLIP, whose blocks are those of an image's."""
     D, inner = config.hidden_size, config.intermediate_size
@@ -279,7 +294,7 @@ def initial_value(
     if name == "logit_scale":
         return "logit scale"
     *_, owner, leaf = ("", *name.split("."))
-    if leaf in ("cls_token", "distillation_token", "position_embeddings"):
+    if leaf in ("cls_token", "distillation_token", "position_embeddings", "probe"):
         return "normal"
     if leaf in ("lambda_1", "lambda_2"):
         return "layer scale"

@@ -42,6 +42,7 @@ from vit_flax.outputs import (
     FlaxMaskedLMOutput,
     FlaxSequenceClassifierOutput,
 )
+from vit_flax.parts.attention_pool import FlaxViTAttentionPooler
 from vit_flax.parts.part import FlaxViTPart, activation, options
 from vit_flax.parts.rotary import rotate, rotation
 from vit_flax.parts.stems import FlaxViTStem
@@ -502,10 +503,11 @@ def spread_head_mask(head_mask, config: ViTConfig):
 
 
 def mean_of_patches(hidden_states, config: ViTConfig):
-    """(B, S, D) -> (B, D): the mean of the tokens that are patches."""
+    """(B, S, D) -> (B, D): the mean of the tokens that are patches, or as `pool_prefix_tokens` says
+    of all."""
     if hidden_states.shape[1] <= config.num_prefix_tokens:
         raise InputError("the mean of the patches needs all tokens: `front_tokens` must be None.")
-    return jnp.mean(hidden_states[:, config.num_prefix_tokens :], axis=1)
+    return jnp.mean(hidden_states[:, config.first_pooled_token :], axis=1)
 
 
 class FlaxViTPooler(FlaxViTPart):
@@ -560,7 +562,9 @@ class FlaxViTModule(FlaxViTPart):
         if not self.config.norm_after_pooling:
             self.layernorm = layer_norm(self)
         if self.add_pooling_layer:
-            self.pooler = FlaxViTPooler(**options(self))
+            by_attention = self.config.pooler_type == "map"
+            pooler = FlaxViTAttentionPooler if by_attention else FlaxViTPooler
+            self.pooler = pooler(**options(self))
 
     def __call__(
         self,

@@ -45,6 +45,7 @@ from vit_torch.outputs import (
     MaskedImageModelingOutput,
     MaskedLMOutput,
 )
+from vit_torch.parts.attention_pool import ViTAttentionPooler
 from vit_torch.parts.part import ViTPart, activation, options
 from vit_torch.parts.rotary import Rotation, rotate, rotation
 from vit_torch.parts.stems import ViTStem
@@ -492,8 +493,9 @@ def spread_head_mask(head_mask, config: ViTConfig):
 
 
 def mean_of_patches(hidden_states, config: ViTConfig):
-    """(B, S, D) -> (B, D): the mean of the tokens that are patches."""
-    return hidden_states[:, config.num_prefix_tokens :].mean(dim=1)
+    """(B, S, D) -> (B, D): the mean of the tokens that are patches, or as `pool_prefix_tokens` says
+    of all."""
+    return hidden_states[:, config.first_pooled_token :].mean(dim=1)
 
 
 class ViTPooler(ViTPart):
@@ -545,7 +547,8 @@ class ViTModule(ViTPart):
         self.encoder = ViTEncoder(**options(self))
         if not self.config.norm_after_pooling:
             self.layernorm = layer_norm(self)
-        self.pooler = ViTPooler(**options(self)) if add_pooling_layer else None
+        pooler = ViTAttentionPooler if self.config.pooler_type == "map" else ViTPooler
+        self.pooler = pooler(**options(self)) if add_pooling_layer else None
 
     def forward(
         self,

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from vit_convert.formats.format import Files, Format, Rule
 from vit_convert.formats.huggingface import (
+    ATTENTION_POOLER_DENSE,
     BEIT_HEAD,
     BLOCK,
     CLIP,
@@ -31,9 +32,11 @@ _TOKENS = (
     "embeddings.position_embeddings",
     "encoder.relative_position_bias.relative_position_bias_table",
     "encoder.rope_frequencies",
+    "pooler.probe",
 )
 _DENSE = (
     "pooler.dense",
+    *ATTENTION_POOLER_DENSE,
     "classifier",
     "cls_classifier",
     "distillation_classifier",
@@ -54,7 +57,16 @@ _ALONE = (
 def _leaves(theirs: str, ours: str, separator: str) -> list[Rule]:
     """The rules of one module; what kind it is, its name says."""
     if ours.endswith(
-        ("lambda_1", "lambda_2", "_table", "_token", "_tokens", "_embeddings", "_frequencies")
+        (
+            "lambda_1",
+            "lambda_2",
+            "_table",
+            "_token",
+            "_tokens",
+            "_embeddings",
+            "_frequencies",
+            "probe",
+        )  # fmt: skip
     ):
         pairs: list[tuple[str, str, Layout]] = [("", "", KEEP)]
     elif "norm" in ours.rpartition(".")[2]:

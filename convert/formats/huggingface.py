@@ -13,6 +13,18 @@ from vit_convert.formats.format import Files, Format, Rule
 from vit_convert.formats.stems import TRANSFORMERS
 from vit_convert.layouts import GATE_AND_UP, KEEP, TOKEN, VECTOR, Layout
 
+ATTENTION_POOLER_DENSE = (
+    "pooler.attention.query",
+    "pooler.attention.key",
+    "pooler.attention.value",
+    "pooler.attention.output.dense",
+    "pooler.intermediate.dense",
+    "pooler.output.dense",
+)
+ATTENTION_POOLER = (
+    "pooler.probe",
+    *(f"{name}.{leaf}" for name in ATTENTION_POOLER_DENSE for leaf in ("weight", "bias")),
+)
 _TOP = (
     "embeddings.cls_token",
     "embeddings.distillation_token",
@@ -29,6 +41,7 @@ _TOP = (
     "pooler.dense.bias",
     "pooler.layernorm.weight",
     "pooler.layernorm.bias",
+    *ATTENTION_POOLER,
     "classifier.weight",
     "classifier.bias",
     "cls_classifier.weight",
