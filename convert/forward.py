@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from vit_common.config import ViTConfig
+from vit_common.config_fields import STEM_GROUPS
 from vit_common.errors import ConfigError
 from vit_common.positions import relative_position_index, rotary_angles, rotary_coordinates
 from vit_convert.rules import TensorLike
@@ -61,6 +62,18 @@ _ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+def _windows(x: np.ndarray, size: int, stride: int, border: float) -> np.ndarray:
+    """(C, H, W) -> (C, H', W', size, size): what a window sees at each of its places, rounded up
+    from H / stride; beyond the border a constant, the odd place after the end."""
+    pads = [(0, 0)]
+    for side in x.shape[1:]:
+        total = max((math.ceil(side / stride) - 1) * stride + size - side, 0)
+        pads.append((total // 2, total - total // 2))
+    x = np.pad(x, pads, constant_values=border)
+    windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), axis=(1, 2))
+    return windows[:, ::stride, ::stride]
+
+
 class _Network:
     """The weights by canonical name, read one by one, with what every layer needs."""
 
@@ -92,7 +105,9 @@ class _Network:
     def embeddings(self, image: np.ndarray) -> np.ndarray:
         """(C, H, W) -> (S, D)."""
         config = self.config
-        (rows, columns), (p, q) = config.grid_size, config.patch_height_width
+        (rows, columns), (p, q) = config.grid_size, config.projection_size
+        if config.stem_type is not None:
+            image = self.stem(image)
         patches = image[:, : rows * p, : columns * q].reshape(-1, rows, p, columns, q)
         patches = patches.transpose(1, 3, 0, 2, 4).reshape(rows * columns, -1)
         name = "embeddings.patch_embeddings.projection"
@@ -109,6 +124,48 @@ class _Network:
             front[:k] += positions[:k]
             x = x + positions[k:]
         return np.concatenate([front, x])
+
+    def convolution(self, x: np.ndarray, name: str, stride: int = 1) -> np.ndarray:
+        """(C, H, W) -> (out, H/stride, W/stride): a standardised kernel at each place."""
+        kernel = self.weight(f"{name}.weight")
+        rows = kernel.reshape(len(kernel), -1)
+        rows = rows - rows.mean(axis=1, keepdims=True)
+        if self.config.stem_standardization == "deviation":
+            rows = rows / (rows.std(axis=1, keepdims=True) + 1e-5)
+        else:
+            rows = rows / np.sqrt(rows.var(axis=1, keepdims=True) + 1e-8)
+        size = kernel.shape[-1]
+        windows = _windows(x, size, stride, 0.0)  # (C, H', W', k, k)
+        out = np.einsum("ochw,cyxhw->oyx", rows.reshape(kernel.shape), windows, optimize=True)
+        return out
+
+    def group_norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        """(C, H, W) -> the same."""
+        groups = x.reshape(STEM_GROUPS, -1)
+        centred = groups - groups.mean(axis=1, keepdims=True)
+        deviation = np.sqrt(np.mean(centred**2, axis=1, keepdims=True) + self.config.stem_norm_eps)
+        scaled = (centred / deviation).reshape(x.shape)
+        weight, bias = (self.weight(f"{name}.{leaf}")[:, None, None] for leaf in ("weight", "bias"))
+        return scaled * weight + bias
+
+    def stem(self, image: np.ndarray) -> np.ndarray:
+        """(C, H, W) -> (stem_channels, H/s, W/s): the ResNet of a hybrid."""
+        name = "embeddings.stem"
+        x = self.convolution(image, f"{name}.convolution", 2)
+        x = np.maximum(self.group_norm(x, f"{name}.norm"), 0.0)
+        x = _windows(x, 3, 2, -np.inf).max(axis=(3, 4))
+        for i, depth in enumerate(self.config.stem_depths):
+            for j in range(depth):
+                block, stride = f"{name}.stage{i}.{j}", 2 if i > 0 and j == 0 else 1
+                shortcut = x
+                if j == 0:
+                    shortcut = self.convolution(x, f"{block}.conv_shortcut", stride)
+                    shortcut = self.group_norm(shortcut, f"{block}.norm_shortcut")
+                for number, step in (("1", 1), ("2", stride), ("3", 1)):
+                    x = self.convolution(x, f"{block}.conv{number}", step)
+                    x = self.group_norm(x, f"{block}.norm{number}")
+                    x = np.maximum(x if number != "3" else x + shortcut, 0.0)
+        return x
 
     def bias(self, name: str) -> np.ndarray:
         """(A, S, S) of a table of relative positions."""
@@ -189,6 +246,25 @@ class _Network:
             x = x + branch
         return self.head(x if config.norm_after_pooling else self.norm(x, "layernorm"))
 
+    def attention_pooler(self, x: np.ndarray) -> np.ndarray:
+        """What the probe finds in the tokens, (N, D) -> (D,)."""
+        A = self.config.pooler_num_heads or self.config.num_attention_heads
+        query = self.dense(self.weight("pooler.probe")[0], "pooler.attention.query")
+        heads = []
+        for q, k, v in zip(
+            np.split(query, A, axis=1),
+            np.split(self.dense(x, "pooler.attention.key"), A, axis=1),
+            np.split(self.dense(x, "pooler.attention.value"), A, axis=1),
+            strict=True,
+        ):
+            scores = q @ k.T / math.sqrt(q.shape[1])  # (1, N)
+            scores = np.exp(scores - scores.max())
+            heads.append(scores / scores.sum() @ v)  # (1, D/A)
+        x = self.dense(np.concatenate(heads, axis=1), "pooler.attention.output.dense")[0]
+        inner = self.dense(self.norm(x, "pooler.layernorm"), "pooler.intermediate.dense")
+        inner = self.activation(inner, self.config.hidden_act)
+        return x + self.dense(inner, "pooler.output.dense")
+
     def head(self, x: np.ndarray) -> np.ndarray:
         """Logits, or without a classifier the pooled output; one vector."""
         config, T = self.config, self.config.num_prefix_tokens
@@ -197,9 +273,12 @@ class _Network:
         if "cls_classifier.weight" in self.tensors:
             both = [self.dense(x[0], "cls_classifier"), self.dense(x[1], "distillation_classifier")]
             return np.add(*both) / 2
-        mean = x[T:].mean(axis=0)
+        first = 0 if config.pool_prefix_tokens else T
+        mean = x[first:].mean(axis=0)
         pooled = mean if config.pooling == "mean" else x[0]
-        if "pooler.layernorm.weight" in self.tensors:
+        if "pooler.probe" in self.tensors:
+            pooled = self.attention_pooler(x[first:])
+        elif "pooler.layernorm.weight" in self.tensors:
             pooled = self.norm(pooled, "pooler.layernorm")
         elif "pooler.dense.weight" in self.tensors and (
             config.use_representation_layer or "classifier.weight" not in self.tensors

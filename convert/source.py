@@ -34,7 +34,7 @@ from vit_convert.adapters import (
 )
 from vit_convert.detect import Root
 from vit_convert.formats.format import family_prefix
-from vit_convert.formats.timm_config import TRANSFORM
+from vit_convert.formats.timm.config import TRANSFORM
 from vit_convert.infer import Note, infer_config
 from vit_convert.read import Read, check_divides, fits_grid, read_tensors, resample
 from vit_convert.rules import Format, Mapped, as_mapped

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from vit_common.config import ViTConfig
+from vit_common.config_fields import STEM_NARROWING
 from vit_common.positions import relative_distances
 
 Head = Literal["classifier", "teacher", "decoder", "tokens", "projection", "towers"]
@@ -51,7 +52,8 @@ def head_tokens(
         return 2
     if head is None:
         pools = add_pooling_layer and not config.keeps_pooler
-        return None if pools and config.pooling == "mean" else 1
+        by_attention = add_pooling_layer and config.pooler_type == "map"
+        return None if by_attention or (pools and config.pooling == "mean") else 1
     if head == "projection":
         return 1
     return 1 if head == "classifier" and config.pooling == "cls" else None
@@ -128,7 +130,9 @@ def parameter_shapes(
     if config.use_absolute_position_embeddings:
         positions = config.num_prefix_positions + config.num_patches
         shapes["embeddings.position_embeddings"] = (1, positions, D)
-    projection = (D, config.num_channels, *config.patch_height_width)
+    if config.stem_type is not None:
+        shapes |= _stem_shapes(config)
+    projection = (D, config.stem_channels, *config.projection_size)
     shapes["embeddings.patch_embeddings.projection.weight"] = projection
     if config.use_patch_bias:
         shapes["embeddings.patch_embeddings.projection.bias"] = (D,)
@@ -177,6 +181,8 @@ def parameter_shapes(
         elif config.pooler_type == "norm":
             shapes["pooler.layernorm.weight"] = (D,)
             shapes["pooler.layernorm.bias"] = (D,)
+        elif config.pooler_type == "map":
+            shapes |= _attention_pooler(D, config.pooler_inner)
     if head is None and not config.is_part:
         return shapes
 
@@ -200,6 +206,43 @@ def parameter_shapes(
         pixels = config.encoder_stride**2 * config.num_channels
         shapes["decoder.0.weight"] = (pixels, D, 1, 1)
         shapes["decoder.0.bias"] = (pixels,)
+    return shapes
+
+
+def _stem_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
+    """The parameters of a ResNet before the patch projection."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def add(module: str, number: str, inputs: int, features: int, size: int = 1) -> None:
+        conv = "convolution" if number == "" else f"conv{number}"
+        shapes[f"{module}.{conv}.weight"] = (features, inputs, size, size)
+        for leaf in ("weight", "bias"):
+            shapes[f"{module}.norm{number}.{leaf}"] = (features,)
+
+    inputs = config.stem_width
+    add("embeddings.stem", "", config.num_channels, inputs, 7)
+    for i, features in enumerate(config.stem_widths):
+        inner = features // STEM_NARROWING
+        for j in range(config.stem_depths[i]):
+            block = f"embeddings.stem.stage{i}.{j}"
+            if j == 0:
+                add(block, "_shortcut", inputs, features)
+            add(block, "1", inputs, inner)
+            add(block, "2", inner, inner, 3)
+            add(block, "3", inner, features)
+            inputs = features
+    return shapes
+
+
+def _attention_pooler(D: int, inner: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"pooler.probe": (1, 1, D)}
+    dense = {f"attention.{name}": (D, D) for name in ("query", "key", "value", "output.dense")}
+    dense |= {"intermediate.dense": (inner, D), "output.dense": (D, inner)}
+    for name, shape in dense.items():
+        if name == "intermediate.dense":
+            shapes["pooler.layernorm.weight"] = shapes["pooler.layernorm.bias"] = (D,)
+        shapes[f"pooler.{name}.weight"] = shape
+        shapes[f"pooler.{name}.bias"] = shape[:1]
     return shapes
 
 
@@ -251,7 +294,7 @@ def initial_value(
     if name == "logit_scale":
         return "logit scale"
     *_, owner, leaf = ("", *name.split("."))
-    if leaf in ("cls_token", "distillation_token", "position_embeddings"):
+    if leaf in ("cls_token", "distillation_token", "position_embeddings", "probe"):
         return "normal"
     if leaf in ("lambda_1", "lambda_2"):
         return "layer scale"

@@ -42,8 +42,10 @@ from vit_flax.outputs import (
     FlaxMaskedLMOutput,
     FlaxSequenceClassifierOutput,
 )
+from vit_flax.parts.attention_pool import FlaxViTAttentionPooler
 from vit_flax.parts.part import FlaxViTPart, activation, options
 from vit_flax.parts.rotary import rotate, rotation
+from vit_flax.parts.stems import FlaxViTStem
 from vit_flax.stacked import make_blocks, scan_blocks
 
 
@@ -54,12 +56,12 @@ class FlaxViTPatchEmbeddings(FlaxViTPart):
         self.projection = convolution(
             self,
             self.config.hidden_size,
-            self.config.patch_height_width,
+            self.config.projection_size,
             use_bias=self.config.use_patch_bias,
         )
 
     def __call__(self, pixel_values):
-        embeddings = self.projection(pixel_values)  # (B, H/P, W/P, D)
+        embeddings = self.projection(pixel_values)  # (B, H/P, W/P, D); with a stem, of its output
         B, rows, columns, D = embeddings.shape
         return embeddings.reshape(B, rows * columns, D)  # (B, N, D)
 
@@ -82,6 +84,8 @@ class FlaxViTEmbeddings(FlaxViTPart):
         if config.use_absolute_position_embeddings:
             positions = config.num_prefix_positions + config.num_patches
             add_parameter(self, "position_embeddings", (1, positions, D), "normal")
+        if config.stem_type is not None:
+            self.stem = FlaxViTStem(**options(self))
         self.patch_embeddings = FlaxViTPatchEmbeddings(**options(self))
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
@@ -103,7 +107,11 @@ class FlaxViTEmbeddings(FlaxViTPart):
         B, H, W, C = pixel_values.shape
         grid = check_image(C, H, W, self.config, interpolate=interpolate_pos_encoding)
 
-        embeddings = self.patch_embeddings(pixel_values.astype(self.dtype))  # (B, N, D)
+        pixel_values = pixel_values.astype(self.dtype)
+        if self.config.stem_type is not None:
+            P = self.config.patch_height_width
+            pixel_values = self.stem(pixel_values[:, : grid[0] * P[0], : grid[1] * P[1]])
+        embeddings = self.patch_embeddings(pixel_values)  # (B, N, D)
         if bool_masked_pos is not None:
             if not self.use_mask_token:
                 raise InputError(
@@ -495,10 +503,11 @@ def spread_head_mask(head_mask, config: ViTConfig):
 
 
 def mean_of_patches(hidden_states, config: ViTConfig):
-    """(B, S, D) -> (B, D): the mean of the tokens that are patches."""
+    """(B, S, D) -> (B, D): the mean of the tokens that are patches, or as `pool_prefix_tokens` says
+    of all."""
     if hidden_states.shape[1] <= config.num_prefix_tokens:
         raise InputError("the mean of the patches needs all tokens: `front_tokens` must be None.")
-    return jnp.mean(hidden_states[:, config.num_prefix_tokens :], axis=1)
+    return jnp.mean(hidden_states[:, config.first_pooled_token :], axis=1)
 
 
 class FlaxViTPooler(FlaxViTPart):
@@ -553,7 +562,9 @@ class FlaxViTModule(FlaxViTPart):
         if not self.config.norm_after_pooling:
             self.layernorm = layer_norm(self)
         if self.add_pooling_layer:
-            self.pooler = FlaxViTPooler(**options(self))
+            by_attention = self.config.pooler_type == "map"
+            pooler = FlaxViTAttentionPooler if by_attention else FlaxViTPooler
+            self.pooler = pooler(**options(self))
 
     def __call__(
         self,

@@ -49,6 +49,8 @@ _ATTENTION = rf"{_BLOCK}/attention/attention"
 _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embeddings/(cls_token|distillation_token|mask_token|register_tokens)", _WHOLE),
     (r"embeddings/position_embeddings", _WIDTH),
+    (r"embeddings/stem/.*conv\w*/kernel", PartitionSpec(None, None, None, FSDP)),
+    (r"embeddings/stem/.*norm\w*/(scale|bias)", _WHOLE),
     (
         r"embeddings/patch_embeddings/projection/kernel",  # (P, P, C, D)
         PartitionSpec(None, None, None, FSDP),
@@ -69,6 +71,13 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(pre_layernorm|layernorm|pooler/layernorm)/(scale|bias)", _WHOLE),
     (r"pooler/dense/kernel", PartitionSpec(FSDP)),
     (r"pooler/dense/bias", _WHOLE),
+    (r"pooler/probe", _WIDTH),
+    (r"pooler/attention/(query|key|value)/kernel", _OUTPUTS),
+    (r"pooler/attention/(query|key|value)/bias", _PART),
+    (r"pooler/intermediate/dense/kernel", _OUTPUTS),
+    (r"pooler/intermediate/dense/bias", _PART),
+    (r"pooler/(attention/)?output/dense/kernel", _INPUTS),
+    (r"pooler/(attention/)?output/dense/bias", _WHOLE),
     (r"embeddings/(token_embedding|position_embedding)/embedding", PartitionSpec(None, FSDP)),
     (r"final_layernorm/(scale|bias)", _WHOLE),
 )

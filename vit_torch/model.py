@@ -45,8 +45,10 @@ from vit_torch.outputs import (
     MaskedImageModelingOutput,
     MaskedLMOutput,
 )
+from vit_torch.parts.attention_pool import ViTAttentionPooler
 from vit_torch.parts.part import ViTPart, activation, options
 from vit_torch.parts.rotary import Rotation, rotate, rotation
+from vit_torch.parts.stems import ViTStem
 
 
 class ViTPatchEmbeddings(ViTPart):
@@ -66,14 +68,14 @@ class ViTPatchEmbeddings(ViTPart):
         self.num_channels, self.num_patches = self.config.num_channels, self.config.num_patches
         self.projection = convolution(
             self,
-            self.config.num_channels,
+            self.config.stem_channels,
             self.config.hidden_size,
-            self.config.patch_height_width,
+            self.config.projection_size,
             use_bias=self.config.use_patch_bias,
         )
 
     def forward(self, pixel_values):
-        embeddings = self.projection(pixel_values)  # (B, D, H/P, W/P)
+        embeddings = self.projection(pixel_values)  # (B, D, H/P, W/P); with a stem, of its output
         return embeddings.flatten(2).transpose(1, 2)  # (B, N, D)
 
 
@@ -97,6 +99,8 @@ class ViTEmbeddings(ViTPart):
         if config.use_absolute_position_embeddings:
             positions = config.num_prefix_positions + config.num_patches
             add_parameter(self, "position_embeddings", (1, positions, D), "normal")
+        if config.stem_type is not None:
+            self.stem = ViTStem(**options(self))
         self.patch_embeddings = ViTPatchEmbeddings(**options(self))
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
@@ -114,7 +118,11 @@ class ViTEmbeddings(ViTPart):
         grid = check_image(C, H, W, self.config, interpolate=interpolate_pos_encoding)
 
         dtype = self.patch_embeddings.projection.weight.dtype
-        embeddings = self.patch_embeddings(pixel_values.to(dtype))  # (B, N, D)
+        pixel_values = pixel_values.to(dtype)
+        if self.config.stem_type is not None:
+            P = self.config.patch_height_width
+            pixel_values = self.stem(pixel_values[:, :, : grid[0] * P[0], : grid[1] * P[1]])
+        embeddings = self.patch_embeddings(pixel_values)  # (B, N, D)
         if bool_masked_pos is not None:
             if not self.use_mask_token:
                 raise InputError(
@@ -485,8 +493,9 @@ def spread_head_mask(head_mask, config: ViTConfig):
 
 
 def mean_of_patches(hidden_states, config: ViTConfig):
-    """(B, S, D) -> (B, D): the mean of the tokens that are patches."""
-    return hidden_states[:, config.num_prefix_tokens :].mean(dim=1)
+    """(B, S, D) -> (B, D): the mean of the tokens that are patches, or as `pool_prefix_tokens` says
+    of all."""
+    return hidden_states[:, config.first_pooled_token :].mean(dim=1)
 
 
 class ViTPooler(ViTPart):
@@ -538,7 +547,8 @@ class ViTModule(ViTPart):
         self.encoder = ViTEncoder(**options(self))
         if not self.config.norm_after_pooling:
             self.layernorm = layer_norm(self)
-        self.pooler = ViTPooler(**options(self)) if add_pooling_layer else None
+        pooler = ViTAttentionPooler if self.config.pooler_type == "map" else ViTPooler
+        self.pooler = pooler(**options(self)) if add_pooling_layer else None
 
     def forward(
         self,

@@ -10,8 +10,21 @@ from collections.abc import Iterator
 
 from vit_common.config import ViTConfig
 from vit_convert.formats.format import Files, Format, Rule
+from vit_convert.formats.stems import TRANSFORMERS
 from vit_convert.layouts import GATE_AND_UP, KEEP, TOKEN, VECTOR, Layout
 
+ATTENTION_POOLER_DENSE = (
+    "pooler.attention.query",
+    "pooler.attention.key",
+    "pooler.attention.value",
+    "pooler.attention.output.dense",
+    "pooler.intermediate.dense",
+    "pooler.output.dense",
+)
+ATTENTION_POOLER = (
+    "pooler.probe",
+    *(f"{name}.{leaf}" for name in ATTENTION_POOLER_DENSE for leaf in ("weight", "bias")),
+)
 _TOP = (
     "embeddings.cls_token",
     "embeddings.distillation_token",
@@ -28,6 +41,7 @@ _TOP = (
     "pooler.dense.bias",
     "pooler.layernorm.weight",
     "pooler.layernorm.bias",
+    *ATTENTION_POOLER,
     "classifier.weight",
     "classifier.bias",
     "cls_classifier.weight",
@@ -76,6 +90,19 @@ DINOV2_SWIGLU_BLOCK = {
     "output.dense": "mlp.weights_out",
 }
 
+
+def stem_modules() -> tuple[str, ...]:
+    """Modules of a ResNet before the patches; `{i}` is the number of a block in its stage."""
+    return ("embeddings.stem.convolution", "embeddings.stem.norm") + tuple(
+        f"embeddings.stem.stage{stage}.{{i}}.{kind}{which}"
+        for stage in range(4)
+        for kind in ("conv", "norm")
+        for which in ("1", "2", "3", "_shortcut")
+    )
+
+
+STEM = stem_modules()
+
 # canonical <-> CLIP
 CLIP = ("clip_vision_model", "clip_text_model", "clip")
 CLIP_BLOCK = {
@@ -107,6 +134,11 @@ _NO_WEIGHTS = (
 )
 
 
+def _leaves(module: str) -> tuple[str, ...]:
+    leaves = ("weight", "bias") if "norm" in module.rpartition(".")[2] else ("weight",)
+    return tuple(f"{module}.{leaf}" for leaf in leaves)
+
+
 def _block(table: dict[str, str], start: str, but: tuple[str, ...] = ()) -> tuple[Rule, ...]:
     rules = []
     for ours, theirs in table.items():
@@ -120,6 +152,7 @@ def _block(table: dict[str, str], start: str, but: tuple[str, ...] = ()) -> tupl
 def _top(mask_token: Layout = KEEP, shared: str = f"encoder.{_TABLE}") -> tuple[Rule, ...]:
     return (
         *(Rule(name, name) for name in _TOP),
+        *(Rule(name, name) for module in STEM for name in _leaves(module)),
         Rule("embeddings.mask_token", "embeddings.mask_token", mask_token),
         Rule(shared, f"encoder.{_TABLE}"),
     )
@@ -235,6 +268,13 @@ FORMATS = (
         lacks=("embeddings.patch_embedding.bias",),  # SigLIP's
     ),
     _format(_VIT, _top() + _block(BLOCK, _V5), V5_NAMES, False),
+    _format(
+        ("vit",),
+        TRANSFORMERS + _top() + _block(_SAME, _V4),
+        "Hub ViTHybrid, names of Transformers v4",
+        False,
+        requires=("embeddings.patch_embeddings.backbone.bit.embedder.convolution.weight",),
+    ),
     _format(
         _BEIT,
         _top(shared="shared_position_bias.relative_position_bias_table") + _block(BLOCK, _V5),
