@@ -14,7 +14,7 @@ import numpy as np
 
 from vit_common.config import ViTConfig
 from vit_common.errors import ConfigError
-from vit_common.positions import relative_position_index
+from vit_common.positions import relative_position_index, rotary_angles, rotary_coordinates
 from vit_convert.rules import TensorLike
 
 
@@ -97,7 +97,9 @@ class _Network:
         patches = patches.transpose(1, 3, 0, 2, 4).reshape(rows * columns, -1)
         name = "embeddings.patch_embeddings.projection"
         kernel = self.weight(f"{name}.weight").reshape(config.hidden_size, -1)
-        x = patches @ kernel.T + self.weight(f"{name}.bias")
+        x = patches @ kernel.T
+        if config.use_patch_bias:
+            x = x + self.weight(f"{name}.bias")
         names = ("cls_token", "distillation_token", "register_tokens")
         found = [f"embeddings.{n}" for n in names if f"embeddings.{n}" in self.tensors]
         front = np.concatenate([x[:0], *(self.weight(name)[0] for name in found)])
@@ -113,14 +115,37 @@ class _Network:
         table = self.weight(f"{name}.relative_position_bias.relative_position_bias_table")
         return table[relative_position_index(self.config.grid_size)].transpose(2, 0, 1)
 
-    def attention(self, x: np.ndarray, layer: str, shared: np.ndarray | None) -> np.ndarray:
+    def rotated(self, x: np.ndarray, block: int) -> np.ndarray:
+        """Queries or keys (A, S, D/A) of a block, those of patches turned by their positions."""
+        config, T = self.config, self.config.num_prefix_tokens
+        if config.rope_type is None:
+            return x
+        grid = config.rotary_grid(config.grid_size)
+        if config.rope_type == "mixed":
+            frequencies = self.weight("encoder.rope_frequencies")[:, block]  # (2, A, D/A/2)
+            places = rotary_coordinates("mixed", **grid)  # (N, 2)
+            angles = np.einsum("nc,cad->and", places, frequencies)
+        else:
+            angles = rotary_angles(config.rope_type, config.head_dim, config.rope_theta, **grid)
+        # A pair of channels is a complex number, and to turn it is to multiply it.
+        pairs = x.reshape(*x.shape[:2], 2, -1) if config.rope_rotate_half else None
+        if pairs is None:
+            pairs = x.reshape(*x.shape[:2], -1, 2).swapaxes(-1, -2)  # (A, S, 2, D/A/2)
+        numbers = pairs[:, :, 0] + 1j * pairs[:, :, 1]
+        numbers[:, T:] *= np.exp(1j * angles)
+        pairs = np.stack([numbers.real, numbers.imag], axis=2)
+        return (pairs if config.rope_rotate_half else pairs.swapaxes(-1, -2)).reshape(x.shape)
+
+    def attention(self, x: np.ndarray, block: int, shared: np.ndarray | None) -> np.ndarray:
         config = self.config
         S, A = len(x), config.num_attention_heads
+        layer = f"encoder.layer.{block}"
         name = f"{layer}.attention.attention"
         query, key, value = (
             self.dense(x, f"{name}.{part}").reshape(S, A, -1).transpose(1, 0, 2)
             for part in ("query", "key", "value")
         )  # (A, S, D/A)
+        query, key = self.rotated(query, block), self.rotated(key, block)
         biases = self.bias(name) if config.use_relative_position_bias else None
         heads = []
         for head in range(A):  # one S x S in memory at a time
@@ -149,10 +174,12 @@ class _Network:
     def run(self, image: np.ndarray) -> np.ndarray:
         config = self.config
         x = self.embeddings(image)
+        if config.use_pre_norm:
+            x = self.norm(x, "pre_layernorm")
         shared = self.bias("encoder") if config.use_shared_relative_position_bias else None
         for i in range(config.num_hidden_layers):
             layer = f"encoder.layer.{i}"
-            branch = self.attention(self.norm(x, f"{layer}.layernorm_before"), layer, shared)
+            branch = self.attention(self.norm(x, f"{layer}.layernorm_before"), i, shared)
             if config.has_layer_scale:
                 branch = branch * self.weight(f"{layer}.lambda_1")
             x = x + branch

@@ -140,6 +140,8 @@ def _rank(name: str) -> int:
     """Number of axes of a parameter."""
     if name.endswith(("projection.weight", "decoder.0.weight")):
         return 4
+    if name == "encoder.rope_frequencies":
+        return 4
     if name.startswith("embeddings.") and "projection" not in name:
         return 3
     vector = name.endswith((".bias", "lambda_1", "lambda_2")) or "norm" in name.split(".")[-2]
@@ -197,8 +199,19 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], family: str, note: Any) -> Non
     registers = shapes.get("embeddings.register_tokens")
     if registers:
         note("shapes", num_register_tokens=registers[1])
-    if family == "vit" and "embeddings.cls_token" not in shapes:
-        note("names", use_cls_token=False)
+    if family == "vit":
+        note(
+            "names",
+            **{
+                field: value
+                for field, name, value in (
+                    ("use_cls_token", "embeddings.cls_token", False),
+                    ("use_patch_bias", "embeddings.patch_embeddings.projection.bias", False),
+                    ("use_pre_norm", "pre_layernorm.weight", True),
+                )
+                if (name in shapes) is value
+            },
+        )
     if family != "beit" and layers:
         name = "encoder.layer.0.attention.attention.query.bias"
         note("names", qkv_bias=name in shapes)

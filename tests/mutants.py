@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("vit_common", "convert", "vit_flax", "vit_torch", "vit_cli", "tests", "pyproject.toml")
 FLAX, TORCH = "vit_flax/model.py", "vit_torch/model.py"
 LAYERS = "vit_flax/layers.py"
+FLAX_PART, TORCH_PART = "vit_flax/parts/part.py", "vit_torch/parts/part.py"
 FLAX_ATTENTION, TORCH_ATTENTION = "vit_flax/attention/__init__.py", "vit_torch/attention.py"
 FLAX_EAGER, FLAX_CHOICE = "vit_flax/attention/eager.py", "vit_flax/attention/choice.py"
 FLAX_PRIMITIVE = "vit_flax/attention/primitive.py"
@@ -93,17 +94,17 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [
-    Mutant("tanh GELU", FLAX, "jax.nn.gelu(x, approximate=False)", "jax.nn.gelu(x)", STAGES),
+    Mutant("tanh GELU", FLAX_PART, "jax.nn.gelu(x, approximate=False)", "jax.nn.gelu(x)", STAGES),
     Mutant(
         "exact GELU for gelu_new",
-        TORCH,
+        TORCH_PART,
         '"gelu_new": lambda x: F.gelu(x, approximate="tanh")',
         '"gelu_new": lambda x: F.gelu(x)',
         f"{_PARITY}activations[float64-gelu_new]",
     ),
     Mutant(
         "quick GELU's factor",
-        TORCH,
+        TORCH_PART,
         "1.702",
         "1.7",
         f"{_PARITY}activations[float64-quick_gelu]",

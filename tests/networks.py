@@ -88,7 +88,7 @@ def random_weights(config: ViTConfig, head=None, seed: int = 0, **kwargs) -> dic
         value = rng.normal(size=shape)
         if len(shape) in (2, 4):
             value /= np.sqrt(np.prod(shape[1:]))
-        elif "layernorm" in name and name.endswith("weight"):
+        elif "norm" in name and name.endswith("weight"):
             value = 1.0 + 0.2 * value
         elif len(shape) == 1:
             value *= 0.2

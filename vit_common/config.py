@@ -23,6 +23,7 @@ from vit_common.config_fields import (
     FLOATS,
     INHERITED,
     MOST_LABELS,
+    ROWS,
     VIT_FIELDS,
     Fields,
     Pooling,
@@ -35,7 +36,7 @@ from vit_common.errors import ConfigError, shown
 from vit_common.files.hub import find_file, push_file, push_if_asked, split_hub_options
 from vit_common.files.replace import make_directory, write_text
 from vit_common.files.texts import read_json
-from vit_common.positions import ResizeRule
+from vit_common.positions import ResizeRule, RotaryType
 
 __all__ = [
     "ACTIVATIONS",
@@ -129,9 +130,17 @@ class ViTConfig:
     use_absolute_position_embeddings: bool
     use_relative_position_bias: bool
     use_shared_relative_position_bias: bool
+    rope_type: RotaryType | None
+    rope_theta: float
+    rope_grid_size: int | tuple[int, int] | None
+    rope_grid_offset: float
+    rope_grid_indexing: Literal["ij", "xy"]
+    rope_rotate_half: bool
     pooling: Pooling
     norm_after_pooling: bool
     use_representation_layer: bool
+    use_patch_bias: bool
+    use_pre_norm: bool
     drop_path_rate: float
     gradient_checkpointing: bool
     position_resize: ResizeRule
@@ -153,6 +162,9 @@ class ViTConfig:
         if fields is not None:
             cls.fields = fields
             cls.base_family = cls.model_type
+            for name in EXTENSIONS:  # what ViT varies and this family does not
+                if name not in fields and not hasattr(cls, name):
+                    setattr(cls, name, ROWS[name].default)
             _FAMILIES[cls.model_type] = cls
             _describe(cls)
         elif "__init__" in vars(cls):
@@ -210,7 +222,8 @@ class ViTConfig:
             # The network has it from other fields, or it was about one process; a file may say it.
             if name != "num_labels":
                 self._ignored[name] = value
-        elif isinstance(taken, (bool, int, float, str)):  # the same for the whole family
+        elif name in EXTENSIONS or isinstance(taken, (bool, int, float, str)):
+            # The same for the whole family.
             if value != taken and (name in EXTENSIONS or name == "qkv_bias"):
                 raise refusal(name, f"{taken!r} for {type(self).__name__}", value)
             self._ignored[name] = value
@@ -273,6 +286,11 @@ class ViTConfig:
             raise ConfigError(
                 f"config: `hidden_size` must be a multiple of `num_attention_heads`; given "
                 f"{self.hidden_size} and {self.num_attention_heads}."
+            )
+        if self.rope_type is not None and self.head_dim % 4:
+            raise ConfigError(
+                "config: the width of a head, `hidden_size` / `num_attention_heads`, must be a "
+                f"multiple of 4 where `rope_type` is {self.rope_type!r}; given {self.head_dim}."
             )
         if min(self.grid_size) < 1:
             raise ConfigError(
@@ -350,6 +368,15 @@ class ViTConfig:
     def has_relative_positions(self) -> bool:
         """Whether attention scores have a relative position bias, per block or shared."""
         return self.use_relative_position_bias or self.use_shared_relative_position_bias
+
+    def rotary_grid(self, grid: tuple[int, int]) -> dict[str, Any]:
+        """Arguments of `rotary_coordinates` for a grid (rows, columns) of patches."""
+        return {
+            "grid": grid,
+            "reference": self.rope_grid_size and _pair(self.rope_grid_size),
+            "offset": self.rope_grid_offset,
+            "columns_first": self.rope_grid_indexing == "xy",
+        }
 
     @property
     def has_layer_scale(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from vit_common.errors import ConfigError, shown
-from vit_common.positions import ResizeRule
+from vit_common.positions import ResizeRule, RotaryType
 
 ACTIVATIONS = (
     "gelu",
@@ -216,6 +216,7 @@ PositionTokens = Literal["all", "cls", "patches"]
 Pooling = Literal["cls", "mean", "cls_mean"]
 
 VIT, DEIT, BEIT, DINOV2, REGISTERS = "vit", "deit", "beit", "dinov2", "dinov2_with_registers"
+DINOV3 = "dinov3_vit"
 _DINOS = (DINOV2, REGISTERS)
 _VITS = (VIT, DEIT)
 _ALL = (VIT, DEIT, BEIT, *_DINOS)
@@ -332,6 +333,42 @@ ROWS: dict[str, Field] = {
     "use_shared_relative_position_bias": _extension(
         False, _boolean, "the same bias, one table for all blocks", BEIT
     ),
+    "rope_type": _extension(
+        None,
+        _optional(_choice(get_args(RotaryType))),
+        "how queries and keys of patches are rotated by their positions (rotary position "
+        'embeddings): "axial", "dinov3" or "mixed", see `vit_common.positions.RotaryType`; None '
+        "rotates nothing",
+    ),
+    "rope_theta": _extension(
+        10000.0,
+        _number("a number above 0", lambda x: x > 0),
+        'base of the frequencies of rotary position embeddings; with "mixed", of new ones',
+        DINOV3,
+        dinov3_vit=100.0,
+    ),
+    "rope_grid_size": _extension(
+        None,
+        _optional(_side),
+        'grid of patches, a side or (rows, columns), that "axial" coordinates of any grid are '
+        "stretched over; None stretches nothing",
+    ),
+    "rope_grid_offset": _extension(
+        0.0,
+        _number("a number", lambda x: True),
+        "added to the row and column of a patch before it is rotated",
+    ),
+    "rope_grid_indexing": _extension(
+        "ij",
+        _choice(("ij", "xy")),
+        'coordinate that the first half of the angles belongs to: "ij" the row, "xy" the column',
+    ),
+    "rope_rotate_half": _extension(
+        False,
+        _boolean,
+        "whether a channel is rotated together with the one half a head further on, not with its "
+        "neighbour",
+    ),
     "layer_scale_init_value": _extension(
         0.0,
         _fraction,
@@ -396,6 +433,13 @@ ROWS: dict[str, Field] = {
         _boolean,
         "whether a dense layer of `pooler_output_size` with `pooler_act` stands before the "
         "classifier (pre-logits, Dosovitskiy et al. 2021, arXiv:2010.11929)",
+    ),
+    "use_patch_bias": _extension(True, _boolean, "whether the patch projection has a bias"),
+    "use_pre_norm": _extension(
+        False,
+        _boolean,
+        "whether the tokens are normalised before the first block (Radford et al. 2021, "
+        "arXiv:2103.00020)",
     ),
     "gradient_checkpointing": _everywhere(
         False, _boolean, "whether each block is recomputed in the backward pass instead of stored"

@@ -24,20 +24,8 @@ __all__ = [
 
 
 class FamilyConfig(ViTConfig):
-    """Base of the other families: what `ViTConfig` has as fields is fixed, or has another name."""
-
-    use_distillation_token = False
-    layer_scale_init_value = 0.0
-    use_swiglu_ffn = False
-    num_register_tokens = 0
-    use_cls_token = True
-    position_tokens: PositionTokens = "all"
-    use_absolute_position_embeddings = True
-    use_relative_position_bias = False
-    use_shared_relative_position_bias = False
-    norm_after_pooling = False
-    use_representation_layer = False
-    pooling: Pooling = "cls"
+    """Base of the other families: what `ViTConfig` has as fields and a family has not is fixed, at
+    the field's default unless the family says otherwise, or has another name."""
 
 
 class DeiTConfig(FamilyConfig, fields=fields_of("deit")):
@@ -191,8 +179,8 @@ _MAE_ONLY = (
     "norm_pix_loss",
 )
 
-# Keys of configurations that change what the network computes, and that no family here has; the
-# values that leave it as it is.
+# Keys of configurations that change what the network computes, in families that have no such field;
+# the values that leave it as it is.
 _CHANGES_NETWORK: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": (None, "absolute"),
     "add_cross_attention": (False,),
@@ -216,6 +204,15 @@ def config_class(model_type: Any) -> type[ViTConfig]:
             f"{shown(model_type)}."
         )
     return CONFIG_CLASSES[model_type]
+
+
+def _has_field(table: Mapping[str, Any], name: str) -> bool:
+    """Whether a file's family has a field of that name, and the file means that field by it: of
+    those that Transformers lacks only a file of our own kind can."""
+    model_type = table.get("model_type")
+    cls = CONFIG_CLASSES.get(model_type) if isinstance(model_type, str) else None
+    row = cls.fields.get(name) if cls else None
+    return bool(row and cls and (not row.if_set or model_type == cls.extended_type))
 
 
 class AutoConfig:
@@ -283,7 +280,7 @@ class AutoConfig:
         odd = [
             f"{key}={shown(table[key])}"
             for key, harmless in _CHANGES_NETWORK.items()
-            if key in table and table[key] not in harmless
+            if key in table and table[key] not in harmless and not _has_field(table, key)
         ]
         if odd:
             raise ConfigError(

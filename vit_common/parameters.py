@@ -107,10 +107,17 @@ def parameter_shapes(
         shapes["embeddings.position_embeddings"] = (1, positions, D)
     projection = (D, config.num_channels, *config.patch_height_width)
     shapes["embeddings.patch_embeddings.projection.weight"] = projection
-    shapes["embeddings.patch_embeddings.projection.bias"] = (D,)
+    if config.use_patch_bias:
+        shapes["embeddings.patch_embeddings.projection.bias"] = (D,)
+    if config.use_pre_norm:
+        shapes["pre_layernorm.weight"] = (D,)
+        shapes["pre_layernorm.bias"] = (D,)
     relative = (relative_distances(config.grid_size), A)
     if config.use_shared_relative_position_bias:
         shapes["encoder.relative_position_bias.relative_position_bias_table"] = relative
+    if config.rope_type == "mixed":
+        frequencies = (2, config.num_hidden_layers, A, config.head_dim // 2)
+        shapes["encoder.rope_frequencies"] = frequencies
     biases = {"query": config.qkv_bias, "key": config.use_key_bias, "value": config.qkv_bias}
     for i in range(config.num_hidden_layers):
         layer = f"encoder.layer.{i}"
@@ -170,13 +177,15 @@ def parameter_shapes(
     return shapes
 
 
-def initial_value(name: str) -> Literal["normal", "one", "zero", "layer scale"]:
+def initial_value(name: str) -> Literal["normal", "one", "zero", "layer scale", "frequencies"]:
     """What a new parameter of that canonical name starts as; "normal" is the truncated one."""
     *_, owner, leaf = ("", *name.split("."))
     if leaf in ("cls_token", "distillation_token", "position_embeddings"):
         return "normal"
     if leaf in ("lambda_1", "lambda_2"):
         return "layer scale"
+    if leaf == "rope_frequencies":
+        return "frequencies"
     if leaf != "weight":
         return "zero"
-    return "one" if "layernorm" in owner else "normal"
+    return "one" if "norm" in owner else "normal"

@@ -12,8 +12,6 @@ token), S = T + N tokens, D width, L layers, A heads, I MLP width, K labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import flax.linen as nn
@@ -44,73 +42,21 @@ from vit_flax.outputs import (
     FlaxMaskedLMOutput,
     FlaxSequenceClassifierOutput,
 )
+from vit_flax.parts.part import FlaxViTPart, activation, options
+from vit_flax.parts.rotary import rotate, rotation
 from vit_flax.stacked import make_blocks, scan_blocks
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-    "selu": jax.nn.selu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "tanh": jnp.tanh,
-    "sigmoid": jax.nn.sigmoid,
-    "linear": lambda x: x,
-}
-
-
-def activation(name: str | Callable) -> Callable[[jax.Array], jax.Array]:
-    """The function of `hidden_act` or `pooler_act`; a callable is used as given.
-
-    In half precision it is computed in float32, as PyTorch's kernels do: JAX would round after
-    every operation inside it, which doubles the error of a block.
-    """
-    function = name if callable(name) else ACTIVATIONS[name]
-
-    def run(x: jax.Array) -> jax.Array:
-        return function(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
-
-    return run
-
-
-class FlaxViTPart(nn.Module):
-    """Base of every module here: sizes, dtypes, precision, kernel, and how blocks are run.
-
-    Attributes:
-        config: the sizes.
-        dtype: compute dtype, also that of the residual stream.
-        param_dtype: dtype of new parameters.
-        precision: precision of every matrix product; None means JAX's default for the device.
-        attn_implementation: the attention kernel, see `vit_flax.attention`.
-        scan_layers: compile one block and run it L times, over stacked parameters.
-        remat_policy: one of `vit_flax.stacked.REMAT_POLICIES`, for `config.gradient_checkpointing`.
-        front_tokens: number of tokens, from the first, that the last block computes, for heads that
-            use no others; None means all. `scan_layers` always computes all.
-    """
-
-    config: ViTConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    precision: Any = None
-    attn_implementation: str = "auto"
-    scan_layers: bool = False
-    remat_policy: str = "nothing_saveable"
-    front_tokens: int | None = None
-
-
-def options(part: FlaxViTPart) -> dict[str, Any]:
-    """Arguments that a module passes on to the modules inside it."""
-    names = (field.name for field in fields(FlaxViTPart))
-    return {name: getattr(part, name) for name in names if name not in ("parent", "name")}
 
 
 class FlaxViTPatchEmbeddings(FlaxViTPart):
     """Cuts the image into patches and projects each to width D."""
 
     def setup(self):
-        self.projection = convolution(self, self.config.hidden_size, self.config.patch_height_width)
+        self.projection = convolution(
+            self,
+            self.config.hidden_size,
+            self.config.patch_height_width,
+            use_bias=self.config.use_patch_bias,
+        )
 
     def __call__(self, pixel_values):
         embeddings = self.projection(pixel_values)  # (B, H/P, W/P, D)
@@ -252,6 +198,7 @@ class FlaxViTSelfAttention(FlaxViTPart):
         head_mask=None,
         bias=None,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """The context (B, F, D), and the probabilities (B, A, F, S) or None: see `attention`."""
         B, S, D = hidden_states.shape
@@ -266,6 +213,9 @@ class FlaxViTSelfAttention(FlaxViTPart):
         query = self.query(front).reshape(B, F, A, D // A)  # (B, F, A, D/A)
         key = self.key(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
         value = self.value(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
+        if rotation is not None:
+            query = rotate(query, rotation, self.config.rope_rotate_half)
+            key = rotate(key, rotation, self.config.rope_rotate_half)
         context, probabilities = attention(
             query,
             key,
@@ -313,6 +263,7 @@ class FlaxViTAttention(FlaxViTPart):
         head_mask=None,
         bias=None,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """(B, F, D), and the probabilities (B, A, F, S) or None."""
         context, probabilities = self.attention(
@@ -322,6 +273,7 @@ class FlaxViTAttention(FlaxViTPart):
             head_mask=head_mask,
             bias=bias,
             grid=grid,
+            rotation=rotation,
         )
         return self.output(context, deterministic), probabilities
 
@@ -392,6 +344,7 @@ class FlaxViTLayer(FlaxViTPart):
         bias=None,
         drop_path_rate=None,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """(B, S, D), and the attention probabilities (B, A, S, S), None unless asked for.
 
@@ -403,6 +356,7 @@ class FlaxViTLayer(FlaxViTPart):
             output_attentions: return the attention probabilities (B, A, S, S) too.
             drop_path_rate: how often, in training, an image skips a branch; None means never.
             grid: rows and columns of patches, for BEiT's bias; None means those of the config.
+            rotation: by what queries and keys are rotated, see `vit_flax.parts.rotary`.
         """
         attention_output, probabilities = self.attention(
             self.layernorm_before(hidden_states),
@@ -411,6 +365,7 @@ class FlaxViTLayer(FlaxViTPart):
             head_mask=head_mask,
             bias=bias,
             grid=grid,
+            rotation=rotation,
         )
         if self.config.has_layer_scale:
             attention_output = attention_output * self.lambda_1.astype(self.dtype)
@@ -443,23 +398,26 @@ class FlaxViTLayerCollection(FlaxViTPart):
         head_mask=None,
         bias=None,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """`FlaxBaseModelOutput` of the last block, or its tuple with `return_dict=False`;
-        `head_mask` is (L, 1, A, 1, 1) or None."""
+        `head_mask` is (L, 1, A, 1, 1) or None, `rotation` as `vit_flax.parts.rotary` has it."""
+        mixed = self.config.rope_type == "mixed"
 
-        def run(layer, hidden_states, layer_mask, rate):
+        def run(layer, hidden_states, own, rate):
+            layer_mask, turn = own
             inputs = (hidden_states, deterministic, output_attentions, layer_mask, bias, rate, grid)
-            return layer(*inputs)
+            return layer(*inputs, turn if mixed else rotation)
 
-        rates = self.config.drop_path_rates
+        rates, owned = self.config.drop_path_rates, (head_mask, rotation if mixed else None)
         if self.scan_layers and self.layers:
             flags = (output_attentions, output_hidden_states)
-            output = scan_blocks(run, self.layers[0], hidden_states, head_mask, rates, *flags)
+            output = scan_blocks(run, self.layers[0], hidden_states, owned, rates, *flags)
             return output if return_dict else output.to_tuple()
         all_hidden_states, all_attentions = [hidden_states], []
         for i, layer in enumerate(self.layers):
-            layer_mask = None if head_mask is None else head_mask[i]
-            hidden_states, probabilities = run(layer, hidden_states, layer_mask, rates[i] or None)
+            own = jax.tree.map(lambda array, i=i: array[i], owned)
+            hidden_states, probabilities = run(layer, hidden_states, own, rates[i] or None)
             all_hidden_states.append(hidden_states)
             all_attentions.append(probabilities)
         output = FlaxBaseModelOutput(
@@ -477,6 +435,10 @@ class FlaxViTEncoder(FlaxViTPart):
         self.layer = FlaxViTLayerCollection(**options(self))
         if self.config.use_shared_relative_position_bias:
             self.relative_position_bias = FlaxViTRelativePositionBias(**options(self))
+        if self.config.rope_type == "mixed":
+            L, A = self.config.num_hidden_layers, self.config.num_attention_heads
+            shape = (2, L, A, self.config.head_dim // 2)
+            add_parameter(self, "rope_frequencies", shape, "frequencies")
 
     def __call__(
         self,
@@ -497,12 +459,16 @@ class FlaxViTEncoder(FlaxViTPart):
             head_mask: (A,) or (L, A), multiplies the attention probabilities.
             output_attentions, output_hidden_states: return those of every block too.
             return_dict: False returns the output's tuple.
-            grid: rows and columns of patches, for BEiT's bias; None means those of the config.
+            grid: rows and columns of patches, for positions; None means those of the config.
         """
         if head_mask is not None:
             head_mask = spread_head_mask(head_mask, self.config)
         shared = self.config.use_shared_relative_position_bias
         bias = self.relative_position_bias(grid or self.config.grid_size) if shared else None
+        turn = None
+        if self.config.rope_type is not None:
+            learned = getattr(self, "rope_frequencies", None)
+            turn = rotation(self.config, grid or self.config.grid_size, self.dtype, learned)
         return self.layer(
             hidden_states,
             deterministic,
@@ -512,6 +478,7 @@ class FlaxViTEncoder(FlaxViTPart):
             head_mask=head_mask,
             bias=bias,
             grid=grid,
+            rotation=turn,
         )
 
 
@@ -561,7 +528,8 @@ def finish(output_class, outputs, flags, **results):
 
 
 class FlaxViTModule(FlaxViTPart):
-    """The base network: embeddings, encoder, final norm and, if asked for, the pooler.
+    """The base network: embeddings (of CLIP with a norm), encoder, final norm and, if asked for,
+    the pooler.
 
     Attributes:
         add_pooling_layer: whether there is a pooler.
@@ -576,6 +544,8 @@ class FlaxViTModule(FlaxViTPart):
     def setup(self):
         use_mask_token = self.use_mask_token or self.config.use_mask_token
         self.embeddings = FlaxViTEmbeddings(**options(self), use_mask_token=use_mask_token)
+        if self.config.use_pre_norm:
+            self.pre_layernorm = layer_norm(self)
         self.encoder = FlaxViTEncoder(**options(self))
         if not self.config.norm_after_pooling:
             self.layernorm = layer_norm(self)
@@ -618,7 +588,9 @@ class FlaxViTModule(FlaxViTPart):
             deterministic,
             bool_masked_pos=bool_masked_pos,
             interpolate_pos_encoding=interpolate_pos_encoding,
-        )
+        )  # (B, S, D)
+        if self.config.use_pre_norm:
+            hidden_states = self.pre_layernorm(hidden_states)
         P = self.config.patch_height_width
         outputs = self.encoder(
             hidden_states,

@@ -55,6 +55,7 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     ),
     (r"embeddings/patch_embeddings/projection/bias", _WHOLE),
     (r"encoder/relative_position_bias/relative_position_bias_table", _BIASES),
+    (r"encoder/rope_frequencies", PartitionSpec(None, None, MODEL)),  # (2, L, A, D/A/2)
     (rf"{_ATTENTION}/relative_position_bias/relative_position_bias_table", _BIASES),
     (rf"{_ATTENTION}/(query|key|value)/kernel", _OUTPUTS),
     (rf"{_ATTENTION}/(query|key|value)/(bias|kernel_scale|kernel_sums)", _PART),
@@ -65,7 +66,7 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (rf"{_BLOCK}/(attention/)?output/dense/(bias|kernel_scale|kernel_sums)", _WHOLE),
     (rf"{_BLOCK}/layernorm_(before|after)/(scale|bias)", _WHOLE),
     (rf"{_BLOCK}/lambda_[12]", _WHOLE),
-    (r"(layernorm|pooler/layernorm)/(scale|bias)", _WHOLE),
+    (r"(pre_layernorm|layernorm|pooler/layernorm)/(scale|bias)", _WHOLE),
     (r"pooler/dense/kernel", PartitionSpec(FSDP)),
     (r"pooler/dense/bias", _WHOLE),
 )

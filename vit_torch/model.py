@@ -12,7 +12,7 @@ token), S = T + N tokens, D width, L layers, A heads, I MLP width, K labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,52 +45,8 @@ from vit_torch.outputs import (
     MaskedImageModelingOutput,
     MaskedLMOutput,
 )
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu": lambda x: F.gelu(x, approximate="none"),
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "selu": F.selu,
-    "silu": F.silu,
-    "swish": F.silu,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "linear": lambda x: x,
-}
-
-
-def activation(name: str | Callable) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function of `hidden_act` or `pooler_act`; a callable is used as given."""
-    return name if callable(name) else ACTIVATIONS[name]
-
-
-class ViTPart(nn.Module):
-    """Base of every module here.
-
-    Attributes:
-        config: the sizes. All parts of a model share one, which also names the attention kernel.
-    """
-
-    def __init__(self, config: ViTConfig):
-        super().__init__()
-        self.config = config
-        self._is_hf_initialized = True  # see `ModelBase.init_weights`
-
-    @property
-    def attn_implementation(self) -> str:
-        """The attention kernel, see `vit_torch.attention`."""
-        return self.config._attn_implementation or "auto"
-
-    def make_network(self, **kwargs) -> ViTModule:
-        """The base network of a model with a head."""
-        return ViTModule(**options(self), **kwargs)
-
-
-def options(part: ViTPart) -> dict[str, Any]:
-    """Arguments that a module passes on to the modules inside it."""
-    return {"config": part.config}
+from vit_torch.parts.part import ViTPart, activation, options
+from vit_torch.parts.rotary import Rotation, rotate, rotation
 
 
 class ViTPatchEmbeddings(ViTPart):
@@ -113,6 +69,7 @@ class ViTPatchEmbeddings(ViTPart):
             self.config.num_channels,
             self.config.hidden_size,
             self.config.patch_height_width,
+            use_bias=self.config.use_patch_bias,
         )
 
     def forward(self, pixel_values):
@@ -256,6 +213,7 @@ class ViTSelfAttention(ViTPart):
         bias=None,
         output_attentions: bool = False,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """The context (B, S, D), and the probabilities (B, A, S, S) or None: see `attention`."""
         B, S, D = hidden_states.shape
@@ -266,6 +224,9 @@ class ViTSelfAttention(ViTPart):
         query = self.query(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
         key = self.key(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
         value = self.value(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
+        if rotation is not None:
+            query = rotate(query, rotation, self.config.rope_rotate_half)
+            key = rotate(key, rotation, self.config.rope_rotate_half)
         context, probabilities = attention(
             query,
             key,
@@ -317,10 +278,11 @@ class ViTAttention(ViTPart):
         bias=None,
         output_attentions: bool = False,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """As `ViTLayer`."""
         context, probabilities = self.attention(
-            hidden_states, head_mask, bias, output_attentions, grid
+            hidden_states, head_mask, bias, output_attentions, grid, rotation
         )
         return with_probabilities(self.output(context), probabilities, output_attentions, self)
 
@@ -397,6 +359,7 @@ class ViTLayer(ViTPart):
         bias=None,
         output_attentions: bool = False,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """Hidden states (B, S, D); with `output_attentions`, a pair of these and the probabilities;
         of BEiT a tuple in any case.
@@ -407,9 +370,10 @@ class ViTLayer(ViTPart):
             bias: added to the attention scores, such as the one that all of BEiT's blocks share.
             output_attentions: return the attention probabilities (B, A, S, S) too.
             grid: rows and columns of patches, for BEiT's bias; None means those of the config.
+            rotation: by what queries and keys are rotated, see `vit_torch.parts.rotary`.
         """
         attention_output = self.attention(
-            self.layernorm_before(hidden_states), head_mask, bias, output_attentions, grid
+            self.layernorm_before(hidden_states), head_mask, bias, output_attentions, grid, rotation
         )
         probabilities = None
         if isinstance(attention_output, tuple):
@@ -448,6 +412,10 @@ class ViTEncoder(ViTPart):
         )
         if self.config.use_shared_relative_position_bias:
             self.relative_position_bias = ViTRelativePositionBias(**options(self))
+        if self.config.rope_type == "mixed":
+            L, A = self.config.num_hidden_layers, self.config.num_attention_heads
+            shape = (2, L, A, self.config.head_dim // 2)
+            add_parameter(self, "rope_frequencies", shape, "frequencies")
         self.gradient_checkpointing = self.config.gradient_checkpointing
         self.gradient_checkpointing_kwargs: dict[str, Any] = {"use_reentrant": False}
 
@@ -467,17 +435,18 @@ class ViTEncoder(ViTPart):
             head_mask: (A,) or (L, A), multiplies the attention probabilities.
             output_attentions, output_hidden_states: return those of every block too.
             return_dict: False returns the output's tuple.
-            grid: rows and columns of patches, for BEiT's bias; None means those of the config.
+            grid: rows and columns of patches, for positions; None means those of the config.
         """
         if head_mask is not None:
             head_mask = spread_head_mask(head_mask, self.config)
         shared = self.config.use_shared_relative_position_bias
         bias = self.relative_position_bias(grid or self.config.grid_size) if shared else None
+        turns = self.rotations(grid or self.config.grid_size, hidden_states)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         all_hidden_states, all_attentions = [hidden_states], []
         for i, layer in enumerate(self.layer):
             layer_mask = None if head_mask is None else head_mask[i]
-            inputs = (hidden_states, layer_mask, bias, output_attentions, grid)
+            inputs = (hidden_states, layer_mask, bias, output_attentions, grid, turns[i])
             if recompute:
                 hidden_states = checkpoint(layer, *inputs, **self.gradient_checkpointing_kwargs)
             else:
@@ -492,6 +461,15 @@ class ViTEncoder(ViTPart):
             attentions=tuple(all_attentions) if output_attentions else None,
         )
         return output if return_dict else output.to_tuple()
+
+    def rotations(self, grid: tuple[int, int], like: torch.Tensor) -> list[Rotation | None]:
+        """By what each block rotates queries and keys, for a grid (rows, columns) of patches; in
+        the dtype and on the device of a tensor."""
+        L, kind = self.config.num_hidden_layers, self.config.rope_type
+        if kind is None:
+            return [None] * L
+        turn = rotation(self.config, grid, like, getattr(self, "rope_frequencies", None))
+        return list(zip(*turn, strict=True)) if kind == "mixed" else [turn] * L
 
 
 def spread_head_mask(head_mask, config: ViTConfig):
@@ -539,7 +517,8 @@ def finish(output_class, outputs, flags, **results):
 
 
 class ViTModule(ViTPart):
-    """The base network: embeddings, encoder, final norm and, if asked for, the pooler.
+    """The base network: embeddings (of CLIP with a norm), encoder, final norm and, if asked for,
+    the pooler.
 
     Attributes:
         add_pooling_layer: whether there is a pooler.
@@ -551,6 +530,8 @@ class ViTModule(ViTPart):
         self.add_pooling_layer = add_pooling_layer
         self.use_mask_token = use_mask_token or self.config.use_mask_token
         self.embeddings = ViTEmbeddings(**options(self), use_mask_token=self.use_mask_token)
+        if self.config.use_pre_norm:
+            self.pre_layernorm = layer_norm(self)
         self.encoder = ViTEncoder(**options(self))
         if not self.config.norm_after_pooling:
             self.layernorm = layer_norm(self)
@@ -591,7 +572,9 @@ class ViTModule(ViTPart):
             pixel_values,
             bool_masked_pos=bool_masked_pos,
             interpolate_pos_encoding=interpolate_pos_encoding,
-        )
+        )  # (B, S, D)
+        if self.config.use_pre_norm:
+            hidden_states = self.pre_layernorm(hidden_states)
         P = self.config.patch_height_width
         outputs = self.encoder(
             hidden_states,
@@ -615,7 +598,8 @@ class ViTModule(ViTPart):
 
 def add_network(part: ViTPart, **kwargs) -> None:
     """Put the base network into a model with a head, under the name its family gives it."""
-    part.add_module(part.config.base_model_prefix, part.make_network(**kwargs))
+    make = getattr(part, "make_network", partial(ViTModule, **options(part)))
+    part.add_module(part.config.base_model_prefix, make(**kwargs))
 
 
 def run_network(part: ViTPart, flags, pixel_values, **inputs):

@@ -38,7 +38,7 @@ IGNORED = -100
 """Label of an image that does not count."""
 
 _TOKENS = ("cls_token", "distillation_token", "register_tokens", "mask_token")
-_POSITIONS = ("position_embeddings", "relative_position_bias_table")
+_POSITIONS = ("position_embeddings", "relative_position_bias_table", "rope_frequencies")
 
 
 # -- what is trained, at which rate, with which decay
@@ -108,7 +108,7 @@ def _depth(bare: str, last: int, rule: str) -> int:
     """0 for the embeddings, i + 1 for block i, `last` for what stands behind the blocks."""
     if block := re.match(r"encoder\.layer\.(\d+)\.", bare):
         return int(block[1]) + 1
-    if bare.startswith("embeddings."):
+    if bare.startswith(("embeddings.", "pre_layernorm.")):
         return 0
     if bare.startswith("encoder."):  # a table of position biases that all blocks share
         return last if rule == "mae" else 0

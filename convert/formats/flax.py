@@ -24,6 +24,7 @@ _TOKENS = (
     "embeddings.register_tokens",
     "embeddings.position_embeddings",
     "encoder.relative_position_bias.relative_position_bias_table",
+    "encoder.rope_frequencies",
 )
 _DENSE = (
     "pooler.dense",
@@ -33,12 +34,20 @@ _DENSE = (
     "lm_head",
 )
 _CONVOLUTIONS = ("embeddings.patch_embeddings.projection", "decoder.0")
-_NORMS = ("layernorm", "pooler.layernorm", "lm_layernorm")
+_NORMS = ("pre_layernorm", "layernorm", "pooler.layernorm", "lm_layernorm")
+
+
+_ALONE = (
+    "lambda_1", "lambda_2", "_table", "_token", "_tokens", "_embeddings", "_frequencies",
+)  # fmt: skip
+"""What names of parameters end with that are no leaves of a module."""
 
 
 def _leaves(theirs: str, ours: str, separator: str) -> list[Rule]:
     """The rules of one module; what kind it is, its name says."""
-    if ours.endswith(("lambda_1", "lambda_2", "_table", "_token", "_tokens", "_embeddings")):
+    if ours.endswith(
+        ("lambda_1", "lambda_2", "_table", "_token", "_tokens", "_embeddings", "_frequencies")
+    ):
         pairs: list[tuple[str, str, Layout]] = [("", "", KEEP)]
     elif "norm" in ours.rpartition(".")[2]:
         pairs = [(".scale", ".weight", KEEP), (".bias", ".bias", KEEP)]

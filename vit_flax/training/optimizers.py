@@ -32,7 +32,7 @@ __all__ = ["explain", "make_optimizer", "schedule_of", "trainable_of"]
 Path = tuple[str, ...]
 
 _TOKENS = ("cls_token", "distillation_token", "mask_token", "register_tokens")
-_POSITIONS = ("position_embeddings", "relative_position_bias_table")
+_POSITIONS = ("position_embeddings", "relative_position_bias_table", "rope_frequencies")
 _HEADS = ("classifier", "cls_classifier", "distillation_classifier", "lm_head", "decoder")
 _HEAD = re.compile(rf"(^|/)({'|'.join(_HEADS)}|lm_layernorm)(/|$)")
 
@@ -78,8 +78,9 @@ def depth_of(params: Any) -> int:
 
 def rate_multiplier(recipe: Recipe, path: Path, blocks: int) -> float | np.ndarray:
     """The factor of a parameter's learning rate under layer-wise decay: decay ** (blocks + 1 -
-    layer), where tokens, positions and patches are layer 0, block i is layer i + 1, and heads are
-    layer blocks + 1. For blocks that lie in one array, an array (blocks,).
+    layer), where tokens, positions, patches and a norm before the blocks are layer 0, block i is
+    layer i + 1, and heads are layer blocks + 1. For blocks that lie in one array, an array
+    (blocks,).
 
     The final norm is a part of the head by MAE's and BEiT's rule, and of the last block by timm's;
     relative positions that all blocks share are a part of the head by BEiT's and of layer 0 by
@@ -92,7 +93,7 @@ def rate_multiplier(recipe: Recipe, path: Path, blocks: int) -> float | np.ndarr
     if "layer" in path[:-1]:
         block = path[path.index("layer") + 1]
         layer = np.arange(1, blocks + 1) if block == "stacked" else int(block) + 1
-    elif "embeddings" in path:
+    elif "embeddings" in path or "pre_layernorm" in path:
         layer = 0
     elif "relative_position_bias" in path:
         layer = 0 if timm else top

@@ -1,7 +1,6 @@
-"""DeiT, BEiT and DINOv2: the network of `vit_flax.model` with the fields of their configurations.
+"""BEiT: the network of `vit_flax.model` with the fields of its configuration.
 
-Names, calls and outputs are those of Transformers 4.57.6: its Flax classes for BEiT and DINOv2, and
-its PyTorch ones where it had none in Flax.
+Names, calls and outputs are those of the Flax classes of Transformers 4.57.6.
 """
 
 from __future__ import annotations
@@ -12,11 +11,10 @@ import jax
 import numpy as np
 
 from vit_common.checks import Interpolate, check_rank, check_token_labels
-from vit_common.families import BeitConfig, DeiTConfig, Dinov2Config, Dinov2WithRegistersConfig
+from vit_common.families import BeitConfig
 from vit_flax.arguments import as_array, values_of
 from vit_flax.model import (
     FlaxBeitForMaskedImageModelingModule,
-    FlaxDeiTForImageClassificationWithTeacherModule,
     FlaxViTForImageClassificationModule,
     FlaxViTModule,
 )
@@ -24,76 +22,9 @@ from vit_flax.outputs import FlaxBeitModelOutputWithPooling
 from vit_flax.params import Params
 from vit_flax.pretrained import (
     FlaxViTForImageClassification,
-    FlaxViTForMaskedImageModeling,
     FlaxViTModel,
     FlaxViTPreTrainedModel,
 )
-
-# -- DeiT
-
-
-class FlaxDeiTPreTrainedModel(FlaxViTPreTrainedModel):
-    """Base of the distilled DeiT's models; see `FlaxViTPreTrainedModel`."""
-
-    config_class = DeiTConfig
-    base_model_prefix = "deit"
-
-
-class FlaxDeiTModel(FlaxDeiTPreTrainedModel, FlaxViTModel):
-    """The base network of a distilled DeiT; see `FlaxViTModel`."""
-
-
-class FlaxDeiTForImageClassification(FlaxDeiTPreTrainedModel, FlaxViTForImageClassification):
-    """A distilled DeiT with one classifier, on the class token; see
-    `FlaxViTForImageClassification`. Published checkpoints have two: use
-    `FlaxDeiTForImageClassificationWithTeacher` for them."""
-
-
-class FlaxDeiTForMaskedImageModeling(FlaxDeiTPreTrainedModel, FlaxViTForMaskedImageModeling):
-    """A distilled DeiT with a decoder back to pixels; see `FlaxViTForMaskedImageModeling`."""
-
-
-class FlaxDeiTForImageClassificationWithTeacher(FlaxDeiTPreTrainedModel):
-    """A distilled DeiT with two classifiers, on the class and on the distillation token; the logits
-    are their mean."""
-
-    module_class = FlaxDeiTForImageClassificationWithTeacherModule
-    head = "teacher"
-
-    def __call__(  # type: ignore[override]
-        self,
-        pixel_values: Any,
-        params: Params | None = None,
-        dropout_rng: jax.Array | None = None,
-        train: bool = False,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        *,
-        head_mask: Any = None,
-        interpolate_pos_encoding: Interpolate = None,
-    ) -> Any:
-        """Run the network; arguments as `FlaxViTModel`.
-
-        Returns:
-            `FlaxDeiTForImageClassificationWithTeacherOutput`, or its tuple with
-            `return_dict=False`.
-
-        Raises:
-            InputError: an argument does not fit the model.
-        """
-        return self._call(
-            pixel_values,
-            params,
-            dropout_rng,
-            train,
-            (output_attentions, output_hidden_states, return_dict),
-            interpolate_pos_encoding,
-            {"head_mask": head_mask},
-        )
-
-
-# -- BEiT
 
 
 class FlaxBeitPreTrainedModel(FlaxViTPreTrainedModel):
@@ -202,52 +133,3 @@ class FlaxBeitForMaskedImageModeling(FlaxBeitPreTrainedModel):
         spread = np.full(patches, -100, values.dtype)
         spread[known != 0] = values
         return spread
-
-
-# -- DINOv2
-
-
-class FlaxDinov2PreTrainedModel(FlaxViTPreTrainedModel):
-    """Base of DINOv2's models; see `FlaxViTPreTrainedModel`. Images of any size are taken:
-    positions are resampled."""
-
-    config_class = Dinov2Config
-    base_model_prefix = "dinov2"
-
-
-class FlaxDinov2Module(FlaxViTModule):
-    """The base network of DINOv2; see `FlaxViTModule`."""
-
-
-class FlaxDinov2ForImageClassificationModule(FlaxViTForImageClassificationModule):
-    """DINOv2 and a classifier; see `FlaxViTForImageClassificationModule`."""
-
-
-class FlaxDinov2Model(FlaxDinov2PreTrainedModel, FlaxViTModel):
-    """The base network of DINOv2; its pooled output is the class token. See `FlaxViTModel`."""
-
-    module_class = FlaxDinov2Module
-
-
-class FlaxDinov2ForImageClassification(FlaxDinov2PreTrainedModel, FlaxViTForImageClassification):
-    """DINOv2 with a linear classifier on the class token joined with the mean of the patches; see
-    `FlaxViTForImageClassification`."""
-
-    module_class = FlaxDinov2ForImageClassificationModule
-
-
-class FlaxDinov2WithRegistersPreTrainedModel(FlaxViTPreTrainedModel):
-    """Base of the models of DINOv2 with registers; see `FlaxDinov2PreTrainedModel`."""
-
-    config_class = Dinov2WithRegistersConfig
-    base_model_prefix = "dinov2_with_registers"
-
-
-class FlaxDinov2WithRegistersModel(FlaxDinov2WithRegistersPreTrainedModel, FlaxViTModel):
-    """The base network of DINOv2 with registers; see `FlaxDinov2Model`."""
-
-
-class FlaxDinov2WithRegistersForImageClassification(
-    FlaxDinov2WithRegistersPreTrainedModel, FlaxViTForImageClassification
-):
-    """DINOv2 with registers and a classifier; see `FlaxDinov2ForImageClassification`."""

@@ -1,0 +1,44 @@
+"""The families beside ViT: each one's classes, around the one network of `vit_torch.model`.
+
+One file per family; everything public is importable from here.
+"""
+
+from vit_torch.families.beit import (
+    BeitForImageClassification,
+    BeitForMaskedImageModeling,
+    BeitModel,
+    BeitPreTrainedModel,
+)
+from vit_torch.families.deit import (
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DeiTForMaskedImageModeling,
+    DeiTModel,
+    DeiTPreTrainedModel,
+)
+from vit_torch.families.dinov2 import (
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    Dinov2PreTrainedModel,
+    Dinov2WithRegistersForImageClassification,
+    Dinov2WithRegistersModel,
+    Dinov2WithRegistersPreTrainedModel,
+)
+
+__all__ = [
+    "BeitForImageClassification",
+    "BeitForMaskedImageModeling",
+    "BeitModel",
+    "BeitPreTrainedModel",
+    "DeiTForImageClassification",
+    "DeiTForImageClassificationWithTeacher",
+    "DeiTForMaskedImageModeling",
+    "DeiTModel",
+    "DeiTPreTrainedModel",
+    "Dinov2ForImageClassification",
+    "Dinov2Model",
+    "Dinov2PreTrainedModel",
+    "Dinov2WithRegistersForImageClassification",
+    "Dinov2WithRegistersModel",
+    "Dinov2WithRegistersPreTrainedModel",
+]
