@@ -15,7 +15,7 @@ import numpy as np
 from vit_common.config import ViTConfig
 from vit_common.config_fields import STEM_GROUPS
 from vit_common.errors import ConfigError
-from vit_common.positions import relative_position_index
+from vit_common.positions import relative_position_index, rotary_angles, rotary_coordinates
 from vit_convert.rules import TensorLike
 
 
@@ -172,14 +172,37 @@ class _Network:
         table = self.weight(f"{name}.relative_position_bias.relative_position_bias_table")
         return table[relative_position_index(self.config.grid_size)].transpose(2, 0, 1)
 
-    def attention(self, x: np.ndarray, layer: str, shared: np.ndarray | None) -> np.ndarray:
+    def rotated(self, x: np.ndarray, block: int) -> np.ndarray:
+        """Queries or keys (A, S, D/A) of a block, those of patches turned by their positions."""
+        config, T = self.config, self.config.num_prefix_tokens
+        if config.rope_type is None:
+            return x
+        grid = config.rotary_grid(config.grid_size)
+        if config.rope_type == "mixed":
+            frequencies = self.weight("encoder.rope_frequencies")[:, block]  # (2, A, D/A/2)
+            places = rotary_coordinates("mixed", **grid)  # (N, 2)
+            angles = np.einsum("nc,cad->and", places, frequencies)
+        else:
+            angles = rotary_angles(config.rope_type, config.head_dim, config.rope_theta, **grid)
+        # A pair of channels is a complex number, and to turn it is to multiply it.
+        pairs = x.reshape(*x.shape[:2], 2, -1) if config.rope_rotate_half else None
+        if pairs is None:
+            pairs = x.reshape(*x.shape[:2], -1, 2).swapaxes(-1, -2)  # (A, S, 2, D/A/2)
+        numbers = pairs[:, :, 0] + 1j * pairs[:, :, 1]
+        numbers[:, T:] *= np.exp(1j * angles)
+        pairs = np.stack([numbers.real, numbers.imag], axis=2)
+        return (pairs if config.rope_rotate_half else pairs.swapaxes(-1, -2)).reshape(x.shape)
+
+    def attention(self, x: np.ndarray, block: int, shared: np.ndarray | None) -> np.ndarray:
         config = self.config
         S, A = len(x), config.num_attention_heads
+        layer = f"encoder.layer.{block}"
         name = f"{layer}.attention.attention"
         query, key, value = (
             self.dense(x, f"{name}.{part}").reshape(S, A, -1).transpose(1, 0, 2)
             for part in ("query", "key", "value")
         )  # (A, S, D/A)
+        query, key = self.rotated(query, block), self.rotated(key, block)
         biases = self.bias(name) if config.use_relative_position_bias else None
         heads = []
         for head in range(A):  # one S x S in memory at a time
@@ -213,7 +236,7 @@ class _Network:
         shared = self.bias("encoder") if config.use_shared_relative_position_bias else None
         for i in range(config.num_hidden_layers):
             layer = f"encoder.layer.{i}"
-            branch = self.attention(self.norm(x, f"{layer}.layernorm_before"), layer, shared)
+            branch = self.attention(self.norm(x, f"{layer}.layernorm_before"), i, shared)
             if config.has_layer_scale:
                 branch = branch * self.weight(f"{layer}.lambda_1")
             x = x + branch
@@ -223,6 +246,25 @@ class _Network:
             x = x + branch
         return self.head(x if config.norm_after_pooling else self.norm(x, "layernorm"))
 
+    def attention_pooler(self, x: np.ndarray) -> np.ndarray:
+        """What the probe finds in the tokens, (N, D) -> (D,)."""
+        A = self.config.pooler_num_heads or self.config.num_attention_heads
+        query = self.dense(self.weight("pooler.probe")[0], "pooler.attention.query")
+        heads = []
+        for q, k, v in zip(
+            np.split(query, A, axis=1),
+            np.split(self.dense(x, "pooler.attention.key"), A, axis=1),
+            np.split(self.dense(x, "pooler.attention.value"), A, axis=1),
+            strict=True,
+        ):
+            scores = q @ k.T / math.sqrt(q.shape[1])  # (1, N)
+            scores = np.exp(scores - scores.max())
+            heads.append(scores / scores.sum() @ v)  # (1, D/A)
+        x = self.dense(np.concatenate(heads, axis=1), "pooler.attention.output.dense")[0]
+        inner = self.dense(self.norm(x, "pooler.layernorm"), "pooler.intermediate.dense")
+        inner = self.activation(inner, self.config.hidden_act)
+        return x + self.dense(inner, "pooler.output.dense")
+
     def head(self, x: np.ndarray) -> np.ndarray:
         """Logits, or without a classifier the pooled output; one vector."""
         config, T = self.config, self.config.num_prefix_tokens
@@ -231,9 +273,12 @@ class _Network:
         if "cls_classifier.weight" in self.tensors:
             both = [self.dense(x[0], "cls_classifier"), self.dense(x[1], "distillation_classifier")]
             return np.add(*both) / 2
-        mean = x[T:].mean(axis=0)
+        first = 0 if config.pool_prefix_tokens else T
+        mean = x[first:].mean(axis=0)
         pooled = mean if config.pooling == "mean" else x[0]
-        if "pooler.layernorm.weight" in self.tensors:
+        if "pooler.probe" in self.tensors:
+            pooled = self.attention_pooler(x[first:])
+        elif "pooler.layernorm.weight" in self.tensors:
             pooled = self.norm(pooled, "pooler.layernorm")
         elif "pooler.dense.weight" in self.tensors and (
             config.use_representation_layer or "classifier.weight" not in self.tensors

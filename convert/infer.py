@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from vit_common.config import ViTConfig
+from vit_common.config_fields import ROWS
 from vit_common.errors import CheckpointError, ConfigError
 from vit_common.families import Dinov2Config, config_class
 from vit_common.images.imagenet import imagenet_labels
@@ -37,7 +38,9 @@ PUBLISHED: tuple[Published, ...] = (
     # Alabdulmohsin et al. 2023, arXiv:2305.13035; Oquab et al. 2023, arXiv:2304.07193; Zhai et al.
     # 2022, arXiv:2106.04560.
     Published("ViT-So400m", 1152, 27, 4304, 16),
-    Published("DINOv2 ViT-giant", 1536, 40, 4096, 24),
+    Published("DINOv2 ViT-giant", 1536, 40, 4096, 24, gated=True),
+    # Siméoni et al. 2025, arXiv:2508.10104, and what timm 1.0.31 has of such sizes.
+    Published("DINOv3 ViT-H+", 1280, 32, 5120, 20, gated=True),
     Published("ViT-G", 1664, 48, 8192, 16),
     # Of these names in timm 1.0.31; no weights of the second were published.
     Published("vit_base_patch16_siglip_gap_224", 768, 12, 3072, 12, class_token=False),
@@ -98,7 +101,7 @@ def infer_config(
         _stem(shapes, note)
         note(f"the format {table.name}", **table.stem)
     if timm is not None:
-        read_timm_config(timm, note)
+        read_timm_config(timm, shapes, note)
     if "num_attention_heads" not in {*given, *fields}:
         _heads(shapes, source, mapped, timm, note)
     _pooling(shapes, family, timm, note)
@@ -121,6 +124,7 @@ def infer_config(
     if "id2label" in given or "label2id" in given:
         values.pop("num_labels", None)
     accepted = {*cls.fields, "num_labels"}
+    _check_family(cls, fields)
     try:
         config = cls(**{name: value for name, value in values.items() if name in accepted})
     except ConfigError as error:
@@ -140,13 +144,28 @@ def infer_config(
     return config, notes
 
 
+def _check_family(cls: type[ViTConfig], fields: Mapping[str, tuple[Any, str]]) -> None:
+    """Refuse what is said of a network that its family cannot be."""
+    neutral = {"norm_type": "layernorm", "block_type": "pre_norm"}
+    for name, (value, origin) in fields.items():
+        if name in cls.fields or name == "num_labels":
+            continue
+        fixed = getattr(cls, name, ROWS[name].default if name in ROWS else neutral.get(name))
+        if value != fixed and (value or fixed):
+            raise ConfigError(
+                f"{origin} means `{name}={value!r}`, which no {cls.__name__[:-6]} here can have."
+            )
+
+
 def _rank(name: str) -> int:
     """Number of axes of a parameter."""
     if name.endswith(("projection.weight", "decoder.0.weight")):
         return 4
+    if name == "encoder.rope_frequencies":
+        return 4
     if name.startswith("embeddings.stem."):
         return 1 if "norm" in name.split(".")[-2] else 4
-    if name.startswith("embeddings.") and "projection" not in name:
+    if (name.startswith("embeddings.") and "projection" not in name) or name == "pooler.probe":
         return 3
     vector = name.endswith((".bias", "lambda_1", "lambda_2")) or "norm" in name.split(".")[-2]
     return 1 if vector else 2
@@ -273,15 +292,20 @@ def _heads(shapes, source, mapped, timm, note) -> None:
     if table:
         note("shapes", num_attention_heads=table[1])
         return
+    width = shapes["embeddings.patch_embeddings.projection.weight"][0]
+    norm = shapes.get("encoder.layer.0.attention.attention.query_norm.weight")
+    if norm and norm[0] and width % norm[0] == 0:
+        note("shapes", num_attention_heads=width // norm[0])
+        return
     if named := heads_of(timm):
         note(named[1], num_attention_heads=named[0])
         return
-    width = shapes["embeddings.patch_embeddings.projection.weight"][0]
     second = shapes.get("encoder.layer.0.output.dense.weight", (0, 0))
     depth = len({name.split(".")[2] for name in shapes if name.startswith("encoder.layer.")})
-    sizes = (width, depth, second[1])
+    gated = shapes.get("encoder.layer.0.intermediate.dense.weight", (0,))[0] == 2 * second[1]
+    sizes = (width, depth, second[1], gated)
     class_token = "embeddings.cls_token" in shapes
-    rows = [row for row in PUBLISHED if (row.width, row.depth, row.inner) == sizes]
+    rows = [row for row in PUBLISHED if (row.width, row.depth, row.inner, row.gated) == sizes]
     rows = [row for row in rows if row.class_token == class_token]
     chosen = _by_positions(rows, mapped)
     if len({row.heads for row in chosen}) == 1:
@@ -365,11 +389,17 @@ def _pooling(shapes, family: str, timm: Any, note: Any) -> None:
         return
     if family != "vit":
         return
+    if "pooler.probe" in shapes:
+        note("names (attention pooling)", pooling="map")
+        inner = shapes.get("pooler.intermediate.dense.weight", (0,))[0]
+        if inner != shapes.get("encoder.layer.0.output.dense.weight", (0, inner))[1]:
+            note("shapes", pooler_intermediate_size=inner)
+        return
     if "pooler.layernorm.weight" in shapes:
         note("names (fc_norm)", pooling="mean", norm_after_pooling=True)
         return
-    if pooling_of(timm) == "avg":
-        note(POOLING, pooling="mean")
+    if (pool := pooling_of(timm)) in ("avg", "map"):
+        note(POOLING, pooling="mean" if pool == "avg" else "map")
     if "embeddings.cls_token" not in shapes:
         note("names (no class token)", pooling="mean")
 

@@ -74,7 +74,10 @@ def _joined_heads(x: np.ndarray) -> np.ndarray:
 
 
 TOKEN = Layout("token", _each(lambda x: x[None]), _each(lambda x: x[0]), 2, 3)
-"""One token as (1, D) <-> (1, 1, D)."""
+"""One token as (1, D) <-> (1, 1, D); or positions as (S, D) <-> (1, S, D)."""
+
+VECTOR = Layout("vector", _each(lambda x: x[None, None]), _each(lambda x: x[0, 0]), 1, 3)
+"""One token as (D,) <-> (1, 1, D)."""
 
 GATE_AND_UP = Layout(
     "gate and up", lambda arrays: [np.concatenate(arrays)], lambda arrays: np.split(arrays[0], 2)

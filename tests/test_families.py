@@ -680,6 +680,22 @@ EXTENSIONS: dict[str, dict[str, Any]] = {
     "norm after the mean": {"pooling": "mean", "norm_after_pooling": True},
     "pre-logits": {"use_representation_layer": True, "pooler_output_size": 20},
     "gated": {"use_swiglu_ffn": True},
+    "axial rotary": {"rope_type": "axial", "rope_grid_size": (3, 5), "rope_grid_offset": 1.0},
+    "DINOv3's rotary": {
+        "rope_type": "dinov3",
+        "rope_theta": 100.0,
+        "rope_rotate_half": True,
+        "num_register_tokens": 2,
+        "use_absolute_position_embeddings": False,
+    },
+    "mixed rotary": {"rope_type": "mixed", "rope_grid_indexing": "xy"},
+    "attention pooling": {"use_cls_token": False, "pooling": "map", "hidden_act": "gelu_new"},
+    "attention pooling of all tokens": {
+        "pooling": "map",
+        "pooler_num_heads": 2,
+        "pooler_intermediate_size": 20,
+        "pool_prefix_tokens": True,
+    },
     "norm before the blocks": {"use_patch_bias": False, "use_pre_norm": True},
     "all at once": {
         "layer_scale_init_value": 0.1,
@@ -843,7 +859,7 @@ def test_derived_fields_cannot_be_set(family, name, value):
 @pytest.mark.parametrize(
     ("family", "fields", "match"),
     [
-        ("ViT", {"use_cls_token": False}, "`pooling` must be 'mean' where `use_cls_token`"),
+        ("ViT", {"use_cls_token": False}, "`pooling` must be 'mean' or 'map' where `use_cls"),
         ("ViT", {"norm_after_pooling": True}, "`pooling` must be 'mean' where `norm_after_pool"),
         (
             "ViT",

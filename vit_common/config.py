@@ -40,7 +40,7 @@ from vit_common.errors import ConfigError, shown
 from vit_common.files.hub import find_file, push_file, push_if_asked, split_hub_options
 from vit_common.files.replace import make_directory, write_text
 from vit_common.files.texts import read_json
-from vit_common.positions import ResizeRule
+from vit_common.positions import ResizeRule, RotaryType
 
 __all__ = [
     "ACTIVATIONS",
@@ -57,6 +57,9 @@ __all__ = [
 ]
 
 CONFIG_NAME = "config.json"
+
+
+PoolerType = Literal["dense", "norm", "token", "map"]
 
 
 class Flags(NamedTuple):
@@ -108,6 +111,14 @@ class ViTConfig:
     use_distillation_token: ClassVar[bool] = False
     any_image_size: ClassVar[bool] = False
 
+    is_part: ClassVar[bool] = False
+    """Whether the base network lies under `base_model_prefix` in every model, also in the one that
+    has nothing on it."""
+
+    keeps_pooler: ClassVar[bool] = False
+    """Whether models with a head have the pooler's parameters even where the head does not look at
+    it."""
+
     # Fields are set by name below; these are for readers and type checkers.
     vocab_size: int  # of BEiT alone
     hidden_size: int
@@ -134,12 +145,21 @@ class ViTConfig:
     use_absolute_position_embeddings: bool
     use_relative_position_bias: bool
     use_shared_relative_position_bias: bool
+    rope_type: RotaryType | None
+    rope_theta: float
+    rope_grid_size: int | tuple[int, int] | None
+    rope_grid_offset: float
+    rope_grid_indexing: Literal["ij", "xy"]
+    rope_rotate_half: bool
     stem_type: StemType | None
     stem_depths: tuple[int, ...]
     stem_width: int
     stem_standardization: StemStandardization
     stem_norm_eps: float
     pooling: Pooling
+    pooler_num_heads: int | None
+    pooler_intermediate_size: int | None
+    pool_prefix_tokens: bool
     norm_after_pooling: bool
     use_representation_layer: bool
     use_patch_bias: bool
@@ -285,10 +305,11 @@ class ViTConfig:
             ConfigError: `hidden_size` is not a multiple of `num_attention_heads`, the image holds
                 no whole patch, or there is nothing to pool.
         """
-        if self.hidden_size % self.num_attention_heads:
+        self._check_heads()
+        if self.rope_type is not None and self.head_dim % 4:
             raise ConfigError(
-                f"config: `hidden_size` must be a multiple of `num_attention_heads`; given "
-                f"{self.hidden_size} and {self.num_attention_heads}."
+                "config: the width of a head, `hidden_size` / `num_attention_heads`, must be a "
+                f"multiple of 4 where `rope_type` is {self.rope_type!r}; given {self.head_dim}."
             )
         if min(self.grid_size) < 1:
             raise ConfigError(
@@ -296,20 +317,29 @@ class ViTConfig:
                 f"and {self.patch_size!r}."
             )
         self._check_stem()
-        if not self.use_cls_token and self.pooling != "mean":
+        if not self.use_cls_token and self.pooling not in ("mean", "map"):
             raise ConfigError(
-                "config: `pooling` must be 'mean' where `use_cls_token` is False; given "
+                "config: `pooling` must be 'mean' or 'map' where `use_cls_token` is False; given "
                 f"{self.pooling!r}."
             )
-        if self.norm_after_pooling and self.pooling != "mean":
+        if (
+            self.norm_after_pooling
+            and self.pooling != "mean"
+            and "norm_after_pooling" in self.fields
+        ):
             raise ConfigError(
                 "config: `pooling` must be 'mean' where `norm_after_pooling` is True; given "
                 f"{self.pooling!r}."
             )
-        if self.pooling == "cls_mean" and self.use_representation_layer:
+        if self.pooling in ("cls_mean", "map") and self.use_representation_layer:
             raise ConfigError(
                 "config: `pooling` must be 'cls' or 'mean' where `use_representation_layer` is "
-                "True; given 'cls_mean'."
+                f"True; given {self.pooling!r}."
+            )
+        if self.pooler_type == "map" and self.hidden_size % self.pooler_heads:
+            raise ConfigError(
+                "config: `hidden_size` must be a multiple of `pooler_num_heads`; given "
+                f"{self.hidden_size} and {self.pooler_heads}."
             )
         if self.norm_after_pooling and self.use_representation_layer:
             raise ConfigError(
@@ -335,6 +365,13 @@ class ViTConfig:
                     f"{self.image_size!r}."
                 )
 
+    def _check_heads(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"config: `hidden_size` must be a multiple of `num_attention_heads`; given "
+                f"{self.hidden_size} and {self.num_attention_heads}."
+            )
+
     # -- what the network is made of; the same names for every family
 
     @classmethod
@@ -351,6 +388,11 @@ class ViTConfig:
             f"{stem}ForImageClassification (in JAX Flax{stem}Model ...), or the Auto classes, "
             "which choose them."
         )
+
+    @classmethod
+    def from_related(cls, config: ViTConfig) -> ViTConfig | None:
+        """This family's configuration out of another's that holds it; None where it does not."""
+        return None
 
     @property
     def is_extended(self) -> bool:
@@ -387,6 +429,15 @@ class ViTConfig:
         """Whether attention scores have a relative position bias, per block or shared."""
         return self.use_relative_position_bias or self.use_shared_relative_position_bias
 
+    def rotary_grid(self, grid: tuple[int, int]) -> dict[str, Any]:
+        """Arguments of `rotary_coordinates` for a grid (rows, columns) of patches."""
+        return {
+            "grid": grid,
+            "reference": self.rope_grid_size and _pair(self.rope_grid_size),
+            "offset": self.rope_grid_offset,
+            "columns_first": self.rope_grid_indexing == "xy",
+        }
+
     @property
     def has_layer_scale(self) -> bool:
         """Whether both residual branches are multiplied by learned factors, one per channel."""
@@ -399,15 +450,32 @@ class ViTConfig:
         return tuple(self.drop_path_rate * i / last for i in range(self.num_hidden_layers))
 
     @property
-    def pooler_type(self) -> Literal["dense", "norm", "token"]:
-        """Kind of the pooler on the class token or the mean of the patches: a dense layer with
-        `pooler_act`, a norm, or neither."""
+    def pooler_type(self) -> PoolerType:
+        """Kind of the pooler: on the class token or the mean of the patches a dense layer with
+        `pooler_act`, a norm, or neither; or attention pooling, "map"."""
+        if self.pooling == "map":
+            return "map"
         return "norm" if self.norm_after_pooling else "dense"
+
+    @property
+    def pooler_heads(self) -> int:
+        """Number of heads of attention pooling."""
+        return self.pooler_num_heads or self.num_attention_heads
+
+    @property
+    def pooler_inner(self) -> int:
+        """Width of the MLP in attention pooling."""
+        return self.pooler_intermediate_size or self.intermediate_size
+
+    @property
+    def first_pooled_token(self) -> int:
+        """The token from which on the pooling "mean" or "map" takes all."""
+        return 0 if self.pool_prefix_tokens else self.num_prefix_tokens
 
     @property
     def classifier_has_pooler(self) -> bool:
         """Whether the input of the classifier is the pooler's output."""
-        return self.norm_after_pooling or self.use_representation_layer
+        return self.norm_after_pooling or self.use_representation_layer or self.pooling == "map"
 
     @property
     def classifier_width(self) -> int:
@@ -877,6 +945,9 @@ def as_config(config: Any, wanted: type[ViTConfig] = ViTConfig) -> Any:
     if isinstance(config, ViTConfig):
         own = isinstance(config, wanted) and config.base_family == wanted.base_family
         if config.model_type != wanted.model_type and not own:
+            related = wanted.from_related(config)
+            if related is not None:
+                return related
             raise ConfigError(
                 f"`config` must be a {wanted.__name__}; given {type(config).__name__}. "
                 + config.use_instead()

@@ -7,13 +7,13 @@ check takes a field's name and a value and returns the value as it is kept, or r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from vit_common.errors import ConfigError, shown
-from vit_common.positions import ResizeRule
+from vit_common.positions import ResizeRule, RotaryType
 
 ACTIVATIONS = (
     "gelu",
@@ -229,12 +229,18 @@ STEM_NARROWING = 4
 PositionTokens = Literal["all", "cls", "patches"]
 StemType = Literal["resnetv2"]
 StemStandardization = Literal["variance", "deviation"]
-Pooling = Literal["cls", "mean", "cls_mean"]
+Pooling = Literal["cls", "mean", "cls_mean", "map"]
 
 VIT, DEIT, BEIT, DINOV2, REGISTERS = "vit", "deit", "beit", "dinov2", "dinov2_with_registers"
+CLIP, CLIP_VISION, CLIP_TEXT = "clip", "clip_vision_model", "clip_text_model"
+DINOV3 = "dinov3_vit"
 _DINOS = (DINOV2, REGISTERS)
 _VITS = (VIT, DEIT)
-_ALL = (VIT, DEIT, BEIT, *_DINOS)
+_CLIP_TOWERS = (CLIP_VISION, CLIP_TEXT)
+_OLDER = (VIT, DEIT, BEIT, *_DINOS)  # those with a dropout rate of the hidden states
+_TOWERS = (*_OLDER, *_CLIP_TOWERS)
+_IMAGES = (*_OLDER, CLIP_VISION)
+_ALL = (*_TOWERS, CLIP)
 
 
 class Field(NamedTuple):
@@ -255,7 +261,7 @@ class Field(NamedTuple):
     default: Any
     check: Check
     doc: str
-    families: tuple[str, ...] = _ALL
+    families: tuple[str, ...] = _TOWERS
     defaults: Mapping[str, Any] = {}
     if_set: tuple[str, ...] = ()
     extends: bool = False
@@ -268,17 +274,52 @@ def _extension(default: Any, check: Check, doc: str, *more: str, **defaults: Any
 
 
 def _everywhere(default: Any, check: Check, doc: str) -> Field:
-    return Field(default, check, doc, if_set=_ALL)
+    return Field(default, check, doc, _ALL, if_set=_ALL)
+
+
+def _token_id(default: int, what: str) -> Field:
+    return Field(default, _optional(integer(0)), f"id of the token that {what}", (CLIP_TEXT,))
+
+
+def _part_of(name: str, value: Any) -> Any:
+    """The configuration of a tower; `vit_common.families` makes it of a mapping."""
+    if value is not None and not isinstance(value, Mapping) and not hasattr(value, "to_dict"):
+        raise refusal(name, "a configuration or a mapping of its fields", value)
+    return value
 
 
 ROWS: dict[str, Field] = {
-    "vocab_size": Field(
-        8192, _size, "number of visual tokens that masked image modelling predicts", (BEIT,)
+    "text_config": Field(
+        None, _part_of, "the text tower's `CLIPTextConfig`, or a mapping of its fields", (CLIP,)
     ),
-    "hidden_size": Field(768, _size, "width D of the residual stream"),
+    "vision_config": Field(
+        None, _part_of, "the image tower's `CLIPVisionConfig`, or a mapping of its fields", (CLIP,)
+    ),
+    "vocab_size": Field(
+        8192,
+        _size,
+        "number of visual tokens that masked image modelling predicts; in CLIP's text tower, of "
+        "tokens of the text",
+        (BEIT, CLIP_TEXT),
+        {CLIP_TEXT: 49408},
+    ),
+    "hidden_size": Field(768, _size, "width D of the residual stream", defaults={CLIP_TEXT: 512}),
     "num_hidden_layers": Field(12, integer(0, _MOST_LAYERS), "number L of encoder blocks"),
-    "num_attention_heads": Field(12, _size, "number A of heads; divides `hidden_size`"),
-    "intermediate_size": Field(3072, _size, "width I of the MLP", (*_VITS, BEIT)),
+    "num_attention_heads": Field(
+        12, _size, "number A of heads; divides `hidden_size`", defaults={CLIP_TEXT: 8}
+    ),
+    "intermediate_size": Field(
+        3072, _size, "width I of the MLP", (*_VITS, BEIT, *_CLIP_TOWERS), {CLIP_TEXT: 2048}
+    ),
+    "projection_dim": Field(
+        512,
+        _size,
+        "width of the space that images and texts are compared in",
+        (*_CLIP_TOWERS, CLIP),
+    ),
+    "max_position_embeddings": Field(
+        77, integer(1, _MOST_TOKENS), "largest number of tokens of a text", (CLIP_TEXT,)
+    ),
     "mlp_ratio": Field(
         4,
         _ratio,
@@ -291,29 +332,55 @@ ROWS: dict[str, Field] = {
         _activation,
         'activation of the MLP, one of `ACTIVATIONS` or a callable: "gelu" is the exact (erf) '
         'one, "gelu_new" and "gelu_pytorch_tanh" the tanh approximation',
+        defaults={CLIP_VISION: "quick_gelu", CLIP_TEXT: "quick_gelu"},
     ),
     "hidden_dropout_prob": Field(
-        0.0, _rate, "dropout rate after the embeddings, the attention output and the MLP"
+        0.0, _rate, "dropout rate after the embeddings, the attention output and the MLP", _OLDER
     ),
     "attention_probs_dropout_prob": Field(
-        0.0, _rate, "dropout rate of the attention probabilities"
+        0.0, _rate, "dropout rate of the attention probabilities", _OLDER
+    ),
+    "attention_dropout": Field(
+        0.0, _rate, "dropout rate of the attention probabilities", _CLIP_TOWERS
     ),
     "initializer_range": Field(
         0.02,
         _fraction,
         "standard deviation of the truncated normal that draws new weights",
     ),
+    "initializer_factor": Field(
+        1.0, _fraction, "as in Transformers, which scales new weights by it; unused", _CLIP_TOWERS
+    ),
+    "logit_scale_init_value": Field(
+        2.6592,
+        _number("a number", lambda x: True),
+        "first value of the logarithm of what similarities are multiplied by",
+        (CLIP,),
+    ),
+    "pad_token_id": _token_id(1, "fills up a text"),
+    "bos_token_id": _token_id(49406, "begins a text"),
+    "eos_token_id": _token_id(
+        49407,
+        "ends a text, whose output stands for the whole; with 2, as in older files, that is the "
+        "largest id of the text",
+    ),
     "layer_norm_eps": Field(
         1e-12,
         _fraction,
         "epsilon of every layer norm (Hub ViT 1e-12; timm, Google and DINOv2 1e-6)",
-        defaults={DINOV2: 1e-6, REGISTERS: 1e-6},
+        defaults={DINOV2: 1e-6, REGISTERS: 1e-6, CLIP_VISION: 1e-5, CLIP_TEXT: 1e-5},
     ),
-    "image_size": Field(224, _side, "side of the square input in pixels, or (height, width)"),
+    "image_size": Field(
+        224, _side, "side of the square input in pixels, or (height, width)", _IMAGES
+    ),
     "patch_size": Field(
-        16, _side, "side of a square patch in pixels, or (height, width)", defaults={DINOV2: 14}
+        16,
+        _side,
+        "side of a square patch in pixels, or (height, width)",
+        _IMAGES,
+        {DINOV2: 14, CLIP_VISION: 32},
     ),
-    "num_channels": Field(3, _size, "number C of channels of the input"),
+    "num_channels": Field(3, _size, "number C of channels of the input", _IMAGES),
     "qkv_bias": Field(
         True, _boolean, "whether query, key and value have a bias", (*_VITS, *_DINOS)
     ),
@@ -348,6 +415,42 @@ ROWS: dict[str, Field] = {
     "use_shared_relative_position_bias": _extension(
         False, _boolean, "the same bias, one table for all blocks", BEIT
     ),
+    "rope_type": _extension(
+        None,
+        _optional(_choice(get_args(RotaryType))),
+        "how queries and keys of patches are rotated by their positions (rotary position "
+        'embeddings): "axial", "dinov3" or "mixed", see `vit_common.positions.RotaryType`; None '
+        "rotates nothing",
+    ),
+    "rope_theta": _extension(
+        10000.0,
+        _number("a number above 0", lambda x: x > 0),
+        'base of the frequencies of rotary position embeddings; with "mixed", of new ones',
+        DINOV3,
+        dinov3_vit=100.0,
+    ),
+    "rope_grid_size": _extension(
+        None,
+        _optional(_side),
+        'grid of patches, a side or (rows, columns), that "axial" coordinates of any grid are '
+        "stretched over; None stretches nothing",
+    ),
+    "rope_grid_offset": _extension(
+        0.0,
+        _number("a number", lambda x: True),
+        "added to the row and column of a patch before it is rotated",
+    ),
+    "rope_grid_indexing": _extension(
+        "ij",
+        _choice(("ij", "xy")),
+        'coordinate that the first half of the angles belongs to: "ij" the row, "xy" the column',
+    ),
+    "rope_rotate_half": _extension(
+        False,
+        _boolean,
+        "whether a channel is rotated together with the one half a head further on, not with its "
+        "neighbour",
+    ),
     "layer_scale_init_value": _extension(
         0.0,
         _fraction,
@@ -364,8 +467,9 @@ ROWS: dict[str, Field] = {
         _number("a number from 0 to below 1", lambda x: 0.0 <= x < 1.0),
         "rate of stochastic depth (Huang et al. 2016, arXiv:1603.09382) at the last block, growing "
         "evenly from zero at the first; in DINOv2 the same for every block",
-        defaults={BEIT: 0.1},
-        if_set=_VITS,
+        _IMAGES,
+        {BEIT: 0.1},
+        if_set=(*_VITS, CLIP_VISION),
     ),
     "use_mean_pooling": Field(
         True,
@@ -388,7 +492,9 @@ ROWS: dict[str, Field] = {
         dinov2_with_registers=4,
     ),
     "use_cls_token": _extension(
-        True, _boolean, 'whether there is a class token; without it `pooling` must be "mean"'
+        True,
+        _boolean,
+        'whether there is a class token; without it `pooling` must be "mean" or "map"',
     ),
     "position_tokens": _extension(
         "all",
@@ -423,8 +529,26 @@ ROWS: dict[str, Field] = {
     "pooling": _extension(
         "cls",
         _choice(get_args(Pooling)),
-        'input of the classifier: "cls" (the class token), "mean" (the mean of the patches) or '
-        '"cls_mean" (both joined, as in DINOv2)',
+        'input of the classifier: "cls" (the class token), "mean" (the mean of the patches), '
+        '"cls_mean" (both joined, as in DINOv2) or "map" (attention pooling: a learned probe '
+        "attends to the patches and an MLP follows, as in SigLIP; Zhai et al. 2022, "
+        "arXiv:2106.04560)",
+    ),
+    "pooler_num_heads": _extension(
+        None,
+        _optional(_size),
+        "number of heads of attention pooling; None means `num_attention_heads`",
+    ),
+    "pooler_intermediate_size": _extension(
+        None,
+        _optional(_size),
+        "width of the MLP in attention pooling; None means `intermediate_size`",
+    ),
+    "pool_prefix_tokens": _extension(
+        False,
+        _boolean,
+        'whether the pooling "mean" or "map" takes the tokens in front of the patches too, as in '
+        "the Perception Encoder",
     ),
     "norm_after_pooling": _extension(
         False,
@@ -452,7 +576,7 @@ ROWS: dict[str, Field] = {
         _choice(get_args(ResizeRule)),
         "how position embeddings are resampled to another grid; the families differ, see "
         "`vit_common.positions.resize_matrix`",
-    )._replace(defaults={REGISTERS: "bicubic_antialias"}),
+    )._replace(families=_TOWERS, defaults={REGISTERS: "bicubic_antialias"}),
     "output_hidden_states": _everywhere(
         False, _boolean, "whether calls return the hidden states unless told otherwise"
     ),
@@ -462,8 +586,8 @@ ROWS: dict[str, Field] = {
     "return_dict": _everywhere(
         True, _boolean, "whether calls return a mapping unless told otherwise; else a tuple"
     ),
-    "id2label": Field(None, _id2label, "label of each class, by its index"),
-    "label2id": Field(None, _label2id, "index of each class, by its label"),
+    "id2label": Field(None, _id2label, "label of each class, by its index", _ALL),
+    "label2id": Field(None, _label2id, "index of each class, by its label", _ALL),
     "problem_type": _everywhere(
         None,
         _optional(_choice(PROBLEM_TYPES)),
@@ -481,13 +605,16 @@ ROWS: dict[str, Field] = {
 Fields = dict[str, Field]
 
 
-def fields_of(family: str, last_before_common: str | None = None) -> Fields:
+def fields_of(
+    family: str, last_before_common: str | None = None, *, order: Sequence[str] = ()
+) -> Fields:
     """The rows of one family, each with the family's default, in the order of its constructor.
 
     Args:
         family: its `model_type`.
         last_before_common: the one field that the family's constructor has later than `ROWS`: after
             all that are not in every family.
+        order: the fields that the family's constructor begins with, where it is not as in `ROWS`.
     """
     rows = {
         name: row._replace(
@@ -500,7 +627,7 @@ def fields_of(family: str, last_before_common: str | None = None) -> Fields:
     if last_before_common is not None:
         late = [last_before_common, *_COMMON_FIELDS]
         rows = {name: rows[name] for name in [*(n for n in rows if n not in late), *late]}
-    return rows
+    return {name: rows[name] for name in dict.fromkeys((*order, *rows))}
 
 
 _COMMON_FIELDS = tuple(ROWS)[tuple(ROWS).index("gradient_checkpointing") :]

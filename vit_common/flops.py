@@ -43,6 +43,10 @@ def multiply_adds(
         total += config.classifier_width * config.num_labels
         if config.use_representation_layer:
             total += D * config.pooler_output_size
+        elif config.pooler_type == "map" and config.classifier_has_pooler:
+            pooled = S - config.first_pooled_token
+            # Key and value of each token, both products of attention; query, output and MLP once.
+            total += 2 * pooled * (D * D + D) + 2 * D * D + 2 * D * config.pooler_inner
     elif head == "teacher":
         total += 2 * D * config.num_labels
     elif head == "tokens":

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from vit_flax.attention import targets
@@ -40,6 +41,25 @@ def initializer(std: float) -> Callable[..., jax.Array]:
 
     def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return normal(key, shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
+
+    return draw
+
+
+def frequencies(theta: float) -> Callable[..., jax.Array]:
+    """New frequencies of rotary position embeddings, of two coordinates: those of `rope_theta`,
+    along axes turned at random in each head of each block (Heo et al. 2024, arXiv:2403.13298)."""
+
+    def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        _, L, A, half = shape
+        exact = jnp.promote_types(dtype, jnp.float32)
+        size = jnp.asarray(theta ** -(np.arange(half // 2) / (half // 2)), exact)
+        angle = 2 * np.pi * jax.random.uniform(key, (L, A, 1), exact)
+        angle = jnp.broadcast_to(angle, (L, A, half // 2))
+        parts = [(jnp.cos(angle + turn), jnp.sin(angle + turn)) for turn in (0.0, np.pi / 2)]
+        both = [
+            jnp.concatenate([size * part for part in axis], -1) for axis in zip(*parts, strict=True)
+        ]
+        return jnp.stack(both).astype(dtype)  # (2, L, A, D/A/2)
 
     return draw
 
@@ -110,12 +130,17 @@ class LayerNorm(nn.Module):
 
 
 def add_parameter(
-    part: FlaxViTPart, name: str, shape: tuple[int, ...], value: float | Literal["normal"]
+    part: FlaxViTPart,
+    name: str,
+    shape: tuple[int, ...],
+    value: float | Literal["normal", "frequencies"],
 ) -> None:
     """Give a part, in its `setup`, a parameter of that name, filled with `value` or drawn from the
-    normal distribution of `initializer`."""
+    normal distribution of `initializer` or as `frequencies` are."""
     if value == "normal":
         draw = initializer(part.config.initializer_range)
+    elif value == "frequencies":
+        draw = frequencies(part.config.rope_theta)
     else:
         draw = nn.initializers.constant(value)
     setattr(part, name, part.param(name, draw, shape, part.param_dtype))

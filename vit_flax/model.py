@@ -42,7 +42,9 @@ from vit_flax.outputs import (
     FlaxMaskedLMOutput,
     FlaxSequenceClassifierOutput,
 )
+from vit_flax.parts.attention_pool import FlaxViTAttentionPooler
 from vit_flax.parts.part import FlaxViTPart, activation, options
+from vit_flax.parts.rotary import rotate, rotation
 from vit_flax.parts.stems import FlaxViTStem
 from vit_flax.stacked import make_blocks, scan_blocks
 
@@ -204,6 +206,7 @@ class FlaxViTSelfAttention(FlaxViTPart):
         head_mask=None,
         bias=None,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """The context (B, F, D), and the probabilities (B, A, F, S) or None: see `attention`."""
         B, S, D = hidden_states.shape
@@ -218,6 +221,9 @@ class FlaxViTSelfAttention(FlaxViTPart):
         query = self.query(front).reshape(B, F, A, D // A)  # (B, F, A, D/A)
         key = self.key(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
         value = self.value(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
+        if rotation is not None:
+            query = rotate(query, rotation, self.config.rope_rotate_half)
+            key = rotate(key, rotation, self.config.rope_rotate_half)
         context, probabilities = attention(
             query,
             key,
@@ -265,6 +271,7 @@ class FlaxViTAttention(FlaxViTPart):
         head_mask=None,
         bias=None,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """(B, F, D), and the probabilities (B, A, F, S) or None."""
         context, probabilities = self.attention(
@@ -274,6 +281,7 @@ class FlaxViTAttention(FlaxViTPart):
             head_mask=head_mask,
             bias=bias,
             grid=grid,
+            rotation=rotation,
         )
         return self.output(context, deterministic), probabilities
 
@@ -344,6 +352,7 @@ class FlaxViTLayer(FlaxViTPart):
         bias=None,
         drop_path_rate=None,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """(B, S, D), and the attention probabilities (B, A, S, S), None unless asked for.
 
@@ -355,6 +364,7 @@ class FlaxViTLayer(FlaxViTPart):
             output_attentions: return the attention probabilities (B, A, S, S) too.
             drop_path_rate: how often, in training, an image skips a branch; None means never.
             grid: rows and columns of patches, for BEiT's bias; None means those of the config.
+            rotation: by what queries and keys are rotated, see `vit_flax.parts.rotary`.
         """
         attention_output, probabilities = self.attention(
             self.layernorm_before(hidden_states),
@@ -363,6 +373,7 @@ class FlaxViTLayer(FlaxViTPart):
             head_mask=head_mask,
             bias=bias,
             grid=grid,
+            rotation=rotation,
         )
         if self.config.has_layer_scale:
             attention_output = attention_output * self.lambda_1.astype(self.dtype)
@@ -395,23 +406,26 @@ class FlaxViTLayerCollection(FlaxViTPart):
         head_mask=None,
         bias=None,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """`FlaxBaseModelOutput` of the last block, or its tuple with `return_dict=False`;
-        `head_mask` is (L, 1, A, 1, 1) or None."""
+        `head_mask` is (L, 1, A, 1, 1) or None, `rotation` as `vit_flax.parts.rotary` has it."""
+        mixed = self.config.rope_type == "mixed"
 
-        def run(layer, hidden_states, layer_mask, rate):
+        def run(layer, hidden_states, own, rate):
+            layer_mask, turn = own
             inputs = (hidden_states, deterministic, output_attentions, layer_mask, bias, rate, grid)
-            return layer(*inputs)
+            return layer(*inputs, turn if mixed else rotation)
 
-        rates = self.config.drop_path_rates
+        rates, owned = self.config.drop_path_rates, (head_mask, rotation if mixed else None)
         if self.scan_layers and self.layers:
             flags = (output_attentions, output_hidden_states)
-            output = scan_blocks(run, self.layers[0], hidden_states, head_mask, rates, *flags)
+            output = scan_blocks(run, self.layers[0], hidden_states, owned, rates, *flags)
             return output if return_dict else output.to_tuple()
         all_hidden_states, all_attentions = [hidden_states], []
         for i, layer in enumerate(self.layers):
-            layer_mask = None if head_mask is None else head_mask[i]
-            hidden_states, probabilities = run(layer, hidden_states, layer_mask, rates[i] or None)
+            own = jax.tree.map(lambda array, i=i: array[i], owned)
+            hidden_states, probabilities = run(layer, hidden_states, own, rates[i] or None)
             all_hidden_states.append(hidden_states)
             all_attentions.append(probabilities)
         output = FlaxBaseModelOutput(
@@ -429,6 +443,10 @@ class FlaxViTEncoder(FlaxViTPart):
         self.layer = FlaxViTLayerCollection(**options(self))
         if self.config.use_shared_relative_position_bias:
             self.relative_position_bias = FlaxViTRelativePositionBias(**options(self))
+        if self.config.rope_type == "mixed":
+            L, A = self.config.num_hidden_layers, self.config.num_attention_heads
+            shape = (2, L, A, self.config.head_dim // 2)
+            add_parameter(self, "rope_frequencies", shape, "frequencies")
 
     def __call__(
         self,
@@ -439,6 +457,7 @@ class FlaxViTEncoder(FlaxViTPart):
         return_dict: bool = True,
         *,
         head_mask=None,
+        bias=None,
         grid: tuple[int, int] | None = None,
     ):
         """`FlaxBaseModelOutput` of the last block, before the final norm.
@@ -449,12 +468,18 @@ class FlaxViTEncoder(FlaxViTPart):
             head_mask: (A,) or (L, A), multiplies the attention probabilities.
             output_attentions, output_hidden_states: return those of every block too.
             return_dict: False returns the output's tuple.
-            grid: rows and columns of patches, for BEiT's bias; None means those of the config.
+            bias: added to the scores of every block, such as a text's mask; broadcasts against
+                (B, A, S, S).
+            grid: rows and columns of patches, for positions; None means those of the config.
         """
         if head_mask is not None:
             head_mask = spread_head_mask(head_mask, self.config)
-        shared = self.config.use_shared_relative_position_bias
-        bias = self.relative_position_bias(grid or self.config.grid_size) if shared else None
+        if self.config.use_shared_relative_position_bias:
+            bias = self.relative_position_bias(grid or self.config.grid_size)
+        turn = None
+        if self.config.rope_type is not None:
+            learned = getattr(self, "rope_frequencies", None)
+            turn = rotation(self.config, grid or self.config.grid_size, self.dtype, learned)
         return self.layer(
             hidden_states,
             deterministic,
@@ -464,6 +489,7 @@ class FlaxViTEncoder(FlaxViTPart):
             head_mask=head_mask,
             bias=bias,
             grid=grid,
+            rotation=turn,
         )
 
 
@@ -477,10 +503,11 @@ def spread_head_mask(head_mask, config: ViTConfig):
 
 
 def mean_of_patches(hidden_states, config: ViTConfig):
-    """(B, S, D) -> (B, D): the mean of the tokens that are patches."""
+    """(B, S, D) -> (B, D): the mean of the tokens that are patches, or as `pool_prefix_tokens` says
+    of all."""
     if hidden_states.shape[1] <= config.num_prefix_tokens:
         raise InputError("the mean of the patches needs all tokens: `front_tokens` must be None.")
-    return jnp.mean(hidden_states[:, config.num_prefix_tokens :], axis=1)
+    return jnp.mean(hidden_states[:, config.first_pooled_token :], axis=1)
 
 
 class FlaxViTPooler(FlaxViTPart):
@@ -535,7 +562,9 @@ class FlaxViTModule(FlaxViTPart):
         if not self.config.norm_after_pooling:
             self.layernorm = layer_norm(self)
         if self.add_pooling_layer:
-            self.pooler = FlaxViTPooler(**options(self))
+            by_attention = self.config.pooler_type == "map"
+            pooler = FlaxViTAttentionPooler if by_attention else FlaxViTPooler
+            self.pooler = pooler(**options(self))
 
     def __call__(
         self,
@@ -620,7 +649,8 @@ class FlaxViTForImageClassificationModule(FlaxViTPart):
     """The base network and a linear classifier on the class token, or as `pooling` says."""
 
     def setup(self):
-        add_network(self, add_pooling_layer=self.config.classifier_has_pooler)
+        config = self.config
+        add_network(self, add_pooling_layer=config.classifier_has_pooler or config.keeps_pooler)
         self.classifier = dense(self, self.config.num_labels)
 
     def __call__(

@@ -36,6 +36,9 @@ _HEADS: dict[str, tuple[Head | None, ...]] = {
     "vit": (None, "classifier", "decoder"),
     "deit": (None, "classifier", "teacher", "decoder"),
     "beit": (None, "classifier", "tokens"),
+    "clip_vision_model": (None, "projection"),
+    "clip_text_model": (None, "projection"),
+    "clip": ("towers", "classifier"),
 }
 
 

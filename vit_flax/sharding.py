@@ -57,6 +57,7 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     ),
     (r"embeddings/patch_embeddings/projection/bias", _WHOLE),
     (r"encoder/relative_position_bias/relative_position_bias_table", _BIASES),
+    (r"encoder/rope_frequencies", PartitionSpec(None, None, MODEL)),  # (2, L, A, D/A/2)
     (rf"{_ATTENTION}/relative_position_bias/relative_position_bias_table", _BIASES),
     (rf"{_ATTENTION}/(query|key|value)/kernel", _OUTPUTS),
     (rf"{_ATTENTION}/(query|key|value)/(bias|kernel_scale)", _PART),
@@ -70,16 +71,27 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(pre_layernorm|layernorm|pooler/layernorm)/(scale|bias)", _WHOLE),
     (r"pooler/dense/kernel", PartitionSpec(FSDP)),
     (r"pooler/dense/bias", _WHOLE),
+    (r"pooler/probe", _WIDTH),
+    (r"pooler/attention/(query|key|value)/kernel", _OUTPUTS),
+    (r"pooler/attention/(query|key|value)/bias", _PART),
+    (r"pooler/intermediate/dense/kernel", _OUTPUTS),
+    (r"pooler/intermediate/dense/bias", _PART),
+    (r"pooler/(attention/)?output/dense/kernel", _INPUTS),
+    (r"pooler/(attention/)?output/dense/bias", _WHOLE),
+    (r"embeddings/(token_embedding|position_embedding)/embedding", PartitionSpec(None, FSDP)),
+    (r"final_layernorm/(scale|bias)", _WHOLE),
 )
 _HEADS = r"(cls_classifier|distillation_classifier|classifier|lm_head)"
 _TREES = ("model", "lora")  # a model's parameters, and adapters beside them
 _ADAPTERS = ("lora_A", "lora_B", "lora_magnitude")
-_FAMILIES = r"(vit|deit|beit|dinov2|dinov2_with_registers)"
+_FAMILIES = r"(vit|deit|beit|dinov2|dinov2_with_registers|vision_model|text_model)"
 _TABLE = [(re.compile(rf"({_FAMILIES}/)?{name}"), spec) for name, spec in _NETWORK] + [
     (re.compile(rf"{_HEADS}/kernel"), PartitionSpec(FSDP)),  # (D, K)
     (re.compile(r"decoder/0/kernel"), PartitionSpec(None, None, FSDP)),  # (1, 1, D, ...)
     (re.compile(rf"({_HEADS}|decoder/0)/bias"), _WHOLE),
     (re.compile(r"lm_layernorm/(scale|bias)"), _WHOLE),
+    (re.compile(r"(visual|text)_projection/kernel"), PartitionSpec(FSDP)),
+    (re.compile(r"logit_scale"), _WHOLE),
 ]
 
 

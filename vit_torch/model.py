@@ -45,7 +45,9 @@ from vit_torch.outputs import (
     MaskedImageModelingOutput,
     MaskedLMOutput,
 )
+from vit_torch.parts.attention_pool import ViTAttentionPooler
 from vit_torch.parts.part import ViTPart, activation, options
+from vit_torch.parts.rotary import Rotation, rotate, rotation
 from vit_torch.parts.stems import ViTStem
 
 
@@ -219,6 +221,7 @@ class ViTSelfAttention(ViTPart):
         bias=None,
         output_attentions: bool = False,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """The context (B, S, D), and the probabilities (B, A, S, S) or None: see `attention`."""
         B, S, D = hidden_states.shape
@@ -229,6 +232,9 @@ class ViTSelfAttention(ViTPart):
         query = self.query(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
         key = self.key(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
         value = self.value(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
+        if rotation is not None:
+            query = rotate(query, rotation, self.config.rope_rotate_half)
+            key = rotate(key, rotation, self.config.rope_rotate_half)
         context, probabilities = attention(
             query,
             key,
@@ -280,10 +286,11 @@ class ViTAttention(ViTPart):
         bias=None,
         output_attentions: bool = False,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """As `ViTLayer`."""
         context, probabilities = self.attention(
-            hidden_states, head_mask, bias, output_attentions, grid
+            hidden_states, head_mask, bias, output_attentions, grid, rotation
         )
         return with_probabilities(self.output(context), probabilities, output_attentions, self)
 
@@ -360,6 +367,7 @@ class ViTLayer(ViTPart):
         bias=None,
         output_attentions: bool = False,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """Hidden states (B, S, D); with `output_attentions`, a pair of these and the probabilities;
         of BEiT a tuple in any case.
@@ -370,9 +378,10 @@ class ViTLayer(ViTPart):
             bias: added to the attention scores, such as the one that all of BEiT's blocks share.
             output_attentions: return the attention probabilities (B, A, S, S) too.
             grid: rows and columns of patches, for BEiT's bias; None means those of the config.
+            rotation: by what queries and keys are rotated, see `vit_torch.parts.rotary`.
         """
         attention_output = self.attention(
-            self.layernorm_before(hidden_states), head_mask, bias, output_attentions, grid
+            self.layernorm_before(hidden_states), head_mask, bias, output_attentions, grid, rotation
         )
         probabilities = None
         if isinstance(attention_output, tuple):
@@ -411,6 +420,10 @@ class ViTEncoder(ViTPart):
         )
         if self.config.use_shared_relative_position_bias:
             self.relative_position_bias = ViTRelativePositionBias(**options(self))
+        if self.config.rope_type == "mixed":
+            L, A = self.config.num_hidden_layers, self.config.num_attention_heads
+            shape = (2, L, A, self.config.head_dim // 2)
+            add_parameter(self, "rope_frequencies", shape, "frequencies")
         self.gradient_checkpointing = self.config.gradient_checkpointing
         self.gradient_checkpointing_kwargs: dict[str, Any] = {"use_reentrant": False}
 
@@ -422,6 +435,7 @@ class ViTEncoder(ViTPart):
         output_hidden_states: bool = False,
         return_dict: bool = True,
         grid: tuple[int, int] | None = None,
+        bias=None,
     ):
         """`BaseModelOutput` of the last block, before the final norm.
 
@@ -430,17 +444,20 @@ class ViTEncoder(ViTPart):
             head_mask: (A,) or (L, A), multiplies the attention probabilities.
             output_attentions, output_hidden_states: return those of every block too.
             return_dict: False returns the output's tuple.
-            grid: rows and columns of patches, for BEiT's bias; None means those of the config.
+            grid: rows and columns of patches, for positions; None means those of the config.
+            bias: added to the scores of every block, such as a text's mask; broadcasts against
+                (B, A, S, S).
         """
         if head_mask is not None:
             head_mask = spread_head_mask(head_mask, self.config)
-        shared = self.config.use_shared_relative_position_bias
-        bias = self.relative_position_bias(grid or self.config.grid_size) if shared else None
+        if self.config.use_shared_relative_position_bias:
+            bias = self.relative_position_bias(grid or self.config.grid_size)
+        turns = self.rotations(grid or self.config.grid_size, hidden_states)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         all_hidden_states, all_attentions = [hidden_states], []
         for i, layer in enumerate(self.layer):
             layer_mask = None if head_mask is None else head_mask[i]
-            inputs = (hidden_states, layer_mask, bias, output_attentions, grid)
+            inputs = (hidden_states, layer_mask, bias, output_attentions, grid, turns[i])
             if recompute:
                 hidden_states = checkpoint(layer, *inputs, **self.gradient_checkpointing_kwargs)
             else:
@@ -456,6 +473,15 @@ class ViTEncoder(ViTPart):
         )
         return output if return_dict else output.to_tuple()
 
+    def rotations(self, grid: tuple[int, int], like: torch.Tensor) -> list[Rotation | None]:
+        """By what each block rotates queries and keys, for a grid (rows, columns) of patches; in
+        the dtype and on the device of a tensor."""
+        L, kind = self.config.num_hidden_layers, self.config.rope_type
+        if kind is None:
+            return [None] * L
+        turn = rotation(self.config, grid, like, getattr(self, "rope_frequencies", None))
+        return list(zip(*turn, strict=True)) if kind == "mixed" else [turn] * L
+
 
 def spread_head_mask(head_mask, config: ViTConfig):
     """(A,) or (L, A) -> (L, 1, A, 1, 1): one factor for each layer and head."""
@@ -467,8 +493,9 @@ def spread_head_mask(head_mask, config: ViTConfig):
 
 
 def mean_of_patches(hidden_states, config: ViTConfig):
-    """(B, S, D) -> (B, D): the mean of the tokens that are patches."""
-    return hidden_states[:, config.num_prefix_tokens :].mean(dim=1)
+    """(B, S, D) -> (B, D): the mean of the tokens that are patches, or as `pool_prefix_tokens` says
+    of all."""
+    return hidden_states[:, config.first_pooled_token :].mean(dim=1)
 
 
 class ViTPooler(ViTPart):
@@ -520,7 +547,8 @@ class ViTModule(ViTPart):
         self.encoder = ViTEncoder(**options(self))
         if not self.config.norm_after_pooling:
             self.layernorm = layer_norm(self)
-        self.pooler = ViTPooler(**options(self)) if add_pooling_layer else None
+        pooler = ViTAttentionPooler if self.config.pooler_type == "map" else ViTPooler
+        self.pooler = pooler(**options(self)) if add_pooling_layer else None
 
     def forward(
         self,
@@ -604,7 +632,8 @@ class ViTForImageClassificationModule(ViTPart):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        add_network(self, add_pooling_layer=self.config.classifier_has_pooler)
+        config = self.config
+        add_network(self, add_pooling_layer=config.classifier_has_pooler or config.keeps_pooler)
         self.classifier = dense(self, self.config.classifier_width, self.config.num_labels)
 
     def forward(

@@ -20,8 +20,9 @@ from vit_common.parameters import Head
 from vit_common.positions import RelativeRule
 from vit_convert.layouts import KEEP, Layout
 
-PREFIXES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers")
-"""What models with a head put before the names of the network under it, one for each family."""
+PREFIXES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers", "vision_model")
+"""What models with a head put before the names of the network under it, one for each family (CLIP:
+every model)."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class Published(NamedTuple):
         positions: its positions (N, D), from (rows, columns) of patches and the width, where they
             are not learned.
         class_token: whether it has one.
+        gated: whether its MLP is a SwiGLU.
     """
 
     name: str
@@ -132,6 +134,7 @@ class Published(NamedTuple):
     heads: int
     positions: Callable[[tuple[int, int], int], np.ndarray] | None = None
     class_token: bool = True
+    gated: bool = False
 
 
 Implied = tuple[BaseImageProcessor, str]
@@ -163,6 +166,11 @@ class Format:
         candidate: whether it is named in the error where no sign decides between formats.
         settings: fields of the config that networks in this format have, where they differ from
             the defaults of the family.
+        unsaid: fields that networks with such weights differ in and that the weights do not show,
+            from the shapes of the weights by canonical name; they are asked for where no file says
+            them.
+        classes: names of timm's classes whose networks have these names; a file whose
+            architecture is of another class is in another format. Empty for any.
         stem: the same of networks with a stem before their patches.
         relative_resize: how relative positions of networks in this format are resampled.
         positions: positions (N, D) of networks whose files hold none, from (rows, columns) of
@@ -198,6 +206,8 @@ class Format:
     clues: tuple[Clue, ...] = ()
     candidate: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    unsaid: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
+    classes: tuple[str, ...] = ()
     stem: Mapping[str, Any] = field(default_factory=dict)
     relative_resize: RelativeRule = "bilinear"
     positions: Callable[[tuple[int, int], int], np.ndarray] | None = None

@@ -11,8 +11,20 @@ from collections.abc import Iterator
 from vit_common.config import ViTConfig
 from vit_convert.formats.format import Files, Format, Rule
 from vit_convert.formats.stems import TRANSFORMERS
-from vit_convert.layouts import GATE_AND_UP, KEEP, TOKEN, Layout
+from vit_convert.layouts import GATE_AND_UP, KEEP, TOKEN, VECTOR, Layout
 
+ATTENTION_POOLER_DENSE = (
+    "pooler.attention.query",
+    "pooler.attention.key",
+    "pooler.attention.value",
+    "pooler.attention.output.dense",
+    "pooler.intermediate.dense",
+    "pooler.output.dense",
+)
+ATTENTION_POOLER = (
+    "pooler.probe",
+    *(f"{name}.{leaf}" for name in ATTENTION_POOLER_DENSE for leaf in ("weight", "bias")),
+)
 _TOP = (
     "embeddings.cls_token",
     "embeddings.distillation_token",
@@ -20,6 +32,7 @@ _TOP = (
     "embeddings.position_embeddings",
     "embeddings.patch_embeddings.projection.weight",
     "embeddings.patch_embeddings.projection.bias",
+    "encoder.rope_frequencies",
     "pre_layernorm.weight",
     "pre_layernorm.bias",
     "layernorm.weight",
@@ -28,6 +41,7 @@ _TOP = (
     "pooler.dense.bias",
     "pooler.layernorm.weight",
     "pooler.layernorm.bias",
+    *ATTENTION_POOLER,
     "classifier.weight",
     "classifier.bias",
     "cls_classifier.weight",
@@ -89,6 +103,28 @@ def stem_modules() -> tuple[str, ...]:
 
 STEM = stem_modules()
 
+# canonical <-> CLIP
+CLIP = ("clip_vision_model", "clip_text_model", "clip")
+CLIP_BLOCK = {
+    "attention.attention.query": "self_attn.q_proj",
+    "attention.attention.key": "self_attn.k_proj",
+    "attention.attention.value": "self_attn.v_proj",
+    "attention.output.dense": "self_attn.out_proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "layernorm_before": "layer_norm1",
+    "layernorm_after": "layer_norm2",
+}
+CLIP_TOP = {
+    "embeddings.patch_embedding": "embeddings.patch_embeddings.projection",
+    "pre_layrnorm": "pre_layernorm",  # spelt so in Transformers' files
+    "post_layernorm": "pooler.layernorm",
+    "visual_projection": "visual_projection",
+    "text_projection": "text_projection",
+    "classifier": "classifier",
+}
+"""CLIP's name -> canonical name, of the modules outside the blocks."""
+
 BEIT_HEAD = (("layernorm.", "lm_layernorm."),)
 """BEiT's head for masked image modelling calls its norm as the network under it calls its own."""
 
@@ -120,6 +156,33 @@ def _top(mask_token: Layout = KEEP, shared: str = f"encoder.{_TABLE}") -> tuple[
         Rule("embeddings.mask_token", "embeddings.mask_token", mask_token),
         Rule(shared, f"encoder.{_TABLE}"),
     )
+
+
+def _clip() -> tuple[Rule, ...]:
+    """Both towers of CLIP; the image's names are prefixed in files."""
+    text = "text_model."
+    rules = [
+        Rule("embeddings.class_embedding", "embeddings.cls_token", VECTOR),
+        Rule("embeddings.position_embedding.weight", "embeddings.position_embeddings", TOKEN),
+        Rule("logit_scale", "logit_scale"),
+    ]
+    for theirs, ours in CLIP_TOP.items():
+        rules += [Rule(f"{theirs}.{leaf}", f"{ours}.{leaf}") for leaf in ("weight", "bias")]
+    for start in ("", text):
+        for ours, theirs in CLIP_BLOCK.items():
+            for leaf in ("weight", "bias"):
+                rules.append(
+                    Rule(
+                        f"{start}encoder.layers.{{i}}.{theirs}.{leaf}",
+                        f"{start}encoder.layer.{{i}}.{ours}.{leaf}",
+                    )
+                )
+    for name in ("token_embedding", "position_embedding"):
+        name = f"{text}embeddings.{name}.weight"
+        rules.append(Rule(name, name))
+    for leaf in ("weight", "bias"):
+        rules.append(Rule(f"{text}final_layer_norm.{leaf}", f"{text}final_layernorm.{leaf}"))
+    return tuple(rules)
 
 
 _V4 = "encoder.layer.{i}."
@@ -197,6 +260,13 @@ FORMATS = (
     _format(_BEIT, _top() + _block(_SAME, _V4), V4_NAMES, only_with_prefix=BEIT_HEAD),
     _format(_DINOV2, _top(TOKEN) + _block(DINOV2_BLOCK, _V4), V4_NAMES, fits=plain),
     _format(_DINOV2, _top(TOKEN) + _block(DINOV2_SWIGLU_BLOCK, _V4), V4_NAMES, fits=gated),
+    _format(
+        CLIP,
+        _clip(),
+        "Hub torch layout of CLIP",
+        ignored=((r"(text_model\.)?embeddings\.position_ids", "an index, no weight"),),
+        lacks=("embeddings.patch_embedding.bias",),  # SigLIP's
+    ),
     _format(_VIT, _top() + _block(BLOCK, _V5), V5_NAMES, False),
     _format(
         ("vit",),

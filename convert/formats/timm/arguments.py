@@ -59,7 +59,8 @@ _BLOCKS = {
     "ParallelThingsBlock": "pre_norm",
 }
 _NORMS = {"layernorm": "layernorm", "rmsnorm": "rmsnorm"}
-_POOLINGS = {"token": "cls", "avg": "mean", "map": "map", "": None}
+POOLINGS = ("token", "avg", "map", "")
+"""What a classifier may look at, in timm's words."""
 _ROTARY = {"cat": "axial", "axial": "axial", "dinov3": "dinov3", "mixed": "mixed"}
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "proj_bias": (True,),
@@ -73,7 +74,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "attn_only_layer_scale": (False,),
     "num_kv_heads": (None,),
     "rope_mrope_section": (None,),
-    "global_pool": tuple(_POOLINGS),
+    "global_pool": POOLINGS,
     "rope_type": (*_ROTARY, "none", "", None),
     "norm_layer": (*_NORMS, None),
     "act_layer": (*ACTIVATIONS, None),
@@ -188,8 +189,7 @@ def _fields(cls: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         fields["pool_prefix_tokens"] = args.get("global_pool") == "map"
         if args.get("use_post_norm"):
             fields["block_type"] = "post_norm"
-    if args.get("init_values"):
-        fields["layer_scale_init_value"] = float(args["init_values"])
+    fields["layer_scale_init_value"] = float(args.get("init_values") or 0.0)
     kind = args.get("rope_type", "cat" if cls == "Eva" else None)
     rotates = args.get("use_rot_pos_emb", False) if cls == "Eva" else bool(kind)
     if rotates and kind not in ("none", "", None):
@@ -222,11 +222,33 @@ def _resize_rule(args: Mapping[str, Any]) -> str:
     return f"{mode}_antialias" if args.get("pos_embed_antialias", True) else mode
 
 
-def pooling_of(name: str, given: Mapping[str, Any]) -> str | None:
-    """timm's word for what a network's classifier looks at: "token", "avg", "map" or ""."""
-    row = architecture(name)
-    default = {"VisionTransformer": "token", "VisionTransformerDistilled": "token"}
-    named = row.arguments.get("global_pool")
-    return given.get(
-        "global_pool", named or default.get(row.cls, "map" if row.cls == "NaFlexVit" else "avg")
-    )
+# Keyword, as `VisionTransformer` has it -> the parameter that is there if it is set.
+_SHOWN_BY = {
+    "pre_norm": "pre_layernorm.weight",
+    "qk_norm": "encoder.layer.0.attention.attention.query_norm.weight",
+    "scale_attn_norm": "encoder.layer.0.attention.output.layernorm.weight",
+    "scale_mlp_norm": "encoder.layer.0.output.layernorm.weight",
+}
+
+
+def check_shown(given: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
+    """Refuse keywords that say of the network what its weights deny.
+
+    Args:
+        given: keywords beside a name (`model_args`).
+        shapes: of the weights, by canonical name.
+
+    Raises:
+        ConfigError: a part that a keyword asks for is not among the weights, or the reverse.
+    """
+    for keyword, value in given.items():
+        name = _SHOWN_BY.get(_SPELLED.get(keyword, keyword))
+        denied = name is not None and bool(value) != (name in shapes)
+        if keyword == "norm_layer":
+            name = "encoder.layer.0.layernorm_before.bias"
+            denied = f"{name[:-4]}weight" in shapes and (value == "rmsnorm") == (name in shapes)
+        if denied:
+            raise ConfigError(
+                f"timm's config.json: `model_args` has {keyword}={value!r}, which changes the "
+                f"network, and {name} is {'' if name in shapes else 'not '}among these weights."
+            )
