@@ -90,6 +90,9 @@ class _Network:
         return y + self.weight(f"{name}.bias") if f"{name}.bias" in self.tensors else y
 
     def norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        if self.config.norm_type == "rmsnorm":
+            squares = np.mean(x**2, axis=-1, keepdims=True)
+            return x / np.sqrt(squares + self.config.layer_norm_eps) * self.weight(f"{name}.weight")
         centred = x - x.mean(axis=-1, keepdims=True)
         variance = np.mean(centred**2, axis=-1, keepdims=True)
         scaled = centred / np.sqrt(variance + self.config.layer_norm_eps)
@@ -193,15 +196,20 @@ class _Network:
         pairs = np.stack([numbers.real, numbers.imag], axis=2)
         return (pairs if config.rope_rotate_half else pairs.swapaxes(-1, -2)).reshape(x.shape)
 
-    def attention(self, x: np.ndarray, block: int, shared: np.ndarray | None) -> np.ndarray:
+    def attention(
+        self, x: np.ndarray, layer: str, block: int, shared: np.ndarray | None
+    ) -> np.ndarray:
+        """(S, D) -> (S, D): the attention of that name, in that block."""
         config = self.config
         S, A = len(x), config.num_attention_heads
-        layer = f"encoder.layer.{block}"
         name = f"{layer}.attention.attention"
         query, key, value = (
             self.dense(x, f"{name}.{part}").reshape(S, A, -1).transpose(1, 0, 2)
             for part in ("query", "key", "value")
         )  # (A, S, D/A)
+        if config.use_qk_norm:
+            query = self.norm(query, f"{name}.query_norm")
+            key = self.norm(key, f"{name}.key_norm")
         query, key = self.rotated(query, block), self.rotated(key, block)
         biases = self.bias(name) if config.use_relative_position_bias else None
         heads = []
@@ -217,6 +225,8 @@ class _Network:
             scores /= scores.sum(axis=-1, keepdims=True)
             heads.append(scores @ value[head])  # (S, D/A)
         context = np.stack(heads, axis=1).reshape(S, -1)
+        if config.use_attention_norm:
+            context = self.norm(context, f"{layer}.attention.output.layernorm")
         return self.dense(context, f"{layer}.attention.output.dense")
 
     def mlp(self, x: np.ndarray, layer: str) -> np.ndarray:
@@ -226,7 +236,32 @@ class _Network:
             x = self.activation(gate, "silu") * x
         else:
             x = self.activation(x, self.config.hidden_act)
+        if self.config.use_mlp_norm:
+            x = self.norm(x, f"{layer}.output.layernorm")
         return self.dense(x, f"{layer}.output.dense")
+
+    def block(self, x: np.ndarray, i: int, shared: np.ndarray | None) -> np.ndarray:
+        """(S, D) -> (S, D), by the kind of the block."""
+        config, kind = self.config, self.config.block_type
+        layer = f"encoder.layer.{i}"
+        branches = [f"{layer}.branch.{j}" for j in range(1, config.num_parallel_branches)]
+        if kind == "parallel":
+            normed = self.norm(x, f"{layer}.layernorm_before")
+            both = self.attention(normed, layer, i, shared) + self.mlp(normed, layer)
+            return x + self.scaled(both, f"{layer}.lambda_1")
+        for norm, scale in (("layernorm_before", "lambda_1"), ("layernorm_after", "lambda_2")):
+            attends, added = norm == "layernorm_before", np.zeros_like(x)
+            for branch in (layer, *branches):
+                y = x if kind == "post_norm" else self.norm(x, f"{branch}.{norm}")
+                y = self.attention(y, branch, i, shared) if attends else self.mlp(y, branch)
+                if kind == "post_norm":
+                    y = self.norm(y, f"{branch}.{norm}")
+                added += self.scaled(y, f"{branch}.{scale}")
+            x = x + added
+        return x
+
+    def scaled(self, x: np.ndarray, name: str) -> np.ndarray:
+        return x * self.weight(name) if self.config.has_layer_scale else x
 
     def run(self, image: np.ndarray) -> np.ndarray:
         config = self.config
@@ -235,16 +270,8 @@ class _Network:
             x = self.norm(x, "pre_layernorm")
         shared = self.bias("encoder") if config.use_shared_relative_position_bias else None
         for i in range(config.num_hidden_layers):
-            layer = f"encoder.layer.{i}"
-            branch = self.attention(self.norm(x, f"{layer}.layernorm_before"), i, shared)
-            if config.has_layer_scale:
-                branch = branch * self.weight(f"{layer}.lambda_1")
-            x = x + branch
-            branch = self.mlp(self.norm(x, f"{layer}.layernorm_after"), layer)
-            if config.has_layer_scale:
-                branch = branch * self.weight(f"{layer}.lambda_2")
-            x = x + branch
-        return self.head(x if config.norm_after_pooling else self.norm(x, "layernorm"))
+            x = self.block(x, i, shared)
+        return self.head(self.norm(x, "layernorm") if config.has_final_norm else x)
 
     def attention_pooler(self, x: np.ndarray) -> np.ndarray:
         """What the probe finds in the tokens, (N, D) -> (D,)."""

@@ -223,18 +223,7 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], family: str, note: Any) -> Non
     if registers:
         note("shapes", num_register_tokens=registers[1])
     if family == "vit":
-        note(
-            "names",
-            **{
-                field: value
-                for field, name, value in (
-                    ("use_cls_token", "embeddings.cls_token", False),
-                    ("use_patch_bias", "embeddings.patch_embeddings.projection.bias", False),
-                    ("use_pre_norm", "pre_layernorm.weight", True),
-                )
-                if (name in shapes) is value
-            },
-        )
+        note("names", **_structure(shapes))
     if family != "beit" and layers:
         name = "encoder.layer.0.attention.attention.query.bias"
         note("names", qkv_bias=name in shapes)
@@ -269,6 +258,38 @@ def _stem(shapes: Mapping[str, tuple[int, ...]], note: Any) -> None:
     _, _, *size = shapes["embeddings.patch_embeddings.projection.weight"]
     height, width = (side * made.stem_stride for side in size)
     note("shapes", patch_size=_sides(height, width))
+
+
+def _structure(shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """What only a ViT may have or lack, as far as names show it. A norm or a bias that is not there
+    may just be missing, so what has none of them is said by a configuration alone."""
+    layer, fields = "encoder.layer.0", dict[str, Any]()
+    if "embeddings.cls_token" not in shapes:
+        fields["use_cls_token"] = False
+    for field, name in (
+        ("use_pre_norm", "pre_layernorm.weight"),
+        ("use_qk_norm", f"{layer}.attention.attention.query_norm.weight"),
+        ("use_attention_norm", f"{layer}.attention.output.layernorm.weight"),
+        ("use_mlp_norm", f"{layer}.output.layernorm.weight"),
+    ):
+        if name in shapes:
+            fields[field] = True
+    if "use_pre_norm" in fields and "embeddings.patch_embeddings.projection.bias" not in shapes:
+        fields["use_patch_bias"] = False
+    has_bias = {
+        part: any(name.endswith(f".attention.attention.{part}.bias") for name in shapes)
+        for part in ("query", "key")
+    }
+    if has_bias["query"] and not has_bias["key"]:
+        fields["use_key_bias"] = False
+    if f"{layer}.layernorm_before.weight" in shapes and not any(
+        ".layernorm_after." in name for name in shapes
+    ):
+        fields["block_type"] = "parallel"
+    branches = {name.split(".")[4] for name in shapes if name.startswith(f"{layer}.branch.")}
+    if branches:
+        fields["num_parallel_branches"] = 1 + len(branches)
+    return fields
 
 
 def _mlp_ratio(width: int, inner: int, swiglu: bool) -> float:

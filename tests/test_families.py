@@ -697,6 +697,17 @@ EXTENSIONS: dict[str, dict[str, Any]] = {
         "pool_prefix_tokens": True,
     },
     "norm before the blocks": {"use_patch_bias": False, "use_pre_norm": True},
+    "other norms": {
+        "norm_type": "rmsnorm",
+        "use_qk_norm": True,
+        "use_attention_norm": True,
+        "use_mlp_norm": True,
+        "use_key_bias": False,
+        "use_final_norm": False,
+    },
+    "branches": {"num_parallel_branches": 3, "use_qk_norm": True},
+    "parallel": {"block_type": "parallel", "layer_scale_init_value": 0.1},
+    "norms after": {"block_type": "post_norm"},
     "all at once": {
         "layer_scale_init_value": 0.1,
         "num_register_tokens": 2,

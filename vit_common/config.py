@@ -27,7 +27,9 @@ from vit_common.config_fields import (
     STEM_GROUPS,
     STEM_NARROWING,
     VIT_FIELDS,
+    BlockType,
     Fields,
+    NormType,
     Pooling,
     PositionTokens,
     StemStandardization,
@@ -164,6 +166,14 @@ class ViTConfig:
     use_representation_layer: bool
     use_patch_bias: bool
     use_pre_norm: bool
+    use_final_norm: bool
+    norm_type: NormType
+    use_qk_norm: bool
+    use_key_bias: bool | None
+    use_attention_norm: bool
+    use_mlp_norm: bool
+    block_type: BlockType
+    num_parallel_branches: int
     drop_path_rate: float
     gradient_checkpointing: bool
     position_resize: ResizeRule
@@ -345,6 +355,16 @@ class ViTConfig:
             raise ConfigError(
                 "config: `norm_after_pooling` and `use_representation_layer` must not both be True."
             )
+        if self.norm_after_pooling and not self.use_final_norm:
+            raise ConfigError(
+                "config: `norm_after_pooling` must be False where `use_final_norm` is False: there "
+                "is no norm to apply."
+            )
+        if self.num_parallel_branches > 1 and self.block_type != "pre_norm":
+            raise ConfigError(
+                "config: `block_type` must be 'pre_norm' where `num_parallel_branches` is above 1; "
+                f"given {self.block_type!r}."
+            )
 
     def _check_stem(self) -> None:
         """Check that a stem's widths and stride fit the norms and the patches."""
@@ -408,9 +428,14 @@ class ViTConfig:
         return self.base_family
 
     @property
-    def use_key_bias(self) -> bool:
-        """Whether the key has a bias, as query and value do with `qkv_bias`."""
-        return self.qkv_bias
+    def has_key_bias(self) -> bool:
+        """Whether the key has a bias: `use_key_bias`, or as query and value."""
+        return self.qkv_bias if self.use_key_bias is None else self.use_key_bias
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether the tokens are normalised after the last block."""
+        return self.use_final_norm and not self.norm_after_pooling
 
     @property
     def num_prefix_tokens(self) -> int:

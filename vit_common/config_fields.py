@@ -230,6 +230,8 @@ PositionTokens = Literal["all", "cls", "patches"]
 StemType = Literal["resnetv2"]
 StemStandardization = Literal["variance", "deviation"]
 Pooling = Literal["cls", "mean", "cls_mean", "map"]
+NormType = Literal["layernorm", "rmsnorm"]
+BlockType = Literal["pre_norm", "post_norm", "parallel"]
 
 VIT, DEIT, BEIT, DINOV2, REGISTERS = "vit", "deit", "beit", "dinov2", "dinov2_with_registers"
 CLIP, CLIP_VISION, CLIP_TEXT = "clip", "clip_vision_model", "clip_text_model"
@@ -567,6 +569,51 @@ ROWS: dict[str, Field] = {
         _boolean,
         "whether the tokens are normalised before the first block (Radford et al. 2021, "
         "arXiv:2103.00020)",
+    ),
+    "use_final_norm": _extension(
+        True,
+        _boolean,
+        "whether the tokens, or the pooled mean, are normalised after the last block",
+    ),
+    "norm_type": _extension(
+        "layernorm",
+        _choice(get_args(NormType)),
+        'every norm: "layernorm", or "rmsnorm", which subtracts no mean and has no bias (Zhang and '
+        "Sennrich 2019, arXiv:1910.07467)",
+    ),
+    "use_qk_norm": _extension(
+        False,
+        _boolean,
+        "whether query and key of each head are normalised (Dehghani et al. 2023, "
+        "arXiv:2302.05442)",
+    ),
+    "use_key_bias": _extension(
+        None, _optional(_boolean), "whether the key has a bias; None means as `qkv_bias`"
+    ),
+    "use_attention_norm": _extension(
+        False,
+        _boolean,
+        "whether the joined outputs of the heads are normalised before they are projected (Wang et "
+        "al. 2022, arXiv:2210.06423)",
+    ),
+    "use_mlp_norm": _extension(
+        False,
+        _boolean,
+        "whether the MLP is normalised between its two layers, after the activation (Wang et al. "
+        "2022, arXiv:2210.06423)",
+    ),
+    "block_type": _extension(
+        "pre_norm",
+        _choice(get_args(BlockType)),
+        'how a block is put together: "pre_norm" (a norm before attention and one before the MLP), '
+        '"post_norm" (a norm after each, before it is added) or "parallel" (one norm, then '
+        "attention and MLP beside each other; Dehghani et al. 2023, arXiv:2302.05442)",
+    ),
+    "num_parallel_branches": _extension(
+        1,
+        integer(1, _MOST_LAYERS),
+        "number of attentions that a block adds up, and of MLPs after them (Touvron et al. 2022, "
+        "arXiv:2203.09795)",
     ),
     "gradient_checkpointing": _everywhere(
         False, _boolean, "whether each block is recomputed in the backward pass instead of stored"

@@ -33,12 +33,13 @@ def multiply_adds(
     S = config.num_prefix_tokens + N
     # For each token: query and output, both products of attention, MLP; then key and value.
     token = 2 * D * D + 2 * S * D + (3 if config.use_swiglu_ffn else 2) * D * inner
-    block = S * token + 2 * S * D * D
+    branches = config.num_parallel_branches
+    block = branches * (S * token + 2 * S * D * D)
     p, q = config.projection_size
     total = N * p * q * config.stem_channels * D + config.num_hidden_layers * block
     total += _stem(config, H, W)
     if front_tokens is not None and config.num_hidden_layers:
-        total -= max(0, S - front_tokens) * token
+        total -= max(0, S - front_tokens) * branches * token
     if head == "classifier":
         total += config.classifier_width * config.num_labels
         if config.use_representation_layer:

@@ -7,6 +7,7 @@ so this table is the contract between the networks, the files and the converter.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from vit_common.config import ViTConfig
@@ -119,6 +120,12 @@ def parameter_shapes(
         return _towers(config)
     D, A, inner = config.hidden_size, config.num_attention_heads, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {}
+
+    def add_norm(name: str, width: int = D) -> None:
+        shapes[f"{name}.weight"] = (width,)
+        if config.norm_type == "layernorm":
+            shapes[f"{name}.bias"] = (width,)
+
     if config.use_cls_token:
         shapes["embeddings.cls_token"] = (1, 1, D)
     if config.use_distillation_token:
@@ -137,17 +144,15 @@ def parameter_shapes(
     if config.use_patch_bias:
         shapes["embeddings.patch_embeddings.projection.bias"] = (D,)
     if config.use_pre_norm:
-        shapes["pre_layernorm.weight"] = (D,)
-        shapes["pre_layernorm.bias"] = (D,)
+        add_norm("pre_layernorm")
     relative = (relative_distances(config.grid_size), A)
     if config.use_shared_relative_position_bias:
         shapes["encoder.relative_position_bias.relative_position_bias_table"] = relative
     if config.rope_type == "mixed":
         frequencies = (2, config.num_hidden_layers, A, config.head_dim // 2)
         shapes["encoder.rope_frequencies"] = frequencies
-    biases = {"query": config.qkv_bias, "key": config.use_key_bias, "value": config.qkv_bias}
-    for i in range(config.num_hidden_layers):
-        layer = f"encoder.layer.{i}"
+    biases = {"query": config.qkv_bias, "key": config.has_key_bias, "value": config.qkv_bias}
+    for layer in block_names(config):
         for name, use_bias in biases.items():
             shapes[f"{layer}.attention.attention.{name}.weight"] = (D, D)
             if use_bias:
@@ -155,22 +160,30 @@ def parameter_shapes(
         if config.use_relative_position_bias:
             table = "attention.attention.relative_position_bias.relative_position_bias_table"
             shapes[f"{layer}.{table}"] = relative
+        if config.use_qk_norm:
+            add_norm(f"{layer}.attention.attention.query_norm", config.head_dim)
+            add_norm(f"{layer}.attention.attention.key_norm", config.head_dim)
+        if config.use_attention_norm:
+            add_norm(f"{layer}.attention.output.layernorm")
         shapes[f"{layer}.attention.output.dense.weight"] = (D, D)
         shapes[f"{layer}.attention.output.dense.bias"] = (D,)
         first = 2 * inner if config.use_swiglu_ffn else inner
         shapes[f"{layer}.intermediate.dense.weight"] = (first, D)
         shapes[f"{layer}.intermediate.dense.bias"] = (first,)
+        if config.use_mlp_norm:
+            add_norm(f"{layer}.output.layernorm", inner)
         shapes[f"{layer}.output.dense.weight"] = (D, inner)
         shapes[f"{layer}.output.dense.bias"] = (D,)
-        for norm in ("layernorm_before", "layernorm_after"):
-            shapes[f"{layer}.{norm}.weight"] = (D,)
-            shapes[f"{layer}.{norm}.bias"] = (D,)
+        parallel = config.block_type == "parallel"
+        add_norm(f"{layer}.layernorm_before")
+        if not parallel:
+            add_norm(f"{layer}.layernorm_after")
         if config.has_layer_scale:
             shapes[f"{layer}.lambda_1"] = (D,)
-            shapes[f"{layer}.lambda_2"] = (D,)
-    if not config.norm_after_pooling:
-        shapes["layernorm.weight"] = (D,)
-        shapes["layernorm.bias"] = (D,)
+            if not parallel:
+                shapes[f"{layer}.lambda_2"] = (D,)
+    if config.has_final_norm:
+        add_norm("layernorm")
 
     has_pooler = config.classifier_has_pooler if head == "classifier" else head is None
     has_pooler = has_pooler or config.keeps_pooler
@@ -179,8 +192,7 @@ def parameter_shapes(
             shapes["pooler.dense.weight"] = (config.pooler_output_size, D)
             shapes["pooler.dense.bias"] = (config.pooler_output_size,)
         elif config.pooler_type == "norm":
-            shapes["pooler.layernorm.weight"] = (D,)
-            shapes["pooler.layernorm.bias"] = (D,)
+            add_norm("pooler.layernorm")
         elif config.pooler_type == "map":
             shapes |= _attention_pooler(D, config.pooler_inner)
     if head is None and not config.is_part:
@@ -198,8 +210,7 @@ def parameter_shapes(
         shapes["visual_projection.weight"] = (config.projection_dim, D)
     elif head == "tokens":
         vocabulary: int = config.vocab_size
-        shapes["lm_layernorm.weight"] = (D,)
-        shapes["lm_layernorm.bias"] = (D,)
+        add_norm("lm_layernorm")
         shapes["lm_head.weight"] = (vocabulary, D)
         shapes["lm_head.bias"] = (vocabulary,)
     elif head == "decoder":
@@ -207,6 +218,15 @@ def parameter_shapes(
         shapes["decoder.0.weight"] = (pixels, D, 1, 1)
         shapes["decoder.0.bias"] = (pixels,)
     return shapes
+
+
+def block_names(config: ViTConfig) -> Iterator[str]:
+    """Starts of the names of each block's parameters: of block i `encoder.layer.{i}`, and of each
+    attention and MLP beside its first ones `encoder.layer.{i}.branch.{j}`, j from 1 on."""
+    for i in range(config.num_hidden_layers):
+        yield f"encoder.layer.{i}"
+        for j in range(1, config.num_parallel_branches):
+            yield f"encoder.layer.{i}.branch.{j}"
 
 
 def _stem_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:

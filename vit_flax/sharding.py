@@ -44,7 +44,7 @@ _PART = PartitionSpec(MODEL)
 _BIASES = PartitionSpec(None, MODEL)  # of attention, a column for each head
 _WIDTH = PartitionSpec(None, None, FSDP)  # (1, S, D)
 
-_BLOCK = r"encoder/layer/\d+"
+_BLOCK = r"encoder/layer/\d+(?:/branch/\d+)?"
 _ATTENTION = rf"{_BLOCK}/attention/attention"
 _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embeddings/(cls_token|distillation_token|mask_token|register_tokens)", _WHOLE),
@@ -66,7 +66,9 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (rf"{_BLOCK}/intermediate/dense/(bias|kernel_scale|kernel_sums)", _PART),
     (rf"{_BLOCK}/output/dense/kernel", _INPUTS),
     (rf"{_BLOCK}/(attention/)?output/dense/(bias|kernel_scale|kernel_sums)", _WHOLE),
-    (rf"{_BLOCK}/layernorm_(before|after)/(scale|bias)", _WHOLE),
+    (rf"{_BLOCK}/(layernorm_(before|after)|attention/output/layernorm)/(scale|bias)", _WHOLE),
+    (rf"{_ATTENTION}/(query|key)_norm/(scale|bias)", _WHOLE),  # of one head, the same for all
+    (rf"{_BLOCK}/output/layernorm/(scale|bias)", _PART),  # of the MLP's width
     (rf"{_BLOCK}/lambda_[12]", _WHOLE),
     (r"(pre_layernorm|layernorm|pooler/layernorm)/(scale|bias)", _WHOLE),
     (r"pooler/dense/kernel", PartitionSpec(FSDP)),

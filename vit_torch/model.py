@@ -208,8 +208,11 @@ class ViTSelfAttention(ViTPart):
         self.num_attention_heads = self.config.num_attention_heads
         self.attention_head_size = D // self.num_attention_heads
         self.query = dense(self, D, D, use_bias=self.config.qkv_bias)
-        self.key = dense(self, D, D, use_bias=self.config.use_key_bias)
+        self.key = dense(self, D, D, use_bias=self.config.has_key_bias)
         self.value = dense(self, D, D, use_bias=self.config.qkv_bias)
+        if self.config.use_qk_norm:
+            self.query_norm = layer_norm(self, self.attention_head_size)
+            self.key_norm = layer_norm(self, self.attention_head_size)
         self.dropout = nn.Dropout(self.config.attention_probs_dropout_prob)
         if self.config.use_relative_position_bias:
             self.relative_position_bias = ViTRelativePositionBias(**options(self))
@@ -232,6 +235,8 @@ class ViTSelfAttention(ViTPart):
         query = self.query(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
         key = self.key(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
         value = self.value(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
+        if self.config.use_qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
         if rotation is not None:
             query = rotate(query, rotation, self.config.rope_rotate_half)
             key = rotate(key, rotation, self.config.rope_rotate_half)
@@ -253,10 +258,14 @@ class ViTSelfOutput(ViTPart):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+        if self.config.use_attention_norm:
+            self.layernorm = layer_norm(self)
         self.dense = dense(self, self.config.hidden_size, self.config.hidden_size)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
     def forward(self, hidden_states):
+        if self.config.use_attention_norm:
+            hidden_states = self.layernorm(hidden_states)
         hidden_states = self.dense(hidden_states)
         return self.dropout(hidden_states)
 
@@ -269,6 +278,14 @@ def with_probabilities(hidden_states, probabilities, output_attentions: bool, pa
     if output_attentions:
         return hidden_states, probabilities
     return (hidden_states,) if part.config.base_family == "beit" else hidden_states
+
+
+def without_tuple(output):
+    """Undo `with_probabilities`: hidden states, and the probabilities or None."""
+    if not isinstance(output, tuple):
+        return output, None
+    hidden_states, *probabilities = output
+    return hidden_states, probabilities[0] if probabilities else None
 
 
 class ViTAttention(ViTPart):
@@ -317,10 +334,14 @@ class ViTOutput(ViTPart):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+        if self.config.use_mlp_norm:
+            self.layernorm = layer_norm(self, self.config.intermediate_size)
         self.dense = dense(self, self.config.intermediate_size, self.config.hidden_size)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
     def forward(self, hidden_states):
+        if self.config.use_mlp_norm:
+            hidden_states = self.layernorm(hidden_states)
         hidden_states = self.dense(hidden_states)  # (B, S, D)
         return self.dropout(hidden_states)
 
@@ -340,11 +361,12 @@ class ViTDropPath(nn.Module):
         return hidden_states * F.dropout(hidden_states.new_ones(B, *(1 for _ in rest)), self.p)
 
 
-class ViTLayer(ViTPart):
-    """One pre-norm block: attention and MLP, each with a residual.
+class ViTBranch(ViTPart):
+    """What a block adds to its input: an attention and an MLP, with the norm and the factors of
+    each. `block_type` says where the norms are.
 
     Attributes:
-        drop_path_rate: how often, in training, an image skips a branch.
+        drop_path_rate: how often, in training, an image skips the attention or the MLP.
     """
 
     def __init__(self, drop_path_rate: float = 0.0, **kwargs):
@@ -352,13 +374,81 @@ class ViTLayer(ViTPart):
         self.attention = ViTAttention(**options(self))
         self.intermediate = ViTIntermediate(**options(self))
         self.output = ViTOutput(**options(self))
+        parallel = self.config.block_type == "parallel"
         self.layernorm_before = layer_norm(self)
-        self.layernorm_after = layer_norm(self)
+        if not parallel:
+            self.layernorm_after = layer_norm(self)
         self.drop_path = ViTDropPath(drop_path_rate)
         if self.config.has_layer_scale:
             D, value = self.config.hidden_size, self.config.layer_scale_init_value
             add_parameter(self, "lambda_1", (D,), value)
-            add_parameter(self, "lambda_2", (D,), value)
+            if not parallel:
+                add_parameter(self, "lambda_2", (D,), value)
+
+    def attend(self, hidden_states, **inputs):
+        """What attention adds, (B, S, D), and the probabilities (B, A, S, S) or None."""
+        post_norm = self.config.block_type == "post_norm"
+        normed = hidden_states if post_norm else self.layernorm_before(hidden_states)
+        output, probabilities = without_tuple(self.attention(normed, **inputs))
+        if post_norm:
+            output = self.layernorm_before(output)
+        if self.config.has_layer_scale:
+            output = output * self.lambda_1
+        return self.drop_path(output), probabilities
+
+    def transform(self, hidden_states):
+        """What the MLP adds, (B, S, D)."""
+        post_norm = self.config.block_type == "post_norm"
+        normed = hidden_states if post_norm else self.layernorm_after(hidden_states)
+        output = self.output(self.intermediate(normed))
+        if post_norm:
+            output = self.layernorm_after(output)
+        if self.config.has_layer_scale:
+            output = output * self.lambda_2
+        return self.drop_path(output)
+
+    def attend_and_transform(self, hidden_states, **inputs):
+        """What attention and MLP add beside each other, (B, S, D), and the probabilities."""
+        normed = self.layernorm_before(hidden_states)
+        output, probabilities = without_tuple(self.attention(normed, **inputs))
+        output = output + self.output(self.intermediate(normed))
+        if self.config.has_layer_scale:
+            output = output * self.lambda_1
+        return self.drop_path(output), probabilities
+
+
+class ViTBranches(nn.ModuleDict):
+    """The branches of a block beside its first, which is the block itself; parameters have the
+    names `branch.{j}`, j from 1 on."""
+
+    def __init__(self, part: ViTPart, drop_path_rate: float):
+        count = part.config.num_parallel_branches
+        super().__init__(
+            {str(j): ViTBranch(drop_path_rate, **options(part)) for j in range(1, count)}
+        )
+
+    def attend(self, output, hidden_states, **inputs):
+        """What the attentions of all branches add; `output` is that of the first, (B, S, D)."""
+        branch: Any
+        for branch in self.values():
+            output = output + branch.attend(hidden_states, **inputs)[0]
+        return output
+
+    def transform(self, output, hidden_states):
+        """What the MLPs of all branches add; `output` is that of the first, (B, S, D)."""
+        branch: Any
+        for branch in self.values():
+            output = output + branch.transform(hidden_states)
+        return output
+
+
+class ViTLayer(ViTBranch):
+    """One block: attention and MLP, each with a residual, or one residual for both."""
+
+    def __init__(self, drop_path_rate: float = 0.0, **kwargs):
+        super().__init__(drop_path_rate, **kwargs)
+        if self.config.num_parallel_branches > 1:
+            self.branch = ViTBranches(self, drop_path_rate)
 
     def forward(
         self,
@@ -369,8 +459,8 @@ class ViTLayer(ViTPart):
         grid: tuple[int, int] | None = None,
         rotation=None,
     ):
-        """Hidden states (B, S, D); with `output_attentions`, a pair of these and the probabilities;
-        of BEiT a tuple in any case.
+        """Hidden states (B, S, D); with `output_attentions`, a pair of these and the probabilities,
+        of several branches those of the first; of BEiT a tuple in any case.
 
         Args:
             hidden_states: (B, S, D).
@@ -380,23 +470,18 @@ class ViTLayer(ViTPart):
             grid: rows and columns of patches, for BEiT's bias; None means those of the config.
             rotation: by what queries and keys are rotated, see `vit_torch.parts.rotary`.
         """
-        attention_output = self.attention(
-            self.layernorm_before(hidden_states), head_mask, bias, output_attentions, grid, rotation
-        )
-        probabilities = None
-        if isinstance(attention_output, tuple):
-            attention_output, *rest = attention_output
-            probabilities = rest[0] if rest else None
-        if self.config.has_layer_scale:
-            attention_output = attention_output * self.lambda_1
-        attention_output = self.drop_path(attention_output)
-        hidden_states = attention_output + hidden_states
-        mlp_output = self.intermediate(self.layernorm_after(hidden_states))
-        mlp_output = self.output(mlp_output)
-        if self.config.has_layer_scale:
-            mlp_output = mlp_output * self.lambda_2
-        mlp_output = self.drop_path(mlp_output)
-        hidden_states = mlp_output + hidden_states
+        parallel, branches = self.config.block_type == "parallel", self.config.num_parallel_branches
+        inputs = {"head_mask": head_mask, "bias": bias, "grid": grid, "rotation": rotation}
+        run = self.attend_and_transform if parallel else self.attend
+        output, probabilities = run(hidden_states, **inputs, output_attentions=output_attentions)
+        if branches > 1:
+            output = self.branch.attend(output, hidden_states, **inputs)
+        hidden_states = output + hidden_states
+        if not parallel:
+            output = self.transform(hidden_states)
+            if branches > 1:
+                output = self.branch.transform(output, hidden_states)
+            hidden_states = output + hidden_states
         return with_probabilities(hidden_states, probabilities, output_attentions, self)
 
     @property
@@ -545,7 +630,7 @@ class ViTModule(ViTPart):
         if self.config.use_pre_norm:
             self.pre_layernorm = layer_norm(self)
         self.encoder = ViTEncoder(**options(self))
-        if not self.config.norm_after_pooling:
+        if self.config.has_final_norm:
             self.layernorm = layer_norm(self)
         pooler = ViTAttentionPooler if self.config.pooler_type == "map" else ViTPooler
         self.pooler = pooler(**options(self)) if add_pooling_layer else None
@@ -597,7 +682,7 @@ class ViTModule(ViTPart):
             grid=(pixel_values.shape[2] // P[0], pixel_values.shape[3] // P[1]),
         )
         last_hidden_state = outputs.last_hidden_state  # (B, S, D)
-        if not self.config.norm_after_pooling:
+        if self.config.has_final_norm:
             last_hidden_state = self.layernorm(last_hidden_state)
         pooled = self.pooler(last_hidden_state) if self.pooler is not None else None
         return finish(

@@ -18,6 +18,7 @@ from vit_convert.formats.huggingface import (
     CLIP_TOP,
     DINOV2_BLOCK,
     DINOV2_SWIGLU_BLOCK,
+    EXTENDED_BLOCK,
     STEM,
     extended,
     gated,
@@ -89,11 +90,12 @@ def _rules(block: dict[str, str], separator: str, mask_token: Layout = KEEP) -> 
     for name in STEM:
         rules += _leaves(name, name, separator)
     for ours, theirs in block.items():
-        rules += _leaves(f"encoder.layer.{{i}}.{theirs}", f"encoder.layer.{{i}}.{ours}", separator)
+        for start in ("encoder.layer.{i}.", "encoder.layer.{i}.branch.{j}."):
+            rules += _leaves(start + theirs, start + ours, separator)
     return tuple(rules)
 
 
-_SAME = {name: name for name in BLOCK}
+_SAME = {name: name for name in (*BLOCK, *EXTENDED_BLOCK)}
 
 
 def text_rules(block: dict[str, str], separator: str, start: str, norm: str) -> tuple[Rule, ...]:

@@ -5,6 +5,7 @@ Code outside this folder asks those fields and never compares names of formats.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,8 +30,8 @@ every model)."""
 class Rule:
     """One row of a format's table: which foreign keys hold which canonical parameters.
 
-    `{i}` in a name stands for the index of a block. Several names on either side belong together
-    through the layout.
+    `{i}` in a name stands for the index of a block, `{j}` for that of a part of the block. Several
+    names on either side belong together through the layout.
     """
 
     foreign: str | tuple[str, ...]
@@ -47,7 +48,11 @@ class Rule:
 
 
 def fill(name: str, index: str | None) -> str:
-    return name if index is None else name.replace("{i}", index)
+    """A name with the index of its block, "3", or of its block and part, "3 1"."""
+    if index is None:
+        return name
+    block, _, part = index.partition(" ")
+    return name.replace("{i}", block).replace("{j}", part)
 
 
 @dataclass(frozen=True)
@@ -297,11 +302,17 @@ _INDEX = re.compile(r"(?<![^./_])(0|[1-9]\d{0,4})(?![^./])")
 
 
 def _lookup(table: Mapping[str, Rule], key: str) -> tuple[Rule, str | None] | None:
-    """The rule for a name, and the index that stands at its `{i}`."""
+    """The rule for a name, and the index that stands at its `{i}`, or both at `{i}` and `{j}`."""
     if key in table:
         return (table[key], None) if "{i}" not in key else None
-    for match in _INDEX.finditer(key):
+    matches = list(_INDEX.finditer(key))
+    for match in matches:
         rule = table.get(f"{key[: match.start()]}{{i}}{key[match.end() :]}")
         if rule is not None:
             return rule, match[1]
+    for first, second in itertools.combinations(matches, 2):
+        between = key[first.end() : second.start()]
+        rule = table.get(f"{key[: first.start()]}{{i}}{between}{{j}}{key[second.end() :]}")
+        if rule is not None:
+            return rule, f"{first[1]} {second[1]}"
     return None

@@ -71,6 +71,13 @@ BLOCK = {
     "lambda_1": "lambda_1",
     "lambda_2": "lambda_2",
 }
+# what blocks of ViT's extensions have beside these, under the canonical names everywhere
+EXTENDED_BLOCK = (
+    "attention.attention.query_norm",
+    "attention.attention.key_norm",
+    "attention.output.layernorm",
+    "output.layernorm",
+)
 # canonical <-> DINOv2
 DINOV2_BLOCK = {
     "attention.attention.query": "attention.attention.query",
@@ -139,13 +146,17 @@ def _leaves(module: str) -> tuple[str, ...]:
     return tuple(f"{module}.{leaf}" for leaf in leaves)
 
 
-def _block(table: dict[str, str], start: str, but: tuple[str, ...] = ()) -> tuple[Rule, ...]:
+def _block(
+    table: dict[str, str], start: str, branch: str = "", but: tuple[str, ...] = ()
+) -> tuple[Rule, ...]:
+    """The rules of a block's parameters, or of those of a branch beside its first."""
     rules = []
     for ours, theirs in table.items():
         alone = ours.endswith(("lambda_1", "lambda_2", "_table"))
         for leaf in ("",) if alone else (".weight", ".bias"):
             if ours not in but:
-                rules.append(Rule(f"{start}{theirs}{leaf}", f"encoder.layer.{{i}}.{ours}{leaf}"))
+                name = f"encoder.layer.{{i}}.{branch}{ours}{leaf}"
+                rules.append(Rule(f"{start}{branch}{theirs}{leaf}", name))
     return tuple(rules)
 
 
@@ -188,6 +199,7 @@ def _clip() -> tuple[Rule, ...]:
 _V4 = "encoder.layer.{i}."
 _V5 = "layers.{i}."
 _SAME = {name: name for name in BLOCK}
+_EXTENDED = {**_SAME, **{name: name for name in EXTENDED_BLOCK}}
 _V5_DINOV2 = {**DINOV2_BLOCK, **{name: BLOCK[name] for name in list(BLOCK)[:3]}}
 _V5_DINOV2["attention.output.dense"] = "attention.o_proj"
 _V5_SWIGLU = tuple(
@@ -202,6 +214,7 @@ _V5_SWIGLU = tuple(
         Rule(f"{_V4}mlp.down_proj.{leaf}", f"{_V4}output.dense.{leaf}"),
     )
 )
+_BRANCH = "branch.{j}."
 V4_NAMES = "Hub torch layout, names of Transformers v4"
 V5_NAMES = "Hub torch layout, names of Transformers v5"
 _VIT, _BEIT, _DINOV2 = ("vit", "deit"), ("beit",), ("dinov2", "dinov2_with_registers")
@@ -256,7 +269,7 @@ def _format(families, rules, describes, written=True, **more) -> Format:
 
 
 FORMATS = (
-    _format(_VIT, _top() + _block(_SAME, _V4), V4_NAMES),
+    _format(_VIT, _top() + _block(_EXTENDED, _V4) + _block(_EXTENDED, _V4, _BRANCH), V4_NAMES),
     _format(_BEIT, _top() + _block(_SAME, _V4), V4_NAMES, only_with_prefix=BEIT_HEAD),
     _format(_DINOV2, _top(TOKEN) + _block(DINOV2_BLOCK, _V4), V4_NAMES, fits=plain),
     _format(_DINOV2, _top(TOKEN) + _block(DINOV2_SWIGLU_BLOCK, _V4), V4_NAMES, fits=gated),
@@ -285,7 +298,9 @@ FORMATS = (
     _format(_DINOV2, _top(TOKEN) + _block(_V5_DINOV2, _V4), V5_NAMES, False),
     _format(
         _DINOV2,
-        _top(TOKEN) + _block(_V5_DINOV2, _V4, ("intermediate.dense", "output.dense")) + _V5_SWIGLU,
+        _top(TOKEN)
+        + _block(_V5_DINOV2, _V4, but=("intermediate.dense", "output.dense"))
+        + _V5_SWIGLU,
         V5_NAMES,
         False,
     ),
