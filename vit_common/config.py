@@ -149,6 +149,8 @@ class ViTConfig:
     use_representation_layer: bool
     use_patch_bias: bool
     use_pre_norm: bool
+    proj_bias: bool
+    mlp_bias: bool
     drop_path_rate: float
     gradient_checkpointing: bool
     position_resize: ResizeRule
@@ -371,6 +373,21 @@ class ViTConfig:
     def use_key_bias(self) -> bool:
         """Whether the key has a bias, as query and value do with `qkv_bias`."""
         return self.qkv_bias
+
+    @property
+    def use_query_bias(self) -> bool:
+        """Whether the query has a bias."""
+        return self.qkv_bias
+
+    @property
+    def use_value_bias(self) -> bool:
+        """Whether the value has a bias."""
+        return self.qkv_bias
+
+    @property
+    def gate_act(self) -> str | Callable:
+        """Activation of the gate of a SwiGLU."""
+        return "silu"
 
     @property
     def num_prefix_tokens(self) -> int:

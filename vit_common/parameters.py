@@ -141,7 +141,11 @@ def parameter_shapes(
     if config.rope_type == "mixed":
         frequencies = (2, config.num_hidden_layers, A, config.head_dim // 2)
         shapes["encoder.rope_frequencies"] = frequencies
-    biases = {"query": config.qkv_bias, "key": config.use_key_bias, "value": config.qkv_bias}
+    biases = {
+        "query": config.use_query_bias,
+        "key": config.use_key_bias,
+        "value": config.use_value_bias,
+    }
     for i in range(config.num_hidden_layers):
         layer = f"encoder.layer.{i}"
         for name, use_bias in biases.items():
@@ -152,12 +156,15 @@ def parameter_shapes(
             table = "attention.attention.relative_position_bias.relative_position_bias_table"
             shapes[f"{layer}.{table}"] = relative
         shapes[f"{layer}.attention.output.dense.weight"] = (D, D)
-        shapes[f"{layer}.attention.output.dense.bias"] = (D,)
+        if config.proj_bias:
+            shapes[f"{layer}.attention.output.dense.bias"] = (D,)
         first = 2 * inner if config.use_swiglu_ffn else inner
         shapes[f"{layer}.intermediate.dense.weight"] = (first, D)
-        shapes[f"{layer}.intermediate.dense.bias"] = (first,)
+        if config.mlp_bias:
+            shapes[f"{layer}.intermediate.dense.bias"] = (first,)
         shapes[f"{layer}.output.dense.weight"] = (D, inner)
-        shapes[f"{layer}.output.dense.bias"] = (D,)
+        if config.mlp_bias:
+            shapes[f"{layer}.output.dense.bias"] = (D,)
         for norm in ("layernorm_before", "layernorm_after"):
             shapes[f"{layer}.{norm}.weight"] = (D,)
             shapes[f"{layer}.{norm}.bias"] = (D,)

@@ -18,6 +18,8 @@ from vit_flax.families import (
     FlaxDinov2Model,
     FlaxDinov2WithRegistersForImageClassification,
     FlaxDinov2WithRegistersModel,
+    FlaxDINOv3ViTForImageClassification,
+    FlaxDINOv3ViTModel,
 )
 from vit_flax.pretrained import (
     FlaxViTForImageClassification,
@@ -35,6 +37,7 @@ class FlaxAutoModel(AutoModelBase):
         "beit": FlaxBeitModel,
         "dinov2": FlaxDinov2Model,
         "dinov2_with_registers": FlaxDinov2WithRegistersModel,
+        "dinov3_vit": FlaxDINOv3ViTModel,
     }
 
 
@@ -47,6 +50,7 @@ class FlaxAutoModelForImageClassification(AutoClassifierBase):
         "beit": FlaxBeitForImageClassification,
         "dinov2": FlaxDinov2ForImageClassification,
         "dinov2_with_registers": FlaxDinov2WithRegistersForImageClassification,
+        "dinov3_vit": FlaxDINOv3ViTForImageClassification,
     }
     teacher: ClassVar = FlaxDeiTForImageClassificationWithTeacher
 

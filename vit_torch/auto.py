@@ -16,6 +16,8 @@ from vit_torch.families import (
     Dinov2Model,
     Dinov2WithRegistersForImageClassification,
     Dinov2WithRegistersModel,
+    DINOv3ViTForImageClassification,
+    DINOv3ViTModel,
 )
 from vit_torch.pretrained import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
 
@@ -29,6 +31,7 @@ class AutoModel(AutoModelBase):
         "beit": BeitModel,
         "dinov2": Dinov2Model,
         "dinov2_with_registers": Dinov2WithRegistersModel,
+        "dinov3_vit": DINOv3ViTModel,
     }
 
 
@@ -41,6 +44,7 @@ class AutoModelForImageClassification(AutoClassifierBase):
         "beit": BeitForImageClassification,
         "dinov2": Dinov2ForImageClassification,
         "dinov2_with_registers": Dinov2WithRegistersForImageClassification,
+        "dinov3_vit": DINOv3ViTForImageClassification,
     }
     teacher: ClassVar = DeiTForImageClassificationWithTeacher
 

@@ -199,9 +199,9 @@ class ViTSelfAttention(ViTPart):
         D = self.all_head_size = self.config.hidden_size
         self.num_attention_heads = self.config.num_attention_heads
         self.attention_head_size = D // self.num_attention_heads
-        self.query = dense(self, D, D, use_bias=self.config.qkv_bias)
+        self.query = dense(self, D, D, use_bias=self.config.use_query_bias)
         self.key = dense(self, D, D, use_bias=self.config.use_key_bias)
-        self.value = dense(self, D, D, use_bias=self.config.qkv_bias)
+        self.value = dense(self, D, D, use_bias=self.config.use_value_bias)
         self.dropout = nn.Dropout(self.config.attention_probs_dropout_prob)
         if self.config.use_relative_position_bias:
             self.relative_position_bias = ViTRelativePositionBias(**options(self))
@@ -245,7 +245,8 @@ class ViTSelfOutput(ViTPart):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.dense = dense(self, self.config.hidden_size, self.config.hidden_size)
+        D = self.config.hidden_size
+        self.dense = dense(self, D, D, use_bias=self.config.proj_bias)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
     def forward(self, hidden_states):
@@ -294,13 +295,13 @@ class ViTIntermediate(ViTPart):
         super().__init__(**kwargs)
         width = self.config.intermediate_size
         features = 2 * width if self.config.use_swiglu_ffn else width
-        self.dense = dense(self, self.config.hidden_size, features)
+        self.dense = dense(self, self.config.hidden_size, features, use_bias=self.config.mlp_bias)
 
     def forward(self, hidden_states):
         hidden_states = self.dense(hidden_states)  # (B, S, I), or (B, S, 2 I)
         if self.config.use_swiglu_ffn:
             gate, hidden_states = hidden_states.chunk(2, dim=-1)
-            return activation("silu")(gate) * hidden_states  # (B, S, I)
+            return activation(self.config.gate_act)(gate) * hidden_states  # (B, S, I)
         return activation(self.config.hidden_act)(hidden_states)
 
 
@@ -309,7 +310,8 @@ class ViTOutput(ViTPart):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.dense = dense(self, self.config.intermediate_size, self.config.hidden_size)
+        width, D = self.config.intermediate_size, self.config.hidden_size
+        self.dense = dense(self, width, D, use_bias=self.config.mlp_bias)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
     def forward(self, hidden_states):

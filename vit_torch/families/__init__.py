@@ -24,12 +24,23 @@ from vit_torch.families.dinov2 import (
     Dinov2WithRegistersModel,
     Dinov2WithRegistersPreTrainedModel,
 )
+from vit_torch.families.dinov3 import (
+    DINOv3ViTForImageClassification,
+    Dinov3ViTForImageClassification,
+    DINOv3ViTModel,
+    Dinov3ViTModel,
+    DINOv3ViTPreTrainedModel,
+    Dinov3ViTPreTrainedModel,
+)
 
 __all__ = [
     "BeitForImageClassification",
     "BeitForMaskedImageModeling",
     "BeitModel",
     "BeitPreTrainedModel",
+    "DINOv3ViTForImageClassification",
+    "DINOv3ViTModel",
+    "DINOv3ViTPreTrainedModel",
     "DeiTForImageClassification",
     "DeiTForImageClassificationWithTeacher",
     "DeiTForMaskedImageModeling",
@@ -41,4 +52,7 @@ __all__ = [
     "Dinov2WithRegistersForImageClassification",
     "Dinov2WithRegistersModel",
     "Dinov2WithRegistersPreTrainedModel",
+    "Dinov3ViTForImageClassification",
+    "Dinov3ViTModel",
+    "Dinov3ViTPreTrainedModel",
 ]
