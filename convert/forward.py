@@ -233,7 +233,7 @@ class _Network:
         x = self.dense(x, f"{layer}.intermediate.dense")
         if self.config.use_swiglu_ffn:
             gate, x = np.split(x, 2, axis=-1)
-            x = self.activation(gate, "silu") * x
+            x = self.activation(gate, self.config.gate_act) * x
         else:
             x = self.activation(x, self.config.hidden_act)
         if self.config.use_mlp_norm:

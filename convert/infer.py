@@ -19,6 +19,7 @@ from vit_common.images.imagenet import imagenet_labels
 from vit_common.positions import resize_positions
 from vit_common.presets import PRESETS
 from vit_convert.formats import FORMATS
+from vit_convert.formats.dinov3 import PERIODS, theta_of
 from vit_convert.formats.format import Format, Published
 from vit_convert.formats.timm.config import (
     LABELS,
@@ -105,6 +106,8 @@ def infer_config(
     if "num_attention_heads" not in {*given, *fields}:
         _heads(shapes, source, mapped, timm, note)
     _pooling(shapes, family, timm, note)
+    if PERIODS in source:
+        note(f"{PERIODS} in the file", rope_theta=theta_of(source[PERIODS].read()))
     known = {name: value for name, (value, _) in fields.items()} | given
     _image_size(table, shapes, known, given, family, note)
     labels = known.get("num_labels")
@@ -196,7 +199,9 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], family: str, note: Any) -> Non
     second = shapes.get("encoder.layer.0.output.dense.weight")
     if first and second:
         swiglu = first[0] == 2 * second[1]
-        if family.startswith("dinov2"):
+        if family == "dinov3_vit":
+            note("shapes", intermediate_size=second[1], use_gated_mlp=swiglu)
+        elif family.startswith("dinov2"):
             ratio = _mlp_ratio(D, second[1], swiglu)
             note("shapes", mlp_ratio=ratio, use_swiglu_ffn=swiglu)
         else:
@@ -215,6 +220,8 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], family: str, note: Any) -> Non
                 n.startswith("encoder.relative_position") for n in shapes
             ),
         )
+    elif family == "dinov3_vit":
+        pass  # always has both
     elif family.startswith("dinov2"):
         note("names", use_mask_token="embeddings.mask_token" in shapes)
     elif scale:
@@ -224,7 +231,12 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], family: str, note: Any) -> Non
         note("shapes", num_register_tokens=registers[1])
     if family == "vit":
         note("names", **_structure(shapes))
-    if family != "beit" and layers:
+    if family == "dinov3_vit":
+        block = "encoder.layer.0."
+        biases = {f"{n}_bias": f"attention.attention.{n}" for n in ("query", "key", "value")}
+        biases |= {"proj_bias": "attention.output.dense", "mlp_bias": "output.dense"}
+        note("names", **{n: f"{block}{at}.bias" in shapes for n, at in biases.items()})
+    elif family != "beit" and layers:
         name = "encoder.layer.0.attention.attention.query.bias"
         note("names", qkv_bias=name in shapes)
     for name in ("classifier.weight", "cls_classifier.weight"):
@@ -317,6 +329,9 @@ def _heads(shapes, source, mapped, timm, note) -> None:
     norm = shapes.get("encoder.layer.0.attention.attention.query_norm.weight")
     if norm and norm[0] and width % norm[0] == 0:
         note("shapes", num_attention_heads=width // norm[0])
+        return
+    if PERIODS in source:  # four channels of a head share a period
+        note("shapes", num_attention_heads=width // (4 * source[PERIODS].shape[0]))
         return
     if named := heads_of(timm):
         note(named[1], num_attention_heads=named[0])

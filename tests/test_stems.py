@@ -293,5 +293,7 @@ def test_hybrids_of_transformers(tmp_path):
 def test_other_resnets_of_transformers_are_refused(backbone):
     table = {"model_type": "vit-hybrid", "backbone_config": {"layer_type": "bottleneck",
              "global_padding": "same", "embedding_dynamic_padding": True, **backbone}}  # fmt: skip
-    with pytest.raises(ConfigError, match=f"the ResNet of this hybrid has .*{next(iter(backbone))}"):
+    with pytest.raises(
+        ConfigError, match=f"the ResNet of this hybrid has .*{next(iter(backbone))}"
+    ):
         AutoConfig.from_dict(table)

@@ -174,6 +174,8 @@ class ViTConfig:
     use_mlp_norm: bool
     block_type: BlockType
     num_parallel_branches: int
+    proj_bias: bool
+    mlp_bias: bool
     drop_path_rate: float
     gradient_checkpointing: bool
     position_resize: ResizeRule
@@ -436,6 +438,21 @@ class ViTConfig:
     def has_final_norm(self) -> bool:
         """Whether the tokens are normalised after the last block."""
         return self.use_final_norm and not self.norm_after_pooling
+
+    @property
+    def has_query_bias(self) -> bool:
+        """Whether the query has a bias."""
+        return self.qkv_bias
+
+    @property
+    def has_value_bias(self) -> bool:
+        """Whether the value has a bias."""
+        return self.qkv_bias
+
+    @property
+    def gate_act(self) -> str | Callable:
+        """Activation of the gate of a SwiGLU."""
+        return "silu"
 
     @property
     def num_prefix_tokens(self) -> int:

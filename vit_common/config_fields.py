@@ -211,6 +211,7 @@ _rate = _number("a number from 0 to 1", lambda x: 0.0 <= x <= 1.0)
 _size = integer(1)
 
 _fraction = _number("a number of at least 0", lambda x: x >= 0)
+_factor = _number("a number of at least 1", lambda x: x >= 1)
 
 
 def _depths(name: str, value: Any) -> tuple[int, ...]:
@@ -240,8 +241,8 @@ _DINOS = (DINOV2, REGISTERS)
 _VITS = (VIT, DEIT)
 _CLIP_TOWERS = (CLIP_VISION, CLIP_TEXT)
 _OLDER = (VIT, DEIT, BEIT, *_DINOS)  # those with a dropout rate of the hidden states
-_TOWERS = (*_OLDER, *_CLIP_TOWERS)
-_IMAGES = (*_OLDER, CLIP_VISION)
+_TOWERS = (*_OLDER, DINOV3, *_CLIP_TOWERS)
+_IMAGES = (*_OLDER, DINOV3, CLIP_VISION)
 _ALL = (*_TOWERS, CLIP)
 
 
@@ -305,13 +306,19 @@ ROWS: dict[str, Field] = {
         (BEIT, CLIP_TEXT),
         {CLIP_TEXT: 49408},
     ),
-    "hidden_size": Field(768, _size, "width D of the residual stream", defaults={CLIP_TEXT: 512}),
+    "hidden_size": Field(
+        768, _size, "width D of the residual stream", defaults={CLIP_TEXT: 512, DINOV3: 384}
+    ),
     "num_hidden_layers": Field(12, integer(0, _MOST_LAYERS), "number L of encoder blocks"),
     "num_attention_heads": Field(
-        12, _size, "number A of heads; divides `hidden_size`", defaults={CLIP_TEXT: 8}
+        12, _size, "number A of heads; divides `hidden_size`", defaults={CLIP_TEXT: 8, DINOV3: 6}
     ),
     "intermediate_size": Field(
-        3072, _size, "width I of the MLP", (*_VITS, BEIT, *_CLIP_TOWERS), {CLIP_TEXT: 2048}
+        3072,
+        _size,
+        "width I of the MLP",
+        (*_VITS, BEIT, DINOV3, *_CLIP_TOWERS),
+        {CLIP_TEXT: 2048, DINOV3: 1536},
     ),
     "projection_dim": Field(
         512,
@@ -343,7 +350,7 @@ ROWS: dict[str, Field] = {
         0.0, _rate, "dropout rate of the attention probabilities", _OLDER
     ),
     "attention_dropout": Field(
-        0.0, _rate, "dropout rate of the attention probabilities", _CLIP_TOWERS
+        0.0, _rate, "dropout rate of the attention probabilities", (*_CLIP_TOWERS, DINOV3)
     ),
     "initializer_range": Field(
         0.02,
@@ -370,7 +377,7 @@ ROWS: dict[str, Field] = {
         1e-12,
         _fraction,
         "epsilon of every layer norm (Hub ViT 1e-12; timm, Google and DINOv2 1e-6)",
-        defaults={DINOV2: 1e-6, REGISTERS: 1e-6, CLIP_VISION: 1e-5, CLIP_TEXT: 1e-5},
+        defaults={DINOV2: 1e-6, REGISTERS: 1e-6, CLIP_VISION: 1e-5, CLIP_TEXT: 1e-5, DINOV3: 1e-5},
     ),
     "image_size": Field(
         224, _side, "side of the square input in pixels, or (height, width)", _IMAGES
@@ -385,6 +392,33 @@ ROWS: dict[str, Field] = {
     "num_channels": Field(3, _size, "number C of channels of the input", _IMAGES),
     "qkv_bias": Field(
         True, _boolean, "whether query, key and value have a bias", (*_VITS, *_DINOS)
+    ),
+    "query_bias": Field(True, _boolean, "whether the query has a bias", (DINOV3,)),
+    "key_bias": Field(False, _boolean, "whether the key has a bias", (DINOV3,)),
+    "value_bias": Field(True, _boolean, "whether the value has a bias", (DINOV3,)),
+    "use_gated_mlp": Field(
+        False,
+        _boolean,
+        "whether the MLP is `hidden_act(x1) * x2` of a first layer of width 2 I",
+        (DINOV3,),
+    ),
+    "pos_embed_shift": Field(
+        None,
+        _optional(_fraction),
+        "largest shift of rotary coordinates in training; as in Transformers",
+        (DINOV3,),
+    ),
+    "pos_embed_jitter": Field(
+        None,
+        _optional(_factor),
+        "largest factor that each axis of rotary coordinates is stretched by in training",
+        (DINOV3,),
+    ),
+    "pos_embed_rescale": Field(
+        2.0,
+        _optional(_factor),
+        "largest factor that rotary coordinates are stretched by in training",
+        (DINOV3,),
     ),
     "encoder_stride": Field(
         16,
@@ -462,7 +496,10 @@ ROWS: dict[str, Field] = {
         beit=0.1,
     ),
     "layerscale_value": Field(
-        1.0, _fraction, "initial value of the per-channel factors on both residual branches", _DINOS
+        1.0,
+        _fraction,
+        "initial value of the per-channel factors on both residual branches",
+        (*_DINOS, DINOV3),
     ),
     "drop_path_rate": Field(
         0.0,
@@ -491,6 +528,7 @@ ROWS: dict[str, Field] = {
         integer(0, _MOST_TOKENS),
         "number of learned tokens after the class token (Darcet et al. 2023, arXiv:2309.16588)",
         REGISTERS,
+        DINOV3,
         dinov2_with_registers=4,
     ),
     "use_cls_token": _extension(
@@ -615,6 +653,10 @@ ROWS: dict[str, Field] = {
         "number of attentions that a block adds up, and of MLPs after them (Touvron et al. 2022, "
         "arXiv:2203.09795)",
     ),
+    "proj_bias": _extension(
+        True, _boolean, "whether the projection after attention has a bias", DINOV3
+    ),
+    "mlp_bias": _extension(True, _boolean, "whether both layers of the MLP have a bias", DINOV3),
     "gradient_checkpointing": _everywhere(
         False, _boolean, "whether each block is recomputed in the backward pass instead of stored"
     ),

@@ -19,9 +19,11 @@ __all__ = [
     "CLIPConfig",
     "CLIPTextConfig",
     "CLIPVisionConfig",
+    "DINOv3ViTConfig",
     "DeiTConfig",
     "Dinov2Config",
     "Dinov2WithRegistersConfig",
+    "Dinov3ViTConfig",
     "FamilyConfig",
     "config_class",
 ]
@@ -161,6 +163,115 @@ class Dinov2WithRegistersConfig(
 
     model_type = "dinov2_with_registers"
     extended_type = "dinov2_with_registers"
+
+
+class DINOv3ViTConfig(
+    FamilyConfig,
+    fields=fields_of(
+        "dinov3_vit",
+        order=(
+            "patch_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "hidden_act",
+            "attention_dropout",
+            "initializer_range",
+            "layer_norm_eps",
+            "rope_theta",
+            "image_size",
+            "num_channels",
+            "query_bias",
+            "key_bias",
+            "value_bias",
+            "proj_bias",
+            "mlp_bias",
+            "layerscale_value",
+            "drop_path_rate",
+            "use_gated_mlp",
+            "num_register_tokens",
+            "pos_embed_shift",
+            "pos_embed_jitter",
+            "pos_embed_rescale",
+        ),
+    ),
+):
+    """DINOv3 (Simeoni et al. 2025, arXiv:2508.10104): rotary positions by coordinates from -1 to 1,
+    so that images of any size and shape are taken as they are, and registers (`storage tokens`).
+
+    Args:
+        {fields}
+        **kwargs: `num_labels` and unknown keys, as for `ViTConfig`.
+
+    Source: `models/dinov3_vit/configuration_dinov3_vit.py` of Transformers 4.57.6.
+    """
+
+    model_type = "dinov3_vit"
+    extended_type = "dinov3_vit"
+
+    attention_dropout: float
+    layerscale_value: float
+    query_bias: bool
+    key_bias: bool
+    value_bias: bool
+    use_gated_mlp: bool
+    pos_embed_shift: float | None
+    pos_embed_jitter: float | None
+    pos_embed_rescale: float | None
+
+    any_image_size = True
+    use_mask_token = True
+    hidden_dropout_prob = 0.0
+    pooler_act = "linear"
+    pooling: Pooling = "cls_mean"
+    use_absolute_position_embeddings = False
+    rope_type = "dinov3"
+    rope_rotate_half = True
+
+    has_layer_scale = Dinov2Config.has_layer_scale
+    layer_scale_init_value = Dinov2Config.layer_scale_init_value
+    drop_path_rates = Dinov2Config.drop_path_rates
+    pooler_type = Dinov2Config.pooler_type
+    pooler_output_size = Dinov2Config.pooler_output_size
+
+    @property
+    def attention_probs_dropout_prob(self) -> float:  # type: ignore[override]
+        """Dropout rate of the attention probabilities."""
+        return self.attention_dropout
+
+    @property
+    def qkv_bias(self) -> bool:  # type: ignore[override]
+        """Whether query, key and value all have a bias."""
+        return self.query_bias and self.key_bias and self.value_bias
+
+    @property
+    def has_query_bias(self) -> bool:
+        """Whether the query has a bias."""
+        return self.query_bias
+
+    @property
+    def has_key_bias(self) -> bool:
+        """Whether the key has a bias."""
+        return self.key_bias
+
+    @property
+    def has_value_bias(self) -> bool:
+        """Whether the value has a bias."""
+        return self.value_bias
+
+    @property
+    def use_swiglu_ffn(self) -> bool:  # type: ignore[override]
+        """Whether the MLP is gated."""
+        return self.use_gated_mlp
+
+    @property
+    def gate_act(self) -> Any:
+        """Activation of the gate."""
+        return self.hidden_act
+
+
+Dinov3ViTConfig = DINOv3ViTConfig
 
 
 class _CLIPTower(FamilyConfig):

@@ -151,7 +151,11 @@ def parameter_shapes(
     if config.rope_type == "mixed":
         frequencies = (2, config.num_hidden_layers, A, config.head_dim // 2)
         shapes["encoder.rope_frequencies"] = frequencies
-    biases = {"query": config.qkv_bias, "key": config.has_key_bias, "value": config.qkv_bias}
+    biases = {
+        "query": config.has_query_bias,
+        "key": config.has_key_bias,
+        "value": config.has_value_bias,
+    }
     for layer in block_names(config):
         for name, use_bias in biases.items():
             shapes[f"{layer}.attention.attention.{name}.weight"] = (D, D)
@@ -166,14 +170,17 @@ def parameter_shapes(
         if config.use_attention_norm:
             add_norm(f"{layer}.attention.output.layernorm")
         shapes[f"{layer}.attention.output.dense.weight"] = (D, D)
-        shapes[f"{layer}.attention.output.dense.bias"] = (D,)
+        if config.proj_bias:
+            shapes[f"{layer}.attention.output.dense.bias"] = (D,)
         first = 2 * inner if config.use_swiglu_ffn else inner
         shapes[f"{layer}.intermediate.dense.weight"] = (first, D)
-        shapes[f"{layer}.intermediate.dense.bias"] = (first,)
+        if config.mlp_bias:
+            shapes[f"{layer}.intermediate.dense.bias"] = (first,)
         if config.use_mlp_norm:
             add_norm(f"{layer}.output.layernorm", inner)
         shapes[f"{layer}.output.dense.weight"] = (D, inner)
-        shapes[f"{layer}.output.dense.bias"] = (D,)
+        if config.mlp_bias:
+            shapes[f"{layer}.output.dense.bias"] = (D,)
         parallel = config.block_type == "parallel"
         add_norm(f"{layer}.layernorm_before")
         if not parallel:

@@ -190,9 +190,9 @@ class FlaxViTSelfAttention(FlaxViTPart):
 
     def setup(self):
         D = self.config.hidden_size
-        self.query = dense(self, D, use_bias=self.config.qkv_bias)
+        self.query = dense(self, D, use_bias=self.config.has_query_bias)
         self.key = dense(self, D, use_bias=self.config.has_key_bias)
-        self.value = dense(self, D, use_bias=self.config.qkv_bias)
+        self.value = dense(self, D, use_bias=self.config.has_value_bias)
         if self.config.use_qk_norm:
             self.query_norm = layer_norm(self)
             self.key_norm = layer_norm(self)
@@ -254,7 +254,7 @@ class FlaxViTSelfOutput(FlaxViTPart):
     def setup(self):
         if self.config.use_attention_norm:
             self.layernorm = layer_norm(self)
-        self.dense = dense(self, self.config.hidden_size)
+        self.dense = dense(self, self.config.hidden_size, use_bias=self.config.proj_bias)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
     def __call__(self, hidden_states, deterministic: bool = True):
@@ -301,13 +301,13 @@ class FlaxViTIntermediate(FlaxViTPart):
     def setup(self):
         width = self.config.intermediate_size
         features = 2 * width if self.config.use_swiglu_ffn else width
-        self.dense = dense(self, features)
+        self.dense = dense(self, features, use_bias=self.config.mlp_bias)
 
     def __call__(self, hidden_states):
         hidden_states = self.dense(hidden_states)  # (B, S, I), or (B, S, 2 I)
         if self.config.use_swiglu_ffn:
             gate, hidden_states = jnp.split(hidden_states, 2, axis=-1)
-            return row_major(activation("silu")(gate) * hidden_states)  # (B, S, I)
+            return row_major(activation(self.config.gate_act)(gate) * hidden_states)  # (B, S, I)
         return row_major(activation(self.config.hidden_act)(hidden_states))
 
 
@@ -317,7 +317,7 @@ class FlaxViTOutput(FlaxViTPart):
     def setup(self):
         if self.config.use_mlp_norm:
             self.layernorm = layer_norm(self)
-        self.dense = dense(self, self.config.hidden_size)
+        self.dense = dense(self, self.config.hidden_size, use_bias=self.config.mlp_bias)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
     def __call__(self, hidden_states, deterministic: bool = True):

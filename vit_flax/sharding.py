@@ -86,7 +86,7 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
 _HEADS = r"(cls_classifier|distillation_classifier|classifier|lm_head)"
 _TREES = ("model", "lora")  # a model's parameters, and adapters beside them
 _ADAPTERS = ("lora_A", "lora_B", "lora_magnitude")
-_FAMILIES = r"(vit|deit|beit|dinov2|dinov2_with_registers|vision_model|text_model)"
+_FAMILIES = r"(vit|deit|beit|dinov2|dinov2_with_registers|dinov3_vit|vision_model|text_model)"
 _TABLE = [(re.compile(rf"({_FAMILIES}/)?{name}"), spec) for name, spec in _NETWORK] + [
     (re.compile(rf"{_HEADS}/kernel"), PartitionSpec(FSDP)),  # (D, K)
     (re.compile(r"decoder/0/kernel"), PartitionSpec(None, None, FSDP)),  # (1, 1, D, ...)

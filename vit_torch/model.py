@@ -207,9 +207,9 @@ class ViTSelfAttention(ViTPart):
         D = self.all_head_size = self.config.hidden_size
         self.num_attention_heads = self.config.num_attention_heads
         self.attention_head_size = D // self.num_attention_heads
-        self.query = dense(self, D, D, use_bias=self.config.qkv_bias)
+        self.query = dense(self, D, D, use_bias=self.config.has_query_bias)
         self.key = dense(self, D, D, use_bias=self.config.has_key_bias)
-        self.value = dense(self, D, D, use_bias=self.config.qkv_bias)
+        self.value = dense(self, D, D, use_bias=self.config.has_value_bias)
         if self.config.use_qk_norm:
             self.query_norm = layer_norm(self, self.attention_head_size)
             self.key_norm = layer_norm(self, self.attention_head_size)
@@ -258,9 +258,10 @@ class ViTSelfOutput(ViTPart):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+        D = self.config.hidden_size
         if self.config.use_attention_norm:
             self.layernorm = layer_norm(self)
-        self.dense = dense(self, self.config.hidden_size, self.config.hidden_size)
+        self.dense = dense(self, D, D, use_bias=self.config.proj_bias)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
     def forward(self, hidden_states):
@@ -319,13 +320,13 @@ class ViTIntermediate(ViTPart):
         super().__init__(**kwargs)
         width = self.config.intermediate_size
         features = 2 * width if self.config.use_swiglu_ffn else width
-        self.dense = dense(self, self.config.hidden_size, features)
+        self.dense = dense(self, self.config.hidden_size, features, use_bias=self.config.mlp_bias)
 
     def forward(self, hidden_states):
         hidden_states = self.dense(hidden_states)  # (B, S, I), or (B, S, 2 I)
         if self.config.use_swiglu_ffn:
             gate, hidden_states = hidden_states.chunk(2, dim=-1)
-            return activation("silu")(gate) * hidden_states  # (B, S, I)
+            return activation(self.config.gate_act)(gate) * hidden_states  # (B, S, I)
         return activation(self.config.hidden_act)(hidden_states)
 
 
@@ -334,9 +335,10 @@ class ViTOutput(ViTPart):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+        width, D = self.config.intermediate_size, self.config.hidden_size
         if self.config.use_mlp_norm:
-            self.layernorm = layer_norm(self, self.config.intermediate_size)
-        self.dense = dense(self, self.config.intermediate_size, self.config.hidden_size)
+            self.layernorm = layer_norm(self, width)
+        self.dense = dense(self, width, D, use_bias=self.config.mlp_bias)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
     def forward(self, hidden_states):

@@ -13,6 +13,7 @@ from vit_convert.formats import (
     deit,
     dino,
     dinov2,
+    dinov3,
     flax,
     google,
     huggingface,
@@ -34,6 +35,7 @@ FORMATS: tuple[Format, ...] = (
     *moco.FORMATS,
     *beit.FORMATS,
     *dinov2.FORMATS,
+    *dinov3.FORMATS,
     *torchvision.FORMATS,
     *google.FORMATS,
 )

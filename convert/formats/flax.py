@@ -67,7 +67,7 @@ def _leaves(theirs: str, ours: str, separator: str) -> list[Rule]:
             "_embeddings",
             "_frequencies",
             "probe",
-        )  # fmt: skip
+        )
     ):
         pairs: list[tuple[str, str, Layout]] = [("", "", KEEP)]
     elif "norm" in ours.rpartition(".")[2]:
@@ -122,7 +122,7 @@ def text_rules(block: dict[str, str], separator: str, start: str, norm: str) -> 
 TREE = Format(
     name="tree",
     describes="parameter tree of vit_flax joined by '/'",
-    families=("vit", "deit", "beit", "dinov2", "dinov2_with_registers", *CLIP),
+    families=("vit", "deit", "beit", "dinov2", "dinov2_with_registers", "dinov3_vit", *CLIP),
     rules=_rules(_SAME, "/") + text_rules(_SAME, "/", "encoder.layer.{i}.", "final_layernorm"),
     separator="/",
     prefixed=True,
@@ -159,7 +159,7 @@ def _formats(name: str, separator: str, describes: str, files: Files) -> tuple[F
     beit = tuple((a.replace(".", separator), b.replace(".", separator)) for a, b in BEIT_HEAD)
     dinov2 = ("dinov2", "dinov2_with_registers")
     return (
-        table(("vit", "deit"), _rules(_SAME, separator)),
+        table(("vit", "deit", "dinov3_vit"), _rules(_SAME, separator)),
         table(("beit",), _rules(_SAME, separator), only_with_prefix=beit),
         table(dinov2, _rules(DINOV2_BLOCK, separator, TOKEN), fits=plain),
         table(dinov2, _rules(DINOV2_SWIGLU_BLOCK, separator, TOKEN), fits=gated),

@@ -21,7 +21,7 @@ from vit_common.parameters import Head
 from vit_common.positions import RelativeRule
 from vit_convert.layouts import KEEP, Layout
 
-PREFIXES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers", "vision_model")
+PREFIXES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers", "dinov3_vit", "vision_model")
 """What models with a head put before the names of the network under it, one for each family (CLIP:
 every model)."""
 

@@ -2,7 +2,7 @@
 
 The canonical names are those of v4's ViT, DeiT and BEiT; DINOv2's blocks differ.
 
-Sources: `models/{vit,deit,beit,dinov2,dinov2_with_registers,vit_mae}/modeling_*.py` of
+Sources: `models/{vit,deit,beit,dinov2,dinov2_with_registers,dinov3_vit,vit_mae}/modeling_*.py` of
 Transformers 4.57.6 and 5.23.
 """
 
@@ -132,6 +132,19 @@ CLIP_TOP = {
 }
 """CLIP's name -> canonical name, of the modules outside the blocks."""
 
+DINOV3_BLOCK = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+    "intermediate.dense": "mlp.up_proj",
+    "output.dense": "mlp.down_proj",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "lambda_1": "layer_scale1.lambda1",
+    "lambda_2": "layer_scale2.lambda1",
+}
+
 BEIT_HEAD = (("layernorm.", "lm_layernorm."),)
 """BEiT's head for masked image modelling calls its norm as the network under it calls its own."""
 
@@ -194,6 +207,28 @@ def _clip() -> tuple[Rule, ...]:
     for leaf in ("weight", "bias"):
         rules.append(Rule(f"{text}final_layer_norm.{leaf}", f"{text}final_layernorm.{leaf}"))
     return tuple(rules)
+
+
+def _dinov3(start: str, gated: bool) -> tuple[Rule, ...]:
+    """DINOv3; the blocks' names begin with `start`."""
+    tokens = ("cls_token", "mask_token", "register_tokens")
+    rules = [Rule(f"embeddings.{name}", f"embeddings.{name}") for name in tokens]
+    names = {
+        "embeddings.patch_embeddings": "embeddings.patch_embeddings.projection",
+        "norm": "layernorm",
+        "classifier": "classifier",
+    }
+    for leaf in ("weight", "bias"):
+        rules += [Rule(f"{theirs}.{leaf}", f"{ours}.{leaf}") for theirs, ours in names.items()]
+        if gated:
+            rules.append(
+                Rule(
+                    (f"{start}mlp.gate_proj.{leaf}", f"{start}mlp.up_proj.{leaf}"),
+                    f"{_V4}intermediate.dense.{leaf}",
+                    GATE_AND_UP,
+                )
+            )
+    return (*rules, *_block(DINOV3_BLOCK, start, ("intermediate.dense",) if gated else ()))
 
 
 _V4 = "encoder.layer.{i}."
@@ -273,6 +308,8 @@ FORMATS = (
     _format(_BEIT, _top() + _block(_SAME, _V4), V4_NAMES, only_with_prefix=BEIT_HEAD),
     _format(_DINOV2, _top(TOKEN) + _block(DINOV2_BLOCK, _V4), V4_NAMES, fits=plain),
     _format(_DINOV2, _top(TOKEN) + _block(DINOV2_SWIGLU_BLOCK, _V4), V4_NAMES, fits=gated),
+    _format(("dinov3_vit",), _dinov3("layer.{i}.", False), V4_NAMES, fits=plain),
+    _format(("dinov3_vit",), _dinov3("layer.{i}.", True), V4_NAMES, fits=gated),
     _format(
         CLIP,
         _clip(),
@@ -303,6 +340,10 @@ FORMATS = (
         + _V5_SWIGLU,
         V5_NAMES,
         False,
+    ),
+    *(
+        _format(("dinov3_vit",), _dinov3("model.layer.{i}.", gate), V5_NAMES, False)
+        for gate in (False, True)
     ),
     *(
         _format(
