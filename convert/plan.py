@@ -176,7 +176,7 @@ class Plan:
                 f"the configuration says {self.config.num_hidden_layers} blocks, and the file "
                 f"holds {len(found)} tensors in all."
             )
-        pooled = "pooler.dense.weight" in found or "pooler.layernorm.weight" in found
+        pooled = any(name.startswith("pooler.") for name in found)
         shapes = {
             unprefixed(name): shape
             for name, shape in parameter_shapes(

@@ -716,7 +716,25 @@ EXTENSIONS: dict[str, dict[str, Any]] = {
         "use_absolute_position_embeddings": False,
     },
     "mixed rotary": {"rope_type": "mixed", "rope_grid_indexing": "xy"},
+    "attention pooling": {"use_cls_token": False, "pooling": "map", "hidden_act": "gelu_new"},
+    "attention pooling of all tokens": {
+        "pooling": "map",
+        "pooler_num_heads": 2,
+        "pooler_intermediate_size": 20,
+        "pool_prefix_tokens": True,
+    },
     "norm before the blocks": {"use_patch_bias": False, "use_pre_norm": True},
+    "other norms": {
+        "norm_type": "rmsnorm",
+        "use_qk_norm": True,
+        "use_attention_norm": True,
+        "use_mlp_norm": True,
+        "use_key_bias": False,
+        "use_final_norm": False,
+    },
+    "branches": {"num_parallel_branches": 3, "use_qk_norm": True},
+    "parallel": {"block_type": "parallel", "layer_scale_init_value": 0.1},
+    "norms after": {"block_type": "post_norm"},
     "all at once": {
         "layer_scale_init_value": 0.1,
         "num_register_tokens": 2,
@@ -879,7 +897,7 @@ def test_derived_fields_cannot_be_set(family, name, value):
 @pytest.mark.parametrize(
     ("family", "fields", "match"),
     [
-        ("ViT", {"use_cls_token": False}, "`pooling` must be 'mean' where `use_cls_token`"),
+        ("ViT", {"use_cls_token": False}, "`pooling` must be 'mean' or 'map' where `use_cls"),
         ("ViT", {"norm_after_pooling": True}, "`pooling` must be 'mean' where `norm_after_pool"),
         (
             "ViT",

@@ -213,8 +213,26 @@ _size = integer(1)
 _fraction = _number("a number of at least 0", lambda x: x >= 0)
 _factor = _number("a number of at least 1", lambda x: x >= 1)
 
+
+def _depths(name: str, value: Any) -> tuple[int, ...]:
+    """Numbers of blocks, of at most four stages."""
+    listed = isinstance(value, (list, tuple)) and len(value) <= 4
+    if not listed or not all(_is_int(count) and 0 < count <= 1000 for count in value):
+        raise refusal(name, "a list of at most four numbers of blocks", value)
+    return tuple(int(count) for count in value)
+
+
+STEM_GROUPS = 32
+"""Groups of channels that the norms of a ResNet before the patches have (`stem_type`)."""
+STEM_NARROWING = 4
+"""By how much its blocks are narrower inside."""
+
 PositionTokens = Literal["all", "cls", "patches"]
-Pooling = Literal["cls", "mean", "cls_mean"]
+StemType = Literal["resnetv2"]
+StemStandardization = Literal["variance", "deviation"]
+Pooling = Literal["cls", "mean", "cls_mean", "map"]
+NormType = Literal["layernorm", "rmsnorm"]
+BlockType = Literal["pre_norm", "post_norm", "parallel"]
 
 VIT, DEIT, BEIT, DINOV2, REGISTERS = "vit", "deit", "beit", "dinov2", "dinov2_with_registers"
 CLIP, CLIP_VISION, CLIP_TEXT = "clip", "clip_vision_model", "clip_text_model"
@@ -514,7 +532,9 @@ ROWS: dict[str, Field] = {
         dinov2_with_registers=4,
     ),
     "use_cls_token": _extension(
-        True, _boolean, 'whether there is a class token; without it `pooling` must be "mean"'
+        True,
+        _boolean,
+        'whether there is a class token; without it `pooling` must be "mean" or "map"',
     ),
     "position_tokens": _extension(
         "all",
@@ -522,11 +542,53 @@ ROWS: dict[str, Field] = {
         'tokens in front of the patches that have position embeddings: "all", "cls" (the class '
         'token alone) or "patches" (none of them)',
     ),
+    "stem_type": _extension(
+        None,
+        _optional(_choice(get_args(StemType))),
+        'network before the patch projection: None, or "resnetv2", the ResNet of a hybrid '
+        "(Dosovitskiy et al. 2021, arXiv:2010.11929); `patch_size` stays the side of a patch in "
+        "pixels of the image",
+    ),
+    "stem_depths": _extension(
+        (),
+        _depths,
+        "numbers of blocks of the stem's stages, such as (3, 4, 9); none leaves its root alone",
+    ),
+    "stem_width": _extension(
+        64, integer(STEM_GROUPS), "number of channels after the stem's first convolution"
+    ),
+    "stem_standardization": _extension(
+        "variance",
+        _choice(get_args(StemStandardization)),
+        'what the stem\'s kernels are divided by: "variance", the root of their variance and 1e-8 '
+        '(timm, Transformers), or "deviation", their standard deviation and 1e-5 (Google)',
+    ),
+    "stem_norm_eps": _extension(
+        1e-5, _fraction, "epsilon of the stem's norms (timm 1e-5; Google 1e-6)"
+    ),
     "pooling": _extension(
         "cls",
         _choice(get_args(Pooling)),
-        'input of the classifier: "cls" (the class token), "mean" (the mean of the patches) or '
-        '"cls_mean" (both joined, as in DINOv2)',
+        'input of the classifier: "cls" (the class token), "mean" (the mean of the patches), '
+        '"cls_mean" (both joined, as in DINOv2) or "map" (attention pooling: a learned probe '
+        "attends to the patches and an MLP follows, as in SigLIP; Zhai et al. 2022, "
+        "arXiv:2106.04560)",
+    ),
+    "pooler_num_heads": _extension(
+        None,
+        _optional(_size),
+        "number of heads of attention pooling; None means `num_attention_heads`",
+    ),
+    "pooler_intermediate_size": _extension(
+        None,
+        _optional(_size),
+        "width of the MLP in attention pooling; None means `intermediate_size`",
+    ),
+    "pool_prefix_tokens": _extension(
+        False,
+        _boolean,
+        'whether the pooling "mean" or "map" takes the tokens in front of the patches too, as in '
+        "the Perception Encoder",
     ),
     "norm_after_pooling": _extension(
         False,
@@ -545,6 +607,51 @@ ROWS: dict[str, Field] = {
         _boolean,
         "whether the tokens are normalised before the first block (Radford et al. 2021, "
         "arXiv:2103.00020)",
+    ),
+    "use_final_norm": _extension(
+        True,
+        _boolean,
+        "whether the tokens, or the pooled mean, are normalised after the last block",
+    ),
+    "norm_type": _extension(
+        "layernorm",
+        _choice(get_args(NormType)),
+        'every norm: "layernorm", or "rmsnorm", which subtracts no mean and has no bias (Zhang and '
+        "Sennrich 2019, arXiv:1910.07467)",
+    ),
+    "use_qk_norm": _extension(
+        False,
+        _boolean,
+        "whether query and key of each head are normalised (Dehghani et al. 2023, "
+        "arXiv:2302.05442)",
+    ),
+    "use_key_bias": _extension(
+        None, _optional(_boolean), "whether the key has a bias; None means as `qkv_bias`"
+    ),
+    "use_attention_norm": _extension(
+        False,
+        _boolean,
+        "whether the joined outputs of the heads are normalised before they are projected (Wang et "
+        "al. 2022, arXiv:2210.06423)",
+    ),
+    "use_mlp_norm": _extension(
+        False,
+        _boolean,
+        "whether the MLP is normalised between its two layers, after the activation (Wang et al. "
+        "2022, arXiv:2210.06423)",
+    ),
+    "block_type": _extension(
+        "pre_norm",
+        _choice(get_args(BlockType)),
+        'how a block is put together: "pre_norm" (a norm before attention and one before the MLP), '
+        '"post_norm" (a norm after each, before it is added) or "parallel" (one norm, then '
+        "attention and MLP beside each other; Dehghani et al. 2023, arXiv:2302.05442)",
+    ),
+    "num_parallel_branches": _extension(
+        1,
+        integer(1, _MOST_LAYERS),
+        "number of attentions that a block adds up, and of MLPs after them (Touvron et al. 2022, "
+        "arXiv:2203.09795)",
     ),
     "proj_bias": _extension(
         True, _boolean, "whether the projection after attention has a bias", DINOV3

@@ -1,5 +1,5 @@
 """The layers that the network is built of, with nothing left to PyTorch's defaults: a dense layer,
-a convolution and a layer norm, and the first values of their parameters."""
+a convolution and the norms, and the first values of their parameters."""
 
 from __future__ import annotations
 
@@ -82,12 +82,13 @@ def convolution(
     return layer
 
 
-def layer_norm(part: ViTPart) -> nn.LayerNorm:
-    norm = nn.LayerNorm(
-        part.config.hidden_size,
-        eps=part.config.layer_norm_eps,
-        elementwise_affine=True,
-        bias=True,
-    )
+def layer_norm(part: ViTPart, width: int | None = None) -> nn.LayerNorm | nn.RMSNorm:
+    """A norm over the last axis, of the config's `norm_type`; `width` None is `hidden_size`."""
+    width, epsilon = width or part.config.hidden_size, part.config.layer_norm_eps
+    norm: nn.LayerNorm | nn.RMSNorm
+    if part.config.norm_type == "rmsnorm":
+        norm = nn.RMSNorm(width, eps=epsilon, elementwise_affine=True)
+    else:
+        norm = nn.LayerNorm(width, eps=epsilon, elementwise_affine=True, bias=True)
     norm._is_hf_initialized = True  # type: ignore[assignment]
     return norm

@@ -104,8 +104,8 @@ def theta_of(periods: np.ndarray) -> float:
 
 def _fits(gated: bool, masked: bool):
     def fits(config: ViTConfig, head: object) -> bool:
-        key = config.use_key_bias
-        return config.use_swiglu_ffn == gated and masked == (config.use_query_bias and not key)
+        key = config.has_key_bias
+        return config.use_swiglu_ffn == gated and masked == (config.has_query_bias and not key)
 
     return fits
 
