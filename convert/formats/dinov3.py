@@ -6,6 +6,8 @@ Source: `dinov3/models/vision_transformer.py`, `dinov3/layers/{attention,ffn_lay
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from vit_common.config import ViTConfig
@@ -110,6 +112,13 @@ def _fits(gated: bool, masked: bool):
     return fits
 
 
+def _loses(config: ViTConfig, own_config: bool) -> Iterator[str]:
+    yield (
+        f"the authors' code asks for {PERIODS!r}, which follow from `rope_theta` and are not "
+        "written: load the file with `strict=False`."
+    )
+
+
 FORMATS = tuple(
     Format(
         name="dinov3",
@@ -128,7 +137,6 @@ FORMATS = tuple(
         requires=("storage_tokens",),
         settings={
             "layer_norm_eps": 1e-5,
-            "rope_theta": 100.0,
             "hidden_act": "silu" if gated else "gelu",
         },
         image_size=224,
@@ -139,6 +147,7 @@ FORMATS = tuple(
         ),
         clues=(Clue(30, lambda found: found.has("storage_tokens")),),
         fits=_fits(gated, masked),
+        loses=_loses,
     )
     for gated, mlp in ((False, _UNGATED), (True, _GATED))
     for masked, bias in ((True, _MASKED_BIAS), (False, _PLAIN_BIAS))
