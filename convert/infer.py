@@ -110,6 +110,13 @@ def infer_config(
         note(f"{PERIODS} in the file", rope_theta=theta_of(source[PERIODS].read()))
     known = {name: value for name, (value, _) in fields.items()} | given
     _image_size(table, shapes, known, given, family, note)
+    for name in () if table.unsaid is None else table.unsaid(shapes):
+        if name not in known:
+            raise CheckpointError(
+                f"`{name}` is not in these weights, and networks of such names differ in it; give "
+                f"it: `--set {name}=...` of the command, `{name}=` in Python, or a config.json "
+                "beside the file."
+            )
     labels = known.get("num_labels")
     if not {"id2label", "num_labels"} & set(given):
         names = label_names(timm)

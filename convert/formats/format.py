@@ -186,6 +186,9 @@ class Format:
         preprocessing: how images are prepared for networks in this format; None where that is
             not the same for all.
         root: what files in this format have before every name.
+        named: whether timm's name of a network, where one is known, can be of this table.
+        signs: patterns of keys, one of which a file has whose timm's name is not known; empty for
+            any file.
         written: whether files in this format can be written.
         fits: whether it is this table that writes a network with a head, where several could.
         with_heads: the same table for writing networks of that many attention heads.
@@ -221,6 +224,8 @@ class Format:
     imagenet: bool = False
     preprocessing: Callable[[ViTConfig], Implied | None] | None = None
     root: str = ""
+    named: Callable[[str], bool] | None = None
+    signs: tuple[str, ...] = ()
     written: bool = True
     fits: Callable[[ViTConfig, Head | None], bool] | None = None
     with_heads: Callable[[int], Format] | None = None
