@@ -205,3 +205,41 @@ def test_names_of_eva_do_not_say_whether_they_rotate(tmp_path):
     torch.save(model.state_dict(), tmp_path / "model.pth")
     with pytest.raises(CheckpointError, match="`rope_type` is not in these weights"):
         vit_torch.AutoModel.from_pretrained(tmp_path / "model.pth", num_attention_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("eva02_base_patch16_clip_224", "visual."), ("eva02_tiny_patch14_224", "")]
+)
+def test_evas_own_files(name, prefix, tmp_path):
+    """The same network under the names that timm reads such files by."""
+    sizes = {"embed_dim": 48, "depth": 1, "num_heads": 4, "img_size": 96, "patch_size": 16}
+    theirs = randomize(timm.create_model(name, num_classes=5, **sizes)).eval()
+    swaps = {
+        "q_proj.bias": "q_bias",
+        "v_proj.bias": "v_bias",
+        "mlp.fc1_g": "mlp.w1",
+        "mlp.fc1_x": "mlp.w2",
+        "mlp.fc1": "mlp.w12",
+        "mlp.fc2": "mlp.w3",
+        "mlp.norm": "mlp.ffn_ln",
+        "attn.norm": "attn.inner_attn_ln",
+    }
+    state = {}
+    for key, value in theirs.state_dict().items():
+        for old, new in swaps.items():
+            key = key.replace(old, new)
+        state[prefix + key] = value
+    sin, cos = theirs.rope.get_embed().chunk(2, -1)
+    state[f"{prefix}rope.freqs_cos"], state[f"{prefix}rope.freqs_sin"] = cos, sin
+    if prefix:
+        state["text.token_embedding.weight"] = torch.zeros(3, 2)
+    torch.save({"module": state} if not prefix else state, tmp_path / "eva.pt")
+    x = torch.randn(2, 3, 96, 96)
+    twin = vit_torch.AutoModelForImageClassification.from_pretrained(tmp_path / "eva.pt")
+    assert (twin.config.rope_grid_size, twin.config.num_attention_heads) == (16, 4)
+    with torch.no_grad():
+        np.testing.assert_allclose(twin(x).logits, theirs(x), atol=2e-5)
+    state[f"{prefix}rope.freqs_cos"] = cos.flip(0)
+    torch.save(state, tmp_path / "eva.pt")
+    with pytest.raises(CheckpointError, match="tables of rotary positions"):
+        vit_torch.AutoModel.from_pretrained(tmp_path / "eva.pt")

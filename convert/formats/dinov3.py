@@ -6,7 +6,8 @@ Source: `dinov3/models/vision_transformer.py`, `dinov3/layers/{attention,ffn_lay
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -104,6 +105,16 @@ def theta_of(periods: np.ndarray) -> float:
     )
 
 
+def _rotary(source: Mapping[str, Any]) -> dict[str, Any]:
+    """What the periods of a file say: the base, and the width of a head."""
+    if PERIODS not in source:
+        return {}
+    width = source["patch_embed.proj.weight"].shape[0]
+    tensor = source[PERIODS]  # four channels of a head share a period
+    heads = width // (4 * tensor.shape[0])
+    return {"num_attention_heads": heads, "rope_theta": theta_of(tensor.read())}
+
+
 def _fits(gated: bool, masked: bool):
     def fits(config: ViTConfig, head: object) -> bool:
         key = config.has_key_bias
@@ -140,6 +151,7 @@ FORMATS = tuple(
             "hidden_act": "silu" if gated else "gelu",
         },
         image_size=224,
+        says=_rotary,
         refuses=REFUSES,
         parts=(
             *PARTS,

@@ -171,6 +171,7 @@ class Format:
         candidate: whether it is named in the error where no sign decides between formats.
         settings: fields of the config that networks in this format have, where they differ from
             the defaults of the family.
+        says: the fields that constants in a file say, from its tensors by their names there.
         unsaid: fields that networks with such weights differ in and that the weights do not show,
             from the shapes of the weights by canonical name; they are asked for where no file says
             them.
@@ -214,6 +215,7 @@ class Format:
     clues: tuple[Clue, ...] = ()
     candidate: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    says: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     unsaid: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
     classes: tuple[str, ...] = ()
     stem: Mapping[str, Any] = field(default_factory=dict)
