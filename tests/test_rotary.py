@@ -15,7 +15,8 @@ import vit_flax.parts.rotary as flax_rotary
 import vit_torch
 import vit_torch.parts.rotary as torch_rotary
 from vit_common.config import ViTConfig
-from vit_common.errors import CheckpointError, ConfigError
+from vit_common.errors import CheckpointError, ConfigError, InputError
+from vit_convert.convert import convert
 from vit_flax.stacked import stack_layers
 
 rope = timm.layers.pos_embed_sincos
@@ -243,3 +244,13 @@ def test_evas_own_files(name, prefix, tmp_path):
     torch.save(state, tmp_path / "eva.pt")
     with pytest.raises(CheckpointError, match="tables of rotary positions"):
         vit_torch.AutoModel.from_pretrained(tmp_path / "eva.pt")
+
+
+@pytest.mark.parametrize("to", ["timm", "dino", "torchvision"])
+def test_formats_that_would_not_rotate_are_refused(to, tmp_path):
+    config = ViTConfig(**SMALL | KINDS["axial"][0])
+    torch_twin(TORCH, config, random_weights(config, "classifier")).save_pretrained(
+        tmp_path / "hub"
+    )
+    with pytest.raises(InputError, match="rotated by their positions"):
+        convert(tmp_path / "hub", tmp_path / "other", to=to)
