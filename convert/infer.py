@@ -19,7 +19,6 @@ from vit_common.images.imagenet import imagenet_labels
 from vit_common.positions import resize_positions
 from vit_common.presets import PRESETS
 from vit_convert.formats import FORMATS
-from vit_convert.formats.dinov3 import PERIODS, theta_of
 from vit_convert.formats.format import Format, Published
 from vit_convert.formats.timm.config import (
     LABELS,
@@ -103,13 +102,20 @@ def infer_config(
         note(f"the format {table.name}", **table.stem)
     if timm is not None:
         read_timm_config(timm, shapes, note)
+    if table.says is not None:
+        note("constants in the file", **table.says(source))
     if "num_attention_heads" not in {*given, *fields}:
         _heads(shapes, source, mapped, timm, note)
     _pooling(shapes, family, timm, note)
-    if PERIODS in source:
-        note(f"{PERIODS} in the file", rope_theta=theta_of(source[PERIODS].read()))
     known = {name: value for name, (value, _) in fields.items()} | given
     _image_size(table, shapes, known, given, family, note)
+    for name in () if table.unsaid is None else table.unsaid(shapes):
+        if name not in known:
+            raise CheckpointError(
+                f"`{name}` is not in these weights, and networks of such names differ in it; give "
+                f"it: `--set {name}=...` of the command, `{name}=` in Python, or a config.json "
+                "beside the file."
+            )
     labels = known.get("num_labels")
     if not {"id2label", "num_labels"} & set(given):
         names = label_names(timm)
@@ -329,9 +335,6 @@ def _heads(shapes, source, mapped, timm, note) -> None:
     norm = shapes.get("encoder.layer.0.attention.attention.query_norm.weight")
     if norm and norm[0] and width % norm[0] == 0:
         note("shapes", num_attention_heads=width // norm[0])
-        return
-    if PERIODS in source:  # four channels of a head share a period
-        note("shapes", num_attention_heads=width // (4 * source[PERIODS].shape[0]))
         return
     if named := heads_of(timm):
         note(named[1], num_attention_heads=named[0])

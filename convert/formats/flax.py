@@ -51,24 +51,14 @@ _NORMS = ("pre_layernorm", "layernorm", "pooler.layernorm", "lm_layernorm")
 
 _ALONE = (
     "lambda_1", "lambda_2", "_table", "_token", "_tokens", "_embeddings", "_frequencies",
+    "probe",
 )  # fmt: skip
 """What names of parameters end with that are no leaves of a module."""
 
 
 def _leaves(theirs: str, ours: str, separator: str) -> list[Rule]:
     """The rules of one module; what kind it is, its name says."""
-    if ours.endswith(
-        (
-            "lambda_1",
-            "lambda_2",
-            "_table",
-            "_token",
-            "_tokens",
-            "_embeddings",
-            "_frequencies",
-            "probe",
-        )
-    ):
+    if ours.endswith(_ALONE):
         pairs: list[tuple[str, str, Layout]] = [("", "", KEEP)]
     elif "norm" in ours.rpartition(".")[2]:
         pairs = [(".scale", ".weight", KEEP), (".bias", ".bias", KEEP)]

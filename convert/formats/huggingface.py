@@ -228,7 +228,7 @@ def _dinov3(start: str, gated: bool) -> tuple[Rule, ...]:
                     GATE_AND_UP,
                 )
             )
-    return (*rules, *_block(DINOV3_BLOCK, start, ("intermediate.dense",) if gated else ()))
+    return (*rules, *_block(DINOV3_BLOCK, start, but=("intermediate.dense",) if gated else ()))
 
 
 _V4 = "encoder.layer.{i}."

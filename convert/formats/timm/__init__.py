@@ -14,6 +14,7 @@ from vit_common.images.options import HALF_TO_EVEN  # torchvision crops so
 from vit_common.images.processors import BitImageProcessor
 from vit_convert.formats import stems
 from vit_convert.formats.format import Clue, Files, Format, Implied, Rule
+from vit_convert.formats.timm import eva
 from vit_convert.formats.timm.config import timm_config
 from vit_convert.layouts import FUSED_QKV
 
@@ -175,7 +176,6 @@ def _format(families: tuple[str, ...], rules, describes: str, **more: Any) -> Fo
         rules=rules,
         describes=describes,
         files=Files(container="safetensors", tag="pt", config=timm_config),
-        settings={"layer_norm_eps": EPS, "position_resize": "bicubic_antialias"},
         clues=(
             Clue(10, lambda found: bool(found.architecture)),
             # The projects themselves publish pickles.
@@ -184,15 +184,24 @@ def _format(families: tuple[str, ...], rules, describes: str, **more: Any) -> Fo
         ),
         candidate=True,
         refuses=REFUSES,
-        parts=PARTS,
         cannot_hold=_cannot_hold,
         loses=_loses,
-        **more,
+        **{
+            "parts": PARTS,
+            "settings": {"layer_norm_eps": EPS, "position_resize": "bicubic_antialias"},
+            **more,
+        },
     )
 
 
 FORMATS = (
-    _format(("vit",), RULES, "timm state dict of a Vision Transformer", fits=stems.has_stages),
+    _format(
+        ("vit",),
+        RULES,
+        "timm state dict of a Vision Transformer",
+        fits=stems.has_stages,
+        named=lambda architecture: not eva.named(architecture),
+    ),
     _format(
         ("vit",),
         stems.TIMM_ROOT + RULES,
@@ -207,5 +216,17 @@ FORMATS = (
         "timm state dict of a BEiT",
         ignored=BEIT_IGNORED,
         relative_resize="geometric",
+        named=lambda architecture: not eva.named(architecture),
+    ),
+    _format(
+        ("vit",),
+        eva.RULES,
+        "timm state dict of an EVA, a DINOv3 or another with rotary positions",
+        ignored=BEIT_IGNORED,
+        named=eva.named,
+        signs=eva.SIGNS,
+        settings={"position_resize": "bicubic_antialias"},
+        unsaid=lambda shapes: ("rope_type", "layer_norm_eps"),
+        written=False,
     ),
 )

@@ -189,6 +189,11 @@ def _fields(cls: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         fields["pool_prefix_tokens"] = args.get("global_pool") == "map"
         if args.get("use_post_norm"):
             fields["block_type"] = "post_norm"
+        positions = args.get("use_abs_pos_emb", True)
+        fields["use_absolute_position_embeddings"] = bool(positions)
+        fields["use_patch_bias"] = not args.get("pre_norm", False)
+        after = args.get("use_post_transformer_norm")
+        fields["use_final_norm"] = after is not False or args.get("fc_norm") is not False
     fields["layer_scale_init_value"] = float(args.get("init_values") or 0.0)
     kind = args.get("rope_type", "cat" if cls == "Eva" else None)
     rotates = args.get("use_rot_pos_emb", False) if cls == "Eva" else bool(kind)
