@@ -74,7 +74,7 @@ class FlaxViTBottleneck(FlaxViTPart):
     def __call__(self, hidden_states):
         def convolve(x, name: str, features: int, size: int = 1, stride: int = 1):
             shape = {"features": features, "size": size, "stride": stride}
-            x = FlaxViTStandardizedConv(**options(self), **shape, name=f"conv{name}")(x)
+            x = FlaxViTStandardizedConv(**options(self), **shape, name=f"conv{name}")(x)  # type: ignore[arg-type]
             return FlaxViTGroupNorm(**options(self), name=f"norm{name}")(x)
 
         shortcut = hidden_states
@@ -110,7 +110,7 @@ class FlaxViTStem(FlaxViTPart):
     @nn.compact
     def __call__(self, pixel_values):
         shape = {"features": self.config.stem_width, "size": 7, "stride": 2}
-        x = FlaxViTStandardizedConv(**options(self), **shape, name="convolution")(pixel_values)
+        x = FlaxViTStandardizedConv(**options(self), **shape, name="convolution")(pixel_values)  # type: ignore[arg-type]
         x = jax.nn.relu(FlaxViTGroupNorm(**options(self), name="norm")(x))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")  # (B, H/4, W/4, width)
         for i in range(len(self.config.stem_depths)):
