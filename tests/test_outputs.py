@@ -105,13 +105,12 @@ def test_fields_are_not_removed():
         assert dict(one) == {"a": 1}
 
 
-@pytest.mark.parametrize("name", FLAX)
+@pytest.mark.parametrize("name", [name for name in FLAX if name != "FlaxCLIPOutput"])  # of towers
 def test_outputs_of_flax(name):
     kind = getattr(vit_flax, name)
     fields = [field.name for field in dataclasses.fields(kind)]
     array = jnp.asarray(ARRAY)
-    more = {"hidden_states": (array, array + 1)} if "hidden_states" in fields else {}
-    output = kind(**{fields[0]: array, **more})
+    output = kind(**{fields[0]: array, "hidden_states": (array, array + 1)})
     assert isinstance(output, (dict, OrderedDict))
     assert dict(output).keys() == {fields[0], "hidden_states"}
     for again in (
