@@ -170,8 +170,22 @@ class _Network:
                     x = np.maximum(x if number != "3" else x + shortcut, 0.0)
         return x
 
+    def bias_by_mlp(self, name: str) -> np.ndarray:
+        """(A, S, S), from the logarithm of the rows and columns between two patches."""
+        rows, columns = self.config.grid_size
+        places = np.stack(np.divmod(np.arange(rows * columns), columns), -1).astype(np.float64)
+        offsets = places[:, None] - places  # (N, N, 2)
+        offsets = np.sign(offsets) * np.log(1.0 + np.abs(offsets))
+        inner = offsets @ self.weight(f"{name}.in_kernel") + self.weight(f"{name}.in_bias")
+        bias = np.maximum(inner, 0.0) @ self.weight(f"{name}.out_kernel")
+        bias = bias + self.weight(f"{name}.out_bias")
+        T = self.config.num_prefix_tokens
+        return np.pad(bias, ((T, 0), (T, 0), (0, 0))).transpose(2, 0, 1)
+
     def bias(self, name: str) -> np.ndarray:
         """(A, S, S) of a table of relative positions."""
+        if self.config.relative_position_type == "mlp":
+            return self.bias_by_mlp(f"{name}.relative_position_bias")
         table = self.weight(f"{name}.relative_position_bias.relative_position_bias_table")
         return table[relative_position_index(self.config.grid_size)].transpose(2, 0, 1)
 

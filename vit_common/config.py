@@ -32,6 +32,7 @@ from vit_common.config_fields import (
     NormType,
     Pooling,
     PositionTokens,
+    RelativePositionType,
     StemStandardization,
     StemType,
     check_depth,
@@ -147,6 +148,8 @@ class ViTConfig:
     use_absolute_position_embeddings: bool
     use_relative_position_bias: bool
     use_shared_relative_position_bias: bool
+    relative_position_type: RelativePositionType
+    relative_position_width: int
     rope_type: RotaryType | None
     rope_theta: float
     rope_grid_size: int | tuple[int, int] | None

@@ -44,6 +44,7 @@ from vit_flax.outputs import (
 )
 from vit_flax.parts.attention_pool import FlaxViTAttentionPooler
 from vit_flax.parts.part import FlaxViTPart, activation, options
+from vit_flax.parts.relative import FlaxViTRelativePositionMLP
 from vit_flax.parts.rotary import rotate, rotation
 from vit_flax.parts.stems import FlaxViTStem
 from vit_flax.stacked import make_blocks, scan_blocks
@@ -185,6 +186,13 @@ class FlaxViTRelativePositionBias(FlaxViTPart):
         return bias.transpose(2, 0, 1)[None]  # (1, A, S, S)
 
 
+def relative_positions(part: FlaxViTPart) -> FlaxViTPart:
+    """Where the biases of offsets come from, by `relative_position_type`."""
+    by_mlp = part.config.relative_position_type == "mlp"
+    cls = FlaxViTRelativePositionMLP if by_mlp else FlaxViTRelativePositionBias
+    return cls(**options(part))
+
+
 class FlaxViTSelfAttention(FlaxViTPart):
     """Query, key and value of every head, and their attention; F tokens in front attend."""
 
@@ -198,7 +206,7 @@ class FlaxViTSelfAttention(FlaxViTPart):
             self.key_norm = layer_norm(self)
         self.dropout = nn.Dropout(self.config.attention_probs_dropout_prob)
         if self.config.use_relative_position_bias:
-            self.relative_position_bias = FlaxViTRelativePositionBias(**options(self))
+            self.relative_position_bias = relative_positions(self)
 
     def __call__(
         self,
@@ -520,7 +528,7 @@ class FlaxViTEncoder(FlaxViTPart):
     def setup(self):
         self.layer = FlaxViTLayerCollection(**options(self))
         if self.config.use_shared_relative_position_bias:
-            self.relative_position_bias = FlaxViTRelativePositionBias(**options(self))
+            self.relative_position_bias = relative_positions(self)
         if self.config.rope_type == "mixed":
             L, A = self.config.num_hidden_layers, self.config.num_attention_heads
             shape = (2, L, A, self.config.head_dim // 2)

@@ -47,6 +47,7 @@ from vit_torch.outputs import (
 )
 from vit_torch.parts.attention_pool import ViTAttentionPooler
 from vit_torch.parts.part import ViTPart, activation, options
+from vit_torch.parts.relative import ViTRelativePositionMLP
 from vit_torch.parts.rotary import Rotation, rotate, rotation
 from vit_torch.parts.stems import ViTStem
 
@@ -193,6 +194,13 @@ class ViTRelativePositionBias(ViTPart):
         return bias.permute(2, 0, 1)[None]  # (1, A, S, S)
 
 
+def relative_positions(part: ViTPart) -> ViTPart:
+    """Where the biases of offsets come from, by `relative_position_type`."""
+    by_mlp = part.config.relative_position_type == "mlp"
+    cls = ViTRelativePositionMLP if by_mlp else ViTRelativePositionBias
+    return cls(**options(part))
+
+
 class ViTSelfAttention(ViTPart):
     """Query, key and value of every head, and their attention.
 
@@ -215,7 +223,7 @@ class ViTSelfAttention(ViTPart):
             self.key_norm = layer_norm(self, self.attention_head_size)
         self.dropout = nn.Dropout(self.config.attention_probs_dropout_prob)
         if self.config.use_relative_position_bias:
-            self.relative_position_bias = ViTRelativePositionBias(**options(self))
+            self.relative_position_bias = relative_positions(self)
 
     def forward(
         self,
@@ -506,7 +514,7 @@ class ViTEncoder(ViTPart):
             ViTLayer(**options(self), drop_path_rate=rate) for rate in self.config.drop_path_rates
         )
         if self.config.use_shared_relative_position_bias:
-            self.relative_position_bias = ViTRelativePositionBias(**options(self))
+            self.relative_position_bias = relative_positions(self)
         if self.config.rope_type == "mixed":
             L, A = self.config.num_hidden_layers, self.config.num_attention_heads
             shape = (2, L, A, self.config.head_dim // 2)

@@ -19,6 +19,7 @@ from vit_convert.formats.huggingface import (
     DINOV2_BLOCK,
     DINOV2_SWIGLU_BLOCK,
     EXTENDED_BLOCK,
+    RELATIVE_MLP,
     STEM,
     extended,
     gated,
@@ -32,6 +33,7 @@ _TOKENS = (
     "embeddings.register_tokens",
     "embeddings.position_embeddings",
     "encoder.relative_position_bias.relative_position_bias_table",
+    *(f"encoder.{name}" for name in RELATIVE_MLP),
     "encoder.rope_frequencies",
     "pooler.probe",
 )
@@ -66,6 +68,7 @@ def _leaves(theirs: str, ours: str, separator: str) -> list[Rule]:
             "_tokens",
             "_embeddings",
             "_frequencies",
+            *RELATIVE_MLP,
             "probe",
         )
     ):

@@ -15,7 +15,7 @@ from vit_common.images.processors import BitImageProcessor
 from vit_convert.formats import stems
 from vit_convert.formats.format import Clue, Files, Format, Implied, Rule
 from vit_convert.formats.timm.config import timm_config
-from vit_convert.layouts import FUSED_QKV
+from vit_convert.layouts import FUSED_QKV, KEEP, TRANSPOSE
 
 EMBEDDINGS = {
     "cls_token": "embeddings.cls_token",
@@ -68,6 +68,19 @@ def qkv(*leaves: str) -> tuple[Rule, ...]:
 
 
 SCALES = keep({f"blocks.{{i}}.ls{n}.gamma": f"{LAYER}lambda_{n}" for n in (1, 2)})
+RELATIVE = tuple(
+    Rule(f"{theirs}.mlp.{layer}.{leaf}", f"{ours}.relative_position_bias.{name}", layout)
+    for theirs, ours in (
+        ("blocks.{i}.attn.rel_pos", f"{LAYER}attention.attention"),
+        ("shared_rel_pos", "encoder"),
+    )
+    for layer, leaf, name, layout in (
+        ("fc1", "weight", "in_kernel", TRANSPOSE),
+        ("fc1", "bias", "in_bias", KEEP),
+        ("fc2", "weight", "out_kernel", TRANSPOSE),
+        ("fc2", "bias", "out_bias", KEEP),
+    )
+)
 PLAIN = (
     keep({**EMBEDDINGS, **NORMS, "reg_token": "embeddings.register_tokens"})
     + dense("pre_logits.fc", "pooler.dense")
@@ -75,6 +88,7 @@ PLAIN = (
     + qkv("weight", "bias")
     + SCALES
     + stems.TIMM
+    + RELATIVE
 )
 RULES = PLAIN + dense("head", "classifier")
 DISTILLED = (
