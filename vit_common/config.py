@@ -484,6 +484,11 @@ class ViTConfig:
         }
 
     @property
+    def has_relative_mlp(self) -> bool:
+        """Whether that bias is computed by an MLP."""
+        return self.has_relative_positions and self.relative_position_type == "mlp"
+
+    @property
     def has_layer_scale(self) -> bool:
         """Whether both residual branches are multiplied by learned factors, one per channel."""
         return self.layer_scale_init_value > 0

@@ -170,6 +170,13 @@ def cut_out(config: ViTConfig, name: str, enlarged: int | None = None) -> Implie
 def _cannot_hold(config: ViTConfig) -> str | None:
     if config.use_representation_layer:
         return "timm drops the layer before the classifier (pre-logits) when it loads"
+    if config.has_relative_mlp:
+        both = config.use_relative_position_bias and config.use_shared_relative_position_bias
+        if config.use_absolute_position_embeddings or config.num_register_tokens or both:
+            return (
+                "timm has relative positions by an MLP only in networks without absolute positions "
+                "and registers, of each block or shared by all"
+            )
     return stems.timm_cannot_hold(config)
 
 
