@@ -231,6 +231,11 @@ def detect_format(
             continue
         if any(key not in bare for key in table.requires) or any(k in bare for k in table.lacks):
             continue
+        architecture = hints.get("architecture")
+        if architecture and table.named is not None and not table.named(architecture):
+            continue
+        if not architecture and table.signs and not _has_sign(table, bare):
+            continue
         found = {key: table.rule_for_foreign(key) for key in bare}
         if not any(hit and _CANONICAL in hit[0].canonical_names for hit in found.values()):
             continue
@@ -266,6 +271,10 @@ def detect_format(
             "beside the file."
         )
     return best[0]
+
+
+def _has_sign(table: Format, keys: Iterable[str]) -> bool:
+    return any(re.fullmatch(sign, key) for sign in table.signs for key in keys)
 
 
 def _rank_differs(rule, tensor) -> bool:

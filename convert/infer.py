@@ -16,10 +16,10 @@ from vit_common.config_fields import ROWS
 from vit_common.errors import CheckpointError, ConfigError
 from vit_common.families import Dinov2Config, config_class
 from vit_common.images.imagenet import imagenet_labels
+from vit_common.parameters import DIFFERENTIAL
 from vit_common.positions import resize_positions
 from vit_common.presets import PRESETS
 from vit_convert.formats import FORMATS
-from vit_convert.formats.dinov3 import PERIODS, theta_of
 from vit_convert.formats.format import Format, Published
 from vit_convert.formats.timm.config import (
     LABELS,
@@ -103,13 +103,20 @@ def infer_config(
         note(f"the format {table.name}", **table.stem)
     if timm is not None:
         read_timm_config(timm, shapes, note)
+    if table.says is not None:
+        note("constants in the file", **table.says(source))
     if "num_attention_heads" not in {*given, *fields}:
         _heads(shapes, source, mapped, timm, note)
     _pooling(shapes, family, timm, note)
-    if PERIODS in source:
-        note(f"{PERIODS} in the file", rope_theta=theta_of(source[PERIODS].read()))
     known = {name: value for name, (value, _) in fields.items()} | given
     _image_size(table, shapes, known, given, family, note)
+    for name in () if table.unsaid is None else table.unsaid(shapes):
+        if name not in known:
+            raise CheckpointError(
+                f"`{name}` is not in these weights, and networks of such names differ in it; give "
+                f"it: `--set {name}=...` of the command, `{name}=` in Python, or a config.json "
+                "beside the file."
+            )
     labels = known.get("num_labels")
     if not {"id2label", "num_labels"} & set(given):
         names = label_names(timm)
@@ -166,7 +173,7 @@ def _rank(name: str) -> int:
         return 4
     if name == "encoder.rope_frequencies":
         return 4
-    if name.endswith((".in_bias", ".out_bias")):
+    if name.endswith((".in_bias", ".out_bias", *DIFFERENTIAL)):
         return 1
     if name.startswith("embeddings.stem."):
         return 1 if "norm" in name.split(".")[-2] else 4
@@ -278,6 +285,8 @@ def _structure(shapes: Mapping[str, Any]) -> dict[str, Any]:
     """What only a ViT may have or lack, as far as names show it. A norm or a bias that is not there
     may just be missing, so what has none of them is said by a configuration alone."""
     layer, fields = "encoder.layer.0", dict[str, Any]()
+    if f"{layer}.attention.attention.differential.norm.weight" in shapes:
+        fields["attention_type"] = "differential"
     for field, module in (
         ("use_relative_position_bias", f"{layer}.attention.attention"),
         ("use_shared_relative_position_bias", "encoder"),
@@ -341,9 +350,6 @@ def _heads(shapes, source, mapped, timm, note) -> None:
     norm = shapes.get("encoder.layer.0.attention.attention.query_norm.weight")
     if norm and norm[0] and width % norm[0] == 0:
         note("shapes", num_attention_heads=width // norm[0])
-        return
-    if PERIODS in source:  # four channels of a head share a period
-        note("shapes", num_attention_heads=width // (4 * source[PERIODS].shape[0]))
         return
     if named := heads_of(timm):
         note(named[1], num_attention_heads=named[0])

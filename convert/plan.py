@@ -127,6 +127,8 @@ class Plan:
         joined = self.head == "classifier" and self.config.pooling == "cls_mean"
         if joined and self.config.base_family == "vit" and not self.table.prefixed:
             why = "its classifier looks at the class token and the mean of the patches together"
+        if self.config.base_family == "vit" and self.config.rope_type and not self.table.prefixed:
+            why = "its queries and keys are rotated by their positions (`rope_type`)"
         if why:
             raise InputError(f"the format {self.to!r} cannot hold this network: {why}.")
 

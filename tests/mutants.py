@@ -94,6 +94,11 @@ class Mutant(NamedTuple):
     test: str
 
 
+_ROTARY = "tests/test_rotary.py::test_"
+ROTARY, POSITIONS = "vit_flax/parts/rotary.py", "vit_common/positions.py"
+TURNED = f"{_ROTARY}both_twins_rotate_as_timm_does"
+
+
 MUTANTS = [
     Mutant("tanh GELU", FLAX_PART, "jax.nn.gelu(x, approximate=False)", "jax.nn.gelu(x)", STAGES),
     Mutant(
@@ -109,6 +114,48 @@ MUTANTS = [
         "1.702",
         "1.7",
         f"{_PARITY}activations[float64-quick_gelu]",
+    ),
+    Mutant(
+        "pairs of channels turned backwards",
+        ROTARY,
+        "(a * cos - b * sin, b * cos + a * sin)",
+        "(a * cos + b * sin, b * cos - a * sin)",
+        f"{TURNED}[axial]",
+    ),
+    Mutant(
+        "neighbours paired where halves are",
+        ROTARY,
+        "wide[..., 0::2], wide[..., 1::2]",
+        "jnp.split(wide, 2, axis=-1)",
+        f"{TURNED}[axial]",
+    ),
+    Mutant(
+        "corners of patches for their centres",
+        POSITIONS,
+        "2.0 * (places + 0.5) / size - 1.0",
+        "2.0 * places / size - 1.0",
+        f"{TURNED}[DINOv3]",
+    ),
+    Mutant(
+        "rows before columns",
+        POSITIONS,
+        "(columns, rows) if columns_first else (rows, columns)",
+        "(rows, columns)",
+        f"{TURNED}[mixed]",
+    ),
+    Mutant(
+        "the first block's frequencies in every block",
+        FLAX,
+        "jax.tree.map(lambda array, i=i: array[i], owned)",
+        "jax.tree.map(lambda array: array[0], owned)",
+        f"{_ROTARY}frequencies_of_each_block_in_a_scan_and_under_a_mask",
+    ),
+    Mutant(
+        "a key that is not rotated",
+        TORCH,
+        "key = rotate(key, rotation, self.config.rope_rotate_half)",
+        "pass",
+        f"{_FAMILIES}every_stage_against_the_torch_reference[dinov3,gated-(16,16)]",
     ),
     # A run of both frameworks sees what training code gets wrong most often.
     Mutant(

@@ -228,6 +228,7 @@ STEM_NARROWING = 4
 """By how much its blocks are narrower inside."""
 
 PositionTokens = Literal["all", "cls", "patches"]
+AttentionType = Literal["softmax", "differential"]
 RelativePositionType = Literal["table", "mlp"]
 StemType = Literal["resnetv2"]
 StemStandardization = Literal["variance", "deviation"]
@@ -487,6 +488,12 @@ ROWS: dict[str, Field] = {
         _boolean,
         "whether a channel is rotated together with the one half a head further on, not with its "
         "neighbour",
+    ),
+    "attention_type": _extension(
+        "softmax",
+        _choice(get_args(AttentionType)),
+        'attention of a head: "softmax", or "differential", the difference of two maps (Ye et al. '
+        "2024, arXiv:2410.05258)",
     ),
     "relative_position_type": _extension(
         "table",

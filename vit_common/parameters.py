@@ -160,6 +160,10 @@ def parameter_shapes(
             shapes[f"{layer}.attention.attention.{name}.weight"] = (D, D)
             if use_bias:
                 shapes[f"{layer}.attention.attention.{name}.bias"] = (D,)
+        if config.attention_type == "differential":
+            module = f"{layer}.attention.attention.differential"
+            shapes |= {f"{module}.{name}": (config.head_dim // 2,) for name in DIFFERENTIAL}
+            shapes[f"{module}.norm.weight"] = (config.head_dim,)
         if config.use_relative_position_bias:
             shapes |= _relative(config, f"{layer}.attention.attention.relative_position_bias")
         if config.use_qk_norm:
@@ -232,6 +236,10 @@ def block_names(config: ViTConfig) -> Iterator[str]:
         yield f"encoder.layer.{i}"
         for j in range(1, config.num_parallel_branches):
             yield f"encoder.layer.{i}.branch.{j}"
+
+
+DIFFERENTIAL = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+"""Vectors from which differential attention computes the share of its second map."""
 
 
 def _relative(config: ViTConfig, module: str) -> dict[str, tuple[int, ...]]:
@@ -330,6 +338,7 @@ _NORMAL = (
     "probe",
     "in_kernel",
     "out_kernel",
+    *DIFFERENTIAL,
 )
 
 

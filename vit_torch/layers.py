@@ -30,7 +30,7 @@ def initialize_frequencies(parameter: torch.Tensor, config: ViTConfig) -> None:
     arXiv:2403.13298)."""
     _, L, A, half = parameter.shape
     exact = torch.promote_types(parameter.dtype, torch.float32)
-    like = {"dtype": exact, "device": parameter.device}
+    like: dict[str, Any] = {"dtype": exact, "device": parameter.device}
     size = config.rope_theta ** -(torch.arange(half // 2, **like) / (half // 2))
     angle = 2 * math.pi * torch.rand(L, A, 1, **like).expand(L, A, half // 2)
     parts = [(torch.cos(angle + turn), torch.sin(angle + turn)) for turn in (0.0, math.pi / 2)]
@@ -47,7 +47,7 @@ def add_parameter(
 ) -> None:
     """Give a part, in its constructor, a parameter of that name, filled with `value` or drawn from
     the normal distribution of `initialize` or by `initialize_frequencies`."""
-    if value in ("normal", "frequencies"):
+    if isinstance(value, str):
         parameter = nn.Parameter(torch.empty(shape))
         (initialize if value == "normal" else initialize_frequencies)(parameter, part.config)
     else:

@@ -46,6 +46,7 @@ from vit_torch.outputs import (
     MaskedLMOutput,
 )
 from vit_torch.parts.attention_pool import ViTAttentionPooler
+from vit_torch.parts.differential import ViTDifferentialAttention
 from vit_torch.parts.part import ViTPart, activation, options
 from vit_torch.parts.relative import ViTRelativePositionMLP
 from vit_torch.parts.rotary import Rotation, rotate, rotation
@@ -224,6 +225,8 @@ class ViTSelfAttention(ViTPart):
         self.dropout = nn.Dropout(self.config.attention_probs_dropout_prob)
         if self.config.use_relative_position_bias:
             self.relative_position_bias = relative_positions(self)
+        if self.config.attention_type == "differential":
+            self.differential = ViTDifferentialAttention(**options(self))
 
     def forward(
         self,
@@ -248,7 +251,9 @@ class ViTSelfAttention(ViTPart):
         if rotation is not None:
             query = rotate(query, rotation, self.config.rope_rotate_half)
             key = rotate(key, rotation, self.config.rope_rotate_half)
-        context, probabilities = attention(
+        differs = self.config.attention_type == "differential"
+        attend = self.differential if differs else attention
+        context, probabilities = attend(
             query,
             key,
             value,
@@ -266,9 +271,9 @@ class ViTSelfOutput(ViTPart):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        D = self.config.hidden_size
         if self.config.use_attention_norm:
             self.layernorm = layer_norm(self)
+        D = self.config.hidden_size
         self.dense = dense(self, D, D, use_bias=self.config.proj_bias)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
@@ -343,9 +348,9 @@ class ViTOutput(ViTPart):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        width, D = self.config.intermediate_size, self.config.hidden_size
         if self.config.use_mlp_norm:
-            self.layernorm = layer_norm(self, width)
+            self.layernorm = layer_norm(self, self.config.intermediate_size)
+        width, D = self.config.intermediate_size, self.config.hidden_size
         self.dense = dense(self, width, D, use_bias=self.config.mlp_bias)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
@@ -513,6 +518,10 @@ class ViTEncoder(ViTPart):
         self.layer = nn.ModuleList(
             ViTLayer(**options(self), drop_path_rate=rate) for rate in self.config.drop_path_rates
         )
+        for layer, share in zip(self.layer, self.config.differential_shares, strict=True):
+            for module in layer.modules():
+                if isinstance(module, ViTDifferentialAttention):
+                    module.share = share
         if self.config.use_shared_relative_position_bias:
             self.relative_position_bias = relative_positions(self)
         if self.config.rope_type == "mixed":

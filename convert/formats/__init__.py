@@ -14,6 +14,7 @@ from vit_convert.formats import (
     dino,
     dinov2,
     dinov3,
+    eva,
     flax,
     google,
     huggingface,
@@ -36,6 +37,7 @@ FORMATS: tuple[Format, ...] = (
     *beit.FORMATS,
     *dinov2.FORMATS,
     *dinov3.FORMATS,
+    *eva.FORMATS,
     *torchvision.FORMATS,
     *google.FORMATS,
 )

@@ -6,6 +6,9 @@ Source: `dinov3/models/vision_transformer.py`, `dinov3/layers/{attention,ffn_lay
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import numpy as np
 
 from vit_common.config import ViTConfig
@@ -102,12 +105,29 @@ def theta_of(periods: np.ndarray) -> float:
     )
 
 
+def _rotary(source: Mapping[str, Any]) -> dict[str, Any]:
+    """What the periods of a file say: the base, and the width of a head."""
+    if PERIODS not in source:
+        return {}
+    width = source["patch_embed.proj.weight"].shape[0]
+    tensor = source[PERIODS]  # four channels of a head share a period
+    heads = width // (4 * tensor.shape[0])
+    return {"num_attention_heads": heads, "rope_theta": theta_of(tensor.read())}
+
+
 def _fits(gated: bool, masked: bool):
     def fits(config: ViTConfig, head: object) -> bool:
         key = config.has_key_bias
         return config.use_swiglu_ffn == gated and masked == (config.has_query_bias and not key)
 
     return fits
+
+
+def _loses(config: ViTConfig, own_config: bool) -> Iterator[str]:
+    yield (
+        f"the authors' code asks for {PERIODS!r}, which follow from `rope_theta` and are not "
+        "written: load the file with `strict=False`."
+    )
 
 
 FORMATS = tuple(
@@ -128,10 +148,10 @@ FORMATS = tuple(
         requires=("storage_tokens",),
         settings={
             "layer_norm_eps": 1e-5,
-            "rope_theta": 100.0,
             "hidden_act": "silu" if gated else "gelu",
         },
         image_size=224,
+        says=_rotary,
         refuses=REFUSES,
         parts=(
             *PARTS,
@@ -139,6 +159,7 @@ FORMATS = tuple(
         ),
         clues=(Clue(30, lambda found: found.has("storage_tokens")),),
         fits=_fits(gated, masked),
+        loses=_loses,
     )
     for gated, mlp in ((False, _UNGATED), (True, _GATED))
     for masked, bias in ((True, _MASKED_BIAS), (False, _PLAIN_BIAS))

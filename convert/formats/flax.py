@@ -8,6 +8,7 @@ Sources: `models/{vit,beit,dinov2}/modeling_flax_*.py` of Transformers 4.57.6.
 
 from dataclasses import replace
 
+from vit_common.parameters import DIFFERENTIAL
 from vit_convert.formats.format import Files, Format, Rule
 from vit_convert.formats.huggingface import (
     ATTENTION_POOLER_DENSE,
@@ -53,25 +54,16 @@ _NORMS = ("pre_layernorm", "layernorm", "pooler.layernorm", "lm_layernorm")
 
 _ALONE = (
     "lambda_1", "lambda_2", "_table", "_token", "_tokens", "_embeddings", "_frequencies",
+    "probe",
+    *RELATIVE_MLP,
+    *DIFFERENTIAL,
 )  # fmt: skip
 """What names of parameters end with that are no leaves of a module."""
 
 
 def _leaves(theirs: str, ours: str, separator: str) -> list[Rule]:
     """The rules of one module; what kind it is, its name says."""
-    if ours.endswith(
-        (
-            "lambda_1",
-            "lambda_2",
-            "_table",
-            "_token",
-            "_tokens",
-            "_embeddings",
-            "_frequencies",
-            *RELATIVE_MLP,
-            "probe",
-        )
-    ):
+    if ours.endswith(_ALONE):
         pairs: list[tuple[str, str, Layout]] = [("", "", KEEP)]
     elif "norm" in ours.rpartition(".")[2]:
         pairs = [(".scale", ".weight", KEEP), (".bias", ".bias", KEEP)]

@@ -171,6 +171,7 @@ class Format:
         candidate: whether it is named in the error where no sign decides between formats.
         settings: fields of the config that networks in this format have, where they differ from
             the defaults of the family.
+        says: the fields that constants in a file say, from its tensors by their names there.
         unsaid: fields that networks with such weights differ in and that the weights do not show,
             from the shapes of the weights by canonical name; they are asked for where no file says
             them.
@@ -186,6 +187,9 @@ class Format:
         preprocessing: how images are prepared for networks in this format; None where that is
             not the same for all.
         root: what files in this format have before every name.
+        named: whether timm's name of a network, where one is known, can be of this table.
+        signs: patterns of keys, one of which a file has whose timm's name is not known; empty for
+            any file.
         written: whether files in this format can be written.
         fits: whether it is this table that writes a network with a head, where several could.
         with_heads: the same table for writing networks of that many attention heads.
@@ -211,6 +215,7 @@ class Format:
     clues: tuple[Clue, ...] = ()
     candidate: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    says: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     unsaid: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
     classes: tuple[str, ...] = ()
     stem: Mapping[str, Any] = field(default_factory=dict)
@@ -221,6 +226,8 @@ class Format:
     imagenet: bool = False
     preprocessing: Callable[[ViTConfig], Implied | None] | None = None
     root: str = ""
+    named: Callable[[str], bool] | None = None
+    signs: tuple[str, ...] = ()
     written: bool = True
     fits: Callable[[ViTConfig, Head | None], bool] | None = None
     with_heads: Callable[[int], Format] | None = None

@@ -9,6 +9,7 @@ Transformers 4.57.6 and 5.23.
 from collections.abc import Iterator
 
 from vit_common.config import ViTConfig
+from vit_common.parameters import DIFFERENTIAL
 from vit_convert.formats.format import Files, Format, Rule
 from vit_convert.formats.stems import TRANSFORMERS
 from vit_convert.layouts import GATE_AND_UP, KEEP, TOKEN, VECTOR, Layout
@@ -83,6 +84,7 @@ EXTENDED_BLOCK = (
     "attention.output.layernorm",
     "output.layernorm",
     *(f"attention.attention.{name}" for name in RELATIVE_MLP),
+    *(f"attention.attention.differential.{name}" for name in (*DIFFERENTIAL, "norm")),
 )
 # canonical <-> DINOv2
 DINOV2_BLOCK = {
@@ -171,7 +173,7 @@ def _block(
     """The rules of a block's parameters, or of those of a branch beside its first."""
     rules = []
     for ours, theirs in table.items():
-        alone = ours.endswith(("lambda_1", "lambda_2", "_table", *RELATIVE_MLP))
+        alone = ours.endswith(("lambda_1", "lambda_2", "_table", *RELATIVE_MLP, *DIFFERENTIAL))
         for leaf in ("",) if alone else (".weight", ".bias"):
             if ours not in but:
                 name = f"encoder.layer.{{i}}.{branch}{ours}{leaf}"
@@ -235,7 +237,7 @@ def _dinov3(start: str, gated: bool) -> tuple[Rule, ...]:
                     GATE_AND_UP,
                 )
             )
-    return (*rules, *_block(DINOV3_BLOCK, start, ("intermediate.dense",) if gated else ()))
+    return (*rules, *_block(DINOV3_BLOCK, start, but=("intermediate.dense",) if gated else ()))
 
 
 _V4 = "encoder.layer.{i}."

@@ -12,8 +12,10 @@ from typing import Any
 from vit_common.config import ViTConfig
 from vit_common.images.options import HALF_TO_EVEN  # torchvision crops so
 from vit_common.images.processors import BitImageProcessor
+from vit_common.parameters import DIFFERENTIAL as DIFFERENTIAL_NAMES
 from vit_convert.formats import stems
 from vit_convert.formats.format import Clue, Files, Format, Implied, Rule
+from vit_convert.formats.timm import eva
 from vit_convert.formats.timm.config import timm_config
 from vit_convert.layouts import FUSED_QKV, KEEP, TRANSPOSE
 
@@ -81,6 +83,11 @@ RELATIVE = tuple(
         ("fc2", "bias", "out_bias", KEEP),
     )
 )
+_OF_ATTENTION = f"{LAYER}attention.attention.differential."
+DIFFERENTIAL = keep(
+    {f"blocks.{{i}}.attn.{name}": _OF_ATTENTION + name for name in DIFFERENTIAL_NAMES}
+    | {"blocks.{i}.attn.sub_norm.weight": f"{_OF_ATTENTION}norm.weight"}
+)
 PLAIN = (
     keep({**EMBEDDINGS, **NORMS, "reg_token": "embeddings.register_tokens"})
     + dense("pre_logits.fc", "pooler.dense")
@@ -89,6 +96,7 @@ PLAIN = (
     + SCALES
     + stems.TIMM
     + RELATIVE
+    + DIFFERENTIAL
 )
 RULES = PLAIN + dense("head", "classifier")
 DISTILLED = (
@@ -196,7 +204,6 @@ def _format(families: tuple[str, ...], rules, describes: str, **more: Any) -> Fo
         rules=rules,
         describes=describes,
         files=Files(container="safetensors", tag="pt", config=timm_config),
-        settings={"layer_norm_eps": EPS, "position_resize": "bicubic_antialias"},
         clues=(
             Clue(10, lambda found: bool(found.architecture)),
             # The projects themselves publish pickles.
@@ -205,15 +212,24 @@ def _format(families: tuple[str, ...], rules, describes: str, **more: Any) -> Fo
         ),
         candidate=True,
         refuses=REFUSES,
-        parts=PARTS,
         cannot_hold=_cannot_hold,
         loses=_loses,
-        **more,
+        **{
+            "parts": PARTS,
+            "settings": {"layer_norm_eps": EPS, "position_resize": "bicubic_antialias"},
+            **more,
+        },
     )
 
 
 FORMATS = (
-    _format(("vit",), RULES, "timm state dict of a Vision Transformer", fits=stems.has_stages),
+    _format(
+        ("vit",),
+        RULES,
+        "timm state dict of a Vision Transformer",
+        fits=stems.has_stages,
+        named=lambda architecture: not eva.named(architecture),
+    ),
     _format(
         ("vit",),
         stems.TIMM_ROOT + RULES,
@@ -228,5 +244,17 @@ FORMATS = (
         "timm state dict of a BEiT",
         ignored=BEIT_IGNORED,
         relative_resize="geometric",
+        named=lambda architecture: not eva.named(architecture),
+    ),
+    _format(
+        ("vit",),
+        eva.RULES,
+        "timm state dict of an EVA, a DINOv3 or another with rotary positions",
+        ignored=BEIT_IGNORED,
+        named=eva.named,
+        signs=eva.SIGNS,
+        settings={"position_resize": "bicubic_antialias"},
+        unsaid=lambda shapes: ("rope_type", "layer_norm_eps"),
+        written=False,
     ),
 )

@@ -70,7 +70,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "pos_embed": ("learn", "learned", "none", ""),
     "embed_norm_layer": (None,),
     "input_norm_layer": (None,),
-    "attn_layer": ("", "attn", "Attention", None),
+    "attn_layer": ("", "attn", "Attention", "diff", None),
     "mlp_layer": ("Mlp", "GluMlp", None),
     "gated": (False,),
     "attn_only_layer_scale": (False,),
@@ -98,7 +98,6 @@ _UNKNOWN = {
     ("embed_layer", "MbConvStages"): "MBConv stages before its blocks (ViTamin)",
     ("embed_layer", "ConvStem"): "a convolutional stem before its blocks (MobileCLIP)",
     ("embed_layer", "FeatureListNet"): "a ResNet-D before its patches (a hybrid)",
-    ("attn_layer", "diff"): "differential attention",
     ("block_fn", "DiffParallelScalingBlock"): "parallel blocks with differential attention",
     ("attn_only_layer_scale", True): "layer scale on the attention alone (Sapiens 2)",
     ("pos_embed", "factorized"): "positions as sums of a row's and a column's (factorized)",
@@ -190,6 +189,11 @@ def _fields(cls: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         fields["pool_prefix_tokens"] = args.get("global_pool") == "map"
         if args.get("use_post_norm"):
             fields["block_type"] = "post_norm"
+        positions = args.get("use_abs_pos_emb", True)
+        fields["use_absolute_position_embeddings"] = bool(positions)
+        fields["use_patch_bias"] = not args.get("pre_norm", False)
+        after = args.get("use_post_transformer_norm")
+        fields["use_final_norm"] = after is not False or args.get("fc_norm") is not False
     fields["layer_scale_init_value"] = float(args.get("init_values") or 0.0)
     kind = args.get("rope_type", "cat" if cls == "Eva" else None)
     rotates = args.get("use_rot_pos_emb", False) if cls == "Eva" else bool(kind)
