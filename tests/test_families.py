@@ -741,6 +741,7 @@ EXTENSIONS: dict[str, dict[str, Any]] = {
         "relative_position_type": "mlp",
         "relative_position_width": 12,
     },
+    "differential attention": {"attention_type": "differential"},
     "a ResNet before the patches": {
         "stem_type": "resnetv2",
         "stem_depths": (1,),
