@@ -19,7 +19,8 @@ SIZES = {"depth": 1, "embed_dim": 24, "num_heads": 3, "img_size": 32, "patch_siz
          "num_classes": 5, "mlp_ratio": 2.0}  # fmt: skip
 KINDS = {
     "of a block": ("vit_relpos_small_patch16_224", {}),
-    "class token": ("vit_relpos_base_patch16_cls_224", {}),
+    # Two blocks: the bias reaches a class token, which has none, through the patches alone.
+    "class token": ("vit_relpos_base_patch16_cls_224", {"depth": 2}),
     "class token, mean": ("vit_relpos_base_patch16_clsgap_224", {}),
     "shared": ("vit_srelpos_small_patch16_224", {"rel_pos_dim": 24, "depth": 2}),
     "post norm": ("vit_relpos_small_patch16_rpn_224", {}),

@@ -27,11 +27,10 @@ class ViTRelativePositionMLP(ViTPart):
         add_parameter(self, "out_bias", (A,), 0.0)
 
     def forward(self, grid: tuple[int, int]):
-        exact = torch.promote_types(self.in_kernel.dtype, torch.float32)
-        w1, b1, w2, b2 = (
-            getattr(self, name).to(exact)
-            for name in ("in_kernel", "in_bias", "out_kernel", "out_bias")
-        )
+        names = ("in_kernel", "in_bias", "out_kernel", "out_bias")
+        parameters: list[torch.Tensor] = [getattr(self, name) for name in names]
+        exact = torch.promote_types(parameters[0].dtype, torch.float32)
+        w1, b1, w2, b2 = (parameter.to(exact) for parameter in parameters)
         offsets = torch.tensor(log_offsets(grid), dtype=exact, device=w1.device)
         table = F.relu(offsets @ w1 + b1) @ w2 + b2  # ((2h - 1) (2w - 1), A)
         index = torch.tensor(relative_position_index(grid)[1:, 1:], device=w1.device)
