@@ -690,7 +690,8 @@ class ViTConfig:
         """
         table = self.to_dict()
         # JSON would sort the string keys 0, 1, 10, ...; the label tables keep their own order.
-        table["id2label"] = {str(index): label for index, label in table["id2label"].items()}
+        if "id2label" in table:
+            table["id2label"] = {str(index): label for index, label in table["id2label"].items()}
         ordered = {name: table[name] for name in sorted(table)}
         try:
             json.dumps(ordered, ensure_ascii=False).encode()  # half a surrogate pair is no text

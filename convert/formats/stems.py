@@ -27,7 +27,7 @@ def _rules(module: str, ours: str) -> tuple[Rule, ...]:
     return tuple(Rule(f"{module}.{leaf}", f"{ours}.{leaf}") for leaf in leaves)
 
 
-def _torch_rules(root: tuple[str, str], block: str, downsample: str) -> tuple[Rule, ...]:
+def _torch_rules(root: tuple[str, ...], block: str, downsample: str) -> tuple[Rule, ...]:
     rules = [*_rules(root[0], f"{_STEM}convolution"), *_rules(root[1], f"{_STEM}norm")]
     for stage in range(STAGES):
         for part in _PARTS:
@@ -87,7 +87,7 @@ def google_rules(norms: Layout = _CHANNELS) -> tuple[Rule, ...]:
         norms: layout of a norm's vectors.
     """
 
-    def unit(conv: str, norm: str, ours: tuple[str, str]) -> list[Rule]:
+    def unit(conv: str, norm: str, ours: tuple[str, ...]) -> list[Rule]:
         rules = [Rule(f"{conv}/kernel", f"{_STEM}{ours[0]}.weight", HWIO)]
         for theirs, leaf in (("scale", "weight"), ("bias", "bias")):
             rules.append(Rule(f"{norm}/{theirs}", f"{_STEM}{ours[1]}.{leaf}", norms))
