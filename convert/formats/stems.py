@@ -49,9 +49,9 @@ TIMM_ROOT = _rules(f"{_TIMM}conv", f"{_STEM}convolution") + _rules(f"{_TIMM}norm
 """timm's names, where it is a root alone."""
 
 TRANSFORMERS = _torch_rules(
-    tuple(
-        f"embeddings.patch_embeddings.backbone.bit.embedder.{name}"
-        for name in ("convolution", "norm")
+    (
+        "embeddings.patch_embeddings.backbone.bit.embedder.convolution",
+        "embeddings.patch_embeddings.backbone.bit.embedder.norm",
     ),
     "embeddings.patch_embeddings.backbone.bit.encoder.stages.{stage}.layers.{{i}}",
     "downsample.{}",
@@ -99,7 +99,7 @@ def google_rules(norms: Layout = _CHANNELS) -> tuple[Rule, ...]:
             place = f"block{stage + 1}/unit{i + 1}/"
             for part in _PARTS:
                 name = "_proj" if part == "_shortcut" else part
-                ours = tuple(f"stage{stage}.{i}.{kind}{part}" for kind in ("conv", "norm"))
+                ours = f"stage{stage}.{i}.conv{part}", f"stage{stage}.{i}.norm{part}"
                 rules += unit(f"{place}conv{name}", f"{place}gn{name}", ours)
     return tuple(rules)
 
