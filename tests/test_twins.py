@@ -17,7 +17,9 @@ ONLY = {
     "vit_torch": ["with_probabilities", "without_tuple"],
 }
 SWITCHES = {"deterministic"}  # Flax is told what a PyTorch module knows: `training`
-RATES = {"ViTDropPath": {"rate"}, "ViTLayer": {"drop_path_rate"}}  # of one block, or of all in one
+# What differs from block to block: an argument where one block is compiled for all.
+RATES = {"ViTDropPath": {"rate"}, "ViTLayer": {"drop_path_rate", "share"}}
+RATES |= dict.fromkeys(("ViTAttention", "ViTSelfAttention"), {"share"})
 
 
 @functools.cache
