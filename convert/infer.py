@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vit_common.config import ViTConfig
-from vit_common.config_fields import ROWS
+from vit_common.config_fields import ROWS, stem_stride
 from vit_common.errors import CheckpointError, ConfigError
 from vit_common.families import Dinov2Config, config_class
 from vit_common.images.imagenet import imagenet_labels
@@ -275,9 +275,8 @@ def _stem(shapes: Mapping[str, tuple[int, ...]], note: Any) -> None:
     width, C = shapes[_STEM][:2]
     note("names", stem_type="resnetv2")
     note("shapes", stem_depths=depths, stem_width=width, num_channels=C)
-    made = ViTConfig(stem_type="resnetv2", stem_depths=depths)
     _, _, *size = shapes["embeddings.patch_embeddings.projection.weight"]
-    height, width = (side * made.stem_stride for side in size)
+    height, width = (side * stem_stride(depths) for side in size)
     note("shapes", patch_size=_sides(height, width))
 
 

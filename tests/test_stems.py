@@ -68,6 +68,7 @@ def saved(model: Any, place: Any) -> Any:
 KINDS = {
     "stages": (lambda: hybrid((2, 1)), (32, 32), (24, 40)),
     "larger patches": (lambda: hybrid((1,), patch_size=2), (32, 32), (16, 40)),
+    "four stages": (lambda: hybrid((1, 1, 1, 1)), (32, 32), (32, 64)),
     "root alone": (root_alone, (64, 64), (32, 96)),
 }
 
@@ -75,7 +76,9 @@ KINDS = {
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(name, marks=pytest.mark.slow if name == "larger patches" else [])
+        pytest.param(
+            name, marks=pytest.mark.slow if name in ("larger patches", "four stages") else []
+        )
         for name in KINDS
     ],
 )

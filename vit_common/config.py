@@ -40,6 +40,7 @@ from vit_common.config_fields import (
     check_depth,
     integer,
     refusal,
+    stem_stride,
 )
 from vit_common.errors import ConfigError, shown
 from vit_common.files.hub import find_file, push_file, push_if_asked, split_hub_options
@@ -576,7 +577,7 @@ class ViTConfig:
     @property
     def stem_stride(self) -> int:
         """Pixels of the image, down and across, for one of what the patch projection takes."""
-        return 1 if self.stem_type is None else 4 * 2 ** max(len(self.stem_depths) - 1, 0)
+        return 1 if self.stem_type is None else stem_stride(self.stem_depths)
 
     @property
     def projection_size(self) -> tuple[int, int]:

@@ -227,6 +227,12 @@ STEM_GROUPS = 32
 STEM_NARROWING = 4
 """By how much its blocks are narrower inside."""
 
+
+def stem_stride(depths: Sequence[int]) -> int:
+    """Pixels of the image, down and across, for one after a stem with stages of so many blocks."""
+    return 4 * 2 ** max(len(depths) - 1, 0)
+
+
 PositionTokens = Literal["all", "cls", "patches"]
 AttentionType = Literal["softmax", "differential"]
 RelativePositionType = Literal["table", "mlp"]
