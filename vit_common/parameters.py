@@ -14,6 +14,9 @@ from vit_common.config import ViTConfig
 from vit_common.config_fields import STEM_NARROWING
 from vit_common.positions import relative_distances
 
+Shapes = dict[str, tuple[int, ...]]
+"""Name of a parameter -> its shape."""
+
 Head = Literal["classifier", "teacher", "decoder", "tokens", "projection", "towers"]
 """Head on the base network: one classifier; DeiT's two, on the class and the distillation token; a
 decoder back to pixels; BEiT's prediction of visual tokens; CLIP's projection of one tower, or both
@@ -99,7 +102,7 @@ def parameter_shapes(
     *,
     add_pooling_layer: bool = True,
     use_mask_token: bool = False,
-) -> dict[str, tuple[int, ...]]:
+) -> Shapes:
     """Name and shape of every parameter, in the order of the network.
 
     Args:
@@ -118,14 +121,8 @@ def parameter_shapes(
         return _text_tower(config, head)
     if head == "towers":
         return _towers(config)
-    D, A, inner = config.hidden_size, config.num_attention_heads, config.intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def add_norm(name: str, width: int = D) -> None:
-        shapes[f"{name}.weight"] = (width,)
-        if config.norm_type == "layernorm":
-            shapes[f"{name}.bias"] = (width,)
-
+    D, A = config.hidden_size, config.num_attention_heads
+    shapes: Shapes = {}
     if config.use_cls_token:
         shapes["embeddings.cls_token"] = (1, 1, D)
     if config.use_distillation_token:
@@ -144,55 +141,15 @@ def parameter_shapes(
     if config.use_patch_bias:
         shapes["embeddings.patch_embeddings.projection.bias"] = (D,)
     if config.use_pre_norm:
-        add_norm("pre_layernorm")
+        shapes |= _norm(config, "pre_layernorm")
     if config.use_shared_relative_position_bias:
         shapes |= _relative(config, "encoder.relative_position_bias")
     if config.rope_type == "mixed":
         frequencies = (2, config.num_hidden_layers, A, config.head_dim // 2)
         shapes["encoder.rope_frequencies"] = frequencies
-    biases = {
-        "query": config.has_query_bias,
-        "key": config.has_key_bias,
-        "value": config.has_value_bias,
-    }
-    for layer in block_names(config):
-        for name, use_bias in biases.items():
-            shapes[f"{layer}.attention.attention.{name}.weight"] = (D, D)
-            if use_bias:
-                shapes[f"{layer}.attention.attention.{name}.bias"] = (D,)
-        if config.attention_type == "differential":
-            module = f"{layer}.attention.attention.differential"
-            shapes |= {f"{module}.{name}": (config.head_dim // 2,) for name in DIFFERENTIAL}
-            shapes[f"{module}.norm.weight"] = (config.head_dim,)
-        if config.use_relative_position_bias:
-            shapes |= _relative(config, f"{layer}.attention.attention.relative_position_bias")
-        if config.use_qk_norm:
-            add_norm(f"{layer}.attention.attention.query_norm", config.head_dim)
-            add_norm(f"{layer}.attention.attention.key_norm", config.head_dim)
-        if config.use_attention_norm:
-            add_norm(f"{layer}.attention.output.layernorm")
-        shapes[f"{layer}.attention.output.dense.weight"] = (D, D)
-        if config.proj_bias:
-            shapes[f"{layer}.attention.output.dense.bias"] = (D,)
-        first = 2 * inner if config.use_swiglu_ffn else inner
-        shapes[f"{layer}.intermediate.dense.weight"] = (first, D)
-        if config.mlp_bias:
-            shapes[f"{layer}.intermediate.dense.bias"] = (first,)
-        if config.use_mlp_norm:
-            add_norm(f"{layer}.output.layernorm", inner)
-        shapes[f"{layer}.output.dense.weight"] = (D, inner)
-        if config.mlp_bias:
-            shapes[f"{layer}.output.dense.bias"] = (D,)
-        parallel = config.block_type == "parallel"
-        add_norm(f"{layer}.layernorm_before")
-        if not parallel:
-            add_norm(f"{layer}.layernorm_after")
-        if config.has_layer_scale:
-            shapes[f"{layer}.lambda_1"] = (D,)
-            if not parallel:
-                shapes[f"{layer}.lambda_2"] = (D,)
+    shapes |= _blocks(config)
     if config.has_final_norm:
-        add_norm("layernorm")
+        shapes |= _norm(config, "layernorm")
 
     has_pooler = config.classifier_has_pooler if head == "classifier" else head is None
     has_pooler = has_pooler or config.keeps_pooler
@@ -201,9 +158,9 @@ def parameter_shapes(
             shapes["pooler.dense.weight"] = (config.pooler_output_size, D)
             shapes["pooler.dense.bias"] = (config.pooler_output_size,)
         elif config.pooler_type == "norm":
-            add_norm("pooler.layernorm")
+            shapes |= _norm(config, "pooler.layernorm")
         elif config.pooler_type == "map":
-            shapes |= _attention_pooler(D, config.pooler_inner)
+            shapes |= _attention_pooler(config)
     if head is None and not config.is_part:
         return shapes
 
@@ -219,7 +176,7 @@ def parameter_shapes(
         shapes["visual_projection.weight"] = (config.projection_dim, D)
     elif head == "tokens":
         vocabulary: int = config.vocab_size
-        add_norm("lm_layernorm")
+        shapes |= _norm(config, "lm_layernorm")
         shapes["lm_head.weight"] = (vocabulary, D)
         shapes["lm_head.bias"] = (vocabulary,)
     elif head == "decoder":
@@ -242,20 +199,76 @@ DIFFERENTIAL = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 """Vectors from which differential attention computes the share of its second map."""
 
 
-def _relative(config: ViTConfig, module: str) -> dict[str, tuple[int, ...]]:
+def _blocks(config: ViTConfig) -> Shapes:
+    """The parameters of all blocks, of an image's network or of a text tower."""
+    D, inner = config.hidden_size, config.intermediate_size
+    shapes: Shapes = {}
+    biases = {
+        "query": config.has_query_bias,
+        "key": config.has_key_bias,
+        "value": config.has_value_bias,
+    }
+    for layer in block_names(config):
+        for name, use_bias in biases.items():
+            shapes[f"{layer}.attention.attention.{name}.weight"] = (D, D)
+            if use_bias:
+                shapes[f"{layer}.attention.attention.{name}.bias"] = (D,)
+        if config.attention_type == "differential":
+            module = f"{layer}.attention.attention.differential"
+            shapes |= {f"{module}.{name}": (config.head_dim // 2,) for name in DIFFERENTIAL}
+            shapes[f"{module}.norm.weight"] = (config.head_dim,)
+        if config.use_relative_position_bias:
+            shapes |= _relative(config, f"{layer}.attention.attention.relative_position_bias")
+        if config.use_qk_norm:
+            shapes |= _norm(config, f"{layer}.attention.attention.query_norm", config.head_dim)
+            shapes |= _norm(config, f"{layer}.attention.attention.key_norm", config.head_dim)
+        if config.use_attention_norm:
+            shapes |= _norm(config, f"{layer}.attention.output.layernorm")
+        shapes[f"{layer}.attention.output.dense.weight"] = (D, D)
+        if config.proj_bias:
+            shapes[f"{layer}.attention.output.dense.bias"] = (D,)
+        first = 2 * inner if config.use_swiglu_ffn else inner
+        shapes[f"{layer}.intermediate.dense.weight"] = (first, D)
+        if config.mlp_bias:
+            shapes[f"{layer}.intermediate.dense.bias"] = (first,)
+        if config.use_mlp_norm:
+            shapes |= _norm(config, f"{layer}.output.layernorm", inner)
+        shapes[f"{layer}.output.dense.weight"] = (D, inner)
+        if config.mlp_bias:
+            shapes[f"{layer}.output.dense.bias"] = (D,)
+        parallel = config.block_type == "parallel"
+        shapes |= _norm(config, f"{layer}.layernorm_before")
+        if not parallel:
+            shapes |= _norm(config, f"{layer}.layernorm_after")
+        if config.has_layer_scale:
+            shapes[f"{layer}.lambda_1"] = (D,)
+            if not parallel:
+                shapes[f"{layer}.lambda_2"] = (D,)
+    return shapes
+
+
+def _norm(config: ViTConfig, name: str, width: int | None = None) -> Shapes:
+    """The parameters of a norm; `width` None is `hidden_size`."""
+    shapes: Shapes = {f"{name}.weight": (width or config.hidden_size,)}
+    if config.norm_type == "layernorm":
+        shapes[f"{name}.bias"] = shapes[f"{name}.weight"]
+    return shapes
+
+
+def _relative(config: ViTConfig, module: str) -> Shapes:
     """The parameters that give the biases of offsets."""
     A, inner = config.num_attention_heads, config.relative_position_width
     if config.relative_position_type == "table":
         rows = relative_distances(config.grid_size)
         return {f"{module}.relative_position_bias_table": (rows, A)}
-    shapes: dict[str, tuple[int, ...]] = {"in_kernel": (2, inner), "in_bias": (inner,)}
+    shapes: Shapes = {"in_kernel": (2, inner), "in_bias": (inner,)}
     shapes |= {"out_kernel": (inner, A), "out_bias": (A,)}
     return {f"{module}.{name}": shape for name, shape in shapes.items()}
 
 
-def _stem_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
+def _stem_shapes(config: ViTConfig) -> Shapes:
     """The parameters of a ResNet before the patch projection."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: Shapes = {}
 
     def add(module: str, number: str, inputs: int, features: int, size: int = 1) -> None:
         conv = "convolution" if number == "" else f"conv{number}"
@@ -278,48 +291,38 @@ def _stem_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _attention_pooler(D: int, inner: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"pooler.probe": (1, 1, D)}
-    dense = {f"attention.{name}": (D, D) for name in ("query", "key", "value", "output.dense")}
-    dense |= {"intermediate.dense": (inner, D), "output.dense": (D, inner)}
-    for name, shape in dense.items():
-        if name == "intermediate.dense":
-            shapes["pooler.layernorm.weight"] = shapes["pooler.layernorm.bias"] = (D,)
-        shapes[f"pooler.{name}.weight"] = shape
-        shapes[f"pooler.{name}.bias"] = shape[:1]
+def _attention_pooler(config: ViTConfig) -> Shapes:
+    D, inner = config.hidden_size, config.pooler_inner
+    shapes: Shapes = {"pooler.probe": (1, 1, D)}
+
+    def add_dense(name: str, features: int, inputs: int) -> None:
+        shapes[f"pooler.{name}.weight"] = (features, inputs)
+        shapes[f"pooler.{name}.bias"] = (features,)
+
+    for name in ("query", "key", "value", "output.dense"):
+        add_dense(f"attention.{name}", D, D)
+    shapes |= _norm(config, "pooler.layernorm")
+    add_dense("intermediate.dense", inner, D)
+    add_dense("output.dense", D, inner)
     return shapes
 
 
-def _text_tower(config: ViTConfig, head: Head | None) -> dict[str, tuple[int, ...]]:
+def _text_tower(config: ViTConfig, head: Head | None) -> Shapes:
     """The text tower of a CLIP, whose blocks are those of an image's."""
-    D, inner = config.hidden_size, config.intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {
+    D = config.hidden_size
+    shapes: Shapes = {
         "embeddings.token_embedding.weight": (config.vocab_size, D),
         "embeddings.position_embedding.weight": (config.max_position_embeddings, D),
+        **_blocks(config),
+        **_norm(config, "final_layernorm"),
     }
-    for i in range(config.num_hidden_layers):
-        layer = f"encoder.layer.{i}"
-        for name in ("query", "key", "value"):
-            shapes[f"{layer}.attention.attention.{name}.weight"] = (D, D)
-            shapes[f"{layer}.attention.attention.{name}.bias"] = (D,)
-        shapes[f"{layer}.attention.output.dense.weight"] = (D, D)
-        shapes[f"{layer}.attention.output.dense.bias"] = (D,)
-        shapes[f"{layer}.intermediate.dense.weight"] = (inner, D)
-        shapes[f"{layer}.intermediate.dense.bias"] = (inner,)
-        shapes[f"{layer}.output.dense.weight"] = (D, inner)
-        shapes[f"{layer}.output.dense.bias"] = (D,)
-        for norm in ("layernorm_before", "layernorm_after"):
-            shapes[f"{layer}.{norm}.weight"] = (D,)
-            shapes[f"{layer}.{norm}.bias"] = (D,)
-    shapes["final_layernorm.weight"] = (D,)
-    shapes["final_layernorm.bias"] = (D,)
     shapes = {f"{config.base_model_prefix}.{name}": shape for name, shape in shapes.items()}
     if head == "projection":
         shapes["text_projection.weight"] = (config.projection_dim, D)
     return shapes
 
 
-def _towers(config: Any) -> dict[str, tuple[int, ...]]:
+def _towers(config: Any) -> Shapes:
     """Both towers of a CLIP, their projections, and the scale of the similarities."""
     vision, text = config.vision_config, config.text_config
     return {
