@@ -62,6 +62,14 @@ _ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    """Over the last axis, in place: one S x S in memory at a time."""
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=-1, keepdims=True)
+    return scores
+
+
 def _windows(x: np.ndarray, size: int, stride: int, border: float) -> np.ndarray:
     """(C, H, W) -> (C, H', W', size, size): what a window sees at each of its places, rounded up
     from H / stride; beyond the border a constant, the odd place after the end."""
@@ -170,20 +178,17 @@ class _Network:
                     x = np.maximum(x if number != "3" else x + shortcut, 0.0)
         return x
 
-    def differential(self, query, key, value, name: str, block: int) -> np.ndarray:
-        """(S, D), of queries, keys and values (A, S, D/A) of differential attention."""
+    def differential(self, query, key, value, name: str, block: int, attends) -> np.ndarray:
+        """(S, D), of queries, keys and values (A, S, D/A) of differential attention; `attends`
+        gives the map (S, S) of a query, a key and the index of their head."""
         name = f"{name}.differential"
         q1, k1, q2, k2 = (self.weight(f"{name}.lambda_{n}") for n in ("q1", "k1", "q2", "k2"))
         share = 0.8 - 0.6 * math.exp(-0.3 * block)
         full = math.exp(float(q1 @ k1)) - math.exp(float(q2 @ k2)) + share
         heads = []
-        for q, k, v in zip(query, key, value, strict=True):
-            maps = []
-            for half_q, half_k in zip(np.split(q, 2, axis=1), np.split(k, 2, axis=1), strict=True):
-                scores = half_q @ half_k.T / math.sqrt(half_q.shape[1])
-                scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-                maps.append(scores / scores.sum(axis=-1, keepdims=True))
-            x = (maps[0] - full * maps[1]) @ v  # (S, D/A)
+        for head, v in enumerate(value):
+            (q1, q2), (k1, k2) = (np.split(x[head], 2, axis=1) for x in (query, key))
+            x = (attends(q1, k1, head) - full * attends(q2, k2, head)) @ v  # (S, D/A)
             x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5)
             heads.append(x * self.weight(f"{name}.norm.weight") * (1.0 - share))
         return np.concatenate(heads, axis=1)
@@ -243,23 +248,21 @@ class _Network:
             query = self.norm(query, f"{name}.query_norm")
             key = self.norm(key, f"{name}.key_norm")
         query, key = self.rotated(query, block), self.rotated(key, block)
+        own = self.bias(name) if config.use_relative_position_bias else None
+        biases = [bias for bias in (own, shared) if bias is not None]
+
+        def attends(query: np.ndarray, key: np.ndarray, head: int) -> np.ndarray:
+            scores = query @ key.T
+            scores /= math.sqrt(query.shape[1])
+            for bias in biases:
+                scores += bias[head]
+            return _softmax(scores)
+
         if config.attention_type == "differential":
-            context = self.differential(query, key, value, name, block)
-            return self.dense(context, f"{layer}.attention.output.dense")
-        biases = self.bias(name) if config.use_relative_position_bias else None
-        heads = []
-        for head in range(A):  # one S x S in memory at a time
-            scores = query[head] @ key[head].T
-            scores /= math.sqrt(config.head_dim)
-            if biases is not None:
-                scores += biases[head]
-            if shared is not None:
-                scores += shared[head]
-            scores -= scores.max(axis=-1, keepdims=True)
-            np.exp(scores, out=scores)
-            scores /= scores.sum(axis=-1, keepdims=True)
-            heads.append(scores @ value[head])  # (S, D/A)
-        context = np.stack(heads, axis=1).reshape(S, -1)
+            context = self.differential(query, key, value, name, block, attends)
+        else:  # one S x S in memory at a time
+            heads = [attends(query[i], key[i], i) @ value[i] for i in range(A)]  # (S, D/A) each
+            context = np.concatenate(heads, axis=1)
         if config.use_attention_norm:
             context = self.norm(context, f"{layer}.attention.output.layernorm")
         return self.dense(context, f"{layer}.attention.output.dense")
@@ -310,7 +313,7 @@ class _Network:
 
     def attention_pooler(self, x: np.ndarray) -> np.ndarray:
         """What the probe finds in the tokens, (N, D) -> (D,)."""
-        A = self.config.pooler_num_heads or self.config.num_attention_heads
+        A = self.config.pooler_heads
         query = self.dense(self.weight("pooler.probe")[0], "pooler.attention.query")
         heads = []
         for q, k, v in zip(
@@ -319,9 +322,7 @@ class _Network:
             np.split(self.dense(x, "pooler.attention.value"), A, axis=1),
             strict=True,
         ):
-            scores = q @ k.T / math.sqrt(q.shape[1])  # (1, N)
-            scores = np.exp(scores - scores.max())
-            heads.append(scores / scores.sum() @ v)  # (1, D/A)
+            heads.append(_softmax(q @ k.T / math.sqrt(q.shape[1])) @ v)  # (1, D/A)
         x = self.dense(np.concatenate(heads, axis=1), "pooler.attention.output.dense")[0]
         inner = self.dense(self.norm(x, "pooler.layernorm"), "pooler.intermediate.dense")
         inner = self.activation(inner, self.config.hidden_act)
@@ -335,7 +336,7 @@ class _Network:
         if "cls_classifier.weight" in self.tensors:
             both = [self.dense(x[0], "cls_classifier"), self.dense(x[1], "distillation_classifier")]
             return np.add(*both) / 2
-        first = 0 if config.pool_prefix_tokens else T
+        first = config.first_pooled_token
         mean = x[first:].mean(axis=0)
         pooled = mean if config.pooling == "mean" else x[0]
         if "pooler.probe" in self.tensors:

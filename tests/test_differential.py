@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from format_files import save_timm
-from networks import flax_twin, random_weights
+from networks import InMemory, flax_twin, random_weights, torch_twin
 from peers import RESIZED, assert_close, load_flax, pixels, randomise, run_torch
 from safetensors.numpy import load_file
 from timm_models import timm
 
 import vit_flax
+import vit_torch
 from vit_common.config import ViTConfig
 from vit_convert.convert import convert
+from vit_convert.forward import forward
 from vit_flax.stacked import stack_layers
 
 SIZES = {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 32, "patch_size": 8,
@@ -66,3 +68,19 @@ def test_each_block_has_its_share_in_a_scan():
     want = model(x, output_attentions=True)
     np.testing.assert_allclose(got.logits, want.logits, atol=2e-6)
     np.testing.assert_allclose(got.attentions[2], want.attentions[2], atol=2e-6)
+
+
+def test_the_numpy_network_has_biases_and_norms_too():
+    """timm has no such network, so the twin is the peer here."""
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        image_size=16, patch_size=8, attention_type="differential", use_attention_norm=True,
+        use_relative_position_bias=True, use_shared_relative_position_bias=True,
+    )  # fmt: skip
+    weights = random_weights(config, "classifier")
+    twin = torch_twin(vit_torch.ViTForImageClassification, config, weights, torch.float64)
+    x = pixels((16, 16))
+    with torch.no_grad():
+        want = twin(torch.tensor(x)).logits[0].numpy()
+    tensors = {name.removeprefix("vit."): InMemory(array) for name, array in weights.items()}
+    assert np.abs(forward(config, tensors, x[0]) - want).max() < 1e-5  # its erf has 3e-7
