@@ -27,7 +27,7 @@ from vit_convert.formats.format import Format
 from vit_convert.load import is_finite
 from vit_convert.rules import Mapped, MappedTensor, to_canonical, to_foreign
 from vit_flax.layers import initializer
-from vit_flax.stacked import is_stacked
+from vit_flax.stacked import flat_params, is_stacked
 
 Params = Mapping[str, Any]
 Path = tuple[str, ...]
@@ -80,7 +80,7 @@ def to_transformers_tree(params: Mapping[str, Any], config: ViTConfig) -> dict[s
 
 
 def _turned(params: Mapping[str, Any], config: ViTConfig, back: bool) -> dict[str, Any]:
-    flat = flatten_dict(unfreeze(params) if isinstance(params, FrozenDict) else dict(params))
+    flat = flat_params(params)
     unknown: set[Path] = set(flat)
     for head in _HEADS.get(config.base_family, (None, "classifier")):
         names = parameter_shapes(config, head, add_pooling_layer=True, use_mask_token=True)
@@ -151,7 +151,7 @@ class _Turn:
 
     def __call__(self, params: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[Path, Any] = {}
-        flat = flatten_dict(unfreeze(params) if isinstance(params, FrozenDict) else dict(params))
+        flat = flat_params(params)
         for path, value in flat.items():
             if path in self.paths:
                 path, wanted = self.paths[path]

@@ -70,7 +70,13 @@ from vit_flax.params import (
     transformers_paths,
     tree_shapes,
 )
-from vit_flax.stacked import REMAT_POLICIES, stack_layers, stacked_shapes, unstack_layers
+from vit_flax.stacked import (
+    REMAT_POLICIES,
+    flat_params,
+    stack_layers,
+    stacked_shapes,
+    unstack_layers,
+)
 
 # Weights in Flax's layout load as fast as those in PyTorch's; `from_pt=True` asks for the latter
 # where a directory has both.
@@ -315,7 +321,7 @@ class FlaxPreTrainedModel(Loadable, Savable):
         """`params` under the names of this model, if they have those of Transformers 4.57.6."""
         if not isinstance(params, Mapping) or not self._their_paths:
             return params
-        flat = flatten_dict(unfreeze(params) if isinstance(params, FrozenDict) else dict(params))
+        flat = flat_params(params)
         if flat.keys() == self._their_paths.keys() and flat.keys() != self._single_shapes.keys():
             params = rename(flat, self._their_paths, self._single_shapes)
             return stack_layers(params) if self.scan_layers else params
@@ -369,16 +375,15 @@ class FlaxPreTrainedModel(Loadable, Savable):
         for path in paths:
             shape = self._single_shapes[path]
             kind = initial_value(canonical[path])
+            if kind in constants:
+                drawn[path] = jnp.full(shape, constants[kind], self.param_dtype)
+                continue
             # The key depends on the name only, so a parameter is the same in every model.
             key = jax.random.fold_in(rng, zlib.crc32("/".join(path).encode()))
             if kind == "frequencies":
-                drawn[path] = frequencies(self._config.rope_theta)(key, shape, self.param_dtype)
-            elif kind == "normal":
-                std = self._config.initializer_range
-                drawn[path] = draw_normal(key, std, shape, self.param_dtype)
+                drawn[path] = frequencies(config.rope_theta)(key, shape, self.param_dtype)
             else:
-                value = constants[kind]
-                drawn[path] = jnp.full(shape, value, self.param_dtype)
+                drawn[path] = draw_normal(key, config.initializer_range, shape, self.param_dtype)
         return drawn
 
     # -- calls

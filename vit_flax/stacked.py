@@ -118,7 +118,7 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: a block lacks a parameter that another has, or has it of another shape or dtype.
     """
-    flat, blocks = _divided(_flat(params))
+    flat, blocks = _divided(flat_params(params))
     for path, found in blocks.items():
         faults = [i for i in range(max(found) + 1) if i not in found]
         if faults:
@@ -152,7 +152,7 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
         A new nested dict; of NumPy arrays the parts are views.
     """
     flat = {}
-    for path, array in _flat(params).items():
+    for path, array in flat_params(params).items():
         if STACKED not in path:
             flat[path] = array
             continue
@@ -173,7 +173,8 @@ def is_stacked(paths: Iterable[Path]) -> bool:
     return any(STACKED in path for path in paths)
 
 
-def _flat(params: Mapping[str, Any]) -> dict[Path, Any]:
+def flat_params(params: Mapping[str, Any]) -> dict[Path, Any]:
+    """A tree of parameters, frozen or not, by paths."""
     return flatten_dict(unfreeze(params) if isinstance(params, FrozenDict) else dict(params))
 
 

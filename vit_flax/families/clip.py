@@ -15,7 +15,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict
 
 from vit_common.checks import Interpolate, check_rank, check_token_ids, check_tokens
@@ -40,7 +39,7 @@ from vit_flax.outputs import (
 from vit_flax.params import Params, Renaming, check_params
 from vit_flax.parts.part import FlaxViTPart, options
 from vit_flax.pretrained import FlaxViTForImageClassification, FlaxViTPreTrainedModel
-from vit_flax.stacked import stack_layers
+from vit_flax.stacked import flat_params, stack_layers
 
 # -- modules
 
@@ -461,7 +460,7 @@ class _TransformersTree(FlaxViTPreTrainedModel):
     def _renamed(self, params: Any) -> Any:
         if not isinstance(params, Mapping) or self._is_custom():
             return params
-        flat = flatten_dict(unfreeze(params) if isinstance(params, FrozenDict) else dict(params))
+        flat = flat_params(params)
         tree = self._names.ours(params)
         turned = flatten_dict(tree).keys()
         if self.scan_layers and turned != flat.keys() and turned == self._single_shapes.keys():

@@ -27,20 +27,20 @@ from jax.lax import dot_general_p
 
 from vit_flax.attention.choice import elsewhere
 
-KINDS = ("int8", "uint8", "float32")
+Kind = Literal["int8", "uint8", "float32"]
 _OFFSET = 128  # from int8 to uint8
 _EXACT = 2**24 // 127**2  # products of two 8-bit integers whose sum float32 holds: 1,040
 
 
 class Product(NamedTuple):
-    """How integers are multiplied, one of `KINDS`, and why."""
+    """How integers are multiplied, and why."""
 
-    kind: Literal["int8", "uint8", "float32"]
+    kind: Kind
     reason: str
 
 
 def integer_product(
-    x: jax.Array, kernel: jax.Array, sums: jax.Array, kind: str | None = None
+    x: jax.Array, kernel: jax.Array, sums: jax.Array, kind: Kind | None = None
 ) -> jax.Array:
     """The product of integers, exact in int32.
 
@@ -48,7 +48,7 @@ def integer_product(
         x: (..., in) of int8.
         kernel: (in, out) of int8; at most 66,000 inputs.
         sums: (out,) of int32, of the kernel's columns.
-        kind: one of `KINDS`; None for what `choose_product` says.
+        kind: None for what `choose_product` says.
 
     Returns:
         (..., out) of int32.
@@ -72,7 +72,7 @@ def _dot(x, kernel, dtype):
     return jax.lax.dot_general(
         x,
         kernel,
-        (((x.ndim - 1,), (0,)), ((), ())),
+        _dimensions(x),
         precision=None if dtype == jnp.int32 else jax.lax.Precision.HIGHEST,
         preferred_element_type=dtype,
     )
@@ -130,7 +130,7 @@ def _in_library(dtype) -> bool:
         return False
 
 
-def _seconds(kind: str) -> float:
+def _seconds(kind: Kind) -> float:
     """The least time of one product on this processor."""
     x, kernel = jnp.ones((256, 512), jnp.int8), jnp.ones((512, 512), jnp.int8)
     run = _compile(partial(integer_product, kind=kind), x, kernel, jnp.zeros(512, jnp.int32))
