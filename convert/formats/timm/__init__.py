@@ -16,6 +16,7 @@ from vit_common.parameters import DIFFERENTIAL as DIFFERENTIAL_NAMES
 from vit_convert.formats import stems
 from vit_convert.formats.format import Clue, Files, Format, Implied, Rule
 from vit_convert.formats.timm import eva
+from vit_convert.formats.timm.arguments import EPS
 from vit_convert.formats.timm.config import timm_config
 from vit_convert.layouts import FUSED_QKV, KEEP, TRANSPOSE
 
@@ -154,8 +155,6 @@ PARTS = (
 )
 """Parts of timm's networks that no model here has."""
 
-EPS = 1e-6
-"""Epsilon of the norms in timm and in every project with its names."""
 HEAD_OF_TIMM = 90
 """Rank of timm's weakest clue, a classifier: other projects have better ones."""
 

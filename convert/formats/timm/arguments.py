@@ -23,7 +23,7 @@ ACTIVATIONS = {
 """timm's name of an activation -> `hidden_act`."""
 
 EPS = 1e-6
-"""Epsilon of timm's norms where its name binds no other."""
+"""Epsilon of timm's norms where its name binds no other, and in every project with its names."""
 
 # Keywords that weights show by themselves, or that change nothing in inference.
 _SHOWN = {
