@@ -412,5 +412,4 @@ def test_fifty_steps_have_the_losses_of_one_device(name, place, fifty, tmp_path,
         assert process.returncode == DONE, err
     found = losses(output)
     assert len(found) >= 50
-    print("APART", np.max(np.abs(np.array(found) / fifty - 1)))
     np.testing.assert_allclose(found, fifty, rtol=1e-6)
