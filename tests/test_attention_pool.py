@@ -98,3 +98,15 @@ def test_a_classifier_stands_on_it():
 def test_what_does_not_go_with_it(fields, name):
     with pytest.raises(ConfigError, match=name):
         make_config(**SIZES, pooling="map", **fields)
+
+
+def test_its_norm_is_the_networks():
+    """An RMS norm has no bias: the table of parameters, and both twins that load by it, agree."""
+    config = make_config(**SIZES, pooling="map", norm_type="rmsnorm")
+    weights, x = random_weights(config, "classifier"), images(config)
+    assert "vit.pooler.layernorm.bias" not in weights
+    ours = flax_twin(vit_flax.FlaxViTForImageClassification, config, weights)
+    twin = torch_twin(vit_torch.ViTForImageClassification, config, weights)
+    with torch.no_grad():
+        want = twin(torch.tensor(x)).logits.numpy()
+    np.testing.assert_allclose(ours(x).logits, want, atol=2e-5)
