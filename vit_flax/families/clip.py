@@ -450,6 +450,10 @@ class _TransformersTree(FlaxViTPreTrainedModel):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_names"}
 
+    def _is_custom(self) -> bool:
+        """Whether the module is a subclass's own."""
+        return not type(self._module).__module__.startswith("vit_flax.")
+
     @cached_property
     def _names(self) -> Renaming:
         return Renaming(self._config, self.head)
