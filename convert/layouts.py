@@ -69,6 +69,14 @@ FUSED_QKV = Layout("fused query, key, value", _split3, lambda arrays: [np.concat
 """One array (3 D, ...) <-> query, key and value (D, ...) in this order, as timm stores them."""
 
 
+FUSED_KV = Layout(
+    "fused key, value",
+    lambda arrays: np.split(arrays[0], 2),
+    lambda arrays: [np.concatenate(arrays)],
+)
+"""One array (2 D, ...) <-> key and value (D, ...) in this order, as timm stores them."""
+
+
 def _joined_heads(x: np.ndarray) -> np.ndarray:
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2])
 

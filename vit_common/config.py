@@ -24,10 +24,16 @@ from vit_common.config_fields import (
     INHERITED,
     MOST_LABELS,
     ROWS,
+    STEM_GROUPS,
+    STEM_NARROWING,
     VIT_FIELDS,
+    BlockType,
     Fields,
+    NormType,
     Pooling,
     PositionTokens,
+    StemStandardization,
+    StemType,
     check_depth,
     integer,
     refusal,
@@ -36,7 +42,7 @@ from vit_common.errors import ConfigError, shown
 from vit_common.files.hub import find_file, push_file, push_if_asked, split_hub_options
 from vit_common.files.replace import make_directory, write_text
 from vit_common.files.texts import read_json
-from vit_common.positions import ResizeRule
+from vit_common.positions import ResizeRule, RotaryType
 
 __all__ = [
     "ACTIVATIONS",
@@ -53,6 +59,9 @@ __all__ = [
 ]
 
 CONFIG_NAME = "config.json"
+
+
+PoolerType = Literal["dense", "norm", "token", "map"]
 
 
 class Flags(NamedTuple):
@@ -138,11 +147,35 @@ class ViTConfig:
     use_absolute_position_embeddings: bool
     use_relative_position_bias: bool
     use_shared_relative_position_bias: bool
+    rope_type: RotaryType | None
+    rope_theta: float
+    rope_grid_size: int | tuple[int, int] | None
+    rope_grid_offset: float
+    rope_grid_indexing: Literal["ij", "xy"]
+    rope_rotate_half: bool
+    stem_type: StemType | None
+    stem_depths: tuple[int, ...]
+    stem_width: int
+    stem_standardization: StemStandardization
+    stem_norm_eps: float
     pooling: Pooling
+    pooler_num_heads: int | None
+    pooler_intermediate_size: int | None
+    pool_prefix_tokens: bool
     norm_after_pooling: bool
     use_representation_layer: bool
     use_patch_bias: bool
     use_pre_norm: bool
+    use_final_norm: bool
+    norm_type: NormType
+    use_qk_norm: bool
+    use_key_bias: bool | None
+    use_attention_norm: bool
+    use_mlp_norm: bool
+    block_type: BlockType
+    num_parallel_branches: int
+    proj_bias: bool
+    mlp_bias: bool
     drop_path_rate: float
     gradient_checkpointing: bool
     position_resize: ResizeRule
@@ -285,14 +318,20 @@ class ViTConfig:
                 no whole patch, or there is nothing to pool.
         """
         self._check_heads()
+        if self.rope_type is not None and self.head_dim % 4:
+            raise ConfigError(
+                "config: the width of a head, `hidden_size` / `num_attention_heads`, must be a "
+                f"multiple of 4 where `rope_type` is {self.rope_type!r}; given {self.head_dim}."
+            )
         if min(self.grid_size) < 1:
             raise ConfigError(
                 f"config: `image_size` must be at least `patch_size`; given {self.image_size!r} "
                 f"and {self.patch_size!r}."
             )
-        if not self.use_cls_token and self.pooling != "mean":
+        self._check_stem()
+        if not self.use_cls_token and self.pooling not in ("mean", "map"):
             raise ConfigError(
-                "config: `pooling` must be 'mean' where `use_cls_token` is False; given "
+                "config: `pooling` must be 'mean' or 'map' where `use_cls_token` is False; given "
                 f"{self.pooling!r}."
             )
         if (
@@ -304,15 +343,49 @@ class ViTConfig:
                 "config: `pooling` must be 'mean' where `norm_after_pooling` is True; given "
                 f"{self.pooling!r}."
             )
-        if self.pooling == "cls_mean" and self.use_representation_layer:
+        if self.pooling in ("cls_mean", "map") and self.use_representation_layer:
             raise ConfigError(
                 "config: `pooling` must be 'cls' or 'mean' where `use_representation_layer` is "
-                "True; given 'cls_mean'."
+                f"True; given {self.pooling!r}."
+            )
+        if self.pooler_type == "map" and self.hidden_size % self.pooler_heads:
+            raise ConfigError(
+                "config: `hidden_size` must be a multiple of `pooler_num_heads`; given "
+                f"{self.hidden_size} and {self.pooler_heads}."
             )
         if self.norm_after_pooling and self.use_representation_layer:
             raise ConfigError(
                 "config: `norm_after_pooling` and `use_representation_layer` must not both be True."
             )
+        if self.norm_after_pooling and not self.use_final_norm:
+            raise ConfigError(
+                "config: `norm_after_pooling` must be False where `use_final_norm` is False: there "
+                "is no norm to apply."
+            )
+        if self.num_parallel_branches > 1 and self.block_type != "pre_norm":
+            raise ConfigError(
+                "config: `block_type` must be 'pre_norm' where `num_parallel_branches` is above 1; "
+                f"given {self.block_type!r}."
+            )
+
+    def _check_stem(self) -> None:
+        """Check that a stem's widths and stride fit the norms and the patches."""
+        if self.stem_type is None:
+            return
+        if self.stem_width % STEM_GROUPS:
+            raise ConfigError(
+                f"config: `stem_width` must be a multiple of {STEM_GROUPS}; given "
+                f"{self.stem_width}."
+            )
+        sides = (*self.patch_height_width, *self.image_height_width)
+        stride = self.stem_stride
+        for side, patch in zip(sides, self.patch_height_width * 2, strict=True):
+            if side % stride or side % patch:
+                raise ConfigError(
+                    "config: `patch_size` must be a multiple of the stem's stride, and "
+                    f"`image_size` one of `patch_size`; given {self.patch_size!r}, {stride} and "
+                    f"{self.image_size!r}."
+                )
 
     def _check_heads(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -357,9 +430,29 @@ class ViTConfig:
         return self.base_family
 
     @property
-    def use_key_bias(self) -> bool:
-        """Whether the key has a bias, as query and value do with `qkv_bias`."""
+    def has_key_bias(self) -> bool:
+        """Whether the key has a bias: `use_key_bias`, or as query and value."""
+        return self.qkv_bias if self.use_key_bias is None else self.use_key_bias
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether the tokens are normalised after the last block."""
+        return self.use_final_norm and not self.norm_after_pooling
+
+    @property
+    def has_query_bias(self) -> bool:
+        """Whether the query has a bias."""
         return self.qkv_bias
+
+    @property
+    def has_value_bias(self) -> bool:
+        """Whether the value has a bias."""
+        return self.qkv_bias
+
+    @property
+    def gate_act(self) -> str | Callable:
+        """Activation of the gate of a SwiGLU."""
+        return "silu"
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -378,6 +471,15 @@ class ViTConfig:
         """Whether attention scores have a relative position bias, per block or shared."""
         return self.use_relative_position_bias or self.use_shared_relative_position_bias
 
+    def rotary_grid(self, grid: tuple[int, int]) -> dict[str, Any]:
+        """Arguments of `rotary_coordinates` for a grid (rows, columns) of patches."""
+        return {
+            "grid": grid,
+            "reference": self.rope_grid_size and _pair(self.rope_grid_size),
+            "offset": self.rope_grid_offset,
+            "columns_first": self.rope_grid_indexing == "xy",
+        }
+
     @property
     def has_layer_scale(self) -> bool:
         """Whether both residual branches are multiplied by learned factors, one per channel."""
@@ -390,15 +492,32 @@ class ViTConfig:
         return tuple(self.drop_path_rate * i / last for i in range(self.num_hidden_layers))
 
     @property
-    def pooler_type(self) -> Literal["dense", "norm", "token"]:
-        """Kind of the pooler on the class token or the mean of the patches: a dense layer with
-        `pooler_act`, a norm, or neither."""
+    def pooler_type(self) -> PoolerType:
+        """Kind of the pooler: on the class token or the mean of the patches a dense layer with
+        `pooler_act`, a norm, or neither; or attention pooling, "map"."""
+        if self.pooling == "map":
+            return "map"
         return "norm" if self.norm_after_pooling else "dense"
+
+    @property
+    def pooler_heads(self) -> int:
+        """Number of heads of attention pooling."""
+        return self.pooler_num_heads or self.num_attention_heads
+
+    @property
+    def pooler_inner(self) -> int:
+        """Width of the MLP in attention pooling."""
+        return self.pooler_intermediate_size or self.intermediate_size
+
+    @property
+    def first_pooled_token(self) -> int:
+        """The token from which on the pooling "mean" or "map" takes all."""
+        return 0 if self.pool_prefix_tokens else self.num_prefix_tokens
 
     @property
     def classifier_has_pooler(self) -> bool:
         """Whether the input of the classifier is the pooler's output."""
-        return self.norm_after_pooling or self.use_representation_layer
+        return self.norm_after_pooling or self.use_representation_layer or self.pooling == "map"
 
     @property
     def classifier_width(self) -> int:
@@ -418,6 +537,30 @@ class ViTConfig:
     def patch_height_width(self) -> tuple[int, int]:
         """Patch size in pixels, (height, width)."""
         return _pair(self.patch_size)
+
+    @property
+    def stem_widths(self) -> tuple[int, ...]:
+        """Number of channels after each stage of the stem."""
+        first = STEM_NARROWING * self.stem_width
+        return tuple(first * 2**i for i in range(len(self.stem_depths)))
+
+    @property
+    def stem_channels(self) -> int:
+        """Number of channels that the patch projection takes: the stem's, or the image's."""
+        if self.stem_type is None:
+            return self.num_channels
+        return (self.stem_width, *self.stem_widths)[-1]
+
+    @property
+    def stem_stride(self) -> int:
+        """Pixels of the image, down and across, for one of what the patch projection takes."""
+        return 1 if self.stem_type is None else 4 * 2 ** max(len(self.stem_depths) - 1, 0)
+
+    @property
+    def projection_size(self) -> tuple[int, int]:
+        """Size (height, width) of the patch projection: the patch's, over the stem's stride."""
+        height, width = self.patch_height_width
+        return height // self.stem_stride, width // self.stem_stride
 
     @property
     def grid_size(self) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from vit_common.errors import ConfigError, shown
-from vit_common.positions import ResizeRule
+from vit_common.positions import ResizeRule, RotaryType
 
 ACTIVATIONS = (
     "gelu",
@@ -211,18 +211,38 @@ _rate = _number("a number from 0 to 1", lambda x: 0.0 <= x <= 1.0)
 _size = integer(1)
 
 _fraction = _number("a number of at least 0", lambda x: x >= 0)
+_factor = _number("a number of at least 1", lambda x: x >= 1)
+
+
+def _depths(name: str, value: Any) -> tuple[int, ...]:
+    """Numbers of blocks, of at most four stages."""
+    listed = isinstance(value, (list, tuple)) and len(value) <= 4
+    if not listed or not all(_is_int(count) and 0 < count <= 1000 for count in value):
+        raise refusal(name, "a list of at most four numbers of blocks", value)
+    return tuple(int(count) for count in value)
+
+
+STEM_GROUPS = 32
+"""Groups of channels that the norms of a ResNet before the patches have (`stem_type`)."""
+STEM_NARROWING = 4
+"""By how much its blocks are narrower inside."""
 
 PositionTokens = Literal["all", "cls", "patches"]
-Pooling = Literal["cls", "mean", "cls_mean"]
+StemType = Literal["resnetv2"]
+StemStandardization = Literal["variance", "deviation"]
+Pooling = Literal["cls", "mean", "cls_mean", "map"]
+NormType = Literal["layernorm", "rmsnorm"]
+BlockType = Literal["pre_norm", "post_norm", "parallel"]
 
 VIT, DEIT, BEIT, DINOV2, REGISTERS = "vit", "deit", "beit", "dinov2", "dinov2_with_registers"
 CLIP, CLIP_VISION, CLIP_TEXT = "clip", "clip_vision_model", "clip_text_model"
+DINOV3 = "dinov3_vit"
 _DINOS = (DINOV2, REGISTERS)
 _VITS = (VIT, DEIT)
 _CLIP_TOWERS = (CLIP_VISION, CLIP_TEXT)
 _OLDER = (VIT, DEIT, BEIT, *_DINOS)  # those with a dropout rate of the hidden states
-_TOWERS = (*_OLDER, *_CLIP_TOWERS)
-_IMAGES = (*_OLDER, CLIP_VISION)
+_TOWERS = (*_OLDER, DINOV3, *_CLIP_TOWERS)
+_IMAGES = (*_OLDER, DINOV3, CLIP_VISION)
 _ALL = (*_TOWERS, CLIP)
 
 
@@ -286,13 +306,19 @@ ROWS: dict[str, Field] = {
         (BEIT, CLIP_TEXT),
         {CLIP_TEXT: 49408},
     ),
-    "hidden_size": Field(768, _size, "width D of the residual stream", defaults={CLIP_TEXT: 512}),
+    "hidden_size": Field(
+        768, _size, "width D of the residual stream", defaults={CLIP_TEXT: 512, DINOV3: 384}
+    ),
     "num_hidden_layers": Field(12, integer(0, _MOST_LAYERS), "number L of encoder blocks"),
     "num_attention_heads": Field(
-        12, _size, "number A of heads; divides `hidden_size`", defaults={CLIP_TEXT: 8}
+        12, _size, "number A of heads; divides `hidden_size`", defaults={CLIP_TEXT: 8, DINOV3: 6}
     ),
     "intermediate_size": Field(
-        3072, _size, "width I of the MLP", (*_VITS, BEIT, *_CLIP_TOWERS), {CLIP_TEXT: 2048}
+        3072,
+        _size,
+        "width I of the MLP",
+        (*_VITS, BEIT, DINOV3, *_CLIP_TOWERS),
+        {CLIP_TEXT: 2048, DINOV3: 1536},
     ),
     "projection_dim": Field(
         512,
@@ -324,7 +350,7 @@ ROWS: dict[str, Field] = {
         0.0, _rate, "dropout rate of the attention probabilities", _OLDER
     ),
     "attention_dropout": Field(
-        0.0, _rate, "dropout rate of the attention probabilities", _CLIP_TOWERS
+        0.0, _rate, "dropout rate of the attention probabilities", (*_CLIP_TOWERS, DINOV3)
     ),
     "initializer_range": Field(
         0.02,
@@ -351,7 +377,7 @@ ROWS: dict[str, Field] = {
         1e-12,
         _fraction,
         "epsilon of every layer norm (Hub ViT 1e-12; timm, Google and DINOv2 1e-6)",
-        defaults={DINOV2: 1e-6, REGISTERS: 1e-6, CLIP_VISION: 1e-5, CLIP_TEXT: 1e-5},
+        defaults={DINOV2: 1e-6, REGISTERS: 1e-6, CLIP_VISION: 1e-5, CLIP_TEXT: 1e-5, DINOV3: 1e-5},
     ),
     "image_size": Field(
         224, _side, "side of the square input in pixels, or (height, width)", _IMAGES
@@ -366,6 +392,33 @@ ROWS: dict[str, Field] = {
     "num_channels": Field(3, _size, "number C of channels of the input", _IMAGES),
     "qkv_bias": Field(
         True, _boolean, "whether query, key and value have a bias", (*_VITS, *_DINOS)
+    ),
+    "query_bias": Field(True, _boolean, "whether the query has a bias", (DINOV3,)),
+    "key_bias": Field(False, _boolean, "whether the key has a bias", (DINOV3,)),
+    "value_bias": Field(True, _boolean, "whether the value has a bias", (DINOV3,)),
+    "use_gated_mlp": Field(
+        False,
+        _boolean,
+        "whether the MLP is `hidden_act(x1) * x2` of a first layer of width 2 I",
+        (DINOV3,),
+    ),
+    "pos_embed_shift": Field(
+        None,
+        _optional(_fraction),
+        "largest shift of rotary coordinates in training; as in Transformers",
+        (DINOV3,),
+    ),
+    "pos_embed_jitter": Field(
+        None,
+        _optional(_factor),
+        "largest factor that each axis of rotary coordinates is stretched by in training",
+        (DINOV3,),
+    ),
+    "pos_embed_rescale": Field(
+        2.0,
+        _optional(_factor),
+        "largest factor that rotary coordinates are stretched by in training",
+        (DINOV3,),
     ),
     "encoder_stride": Field(
         16,
@@ -398,6 +451,42 @@ ROWS: dict[str, Field] = {
     "use_shared_relative_position_bias": _extension(
         False, _boolean, "the same bias, one table for all blocks", BEIT
     ),
+    "rope_type": _extension(
+        None,
+        _optional(_choice(get_args(RotaryType))),
+        "how queries and keys of patches are rotated by their positions (rotary position "
+        'embeddings): "axial", "dinov3" or "mixed", see `vit_common.positions.RotaryType`; None '
+        "rotates nothing",
+    ),
+    "rope_theta": _extension(
+        10000.0,
+        _number("a number above 0", lambda x: x > 0),
+        'base of the frequencies of rotary position embeddings; with "mixed", of new ones',
+        DINOV3,
+        dinov3_vit=100.0,
+    ),
+    "rope_grid_size": _extension(
+        None,
+        _optional(_side),
+        'grid of patches, a side or (rows, columns), that "axial" coordinates of any grid are '
+        "stretched over; None stretches nothing",
+    ),
+    "rope_grid_offset": _extension(
+        0.0,
+        _number("a number", lambda x: True),
+        "added to the row and column of a patch before it is rotated",
+    ),
+    "rope_grid_indexing": _extension(
+        "ij",
+        _choice(("ij", "xy")),
+        'coordinate that the first half of the angles belongs to: "ij" the row, "xy" the column',
+    ),
+    "rope_rotate_half": _extension(
+        False,
+        _boolean,
+        "whether a channel is rotated together with the one half a head further on, not with its "
+        "neighbour",
+    ),
     "layer_scale_init_value": _extension(
         0.0,
         _fraction,
@@ -407,7 +496,10 @@ ROWS: dict[str, Field] = {
         beit=0.1,
     ),
     "layerscale_value": Field(
-        1.0, _fraction, "initial value of the per-channel factors on both residual branches", _DINOS
+        1.0,
+        _fraction,
+        "initial value of the per-channel factors on both residual branches",
+        (*_DINOS, DINOV3),
     ),
     "drop_path_rate": Field(
         0.0,
@@ -436,10 +528,13 @@ ROWS: dict[str, Field] = {
         integer(0, _MOST_TOKENS),
         "number of learned tokens after the class token (Darcet et al. 2023, arXiv:2309.16588)",
         REGISTERS,
+        DINOV3,
         dinov2_with_registers=4,
     ),
     "use_cls_token": _extension(
-        True, _boolean, 'whether there is a class token; without it `pooling` must be "mean"'
+        True,
+        _boolean,
+        'whether there is a class token; without it `pooling` must be "mean" or "map"',
     ),
     "position_tokens": _extension(
         "all",
@@ -447,11 +542,53 @@ ROWS: dict[str, Field] = {
         'tokens in front of the patches that have position embeddings: "all", "cls" (the class '
         'token alone) or "patches" (none of them)',
     ),
+    "stem_type": _extension(
+        None,
+        _optional(_choice(get_args(StemType))),
+        'network before the patch projection: None, or "resnetv2", the ResNet of a hybrid '
+        "(Dosovitskiy et al. 2021, arXiv:2010.11929); `patch_size` stays the side of a patch in "
+        "pixels of the image",
+    ),
+    "stem_depths": _extension(
+        (),
+        _depths,
+        "numbers of blocks of the stem's stages, such as (3, 4, 9); none leaves its root alone",
+    ),
+    "stem_width": _extension(
+        64, integer(STEM_GROUPS), "number of channels after the stem's first convolution"
+    ),
+    "stem_standardization": _extension(
+        "variance",
+        _choice(get_args(StemStandardization)),
+        'what the stem\'s kernels are divided by: "variance", the root of their variance and 1e-8 '
+        '(timm, Transformers), or "deviation", their standard deviation and 1e-5 (Google)',
+    ),
+    "stem_norm_eps": _extension(
+        1e-5, _fraction, "epsilon of the stem's norms (timm 1e-5; Google 1e-6)"
+    ),
     "pooling": _extension(
         "cls",
         _choice(get_args(Pooling)),
-        'input of the classifier: "cls" (the class token), "mean" (the mean of the patches) or '
-        '"cls_mean" (both joined, as in DINOv2)',
+        'input of the classifier: "cls" (the class token), "mean" (the mean of the patches), '
+        '"cls_mean" (both joined, as in DINOv2) or "map" (attention pooling: a learned probe '
+        "attends to the patches and an MLP follows, as in SigLIP; Zhai et al. 2022, "
+        "arXiv:2106.04560)",
+    ),
+    "pooler_num_heads": _extension(
+        None,
+        _optional(_size),
+        "number of heads of attention pooling; None means `num_attention_heads`",
+    ),
+    "pooler_intermediate_size": _extension(
+        None,
+        _optional(_size),
+        "width of the MLP in attention pooling; None means `intermediate_size`",
+    ),
+    "pool_prefix_tokens": _extension(
+        False,
+        _boolean,
+        'whether the pooling "mean" or "map" takes the tokens in front of the patches too, as in '
+        "the Perception Encoder",
     ),
     "norm_after_pooling": _extension(
         False,
@@ -471,6 +608,55 @@ ROWS: dict[str, Field] = {
         "whether the tokens are normalised before the first block (Radford et al. 2021, "
         "arXiv:2103.00020)",
     ),
+    "use_final_norm": _extension(
+        True,
+        _boolean,
+        "whether the tokens, or the pooled mean, are normalised after the last block",
+    ),
+    "norm_type": _extension(
+        "layernorm",
+        _choice(get_args(NormType)),
+        'every norm: "layernorm", or "rmsnorm", which subtracts no mean and has no bias (Zhang and '
+        "Sennrich 2019, arXiv:1910.07467)",
+    ),
+    "use_qk_norm": _extension(
+        False,
+        _boolean,
+        "whether query and key of each head are normalised (Dehghani et al. 2023, "
+        "arXiv:2302.05442)",
+    ),
+    "use_key_bias": _extension(
+        None, _optional(_boolean), "whether the key has a bias; None means as `qkv_bias`"
+    ),
+    "use_attention_norm": _extension(
+        False,
+        _boolean,
+        "whether the joined outputs of the heads are normalised before they are projected (Wang et "
+        "al. 2022, arXiv:2210.06423)",
+    ),
+    "use_mlp_norm": _extension(
+        False,
+        _boolean,
+        "whether the MLP is normalised between its two layers, after the activation (Wang et al. "
+        "2022, arXiv:2210.06423)",
+    ),
+    "block_type": _extension(
+        "pre_norm",
+        _choice(get_args(BlockType)),
+        'how a block is put together: "pre_norm" (a norm before attention and one before the MLP), '
+        '"post_norm" (a norm after each, before it is added) or "parallel" (one norm, then '
+        "attention and MLP beside each other; Dehghani et al. 2023, arXiv:2302.05442)",
+    ),
+    "num_parallel_branches": _extension(
+        1,
+        integer(1, _MOST_LAYERS),
+        "number of attentions that a block adds up, and of MLPs after them (Touvron et al. 2022, "
+        "arXiv:2203.09795)",
+    ),
+    "proj_bias": _extension(
+        True, _boolean, "whether the projection after attention has a bias", DINOV3
+    ),
+    "mlp_bias": _extension(True, _boolean, "whether both layers of the MLP have a bias", DINOV3),
     "gradient_checkpointing": _everywhere(
         False, _boolean, "whether each block is recomputed in the backward pass instead of stored"
     ),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from vit_common.config import ViTConfig, config_classes, without_timm
+from vit_common.config import PoolerType, ViTConfig, config_classes, without_timm
 from vit_common.config_fields import Pooling, PositionTokens, fields_of
 from vit_common.errors import ConfigError, shown
 
@@ -19,9 +19,11 @@ __all__ = [
     "CLIPConfig",
     "CLIPTextConfig",
     "CLIPVisionConfig",
+    "DINOv3ViTConfig",
     "DeiTConfig",
     "Dinov2Config",
     "Dinov2WithRegistersConfig",
+    "Dinov3ViTConfig",
     "FamilyConfig",
     "config_class",
 ]
@@ -82,7 +84,7 @@ class BeitConfig(FamilyConfig, fields=fields_of("beit")):
         return self.use_mean_pooling
 
     @property
-    def pooler_type(self) -> Literal["dense", "norm", "token"]:
+    def pooler_type(self) -> PoolerType:
         """Kind of the pooler."""
         return "norm" if self.use_mean_pooling else "token"
 
@@ -136,7 +138,7 @@ class Dinov2Config(FamilyConfig, fields=fields_of("dinov2", "use_mask_token")):
         return (self.drop_path_rate,) * self.num_hidden_layers
 
     @property
-    def pooler_type(self) -> Literal["dense", "norm", "token"]:
+    def pooler_type(self) -> PoolerType:
         """Kind of the pooler."""
         return "token"
 
@@ -161,6 +163,115 @@ class Dinov2WithRegistersConfig(
 
     model_type = "dinov2_with_registers"
     extended_type = "dinov2_with_registers"
+
+
+class DINOv3ViTConfig(
+    FamilyConfig,
+    fields=fields_of(
+        "dinov3_vit",
+        order=(
+            "patch_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "hidden_act",
+            "attention_dropout",
+            "initializer_range",
+            "layer_norm_eps",
+            "rope_theta",
+            "image_size",
+            "num_channels",
+            "query_bias",
+            "key_bias",
+            "value_bias",
+            "proj_bias",
+            "mlp_bias",
+            "layerscale_value",
+            "drop_path_rate",
+            "use_gated_mlp",
+            "num_register_tokens",
+            "pos_embed_shift",
+            "pos_embed_jitter",
+            "pos_embed_rescale",
+        ),
+    ),
+):
+    """DINOv3 (Simeoni et al. 2025, arXiv:2508.10104): rotary positions by coordinates from -1 to 1,
+    so that images of any size and shape are taken as they are, and registers (`storage tokens`).
+
+    Args:
+        {fields}
+        **kwargs: `num_labels` and unknown keys, as for `ViTConfig`.
+
+    Source: `models/dinov3_vit/configuration_dinov3_vit.py` of Transformers 4.57.6.
+    """
+
+    model_type = "dinov3_vit"
+    extended_type = "dinov3_vit"
+
+    attention_dropout: float
+    layerscale_value: float
+    query_bias: bool
+    key_bias: bool
+    value_bias: bool
+    use_gated_mlp: bool
+    pos_embed_shift: float | None
+    pos_embed_jitter: float | None
+    pos_embed_rescale: float | None
+
+    any_image_size = True
+    use_mask_token = True
+    hidden_dropout_prob = 0.0
+    pooler_act = "linear"
+    pooling: Pooling = "cls_mean"
+    use_absolute_position_embeddings = False
+    rope_type = "dinov3"
+    rope_rotate_half = True
+
+    has_layer_scale = Dinov2Config.has_layer_scale
+    layer_scale_init_value = Dinov2Config.layer_scale_init_value
+    drop_path_rates = Dinov2Config.drop_path_rates
+    pooler_type = Dinov2Config.pooler_type
+    pooler_output_size = Dinov2Config.pooler_output_size
+
+    @property
+    def attention_probs_dropout_prob(self) -> float:  # type: ignore[override]
+        """Dropout rate of the attention probabilities."""
+        return self.attention_dropout
+
+    @property
+    def qkv_bias(self) -> bool:  # type: ignore[override]
+        """Whether query, key and value all have a bias."""
+        return self.query_bias and self.key_bias and self.value_bias
+
+    @property
+    def has_query_bias(self) -> bool:
+        """Whether the query has a bias."""
+        return self.query_bias
+
+    @property
+    def has_key_bias(self) -> bool:
+        """Whether the key has a bias."""
+        return self.key_bias
+
+    @property
+    def has_value_bias(self) -> bool:
+        """Whether the value has a bias."""
+        return self.value_bias
+
+    @property
+    def use_swiglu_ffn(self) -> bool:  # type: ignore[override]
+        """Whether the MLP is gated."""
+        return self.use_gated_mlp
+
+    @property
+    def gate_act(self) -> Any:
+        """Activation of the gate."""
+        return self.hidden_act
+
+
+Dinov3ViTConfig = DINOv3ViTConfig
 
 
 class _CLIPTower(FamilyConfig):
@@ -493,6 +604,97 @@ _CHANGES_NETWORK: dict[str, tuple[Any, ...]] = {
 }
 
 
+# What the configuration of a ViTHybrid's ResNet must be, after Transformers' defaults.
+_RESNET: dict[str, Any] = {
+    "model_type": "bit",
+    "layer_type": "bottleneck",
+    "global_padding": "SAME",
+    "embedding_dynamic_padding": True,
+    "hidden_act": "relu",
+    "num_groups": 32,
+    "width_factor": 1,
+}
+_BIT_DEFAULTS: dict[str, Any] = {
+    "model_type": "bit",
+    "layer_type": "preactivation",
+    "hidden_act": "relu",
+    "num_groups": 32,
+    "width_factor": 1,
+    "output_stride": 32,
+    "embedding_size": 64,
+    "hidden_sizes": [256, 512, 1024, 2048],
+    "depths": [3, 4, 6, 3],
+}
+_RESNET_OF_DEFAULTS: dict[str, Any] = {
+    "global_padding": "same",
+    "layer_type": "bottleneck",
+    "depths": [3, 4, 9],
+    "out_features": ["stage3"],
+    "embedding_dynamic_padding": True,
+}
+_HYBRID_ONLY = (
+    "backbone",
+    "backbone_config",
+    "backbone_featmap_shape",
+    "backbone_kwargs",
+    "use_pretrained_backbone",
+    "use_timm_backbone",
+)
+
+
+def _without_backbone(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a ViT with a stem, from those of a ViTHybrid.
+
+    Args:
+        table: as its `config.json` has them.
+
+    Raises:
+        ConfigError: its ResNet is not the one known here.
+
+    Source: `models/deprecated/vit_hybrid` and `models/bit` of Transformers 4.57.6.
+    """
+    given = table.get("backbone_config")
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(f"config: `backbone_config` must be a mapping; given {shown(given)}.")
+    backbone = {**_BIT_DEFAULTS, **(_RESNET_OF_DEFAULTS if given is None else given)}
+    odd = {
+        name: backbone.get(name)
+        for name, wanted in _RESNET.items()
+        if (str(backbone.get(name)).upper() if name == "global_padding" else backbone.get(name))
+        != wanted
+    }
+    odd |= {name: table[name] for name in ("backbone", "use_timm_backbone") if table.get(name)}
+    depths, widths = backbone["depths"], backbone["hidden_sizes"]
+    listed = all(isinstance(value, (list, tuple)) for value in (depths, widths))
+    width = backbone["embedding_size"]
+    if not listed or not isinstance(width, int):
+        odd |= {"depths": depths, "hidden_sizes": widths, "embedding_size": width}
+    else:
+        stages = len(depths)
+        if list(widths[:stages]) != [4 * width * 2**i for i in range(stages)]:
+            odd["hidden_sizes"] = widths
+        if (backbone.get("out_features") or [f"stage{stages}"]) != [f"stage{stages}"]:
+            odd["out_features"] = backbone["out_features"]
+        if backbone["output_stride"] != 32 or not depths:
+            odd |= {"depths": depths, "output_stride": backbone["output_stride"]}
+    if odd:
+        named = ", ".join(f"{name}={shown(value)}" for name, value in odd.items())
+        raise ConfigError(
+            f"config: the ResNet of this hybrid has {named}, which no network here has."
+        )
+    side, stride = table.get("patch_size", 1), 2 ** (1 + len(depths))
+    patch = [s * stride for s in side] if isinstance(side, (list, tuple)) else side * stride
+    fields = {name: value for name, value in table.items() if name not in _HYBRID_ONLY}
+    return fields | {
+        "model_type": "vit_extended",
+        "architectures": None,
+        "patch_size": patch,
+        "stem_type": "resnetv2",
+        "stem_depths": list(depths),
+        "stem_width": width,
+    }
+
+
 def _refuse_changes(table: Mapping[str, Any]) -> None:
     """Raise ConfigError if a key of a file changes the network in a way that is not known here."""
     odd = [
@@ -579,7 +781,7 @@ class AutoConfig:
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Any:
         """As `ViTConfig.from_dict`, of the family that `model_type` names; the encoder of a
-        `vit_mae` is a ViT.
+        `vit_mae` is a ViT, and so is a `vit-hybrid`.
 
         Raises:
             ConfigError: it is of no family known here, a value is refused, or a key changes the
@@ -592,6 +794,8 @@ class AutoConfig:
         if table.get("model_type") == "vit_mae":
             table = {key: value for key, value in table.items() if key not in _MAE_ONLY}
             table.update(model_type=ViTConfig.model_type, architectures=None)
+        if table.get("model_type") == "vit-hybrid":
+            table = _without_backbone(table)
         return config_class(table.get("model_type")).from_dict(table, **overrides)
 
     @classmethod

@@ -22,6 +22,8 @@ from vit_flax.families import (
     FlaxDinov2Model,
     FlaxDinov2WithRegistersForImageClassification,
     FlaxDinov2WithRegistersModel,
+    FlaxDINOv3ViTForImageClassification,
+    FlaxDINOv3ViTModel,
 )
 from vit_flax.pretrained import (
     FlaxViTForImageClassification,
@@ -42,6 +44,7 @@ class FlaxAutoModel(AutoModelBase):
         "clip": FlaxCLIPModel,
         "clip_vision_model": FlaxCLIPVisionModel,
         "clip_text_model": FlaxCLIPTextModel,
+        "dinov3_vit": FlaxDINOv3ViTModel,
     }
 
 
@@ -63,6 +66,7 @@ class FlaxAutoModelForImageClassification(AutoClassifierBase):
         "dinov2_with_registers": FlaxDinov2WithRegistersForImageClassification,
         "clip": FlaxCLIPForImageClassification,
         "clip_vision_model": FlaxCLIPForImageClassification,
+        "dinov3_vit": FlaxDINOv3ViTForImageClassification,
     }
     teacher: ClassVar = FlaxDeiTForImageClassificationWithTeacher
 

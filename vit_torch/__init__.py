@@ -11,6 +11,8 @@ from vit_common.families import (
     DeiTConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
+    Dinov3ViTConfig,
 )
 from vit_common.images.auto import AutoFeatureExtractor, AutoImageProcessor
 from vit_common.images.pictures import load_image
@@ -58,6 +60,12 @@ from vit_torch.families import (
     Dinov2WithRegistersForImageClassification,
     Dinov2WithRegistersModel,
     Dinov2WithRegistersPreTrainedModel,
+    DINOv3ViTForImageClassification,
+    Dinov3ViTForImageClassification,
+    DINOv3ViTModel,
+    Dinov3ViTModel,
+    DINOv3ViTPreTrainedModel,
+    Dinov3ViTPreTrainedModel,
 )
 from vit_torch.outputs import (
     BaseModelOutput,
@@ -111,6 +119,10 @@ __all__ = [
     "CLIPVisionModel",
     "CLIPVisionModelOutput",
     "CLIPVisionModelWithProjection",
+    "DINOv3ViTConfig",
+    "DINOv3ViTForImageClassification",
+    "DINOv3ViTModel",
+    "DINOv3ViTPreTrainedModel",
     "DeiTConfig",
     "DeiTFeatureExtractor",
     "DeiTForImageClassification",
@@ -129,6 +141,10 @@ __all__ = [
     "Dinov2WithRegistersForImageClassification",
     "Dinov2WithRegistersModel",
     "Dinov2WithRegistersPreTrainedModel",
+    "Dinov3ViTConfig",
+    "Dinov3ViTForImageClassification",
+    "Dinov3ViTModel",
+    "Dinov3ViTPreTrainedModel",
     "ImageClassifierOutput",
     "MaskedImageModelingOutput",
     "MaskedLMOutput",

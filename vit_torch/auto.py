@@ -20,6 +20,8 @@ from vit_torch.families import (
     Dinov2Model,
     Dinov2WithRegistersForImageClassification,
     Dinov2WithRegistersModel,
+    DINOv3ViTForImageClassification,
+    DINOv3ViTModel,
 )
 from vit_torch.pretrained import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
 
@@ -36,6 +38,7 @@ class AutoModel(AutoModelBase):
         "clip": CLIPModel,
         "clip_vision_model": CLIPVisionModel,
         "clip_text_model": CLIPTextModel,
+        "dinov3_vit": DINOv3ViTModel,
     }
 
 
@@ -57,6 +60,7 @@ class AutoModelForImageClassification(AutoClassifierBase):
         "dinov2_with_registers": Dinov2WithRegistersForImageClassification,
         "clip": CLIPForImageClassification,
         "clip_vision_model": CLIPForImageClassification,
+        "dinov3_vit": DINOv3ViTForImageClassification,
     }
     teacher: ClassVar = DeiTForImageClassificationWithTeacher
 

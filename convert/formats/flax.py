@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from vit_convert.formats.format import Files, Format, Rule
 from vit_convert.formats.huggingface import (
+    ATTENTION_POOLER_DENSE,
     BEIT_HEAD,
     BLOCK,
     CLIP,
@@ -17,6 +18,8 @@ from vit_convert.formats.huggingface import (
     CLIP_TOP,
     DINOV2_BLOCK,
     DINOV2_SWIGLU_BLOCK,
+    EXTENDED_BLOCK,
+    STEM,
     extended,
     gated,
     plain,
@@ -29,9 +32,12 @@ _TOKENS = (
     "embeddings.register_tokens",
     "embeddings.position_embeddings",
     "encoder.relative_position_bias.relative_position_bias_table",
+    "encoder.rope_frequencies",
+    "pooler.probe",
 )
 _DENSE = (
     "pooler.dense",
+    *ATTENTION_POOLER_DENSE,
     "classifier",
     "cls_classifier",
     "distillation_classifier",
@@ -43,14 +49,21 @@ _CONVOLUTIONS = ("embeddings.patch_embeddings.projection", "decoder.0")
 _NORMS = ("pre_layernorm", "layernorm", "pooler.layernorm", "lm_layernorm")
 
 
+_ALONE = (
+    "lambda_1", "lambda_2", "_table", "_token", "_tokens", "_embeddings", "_frequencies",
+    "probe",
+)  # fmt: skip
+"""What names of parameters end with that are no leaves of a module."""
+
+
 def _leaves(theirs: str, ours: str, separator: str) -> list[Rule]:
     """The rules of one module; what kind it is, its name says."""
-    if ours.endswith(("lambda_1", "lambda_2", "_table", "_token", "_tokens", "_embeddings")):
+    if ours.endswith(_ALONE):
         pairs: list[tuple[str, str, Layout]] = [("", "", KEEP)]
     elif "norm" in ours.rpartition(".")[2]:
         pairs = [(".scale", ".weight", KEEP), (".bias", ".bias", KEEP)]
     else:
-        layout = HWIO if ours in _CONVOLUTIONS else TRANSPOSE
+        layout = HWIO if ours in (*_CONVOLUTIONS, *STEM) else TRANSPOSE
         pairs = [(".kernel", ".weight", layout), (".bias", ".bias", KEEP)]
     return [
         Rule((theirs + leaf).replace(".", separator), ours + own, layout)
@@ -64,12 +77,15 @@ def _rules(block: dict[str, str], separator: str, mask_token: Layout = KEEP) -> 
     ]
     for name in (*_TOKENS, *_DENSE, *_CONVOLUTIONS, *_NORMS):
         rules += _leaves(name, name, separator)
+    for name in STEM:
+        rules += _leaves(name, name, separator)
     for ours, theirs in block.items():
-        rules += _leaves(f"encoder.layer.{{i}}.{theirs}", f"encoder.layer.{{i}}.{ours}", separator)
+        for start in ("encoder.layer.{i}.", "encoder.layer.{i}.branch.{j}."):
+            rules += _leaves(start + theirs, start + ours, separator)
     return tuple(rules)
 
 
-_SAME = {name: name for name in BLOCK}
+_SAME = {name: name for name in (*BLOCK, *EXTENDED_BLOCK)}
 
 
 def text_rules(block: dict[str, str], separator: str, start: str, norm: str) -> tuple[Rule, ...]:
@@ -96,7 +112,7 @@ def text_rules(block: dict[str, str], separator: str, start: str, norm: str) -> 
 TREE = Format(
     name="tree",
     describes="parameter tree of vit_flax joined by '/'",
-    families=("vit", "deit", "beit", "dinov2", "dinov2_with_registers", *CLIP),
+    families=("vit", "deit", "beit", "dinov2", "dinov2_with_registers", "dinov3_vit", *CLIP),
     rules=_rules(_SAME, "/") + text_rules(_SAME, "/", "encoder.layer.{i}.", "final_layernorm"),
     separator="/",
     prefixed=True,
@@ -133,7 +149,7 @@ def _formats(name: str, separator: str, describes: str, files: Files) -> tuple[F
     beit = tuple((a.replace(".", separator), b.replace(".", separator)) for a, b in BEIT_HEAD)
     dinov2 = ("dinov2", "dinov2_with_registers")
     return (
-        table(("vit", "deit"), _rules(_SAME, separator)),
+        table(("vit", "deit", "dinov3_vit"), _rules(_SAME, separator)),
         table(("beit",), _rules(_SAME, separator), only_with_prefix=beit),
         table(dinov2, _rules(DINOV2_BLOCK, separator, TOKEN), fits=plain),
         table(dinov2, _rules(DINOV2_SWIGLU_BLOCK, separator, TOKEN), fits=gated),

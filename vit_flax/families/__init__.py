@@ -45,6 +45,14 @@ from vit_flax.families.dinov2 import (
     FlaxDinov2WithRegistersModel,
     FlaxDinov2WithRegistersPreTrainedModel,
 )
+from vit_flax.families.dinov3 import (
+    FlaxDINOv3ViTForImageClassification,
+    FlaxDinov3ViTForImageClassification,
+    FlaxDINOv3ViTModel,
+    FlaxDinov3ViTModel,
+    FlaxDINOv3ViTPreTrainedModel,
+    FlaxDinov3ViTPreTrainedModel,
+)
 
 __all__ = [
     "FlaxBeitForImageClassification",
@@ -68,6 +76,9 @@ __all__ = [
     "FlaxCLIPVisionModelWithProjectionModule",
     "FlaxCLIPVisionModule",
     "FlaxCLIPVisionPreTrainedModel",
+    "FlaxDINOv3ViTForImageClassification",
+    "FlaxDINOv3ViTModel",
+    "FlaxDINOv3ViTPreTrainedModel",
     "FlaxDeiTForImageClassification",
     "FlaxDeiTForImageClassificationWithTeacher",
     "FlaxDeiTForMaskedImageModeling",
@@ -81,4 +92,7 @@ __all__ = [
     "FlaxDinov2WithRegistersForImageClassification",
     "FlaxDinov2WithRegistersModel",
     "FlaxDinov2WithRegistersPreTrainedModel",
+    "FlaxDinov3ViTForImageClassification",
+    "FlaxDinov3ViTModel",
+    "FlaxDinov3ViTPreTrainedModel",
 ]

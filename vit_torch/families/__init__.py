@@ -33,6 +33,14 @@ from vit_torch.families.dinov2 import (
     Dinov2WithRegistersModel,
     Dinov2WithRegistersPreTrainedModel,
 )
+from vit_torch.families.dinov3 import (
+    DINOv3ViTForImageClassification,
+    Dinov3ViTForImageClassification,
+    DINOv3ViTModel,
+    Dinov3ViTModel,
+    DINOv3ViTPreTrainedModel,
+    Dinov3ViTPreTrainedModel,
+)
 
 __all__ = [
     "BeitForImageClassification",
@@ -46,6 +54,9 @@ __all__ = [
     "CLIPTextModelWithProjection",
     "CLIPVisionModel",
     "CLIPVisionModelWithProjection",
+    "DINOv3ViTForImageClassification",
+    "DINOv3ViTModel",
+    "DINOv3ViTPreTrainedModel",
     "DeiTForImageClassification",
     "DeiTForImageClassificationWithTeacher",
     "DeiTForMaskedImageModeling",
@@ -57,4 +68,7 @@ __all__ = [
     "Dinov2WithRegistersForImageClassification",
     "Dinov2WithRegistersModel",
     "Dinov2WithRegistersPreTrainedModel",
+    "Dinov3ViTForImageClassification",
+    "Dinov3ViTModel",
+    "Dinov3ViTPreTrainedModel",
 ]

@@ -12,8 +12,10 @@ from typing import Any
 from vit_common.config import ViTConfig
 from vit_common.images.options import HALF_TO_EVEN  # torchvision crops so
 from vit_common.images.processors import BitImageProcessor
+from vit_convert.formats import stems
 from vit_convert.formats.format import Clue, Files, Format, Implied, Rule
-from vit_convert.formats.timm_config import timm_config
+from vit_convert.formats.timm import eva
+from vit_convert.formats.timm.config import timm_config
 from vit_convert.layouts import FUSED_QKV
 
 EMBEDDINGS = {
@@ -73,6 +75,7 @@ PLAIN = (
     + blocks(BLOCK)
     + qkv("weight", "bias")
     + SCALES
+    + stems.TIMM
 )
 RULES = PLAIN + dense("head", "classifier")
 DISTILLED = (
@@ -113,7 +116,11 @@ IMAGENET: dict[str, Any] = {
 
 REFUSES = (
     (
-        r"patch_embed\.(backbone|conv\d*|stem)\..*",
+        r"patch_embed\.backbone\.(conv1|bn1|layer\d|\d)\..*",
+        "a convolutional stem before its patches (a hybrid with batch norms)",
+    ),
+    (
+        r"patch_embed\.(conv\d*|stem)\..*",
         "a convolutional stem before its patches (a hybrid)",
     ),
     (r"patch_embed\.proj\.\d+\..*", "a convolutional stem before its patches"),
@@ -150,10 +157,11 @@ def cut_out(config: ViTConfig, name: str, enlarged: int | None = None) -> Implie
 def _cannot_hold(config: ViTConfig) -> str | None:
     if config.use_representation_layer:
         return "timm drops the layer before the classifier (pre-logits) when it loads"
-    return None
+    return stems.timm_cannot_hold(config)
 
 
 def _loses(config: ViTConfig, own_config: bool) -> Iterator[str]:
+    yield from stems.timm_loses(config)
     if config.use_swiglu_ffn and not own_config:
         yield (
             "timm's config.json cannot say that the MLP is a SwiGLU: give timm a model that has "
@@ -168,7 +176,6 @@ def _format(families: tuple[str, ...], rules, describes: str, **more: Any) -> Fo
         rules=rules,
         describes=describes,
         files=Files(container="safetensors", tag="pt", config=timm_config),
-        settings={"layer_norm_eps": EPS, "position_resize": "bicubic_antialias"},
         clues=(
             Clue(10, lambda found: bool(found.architecture)),
             # The projects themselves publish pickles.
@@ -177,15 +184,31 @@ def _format(families: tuple[str, ...], rules, describes: str, **more: Any) -> Fo
         ),
         candidate=True,
         refuses=REFUSES,
-        parts=PARTS,
         cannot_hold=_cannot_hold,
         loses=_loses,
-        **more,
+        **{
+            "parts": PARTS,
+            "settings": {"layer_norm_eps": EPS, "position_resize": "bicubic_antialias"},
+            **more,
+        },
     )
 
 
 FORMATS = (
-    _format(("vit",), RULES, "timm state dict of a Vision Transformer"),
+    _format(
+        ("vit",),
+        RULES,
+        "timm state dict of a Vision Transformer",
+        fits=stems.has_stages,
+        named=lambda architecture: not eva.named(architecture),
+    ),
+    _format(
+        ("vit",),
+        stems.TIMM_ROOT + RULES,
+        "timm state dict of a Vision Transformer whose stem is one convolution",
+        requires=("patch_embed.backbone.conv.weight",),
+        fits=stems.has_root_alone,
+    ),
     _format(("deit",), DISTILLED, "timm state dict of a distilled DeiT", requires=("dist_token",)),
     _format(
         ("beit",),
@@ -193,5 +216,17 @@ FORMATS = (
         "timm state dict of a BEiT",
         ignored=BEIT_IGNORED,
         relative_resize="geometric",
+        named=lambda architecture: not eva.named(architecture),
+    ),
+    _format(
+        ("vit",),
+        eva.RULES,
+        "timm state dict of an EVA, a DINOv3 or another with rotary positions",
+        ignored=BEIT_IGNORED,
+        named=eva.named,
+        signs=eva.SIGNS,
+        settings={"position_resize": "bicubic_antialias"},
+        unsaid=lambda shapes: ("rope_type", "layer_norm_eps"),
+        written=False,
     ),
 )
