@@ -227,6 +227,7 @@ class FlaxCLIPTextNetwork(FlaxViTPart):
             bias=self.mask(input_ids.shape[1], attention_mask),
             output_attentions=flags.output_attentions,
             output_hidden_states=flags.output_hidden_states,
+            grid=(1, input_ids.shape[1]),
         )
         last_hidden_state = self.final_layernorm(outputs.last_hidden_state)  # (B, S, D)
         place = last_tokens(input_ids, self.config)  # (B,)
