@@ -17,11 +17,12 @@ import torch
 import transformers
 from flax.traverse_util import flatten_dict
 from networks import randomize
+from safetensors.numpy import load_file
 
 import vit_flax
 import vit_torch
 from vit_common.config import AutoConfig
-from vit_common.errors import ConfigError, InputError
+from vit_common.errors import CheckpointError, ConfigError, InputError
 
 VISION = {
     "hidden_size": 24,
@@ -199,6 +200,125 @@ def test_a_tower_is_taken_out_of_a_whole_clip(tmp_path):
     _, tensors = inputs("CLIPVisionModel")
     wanted = theirs.get_image_features(**tensors).detach()
     np.testing.assert_array_equal(tower(**tensors).image_embeds.detach(), wanted)
+
+
+class Block(torch.nn.Module):
+    """A block as `clip/model.py` of github.com/openai/CLIP has it."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.attn = torch.nn.MultiheadAttention(width, heads)
+        self.ln_1, self.ln_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.mlp = torch.nn.ModuleDict(
+            {"c_fc": torch.nn.Linear(width, 4 * width), "c_proj": torch.nn.Linear(4 * width, width)}
+        )
+
+    def forward(self, x, mask=None):
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        y = self.mlp["c_fc"](self.ln_2(x))
+        return x + self.mlp["c_proj"](y * torch.sigmoid(1.702 * y))
+
+
+class Blocks(torch.nn.Module):
+    def __init__(self, width: int, heads: int, depth: int):
+        super().__init__()
+        self.resblocks = torch.nn.ModuleList(Block(width, heads) for _ in range(depth))
+
+    def forward(self, x, mask=None):
+        for block in self.resblocks:
+            x = block(x, mask)
+        return x
+
+
+class Visual(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        D = 64
+        self.conv1 = torch.nn.Conv2d(3, D, 4, 4, bias=False)
+        self.class_embedding = torch.nn.Parameter(torch.randn(D))
+        self.positional_embedding = torch.nn.Parameter(torch.randn(17, D))
+        self.ln_pre, self.ln_post = torch.nn.LayerNorm(D), torch.nn.LayerNorm(D)
+        self.transformer = Blocks(D, 1, 2)
+        self.proj = torch.nn.Parameter(torch.randn(D, 12))
+
+    def forward(self, x):
+        x = self.conv1(x).flatten(2).permute(0, 2, 1)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)
+        x = self.ln_pre(x + self.positional_embedding).permute(1, 0, 2)
+        x = self.transformer(x).permute(1, 0, 2)
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class Clip(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        D = 64
+        self.visual = Visual()
+        self.transformer = Blocks(D, 1, 2)
+        self.token_embedding = torch.nn.Embedding(50, D)
+        self.positional_embedding = torch.nn.Parameter(torch.randn(10, D))
+        self.ln_final = torch.nn.LayerNorm(D)
+        self.text_projection = torch.nn.Parameter(torch.randn(D, 12))
+        self.logit_scale = torch.nn.Parameter(torch.tensor(1.3))
+
+    def texts(self, ids):
+        x = (self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]).permute(1, 0, 2)
+        mask = torch.full((len(x), len(x)), float("-inf")).triu(1)
+        x = self.ln_final(self.transformer(x, mask).permute(1, 0, 2))
+        return x[torch.arange(len(x)), ids.argmax(-1)] @ self.text_projection
+
+
+def authors_file(path, **more: Any) -> Any:
+    """A network of OpenAI's code, all of it random, and its file."""
+    torch.manual_seed(0)
+    theirs = randomize(Clip())
+    torch.save({**theirs.state_dict(), **more}, path)
+    return theirs
+
+
+OPENAI = {name: torch.tensor(16) for name in ("input_resolution", "context_length", "vocab_size")}
+
+
+def test_files_of_openai_and_open_clip(tmp_path):
+    theirs = authors_file(tmp_path / "clip.pt", **OPENAI)
+    pixels = torch.randn(2, 3, 16, 16)
+    with pytest.warns(UserWarning, match="not used: .*text_model"):
+        tower = vit_torch.CLIPVisionModelWithProjection.from_pretrained(tmp_path / "clip.pt")
+    assert (tower.config.num_attention_heads, tower.config.hidden_act) == (1, "quick_gelu")
+    wanted = theirs.visual(pixels).detach()
+    np.testing.assert_allclose(tower(pixels).image_embeds.detach(), wanted, atol=2e-5)
+    config = vit_torch.CLIPConfig(
+        vision_config=tower.config.to_dict(),
+        text_config={
+            **{key: TEXT[key] for key in ("vocab_size", "max_position_embeddings", "eos_token_id")},
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 1,
+        },
+        projection_dim=12,
+    )
+    both = vit_torch.CLIPModel.from_pretrained(tmp_path / "clip.pt", config=config)
+    ids = torch.tensor(IDS)
+    wanted = theirs.texts(ids).detach()
+    np.testing.assert_allclose(both.get_text_features(ids).detach(), wanted, atol=2e-5)
+    # Of open_clip's files nothing says which activation the network was trained with.
+    authors_file(tmp_path / "open.pt")
+    with pytest.raises(CheckpointError, match="`hidden_act` is not in these weights"):
+        vit_torch.CLIPVisionModel.from_pretrained(tmp_path / "open.pt", num_attention_heads=1)
+
+
+@pytest.mark.slow
+def test_open_clip_is_written(tmp_path):
+    from vit_convert import convert
+
+    reference("CLIPModel").save_pretrained(tmp_path / "hub")
+    convert(tmp_path / "hub", tmp_path / "open", to="open_clip")
+    convert(tmp_path / "open", tmp_path / "back", to="hub")
+    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("hub", "back"))
+    assert old.keys() == new.keys()
+    assert all(np.array_equal(old[key], new[key]) for key in old)
 
 
 def test_configurations_are_those_of_transformers():
