@@ -194,7 +194,6 @@ REFUSED = {
         {},
         ("attn_pool.latent", "attn_pool.q.weight", "attn_pool.mlp.fc2.bias"),
     ),
-    "norms after the branches": ("vit_base_patch16_rpn_224", {}, ("vit_base_patch16_rpn_224",)),
     "parallel blocks": ("vit_small_patch16_18x2_224", {"depth": 1}, ("blocks.0.attns.0",)),
 }
 
