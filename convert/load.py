@@ -263,8 +263,11 @@ class _Fit:
             self.missing.append(name)
             if tensor is not None:
                 self.mismatched[name] = tuple(tensor.shape)
+        # To a model of texts alone, the image tower is what a text tower is to one of images.
+        texts = all(name.startswith(("text_model.", "text_projection.")) for name in shapes)
         self.left: dict[str, Kind] = {
-            name: kind_of(name, tensor, canonical=True) for name, tensor in found.items()
+            name: "task" if texts else kind_of(name, tensor, canonical=True)
+            for name, tensor in found.items()
         }
         unexplained = [name for name in source.unexplained if name not in by_itself]
         for name in unexplained:
