@@ -258,9 +258,9 @@ class ViTSelfOutput(ViTPart):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+        D = self.config.hidden_size
         if self.config.use_attention_norm:
             self.layernorm = layer_norm(self)
-        D = self.config.hidden_size
         self.dense = dense(self, D, D, use_bias=self.config.proj_bias)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
@@ -335,9 +335,9 @@ class ViTOutput(ViTPart):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        if self.config.use_mlp_norm:
-            self.layernorm = layer_norm(self, self.config.intermediate_size)
         width, D = self.config.intermediate_size, self.config.hidden_size
+        if self.config.use_mlp_norm:
+            self.layernorm = layer_norm(self, width)
         self.dense = dense(self, width, D, use_bias=self.config.mlp_bias)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
