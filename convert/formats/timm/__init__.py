@@ -6,7 +6,7 @@ projects differ in are settings that no weight shows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vit_common.config import ViTConfig
@@ -16,6 +16,7 @@ from vit_convert.formats import stems
 from vit_convert.formats.format import Clue, Files, Format, Implied, Rule
 from vit_convert.formats.timm import eva
 from vit_convert.formats.timm.config import timm_config
+from vit_convert.formats.timm.pool import ATTENTION_POOL
 from vit_convert.layouts import FUSED_QKV
 
 EMBEDDINGS = {
@@ -69,6 +70,12 @@ def qkv(*leaves: str) -> tuple[Rule, ...]:
 
 
 SCALES = keep({f"blocks.{{i}}.ls{n}.gamma": f"{LAYER}lambda_{n}" for n in (1, 2)})
+INNER_NORMS = {
+    "attn.q_norm": "attention.attention.query_norm",
+    "attn.k_norm": "attention.attention.key_norm",
+    "attn.norm": "attention.output.layernorm",
+    "mlp.norm": "output.layernorm",
+}
 PLAIN = (
     keep({**EMBEDDINGS, **NORMS, "reg_token": "embeddings.register_tokens"})
     + dense("pre_logits.fc", "pooler.dense")
@@ -77,7 +84,13 @@ PLAIN = (
     + SCALES
     + stems.TIMM
 )
-RULES = PLAIN + dense("head", "classifier")
+RULES = (
+    PLAIN
+    + dense("head", "classifier")
+    + dense("norm_pre", "pre_layernorm")
+    + blocks(INNER_NORMS)
+    + ATTENTION_POOL
+)
 DISTILLED = (
     PLAIN
     + dense("head", "cls_classifier")
@@ -194,12 +207,20 @@ def _format(families: tuple[str, ...], rules, describes: str, **more: Any) -> Fo
     )
 
 
+def _unsaid(shapes: Mapping[str, Any]) -> tuple[str, ...]:
+    """Perception Encoders, which rotate, have the names of others with both of these parts."""
+    both = "pre_layernorm.weight" in shapes and "pooler.probe" in shapes
+    return ("rope_type",) if both else ()
+
+
 FORMATS = (
     _format(
         ("vit",),
         RULES,
         "timm state dict of a Vision Transformer",
         fits=stems.has_stages,
+        parts=(),
+        unsaid=_unsaid,
         named=lambda architecture: not eva.named(architecture),
     ),
     _format(
