@@ -228,15 +228,15 @@ def test_parts_that_change_the_network_are_named(name, part, tmp_path):
     state = {**timm_backbone().state_dict(), name: torch.ones(48)}
     torch.save({"state_dict": state}, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match=f"{name}: nothing here knows.*{part}"):
-        convert(tmp_path / "file.pth", tmp_path / "out", from_="timm", overrides=HEADS)
+        convert(tmp_path / "file.pth", tmp_path / "out", from_="dino", overrides=HEADS)
 
 
 # -- heads of attention
 
 
 def published_of_timm() -> dict[str, tuple[tuple[int, int, int, bool], int, bool]]:
-    """timm's name -> (width, depth, width of the MLP, whether it is gated), heads, and whether there is a class token;
-    from the arguments its own functions give its models."""
+    """timm's name -> (width, depth, width of the MLP, whether it is gated), heads, and whether it
+    has a class token; from the arguments its own functions give its models."""
     found = {}
     for name in timm_models.HEADS:
         cls, args = timm_table.arguments_of(name)

@@ -84,13 +84,9 @@ PLAIN = (
     + SCALES
     + stems.TIMM
 )
-RULES = (
-    PLAIN
-    + dense("head", "classifier")
-    + dense("norm_pre", "pre_layernorm")
-    + blocks(INNER_NORMS)
-    + ATTENTION_POOL
-)
+RULES = PLAIN + dense("head", "classifier")
+"""What other projects have of timm's names too."""
+OWN = RULES + dense("norm_pre", "pre_layernorm") + blocks(INNER_NORMS) + ATTENTION_POOL
 DISTILLED = (
     PLAIN
     + dense("head", "cls_classifier")
@@ -216,7 +212,7 @@ def _unsaid(shapes: Mapping[str, Any]) -> tuple[str, ...]:
 FORMATS = (
     _format(
         ("vit",),
-        RULES,
+        OWN,
         "timm state dict of a Vision Transformer",
         fits=stems.has_stages,
         parts=(),
