@@ -170,8 +170,40 @@ class _Network:
                     x = np.maximum(x if number != "3" else x + shortcut, 0.0)
         return x
 
+    def differential(self, query, key, value, name: str, block: int) -> np.ndarray:
+        """(S, D), of queries, keys and values (A, S, D/A) of differential attention."""
+        name = f"{name}.differential"
+        q1, k1, q2, k2 = (self.weight(f"{name}.lambda_{n}") for n in ("q1", "k1", "q2", "k2"))
+        share = 0.8 - 0.6 * math.exp(-0.3 * block)
+        full = math.exp(float(q1 @ k1)) - math.exp(float(q2 @ k2)) + share
+        heads = []
+        for q, k, v in zip(query, key, value, strict=True):
+            maps = []
+            for half_q, half_k in zip(np.split(q, 2, axis=1), np.split(k, 2, axis=1), strict=True):
+                scores = half_q @ half_k.T / math.sqrt(half_q.shape[1])
+                scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+                maps.append(scores / scores.sum(axis=-1, keepdims=True))
+            x = (maps[0] - full * maps[1]) @ v  # (S, D/A)
+            x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5)
+            heads.append(x * self.weight(f"{name}.norm.weight") * (1.0 - share))
+        return np.concatenate(heads, axis=1)
+
+    def bias_by_mlp(self, name: str) -> np.ndarray:
+        """(A, S, S), from the logarithm of the rows and columns between two patches."""
+        rows, columns = self.config.grid_size
+        places = np.stack(np.divmod(np.arange(rows * columns), columns), -1).astype(np.float64)
+        offsets = places[:, None] - places  # (N, N, 2)
+        offsets = np.sign(offsets) * np.log(1.0 + np.abs(offsets))
+        inner = offsets @ self.weight(f"{name}.in_kernel") + self.weight(f"{name}.in_bias")
+        bias = np.maximum(inner, 0.0) @ self.weight(f"{name}.out_kernel")
+        bias = bias + self.weight(f"{name}.out_bias")
+        T = self.config.num_prefix_tokens
+        return np.pad(bias, ((T, 0), (T, 0), (0, 0))).transpose(2, 0, 1)
+
     def bias(self, name: str) -> np.ndarray:
         """(A, S, S) of a table of relative positions."""
+        if self.config.relative_position_type == "mlp":
+            return self.bias_by_mlp(f"{name}.relative_position_bias")
         table = self.weight(f"{name}.relative_position_bias.relative_position_bias_table")
         return table[relative_position_index(self.config.grid_size)].transpose(2, 0, 1)
 
@@ -211,6 +243,9 @@ class _Network:
             query = self.norm(query, f"{name}.query_norm")
             key = self.norm(key, f"{name}.key_norm")
         query, key = self.rotated(query, block), self.rotated(key, block)
+        if config.attention_type == "differential":
+            context = self.differential(query, key, value, name, block)
+            return self.dense(context, f"{layer}.attention.output.dense")
         biases = self.bias(name) if config.use_relative_position_bias else None
         heads = []
         for head in range(A):  # one S x S in memory at a time

@@ -16,6 +16,7 @@ from vit_common.config_fields import ROWS
 from vit_common.errors import CheckpointError, ConfigError
 from vit_common.families import Dinov2Config, config_class
 from vit_common.images.imagenet import imagenet_labels
+from vit_common.parameters import DIFFERENTIAL
 from vit_common.positions import resize_positions
 from vit_common.presets import PRESETS
 from vit_convert.formats import FORMATS
@@ -172,6 +173,8 @@ def _rank(name: str) -> int:
         return 4
     if name == "encoder.rope_frequencies":
         return 4
+    if name.endswith((".in_bias", ".out_bias", *DIFFERENTIAL)):
+        return 1
     if name.startswith("embeddings.stem."):
         return 1 if "norm" in name.split(".")[-2] else 4
     if (name.startswith("embeddings.") and "projection" not in name) or name == "pooler.probe":
@@ -282,6 +285,17 @@ def _structure(shapes: Mapping[str, Any]) -> dict[str, Any]:
     """What only a ViT may have or lack, as far as names show it. A norm or a bias that is not there
     may just be missing, so what has none of them is said by a configuration alone."""
     layer, fields = "encoder.layer.0", dict[str, Any]()
+    if f"{layer}.attention.attention.differential.norm.weight" in shapes:
+        fields["attention_type"] = "differential"
+    for field, module in (
+        ("use_relative_position_bias", f"{layer}.attention.attention"),
+        ("use_shared_relative_position_bias", "encoder"),
+    ):
+        if found := shapes.get(f"{module}.relative_position_bias.in_kernel"):
+            fields |= {field: True, "relative_position_type": "mlp"}
+            fields["relative_position_width"] = found[1]
+            if "embeddings.position_embeddings" not in shapes:
+                fields["use_absolute_position_embeddings"] = False
     if "embeddings.cls_token" not in shapes:
         fields["use_cls_token"] = False
     for field, name in (
@@ -328,6 +342,7 @@ def _heads(shapes, source, mapped, timm, note) -> None:
             note("shapes", num_attention_heads=tensor.shape[1])
             return
     table = next((s for n, s in shapes.items() if n.endswith("relative_position_bias_table")), None)
+    table = table or next((s for n, s in shapes.items() if n.endswith(".out_kernel")), None)
     if table:
         note("shapes", num_attention_heads=table[1])
         return

@@ -99,7 +99,43 @@ ROTARY, POSITIONS = "vit_flax/parts/rotary.py", "vit_common/positions.py"
 TURNED = f"{_ROTARY}both_twins_rotate_as_timm_does"
 
 
+_STEMS = "tests/test_stems.py::test_hybrids_of_"
 MUTANTS = [
+    Mutant(
+        "a stem's kernel divided by timm's constant where Google's is meant",
+        "vit_torch/parts/stems.py",
+        "kernel = kernel / (variance.sqrt() + 1e-5)",
+        "kernel = kernel * torch.rsqrt(variance + 1e-8)",
+        f"{_STEMS}google",
+    ),
+    Mutant(
+        "the odd pixel of a stem's padding in front",
+        "vit_torch/parts/stems.py",
+        "pads += (total // 2, total - total // 2)",
+        "pads += (total - total // 2, total // 2)",
+        f"{_STEMS}timm_in_both_twins[stages]",
+    ),
+    Mutant(
+        "a first stage that halves the image",
+        "vit_flax/parts/stems.py",
+        "stride=2 if self.stage > 0 and i == 0 else 1",
+        "stride=2 if self.stage == 1 or i == 0 else 1",
+        f"{_STEMS}timm_in_both_twins[stages]",
+    ),
+    Mutant(
+        "offsets that are not on a logarithmic scale",
+        "vit_common/positions.py",
+        "np.sign(offsets) * np.log1p(np.abs(offsets))",
+        "np.sign(offsets) * np.abs(offsets)",
+        "tests/test_relative_mlp.py::test_both_twins_and_the_numpy_network_are_timms[class token]",
+    ),
+    Mutant(
+        "the same share of the second map in every block",
+        "vit_common/config.py",
+        "0.8 - 0.6 * math.exp(-0.3 * i)",
+        "0.8 - 0.6 * math.exp(-0.3 * 0)",
+        "tests/test_differential.py::test_both_twins_and_the_numpy_network_are_timms",
+    ),
     Mutant("tanh GELU", FLAX_PART, "jax.nn.gelu(x, approximate=False)", "jax.nn.gelu(x)", STAGES),
     Mutant(
         "exact GELU for gelu_new",

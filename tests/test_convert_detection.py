@@ -235,8 +235,8 @@ def test_parts_that_change_the_network_are_named(name, part, tmp_path):
 
 
 def published_of_timm() -> dict[str, tuple[tuple[int, int, int, bool], int, bool]]:
-    """timm's name -> (width, depth, width of the MLP, whether it is gated), heads, and whether it
-    has a class token; from the arguments its own functions give its models."""
+    """timm's name -> (width, depth, width of the MLP, whether it is gated), heads, whether there
+    is a class token; from the arguments its own functions give its models."""
     found = {}
     for name in timm_models.HEADS:
         cls, args = timm_table.arguments_of(name)

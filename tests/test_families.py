@@ -735,6 +735,18 @@ EXTENSIONS: dict[str, dict[str, Any]] = {
     "branches": {"num_parallel_branches": 3, "use_qk_norm": True},
     "parallel": {"block_type": "parallel", "layer_scale_init_value": 0.1},
     "norms after": {"block_type": "post_norm"},
+    "relative positions by an MLP": {
+        "use_relative_position_bias": True,
+        "use_shared_relative_position_bias": True,
+        "relative_position_type": "mlp",
+        "relative_position_width": 12,
+    },
+    "differential attention": {"attention_type": "differential"},
+    "a ResNet before the patches": {
+        "stem_type": "resnetv2",
+        "stem_depths": (1,),
+        "stem_width": 32,
+    },
     "all at once": {
         "layer_scale_init_value": 0.1,
         "num_register_tokens": 2,

@@ -11,6 +11,7 @@ import copy
 import importlib
 import inspect
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,11 +28,13 @@ from vit_common.config_fields import (
     STEM_GROUPS,
     STEM_NARROWING,
     VIT_FIELDS,
+    AttentionType,
     BlockType,
     Fields,
     NormType,
     Pooling,
     PositionTokens,
+    RelativePositionType,
     StemStandardization,
     StemType,
     check_depth,
@@ -147,6 +150,9 @@ class ViTConfig:
     use_absolute_position_embeddings: bool
     use_relative_position_bias: bool
     use_shared_relative_position_bias: bool
+    attention_type: AttentionType
+    relative_position_type: RelativePositionType
+    relative_position_width: int
     rope_type: RotaryType | None
     rope_theta: float
     rope_grid_size: int | tuple[int, int] | None
@@ -329,6 +335,12 @@ class ViTConfig:
                 f"and {self.patch_size!r}."
             )
         self._check_stem()
+        differs = self.attention_type == "differential"
+        if differs and (self.head_dim % 2 or self.use_qk_norm or self.rope_type is not None):
+            raise ConfigError(
+                "config: `attention_type` 'differential' must be of heads of even width, without "
+                "`use_qk_norm` and `rope_type`."
+            )
         if not self.use_cls_token and self.pooling not in ("mean", "map"):
             raise ConfigError(
                 "config: `pooling` must be 'mean' or 'map' where `use_cls_token` is False; given "
@@ -479,6 +491,16 @@ class ViTConfig:
             "offset": self.rope_grid_offset,
             "columns_first": self.rope_grid_indexing == "xy",
         }
+
+    @property
+    def has_relative_mlp(self) -> bool:
+        """Whether that bias is computed by an MLP."""
+        return self.has_relative_positions and self.relative_position_type == "mlp"
+
+    @property
+    def differential_shares(self) -> tuple[float, ...]:
+        """Of each block, the share of the second map at the start (Ye et al. 2024, section 2.1)."""
+        return tuple(0.8 - 0.6 * math.exp(-0.3 * i) for i in range(self.num_hidden_layers))
 
     @property
     def has_layer_scale(self) -> bool:
@@ -668,7 +690,8 @@ class ViTConfig:
         """
         table = self.to_dict()
         # JSON would sort the string keys 0, 1, 10, ...; the label tables keep their own order.
-        table["id2label"] = {str(index): label for index, label in table["id2label"].items()}
+        if "id2label" in table:
+            table["id2label"] = {str(index): label for index, label in table["id2label"].items()}
         ordered = {name: table[name] for name in sorted(table)}
         try:
             json.dumps(ordered, ensure_ascii=False).encode()  # half a surrogate pair is no text

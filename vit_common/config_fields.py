@@ -228,6 +228,8 @@ STEM_NARROWING = 4
 """By how much its blocks are narrower inside."""
 
 PositionTokens = Literal["all", "cls", "patches"]
+AttentionType = Literal["softmax", "differential"]
+RelativePositionType = Literal["table", "mlp"]
 StemType = Literal["resnetv2"]
 StemStandardization = Literal["variance", "deviation"]
 Pooling = Literal["cls", "mean", "cls_mean", "map"]
@@ -486,6 +488,21 @@ ROWS: dict[str, Field] = {
         _boolean,
         "whether a channel is rotated together with the one half a head further on, not with its "
         "neighbour",
+    ),
+    "attention_type": _extension(
+        "softmax",
+        _choice(get_args(AttentionType)),
+        'attention of a head: "softmax", or "differential", the difference of two maps (Ye et al. '
+        "2024, arXiv:2410.05258)",
+    ),
+    "relative_position_type": _extension(
+        "table",
+        _choice(get_args(RelativePositionType)),
+        'where biases of offsets come from: "table" (one for each offset of the grid) or "mlp" '
+        "(computed from its logarithm, for any grid, Liu et al. 2022, arXiv:2111.09883)",
+    ),
+    "relative_position_width": _extension(
+        128, _size, "width of the MLP that computes them, inside"
     ),
     "layer_scale_init_value": _extension(
         0.0,

@@ -145,9 +145,8 @@ def parameter_shapes(
         shapes["embeddings.patch_embeddings.projection.bias"] = (D,)
     if config.use_pre_norm:
         add_norm("pre_layernorm")
-    relative = (relative_distances(config.grid_size), A)
     if config.use_shared_relative_position_bias:
-        shapes["encoder.relative_position_bias.relative_position_bias_table"] = relative
+        shapes |= _relative(config, "encoder.relative_position_bias")
     if config.rope_type == "mixed":
         frequencies = (2, config.num_hidden_layers, A, config.head_dim // 2)
         shapes["encoder.rope_frequencies"] = frequencies
@@ -161,9 +160,12 @@ def parameter_shapes(
             shapes[f"{layer}.attention.attention.{name}.weight"] = (D, D)
             if use_bias:
                 shapes[f"{layer}.attention.attention.{name}.bias"] = (D,)
+        if config.attention_type == "differential":
+            module = f"{layer}.attention.attention.differential"
+            shapes |= {f"{module}.{name}": (config.head_dim // 2,) for name in DIFFERENTIAL}
+            shapes[f"{module}.norm.weight"] = (config.head_dim,)
         if config.use_relative_position_bias:
-            table = "attention.attention.relative_position_bias.relative_position_bias_table"
-            shapes[f"{layer}.{table}"] = relative
+            shapes |= _relative(config, f"{layer}.attention.attention.relative_position_bias")
         if config.use_qk_norm:
             add_norm(f"{layer}.attention.attention.query_norm", config.head_dim)
             add_norm(f"{layer}.attention.attention.key_norm", config.head_dim)
@@ -234,6 +236,21 @@ def block_names(config: ViTConfig) -> Iterator[str]:
         yield f"encoder.layer.{i}"
         for j in range(1, config.num_parallel_branches):
             yield f"encoder.layer.{i}.branch.{j}"
+
+
+DIFFERENTIAL = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+"""Vectors from which differential attention computes the share of its second map."""
+
+
+def _relative(config: ViTConfig, module: str) -> dict[str, tuple[int, ...]]:
+    """The parameters that give the biases of offsets."""
+    A, inner = config.num_attention_heads, config.relative_position_width
+    if config.relative_position_type == "table":
+        rows = relative_distances(config.grid_size)
+        return {f"{module}.relative_position_bias_table": (rows, A)}
+    shapes: dict[str, tuple[int, ...]] = {"in_kernel": (2, inner), "in_bias": (inner,)}
+    shapes |= {"out_kernel": (inner, A), "out_bias": (A,)}
+    return {f"{module}.{name}": shape for name, shape in shapes.items()}
 
 
 def _stem_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
@@ -314,6 +331,17 @@ def _towers(config: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
+_NORMAL = (
+    "cls_token",
+    "distillation_token",
+    "position_embeddings",
+    "probe",
+    "in_kernel",
+    "out_kernel",
+    *DIFFERENTIAL,
+)
+
+
 def initial_value(
     name: str,
 ) -> Literal["normal", "one", "zero", "layer scale", "logit scale", "frequencies"]:
@@ -321,7 +349,7 @@ def initial_value(
     if name == "logit_scale":
         return "logit scale"
     *_, owner, leaf = ("", *name.split("."))
-    if leaf in ("cls_token", "distillation_token", "position_embeddings", "probe"):
+    if leaf in _NORMAL:
         return "normal"
     if leaf in ("lambda_1", "lambda_2"):
         return "layer scale"

@@ -12,6 +12,7 @@ token), S = T + N tokens, D width, L layers, A heads, I MLP width, K labels.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -43,7 +44,9 @@ from vit_flax.outputs import (
     FlaxSequenceClassifierOutput,
 )
 from vit_flax.parts.attention_pool import FlaxViTAttentionPooler
+from vit_flax.parts.differential import FlaxViTDifferentialAttention
 from vit_flax.parts.part import FlaxViTPart, activation, options
+from vit_flax.parts.relative import FlaxViTRelativePositionMLP
 from vit_flax.parts.rotary import rotate, rotation
 from vit_flax.parts.stems import FlaxViTStem
 from vit_flax.stacked import make_blocks, scan_blocks
@@ -185,6 +188,13 @@ class FlaxViTRelativePositionBias(FlaxViTPart):
         return bias.transpose(2, 0, 1)[None]  # (1, A, S, S)
 
 
+def relative_positions(part: FlaxViTPart) -> FlaxViTPart:
+    """Where the biases of offsets come from, by `relative_position_type`."""
+    by_mlp = part.config.relative_position_type == "mlp"
+    cls = FlaxViTRelativePositionMLP if by_mlp else FlaxViTRelativePositionBias
+    return cls(**options(part))
+
+
 class FlaxViTSelfAttention(FlaxViTPart):
     """Query, key and value of every head, and their attention; F tokens in front attend."""
 
@@ -198,7 +208,9 @@ class FlaxViTSelfAttention(FlaxViTPart):
             self.key_norm = layer_norm(self)
         self.dropout = nn.Dropout(self.config.attention_probs_dropout_prob)
         if self.config.use_relative_position_bias:
-            self.relative_position_bias = FlaxViTRelativePositionBias(**options(self))
+            self.relative_position_bias = relative_positions(self)
+        if self.config.attention_type == "differential":
+            self.differential = FlaxViTDifferentialAttention(**options(self))
 
     def __call__(
         self,
@@ -210,6 +222,7 @@ class FlaxViTSelfAttention(FlaxViTPart):
         bias=None,
         grid: tuple[int, int] | None = None,
         rotation=None,
+        share=None,
     ):
         """The context (B, F, D), and the probabilities (B, A, F, S) or None: see `attention`."""
         B, S, D = hidden_states.shape
@@ -229,7 +242,10 @@ class FlaxViTSelfAttention(FlaxViTPart):
         if rotation is not None:
             query = rotate(query, rotation, self.config.rope_rotate_half)
             key = rotate(key, rotation, self.config.rope_rotate_half)
-        context, probabilities = attention(
+        attend = attention
+        if self.config.attention_type == "differential":
+            attend = partial(self.differential, share=share)
+        context, probabilities = attend(
             query,
             key,
             value,
@@ -281,6 +297,7 @@ class FlaxViTAttention(FlaxViTPart):
         bias=None,
         grid: tuple[int, int] | None = None,
         rotation=None,
+        share=None,
     ):
         """(B, F, D), and the probabilities (B, A, F, S) or None."""
         context, probabilities = self.attention(
@@ -291,6 +308,7 @@ class FlaxViTAttention(FlaxViTPart):
             bias=bias,
             grid=grid,
             rotation=rotation,
+            share=share,
         )
         return self.output(context, deterministic), probabilities
 
@@ -436,6 +454,7 @@ class FlaxViTLayer(FlaxViTBranch):
         drop_path_rate=None,
         grid: tuple[int, int] | None = None,
         rotation=None,
+        share=None,
     ):
         """(B, S, D), and the attention probabilities (B, A, S, S), None unless asked for; of
         several branches those of the first.
@@ -449,9 +468,11 @@ class FlaxViTLayer(FlaxViTBranch):
             drop_path_rate: how often, in training, an image skips a branch; None means never.
             grid: rows and columns of patches, for BEiT's bias; None means those of the config.
             rotation: by what queries and keys are rotated, see `vit_flax.parts.rotary`.
+            share: see `vit_flax.parts.differential`.
         """
         parallel, branches = self.config.block_type == "parallel", self.config.num_parallel_branches
-        inputs = {"head_mask": head_mask, "bias": bias, "grid": grid, "rotation": rotation}
+        inputs = {"head_mask": head_mask, "bias": bias, "grid": grid}
+        inputs |= {"rotation": rotation, "share": share}
         rate, flags = drop_path_rate, (deterministic, output_attentions)
         run = self.attend_and_transform if parallel else self.attend
         output, probabilities = run(hidden_states, *flags, rate, **inputs)
@@ -491,11 +512,16 @@ class FlaxViTLayerCollection(FlaxViTPart):
         mixed = self.config.rope_type == "mixed"
 
         def run(layer, hidden_states, own, rate):
-            layer_mask, turn = own
+            layer_mask, turn, share = own
             inputs = (hidden_states, deterministic, output_attentions, layer_mask, bias, rate, grid)
-            return layer(*inputs, turn if mixed else rotation)
+            return layer(*inputs, turn if mixed else rotation, share)
 
-        rates, owned = self.config.drop_path_rates, (head_mask, rotation if mixed else None)
+        shares = None
+        if self.config.attention_type == "differential":
+            exact = jnp.promote_types(self.dtype, jnp.float32)
+            shares = jnp.asarray(self.config.differential_shares, exact)
+        rates = self.config.drop_path_rates
+        owned = (head_mask, rotation if mixed else None, shares)
         if self.scan_layers and self.layers:
             flags = (output_attentions, output_hidden_states)
             output = scan_blocks(run, self.layers[0], hidden_states, owned, rates, *flags)
@@ -520,7 +546,7 @@ class FlaxViTEncoder(FlaxViTPart):
     def setup(self):
         self.layer = FlaxViTLayerCollection(**options(self))
         if self.config.use_shared_relative_position_bias:
-            self.relative_position_bias = FlaxViTRelativePositionBias(**options(self))
+            self.relative_position_bias = relative_positions(self)
         if self.config.rope_type == "mixed":
             L, A = self.config.num_hidden_layers, self.config.num_attention_heads
             shape = (2, L, A, self.config.head_dim // 2)

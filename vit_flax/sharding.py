@@ -59,6 +59,10 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (r"encoder/relative_position_bias/relative_position_bias_table", _BIASES),
     (r"encoder/rope_frequencies", PartitionSpec(None, None, MODEL)),  # (2, L, A, D/A/2)
     (rf"{_ATTENTION}/relative_position_bias/relative_position_bias_table", _BIASES),
+    (rf"{_ATTENTION}/differential/(lambda_\w+|norm/scale)", _WHOLE),
+    (rf"(encoder|{_ATTENTION})/relative_position_bias/in_(kernel|bias)", _WHOLE),
+    (rf"(encoder|{_ATTENTION})/relative_position_bias/out_kernel", _BIASES),
+    (rf"(encoder|{_ATTENTION})/relative_position_bias/out_bias", _PART),
     (rf"{_ATTENTION}/(query|key|value)/kernel", _OUTPUTS),
     (rf"{_ATTENTION}/(query|key|value)/(bias|kernel_scale|kernel_sums)", _PART),
     (rf"{_BLOCK}/attention/output/dense/kernel", _INPUTS),

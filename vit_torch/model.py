@@ -46,7 +46,9 @@ from vit_torch.outputs import (
     MaskedLMOutput,
 )
 from vit_torch.parts.attention_pool import ViTAttentionPooler
+from vit_torch.parts.differential import ViTDifferentialAttention
 from vit_torch.parts.part import ViTPart, activation, options
+from vit_torch.parts.relative import ViTRelativePositionMLP
 from vit_torch.parts.rotary import Rotation, rotate, rotation
 from vit_torch.parts.stems import ViTStem
 
@@ -193,6 +195,13 @@ class ViTRelativePositionBias(ViTPart):
         return bias.permute(2, 0, 1)[None]  # (1, A, S, S)
 
 
+def relative_positions(part: ViTPart) -> ViTPart:
+    """Where the biases of offsets come from, by `relative_position_type`."""
+    by_mlp = part.config.relative_position_type == "mlp"
+    cls = ViTRelativePositionMLP if by_mlp else ViTRelativePositionBias
+    return cls(**options(part))
+
+
 class ViTSelfAttention(ViTPart):
     """Query, key and value of every head, and their attention.
 
@@ -215,7 +224,9 @@ class ViTSelfAttention(ViTPart):
             self.key_norm = layer_norm(self, self.attention_head_size)
         self.dropout = nn.Dropout(self.config.attention_probs_dropout_prob)
         if self.config.use_relative_position_bias:
-            self.relative_position_bias = ViTRelativePositionBias(**options(self))
+            self.relative_position_bias = relative_positions(self)
+        if self.config.attention_type == "differential":
+            self.differential = ViTDifferentialAttention(**options(self))
 
     def forward(
         self,
@@ -240,7 +251,9 @@ class ViTSelfAttention(ViTPart):
         if rotation is not None:
             query = rotate(query, rotation, self.config.rope_rotate_half)
             key = rotate(key, rotation, self.config.rope_rotate_half)
-        context, probabilities = attention(
+        differs = self.config.attention_type == "differential"
+        attend = self.differential if differs else attention
+        context, probabilities = attend(
             query,
             key,
             value,
@@ -258,9 +271,9 @@ class ViTSelfOutput(ViTPart):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        D = self.config.hidden_size
         if self.config.use_attention_norm:
             self.layernorm = layer_norm(self)
+        D = self.config.hidden_size
         self.dense = dense(self, D, D, use_bias=self.config.proj_bias)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
@@ -335,9 +348,9 @@ class ViTOutput(ViTPart):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        width, D = self.config.intermediate_size, self.config.hidden_size
         if self.config.use_mlp_norm:
-            self.layernorm = layer_norm(self, width)
+            self.layernorm = layer_norm(self, self.config.intermediate_size)
+        width, D = self.config.intermediate_size, self.config.hidden_size
         self.dense = dense(self, width, D, use_bias=self.config.mlp_bias)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
@@ -505,8 +518,12 @@ class ViTEncoder(ViTPart):
         self.layer = nn.ModuleList(
             ViTLayer(**options(self), drop_path_rate=rate) for rate in self.config.drop_path_rates
         )
+        for layer, share in zip(self.layer, self.config.differential_shares, strict=True):
+            for module in layer.modules():
+                if isinstance(module, ViTDifferentialAttention):
+                    module.share = share
         if self.config.use_shared_relative_position_bias:
-            self.relative_position_bias = ViTRelativePositionBias(**options(self))
+            self.relative_position_bias = relative_positions(self)
         if self.config.rope_type == "mixed":
             L, A = self.config.num_hidden_layers, self.config.num_attention_heads
             shape = (2, L, A, self.config.head_dim // 2)

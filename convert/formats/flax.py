@@ -8,6 +8,7 @@ Sources: `models/{vit,beit,dinov2}/modeling_flax_*.py` of Transformers 4.57.6.
 
 from dataclasses import replace
 
+from vit_common.parameters import DIFFERENTIAL
 from vit_convert.formats.format import Files, Format, Rule
 from vit_convert.formats.huggingface import (
     ATTENTION_POOLER_DENSE,
@@ -19,6 +20,7 @@ from vit_convert.formats.huggingface import (
     DINOV2_BLOCK,
     DINOV2_SWIGLU_BLOCK,
     EXTENDED_BLOCK,
+    RELATIVE_MLP,
     STEM,
     extended,
     gated,
@@ -32,6 +34,7 @@ _TOKENS = (
     "embeddings.register_tokens",
     "embeddings.position_embeddings",
     "encoder.relative_position_bias.relative_position_bias_table",
+    *(f"encoder.{name}" for name in RELATIVE_MLP),
     "encoder.rope_frequencies",
     "pooler.probe",
 )
@@ -52,6 +55,8 @@ _NORMS = ("pre_layernorm", "layernorm", "pooler.layernorm", "lm_layernorm")
 _ALONE = (
     "lambda_1", "lambda_2", "_table", "_token", "_tokens", "_embeddings", "_frequencies",
     "probe",
+    *RELATIVE_MLP,
+    *DIFFERENTIAL,
 )  # fmt: skip
 """What names of parameters end with that are no leaves of a module."""
 

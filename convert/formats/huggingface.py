@@ -9,6 +9,7 @@ Transformers 4.57.6 and 5.23.
 from collections.abc import Iterator
 
 from vit_common.config import ViTConfig
+from vit_common.parameters import DIFFERENTIAL
 from vit_convert.formats.format import Files, Format, Rule
 from vit_convert.formats.stems import TRANSFORMERS
 from vit_convert.layouts import GATE_AND_UP, KEEP, TOKEN, VECTOR, Layout
@@ -71,12 +72,19 @@ BLOCK = {
     "lambda_1": "lambda_1",
     "lambda_2": "lambda_2",
 }
+RELATIVE_MLP = tuple(
+    f"relative_position_bias.{name}" for name in ("in_kernel", "in_bias", "out_kernel", "out_bias")
+)
+"""What relative positions by an MLP have, in a block or beside all of them."""
+
 # what blocks of ViT's extensions have beside these, under the canonical names everywhere
 EXTENDED_BLOCK = (
     "attention.attention.query_norm",
     "attention.attention.key_norm",
     "attention.output.layernorm",
     "output.layernorm",
+    *(f"attention.attention.{name}" for name in RELATIVE_MLP),
+    *(f"attention.attention.differential.{name}" for name in (*DIFFERENTIAL, "norm")),
 )
 # canonical <-> DINOv2
 DINOV2_BLOCK = {
@@ -165,7 +173,7 @@ def _block(
     """The rules of a block's parameters, or of those of a branch beside its first."""
     rules = []
     for ours, theirs in table.items():
-        alone = ours.endswith(("lambda_1", "lambda_2", "_table"))
+        alone = ours.endswith(("lambda_1", "lambda_2", "_table", *RELATIVE_MLP, *DIFFERENTIAL))
         for leaf in ("",) if alone else (".weight", ".bias"):
             if ours not in but:
                 name = f"encoder.layer.{{i}}.{branch}{ours}{leaf}"
@@ -176,6 +184,7 @@ def _block(
 def _top(mask_token: Layout = KEEP, shared: str = f"encoder.{_TABLE}") -> tuple[Rule, ...]:
     return (
         *(Rule(name, name) for name in _TOP),
+        *(Rule(f"encoder.{name}", f"encoder.{name}") for name in RELATIVE_MLP),
         *(Rule(name, name) for module in STEM for name in _leaves(module)),
         Rule("embeddings.mask_token", "embeddings.mask_token", mask_token),
         Rule(shared, f"encoder.{_TABLE}"),

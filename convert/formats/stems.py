@@ -27,7 +27,7 @@ def _rules(module: str, ours: str) -> tuple[Rule, ...]:
     return tuple(Rule(f"{module}.{leaf}", f"{ours}.{leaf}") for leaf in leaves)
 
 
-def _torch_rules(root: tuple[str, str], block: str, downsample: str) -> tuple[Rule, ...]:
+def _torch_rules(root: tuple[str, ...], block: str, downsample: str) -> tuple[Rule, ...]:
     rules = [*_rules(root[0], f"{_STEM}convolution"), *_rules(root[1], f"{_STEM}norm")]
     for stage in range(STAGES):
         for part in _PARTS:
@@ -49,9 +49,9 @@ TIMM_ROOT = _rules(f"{_TIMM}conv", f"{_STEM}convolution") + _rules(f"{_TIMM}norm
 """timm's names, where it is a root alone."""
 
 TRANSFORMERS = _torch_rules(
-    tuple(
-        f"embeddings.patch_embeddings.backbone.bit.embedder.{name}"
-        for name in ("convolution", "norm")
+    (
+        "embeddings.patch_embeddings.backbone.bit.embedder.convolution",
+        "embeddings.patch_embeddings.backbone.bit.embedder.norm",
     ),
     "embeddings.patch_embeddings.backbone.bit.encoder.stages.{stage}.layers.{{i}}",
     "downsample.{}",
@@ -87,7 +87,7 @@ def google_rules(norms: Layout = _CHANNELS) -> tuple[Rule, ...]:
         norms: layout of a norm's vectors.
     """
 
-    def unit(conv: str, norm: str, ours: tuple[str, str]) -> list[Rule]:
+    def unit(conv: str, norm: str, ours: tuple[str, ...]) -> list[Rule]:
         rules = [Rule(f"{conv}/kernel", f"{_STEM}{ours[0]}.weight", HWIO)]
         for theirs, leaf in (("scale", "weight"), ("bias", "bias")):
             rules.append(Rule(f"{norm}/{theirs}", f"{_STEM}{ours[1]}.{leaf}", norms))
@@ -99,7 +99,7 @@ def google_rules(norms: Layout = _CHANNELS) -> tuple[Rule, ...]:
             place = f"block{stage + 1}/unit{i + 1}/"
             for part in _PARTS:
                 name = "_proj" if part == "_shortcut" else part
-                ours = tuple(f"stage{stage}.{i}.{kind}{part}" for kind in ("conv", "norm"))
+                ours = f"stage{stage}.{i}.conv{part}", f"stage{stage}.{i}.norm{part}"
                 rules += unit(f"{place}conv{name}", f"{place}gn{name}", ours)
     return tuple(rules)
 

@@ -520,7 +520,7 @@ class FlaxCLIPVisionModelWithProjection(FlaxCLIPVisionPreTrainedModel):
     module_class = FlaxCLIPVisionModelWithProjectionModule
     head = "projection"
 
-    __call__ = FlaxCLIPVisionModel.__call__
+    __call__ = FlaxCLIPVisionModel.__call__  # type: ignore[assignment]
 
 
 class FlaxCLIPForImageClassification(_TransformersTree, FlaxViTForImageClassification):

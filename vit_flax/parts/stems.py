@@ -9,6 +9,8 @@ google-research/vision_transformer; `timm/models/resnetv2.py` of timm 1.0.31.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -73,7 +75,7 @@ class FlaxViTBottleneck(FlaxViTPart):
     @nn.compact
     def __call__(self, hidden_states):
         def convolve(x, name: str, features: int, size: int = 1, stride: int = 1):
-            shape = {"features": features, "size": size, "stride": stride}
+            shape: dict[str, Any] = {"features": features, "size": size, "stride": stride}
             x = FlaxViTStandardizedConv(**options(self), **shape, name=f"conv{name}")(x)
             return FlaxViTGroupNorm(**options(self), name=f"norm{name}")(x)
 
@@ -109,7 +111,7 @@ class FlaxViTStem(FlaxViTPart):
 
     @nn.compact
     def __call__(self, pixel_values):
-        shape = {"features": self.config.stem_width, "size": 7, "stride": 2}
+        shape: dict[str, Any] = {"features": self.config.stem_width, "size": 7, "stride": 2}
         x = FlaxViTStandardizedConv(**options(self), **shape, name="convolution")(pixel_values)
         x = jax.nn.relu(FlaxViTGroupNorm(**options(self), name="norm")(x))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")  # (B, H/4, W/4, width)

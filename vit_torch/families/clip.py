@@ -54,7 +54,7 @@ class CLIPVisionModel(CLIPPreTrainedModel):
         attn_implementation: see `vit_torch.attention`.
     """
 
-    config_class = CLIPVisionConfig
+    config_class = CLIPVisionConfig  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class CLIPVisionModel(CLIPPreTrainedModel):
         Raises:
             InputError: an argument does not fit the model.
         """
-        return self.vision_model(
+        return self.vision_model(  # type: ignore[operator]
             pixel_values,
             head_mask=head_mask,
             output_attentions=output_attentions,
@@ -104,7 +104,7 @@ class CLIPVisionModelWithProjection(CLIPPreTrainedModel):
         attn_implementation: see `vit_torch.attention`.
     """
 
-    config_class = CLIPVisionConfig
+    config_class = CLIPVisionConfig  # type: ignore[assignment]
     head = "projection"
 
     def __init__(self, config: CLIPVisionConfig, *, attn_implementation: str = "auto"):
@@ -155,7 +155,7 @@ class CLIPForImageClassification(CLIPPreTrainedModel, ViTForImageClassification)
 
     config_class = CLIPConfig
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         pixel_values=None,
         labels=None,
@@ -293,7 +293,7 @@ def last_tokens(input_ids, config: ViTConfig):
 class _TextModel(CLIPPreTrainedModel):
     """Base of the models of CLIP's text tower."""
 
-    config_class = CLIPTextConfig
+    config_class = CLIPTextConfig  # type: ignore[assignment]
     base_model_prefix = "text_model"
     main_input_name = "input_ids"
 
@@ -304,11 +304,11 @@ class _TextModel(CLIPPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """The table of token embeddings."""
-        return self.text_model.embeddings.token_embedding
+        return self.text_model.embeddings.token_embedding  # type: ignore[union-attr, return-value]
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the table of token embeddings."""
-        self.text_model.embeddings.token_embedding = value
+        self.text_model.embeddings.token_embedding = value  # type: ignore[union-attr]
 
 
 class CLIPTextModel(_TextModel):

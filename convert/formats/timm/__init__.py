@@ -12,12 +12,13 @@ from typing import Any
 from vit_common.config import ViTConfig
 from vit_common.images.options import HALF_TO_EVEN  # torchvision crops so
 from vit_common.images.processors import BitImageProcessor
+from vit_common.parameters import DIFFERENTIAL as DIFFERENTIAL_NAMES
 from vit_convert.formats import stems
 from vit_convert.formats.format import Clue, Files, Format, Implied, Rule
 from vit_convert.formats.timm import eva
 from vit_convert.formats.timm.config import timm_config
 from vit_convert.formats.timm.pool import ATTENTION_POOL
-from vit_convert.layouts import FUSED_QKV
+from vit_convert.layouts import FUSED_QKV, KEEP, TRANSPOSE
 
 EMBEDDINGS = {
     "cls_token": "embeddings.cls_token",
@@ -76,6 +77,24 @@ INNER_NORMS = {
     "attn.norm": "attention.output.layernorm",
     "mlp.norm": "output.layernorm",
 }
+RELATIVE = tuple(
+    Rule(f"{theirs}.mlp.{layer}.{leaf}", f"{ours}.relative_position_bias.{name}", layout)
+    for theirs, ours in (
+        ("blocks.{i}.attn.rel_pos", f"{LAYER}attention.attention"),
+        ("shared_rel_pos", "encoder"),
+    )
+    for layer, leaf, name, layout in (
+        ("fc1", "weight", "in_kernel", TRANSPOSE),
+        ("fc1", "bias", "in_bias", KEEP),
+        ("fc2", "weight", "out_kernel", TRANSPOSE),
+        ("fc2", "bias", "out_bias", KEEP),
+    )
+)
+_OF_ATTENTION = f"{LAYER}attention.attention.differential."
+DIFFERENTIAL = keep(
+    {f"blocks.{{i}}.attn.{name}": _OF_ATTENTION + name for name in DIFFERENTIAL_NAMES}
+    | {"blocks.{i}.attn.sub_norm.weight": f"{_OF_ATTENTION}norm.weight"}
+)
 PLAIN = (
     keep({**EMBEDDINGS, **NORMS, "reg_token": "embeddings.register_tokens"})
     + dense("pre_logits.fc", "pooler.dense")
@@ -83,6 +102,8 @@ PLAIN = (
     + qkv("weight", "bias")
     + SCALES
     + stems.TIMM
+    + RELATIVE
+    + DIFFERENTIAL
 )
 RULES = PLAIN + dense("head", "classifier")
 """What other projects have of timm's names too."""
@@ -166,6 +187,13 @@ def cut_out(config: ViTConfig, name: str, enlarged: int | None = None) -> Implie
 def _cannot_hold(config: ViTConfig) -> str | None:
     if config.use_representation_layer:
         return "timm drops the layer before the classifier (pre-logits) when it loads"
+    if config.has_relative_mlp:
+        both = config.use_relative_position_bias and config.use_shared_relative_position_bias
+        if config.use_absolute_position_embeddings or config.num_register_tokens or both:
+            return (
+                "timm has relative positions by an MLP only in networks without absolute positions "
+                "and registers, of each block or shared by all"
+            )
     return stems.timm_cannot_hold(config)
 
 

@@ -35,7 +35,7 @@ _SHOWN = {
     "rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords", "num_heads", "img_size",
     "drop_path_rate", "embed_proj_type", "patchify_channels_last", "use_key_only_attn_mask",
     "enable_patch_interpolator", "pos_embed_grid_size", "attn_pool_mlp_ratio", "attn_type",
-    "swiglu_mlp", "cache_dir", "use_naflex",
+    "swiglu_mlp", "cache_dir", "use_naflex", "rel_pos_dim", "shared_rel_pos",
 }  # fmt: skip
 
 # timm's classes spell the same thing differently: keyword of a class -> that of VisionTransformer.
@@ -55,6 +55,8 @@ _BLOCKS = {
     "Block": "pre_norm",
     "EvaBlock": "pre_norm",
     "ResPostBlock": "post_norm",
+    "RelPosBlock": "pre_norm",
+    "ResPostRelPosBlock": "post_norm",
     "ParallelScalingBlock": "parallel",
     "ParallelThingsBlock": "pre_norm",
 }
@@ -68,7 +70,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "pos_embed": ("learn", "learned", "none", ""),
     "embed_norm_layer": (None,),
     "input_norm_layer": (None,),
-    "attn_layer": ("", "attn", "Attention", None),
+    "attn_layer": ("", "attn", "Attention", "diff", None),
     "mlp_layer": ("Mlp", "GluMlp", None),
     "gated": (False,),
     "attn_only_layer_scale": (False,),
@@ -81,6 +83,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "block_fn": (*_BLOCKS, None),
     "embed_layer": ("PatchEmbed", None),
     "pos_embed_use_grid_sample": (False,),
+    "rel_pos_type": ("mlp",),
 }
 _TAKEN = {
     *_ALLOWED, *_SPELLED, *_SPELLED.values(), "final_norm", "qk_norm", "norm_eps", "init_values",
@@ -95,14 +98,11 @@ _UNKNOWN = {
     ("embed_layer", "MbConvStages"): "MBConv stages before its blocks (ViTamin)",
     ("embed_layer", "ConvStem"): "a convolutional stem before its blocks (MobileCLIP)",
     ("embed_layer", "FeatureListNet"): "a ResNet-D before its patches (a hybrid)",
-    ("attn_layer", "diff"): "differential attention",
     ("block_fn", "DiffParallelScalingBlock"): "parallel blocks with differential attention",
     ("attn_only_layer_scale", True): "layer scale on the attention alone (Sapiens 2)",
     ("pos_embed", "factorized"): "positions as sums of a row's and a column's (factorized)",
-    ("block_fn", "ResPostRelPosBlock"): "relative positions from an MLP, norms after the branches",
 }
 _UNKNOWN_CLASSES = {
-    "VisionTransformerRelPos": "relative positions from an MLP",
     "VisionTransformerSAM": "windows and decomposed relative positions (SAM's encoder)",
 }
 

@@ -118,6 +118,17 @@ def _architecture(config: ViTConfig) -> tuple[str, dict[str, Any]]:
         args["use_abs_pos_emb"] = config.use_absolute_position_embeddings
         args["use_rel_pos_bias"] = config.use_relative_position_bias
         args["use_shared_rel_pos_bias"] = config.use_shared_relative_position_bias
+    if config.attention_type == "differential":
+        args["attn_layer"] = "diff"
+    if config.has_relative_mlp:
+        post_norm = "rpn_" if config.block_type == "post_norm" else ""
+        name = f"vit_relpos_small_patch16_{post_norm}224"
+        args["class_token"] = config.use_cls_token
+        args["global_pool"] = "avg" if config.pooling == "mean" else "token"
+        args["fc_norm"] = config.norm_after_pooling
+        args["init_values"] = config.layer_scale_init_value or None
+        args["rel_pos_dim"] = config.relative_position_width
+        args["shared_rel_pos"] = config.use_shared_relative_position_bias
     return name, args
 
 
