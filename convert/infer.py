@@ -175,10 +175,10 @@ def _rank(name: str) -> int:
         return 4
     if name == "encoder.rope_frequencies":
         return 4
-    if name == "logit_scale":
-        return 0
     if name.endswith((".in_bias", ".out_bias", *DIFFERENTIAL)):
         return 1
+    if name == "logit_scale":
+        return 0
     if name.startswith("embeddings.stem."):
         return 1 if "norm" in name.split(".")[-2] else 4
     if (name.startswith("embeddings.") and "projection" not in name) or name == "pooler.probe":

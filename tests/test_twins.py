@@ -19,7 +19,7 @@ ONLY = {
 SWITCHES = {"deterministic"}  # Flax is told what a PyTorch module knows: `training`
 # What differs from block to block: an argument where one block is compiled for all.
 RATES = {"ViTDropPath": {"rate"}, "ViTLayer": {"drop_path_rate", "share"}}
-RATES |= dict.fromkeys(("ViTAttention", "ViTSelfAttention"), {"share"})
+RATES |= {"ViTAttention": {"share"}, "ViTSelfAttention": {"share"}}
 
 
 @functools.cache
