@@ -13,15 +13,31 @@ from vit_convert.formats.format import PREFIXES, Format, Found
 from vit_convert.rules import TensorLike
 
 _CANONICAL = "embeddings.patch_embeddings.projection.weight"
+_TEXT = "text_model.embeddings.token_embedding.weight"
 # What the patch projection's kernel is called, in any of the formats. What stands before it is what
 # the file puts before every name of the network.
-_PROJECTIONS = {
-    name: any(t.prefixed for t in FORMATS if t.rule_for_foreign(name))
-    for table in FORMATS
-    if (hit := table.rule_for_canonical(_CANONICAL)) is not None
-    for name in hit[0].foreign_names
-}
-_PROJECTION = re.compile(rf"(?:^|(?<=[/.]))(?:{'|'.join(map(re.escape, sorted(_PROJECTIONS)))})$")
+
+
+def _names_of(canonical: str) -> dict[str, bool]:
+    """What a parameter is called, in any of the formats, and whether in one of them what a family
+    puts before its names may stand before it."""
+    return {
+        name: any(t.prefixed for t in FORMATS if t.rule_for_foreign(name))
+        for table in FORMATS
+        if (hit := table.rule_for_canonical(canonical)) is not None
+        for name in hit[0].foreign_names
+    }
+
+
+def _last(names: Iterable[str]) -> re.Pattern[str]:
+    """What a name in a file ends with, where it is one of these."""
+    return re.compile(rf"(?:^|(?<=[/.]))(?:{'|'.join(map(re.escape, sorted(names)))})$")
+
+
+_PROJECTIONS = _names_of(_CANONICAL)
+_PROJECTION = _last(_PROJECTIONS)
+_TEXTS = _names_of(_TEXT)  # of text towers by themselves
+_TOKENS = _last(_TEXTS)
 _REFUSED = tuple(dict.fromkeys(row for table in FORMATS for row in table.refuses))
 
 # Places where a file can have the network, the preferred one first: before all of them, the top;
@@ -105,11 +121,14 @@ def find_root(tensors: Mapping[str, TensorLike] | Iterable[str]) -> Root:
     """
     keys = list(tensors)
     roots: dict[str, str] = {}  # path -> path with the prefix of a family
-    for key in keys:
-        if match := _PROJECTION.search(key):
-            before = key[: match.start()]
-            # Only some formats put the family there by themselves.
-            roots[_without_family(before) if _PROJECTIONS[match[0]] else before] = before
+    for pattern, names in ((_PROJECTION, _PROJECTIONS), (_TOKENS, _TEXTS)):
+        for key in keys:
+            if match := pattern.search(key):
+                before = key[: match.start()]
+                # Only some formats put the family there by themselves.
+                roots[_without_family(before) if names[match[0]] else before] = before
+        if roots:
+            break
     if not roots:
         raise CheckpointError(_not_a_network(keys))
     ranked = sorted(roots, key=lambda path: (_rank(path), len(path)))
@@ -237,7 +256,9 @@ def detect_format(
         if not architecture and table.signs and not _has_sign(table, bare):
             continue
         found = {key: table.rule_for_foreign(key) for key in bare}
-        if not any(hit and _CANONICAL in hit[0].canonical_names for hit in found.values()):
+        if not any(
+            hit and {_CANONICAL, _TEXT} & {*hit[0].canonical_names} for hit in found.values()
+        ):
             continue
         unknown = [k for k, hit in found.items() if hit is None and not table.why_ignored(k)]
         wrong = (

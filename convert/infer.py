@@ -169,12 +169,16 @@ def _check_family(cls: type[ViTConfig], fields: Mapping[str, tuple[Any, str]]) -
 
 def _rank(name: str) -> int:
     """Number of axes of a parameter."""
+    if name in ("visual_projection.weight", "text_projection.weight"):
+        return 2
     if name.endswith(("projection.weight", "decoder.0.weight")):
         return 4
     if name == "encoder.rope_frequencies":
         return 4
     if name.endswith((".in_bias", ".out_bias", *DIFFERENTIAL)):
         return 1
+    if name == "logit_scale":
+        return 0
     if name.startswith("embeddings.stem."):
         return 1 if "norm" in name.split(".")[-2] else 4
     if (name.startswith("embeddings.") and "projection" not in name) or name == "pooler.probe":

@@ -209,6 +209,8 @@ def load_parameters(
     settings = source.table.settings
     odd = {field: value for field, value in settings.items() if getattr(config, field) != value}
     # A configuration beside the weights knows better than their format.
+    if source.timm is not None:  # its name of the network says the norms' epsilon
+        odd.pop("layer_norm_eps", None)
     if odd and not source.described:
         warn(
             f"{model} from {path}: networks in {source.table.name} layout have "
@@ -263,8 +265,11 @@ class _Fit:
             self.missing.append(name)
             if tensor is not None:
                 self.mismatched[name] = tuple(tensor.shape)
+        # To a model of texts alone, the image tower is what a text tower is to one of images.
+        texts = all(name.startswith(("text_model.", "text_projection.")) for name in shapes)
         self.left: dict[str, Kind] = {
-            name: kind_of(name, tensor, canonical=True) for name, tensor in found.items()
+            name: "task" if texts else kind_of(name, tensor, canonical=True)
+            for name, tensor in found.items()
         }
         unexplained = [name for name in source.unexplained if name not in by_itself]
         for name in unexplained:

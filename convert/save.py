@@ -144,11 +144,14 @@ class Savable:
         metadata = {"library_name": "transformers" if theirs else PACKAGE}
         if getattr(self, "head", None) in ("classifier", "teacher"):
             metadata["pipeline_tag"] = "image-classification"
-        height, width = config.image_height_width
+        if "max_position_embeddings" in config.fields:
+            inputs = f"texts of at most {config.max_position_embeddings} tokens"
+        else:
+            inputs = "images of {} x {} pixels".format(*config.image_height_width)
         text = (
             f"\n# {{repo}}\n\n`{name}` of the family `{config.model_type}`: "
-            f"{config.num_hidden_layers} layers of hidden size {config.hidden_size}, images of "
-            f"{height} x {width} pixels.\n\n## How to load it\n"
+            f"{config.num_hidden_layers} layers of hidden size {config.hidden_size}, {inputs}."
+            "\n\n## How to load it\n"
         )
         if is_ours:
             text += "".join(

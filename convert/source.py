@@ -103,7 +103,15 @@ class Source:
             "decoder.0.weight": "decoder",
             "lm_head.weight": "tokens",
         }
-        return next((heads[name] for name in heads if name in found), None)
+        head = next((heads[name] for name in heads if name in found), None)
+        if head is not None or not self.config.is_part:
+            return head
+        # CLIP's: a tower that is left aside is not what the configuration is of.
+        if self.config.base_family == "clip":
+            both = {"text_model.final_layernorm.weight", "visual_projection.weight"} <= found.keys()
+            return "towers" if both else None
+        own = "text" if self.config.base_family == "clip_text_model" else "visual"
+        return "projection" if f"{own}_projection.weight" in found else None
 
     @property
     def prefix(self) -> str:

@@ -100,7 +100,29 @@ TURNED = f"{_ROTARY}both_twins_rotate_as_timm_does"
 
 
 _STEMS = "tests/test_stems.py::test_hybrids_of_"
+_CLIP = "tests/test_clip.py::test_"
 MUTANTS = [
+    Mutant(
+        "a text's tokens attend to those after them",
+        "vit_flax/families/clip.py",
+        "attends = jnp.tril(jnp.ones((1, 1, tokens, tokens), bool))",
+        "attends = jnp.ones((1, 1, tokens, tokens), bool)",
+        f"{_CLIP}the_end_of_a_text_is_found_by_either_rule[49]",
+    ),
+    Mutant(
+        "the older rule for the end of a text left out",
+        "vit_torch/families/clip.py",
+        "config.eos_token_id in (2, None)",
+        "config.eos_token_id is None",
+        f"{_CLIP}the_end_of_a_text_is_found_by_either_rule[2]",
+    ),
+    Mutant(
+        "OpenAI's projection not transposed",
+        "convert/formats/open_clip.py",
+        'Rule("text_projection", "text_projection.weight", TRANSPOSE)',
+        'Rule("text_projection", "text_projection.weight")',
+        f"{_CLIP}files_of_openai_and_open_clip",
+    ),
     Mutant(
         "a stem's kernel divided by timm's constant where Google's is meant",
         "vit_torch/parts/stems.py",

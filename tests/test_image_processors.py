@@ -364,7 +364,8 @@ def test_a_file_of_a_fast_processor(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model_type", ["vit", "vit_mae", "vit_msn", "deit", "beit", "data2vec-vision", "bit", "dinov2"]
+    "model_type",
+    ["vit", "vit_mae", "vit_msn", "deit", "beit", "data2vec-vision", "bit", "dinov2", "clip"],
 )
 def test_auto_asks_the_config_where_the_file_names_no_class(model_type, tmp_path):
     table = {"do_resize": True, "size": 23, "resample": 2, **HALF}
@@ -381,8 +382,8 @@ def test_auto_refuses_what_it_does_not_know(tmp_path):
     known = "ViTImageProcessor, DeiTImageProcessor, BeitImageProcessor, BitImageProcessor"
     with pytest.raises(MissingFileError, match=FILE):
         AutoImageProcessor.from_pretrained(tmp_path)
-    (tmp_path / FILE).write_text(json.dumps({"image_processor_type": "CLIPImageProcessor"}))
-    with pytest.raises(ConfigError, match=f"{FILE}: .*{known}.*given 'CLIPImageProcessor'"):
+    (tmp_path / FILE).write_text(json.dumps({"image_processor_type": "ConvNextImageProcessor"}))
+    with pytest.raises(ConfigError, match=f"{FILE}: .*{known}.*given 'ConvNextImageProcessor'"):
         AutoImageProcessor.from_pretrained(tmp_path)
     (tmp_path / FILE).write_text(json.dumps({"feature_extractor_type": ["x"]}))
     with pytest.raises(ConfigError, match=r"`feature_extractor_type` must be .*given \['x'\]"):
@@ -390,8 +391,9 @@ def test_auto_refuses_what_it_does_not_know(tmp_path):
     (tmp_path / FILE).write_text("{}")
     with pytest.raises(ConfigError, match=f"{FILE}: .*{known}.*; there is no config.json"):
         AutoImageProcessor.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
-    with pytest.raises(ConfigError, match=r"out of vit, .*dinov2.*; its `model_type` is 'clip'"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "convnext"}))
+    wanted = r"out of vit, .*dinov2.*; its `model_type` is 'convnext'"
+    with pytest.raises(ConfigError, match=wanted):
         AutoImageProcessor.from_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"call `AutoImageProcessor\.from_pretrained`"):
         AutoImageProcessor()

@@ -20,6 +20,7 @@ from vit_convert.formats import (
     huggingface,
     mae,
     moco,
+    open_clip,
     timm,
     torchvision,
 )
@@ -38,6 +39,7 @@ FORMATS: tuple[Format, ...] = (
     *dinov2.FORMATS,
     *dinov3.FORMATS,
     *eva.FORMATS,
+    *open_clip.FORMATS,
     *torchvision.FORMATS,
     *google.FORMATS,
 )

@@ -276,7 +276,8 @@ def extended(config: ViTConfig, own_config: bool = False) -> Iterator[str]:
 
 def _loses(config: ViTConfig, own_config: bool) -> Iterator[str]:
     yield from extended(config)
-    rule = type(config).fields["position_resize"][0]
+    row = type(config).fields.get("position_resize")  # a whole CLIP has its image tower's
+    rule = "bicubic" if row is None else row.default
     if not config.is_extended and config.position_resize != rule:
         yield (
             "Transformers does not know `position_resize` and resamples positions to other image "

@@ -14,6 +14,7 @@ from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor, ViTI
 from vit_common.images.processors import (
     BeitImageProcessor,
     BitImageProcessor,
+    CLIPImageProcessor,
     DeiTImageProcessor,
     ViTHybridImageProcessor,
 )
@@ -24,6 +25,7 @@ _CLASSES: dict[str, type[BaseImageProcessor]] = {
     "DeiTImageProcessor": DeiTImageProcessor,
     "BeitImageProcessor": BeitImageProcessor,
     "BitImageProcessor": BitImageProcessor,
+    "CLIPImageProcessor": CLIPImageProcessor,
     "ViTHybridImageProcessor": ViTHybridImageProcessor,
 }
 
@@ -40,6 +42,8 @@ _CLASS_OF_MODEL: dict[str, type[BaseImageProcessor]] = {
     "bit": BitImageProcessor,
     "dinov2": BitImageProcessor,
     "dinov2_with_registers": BitImageProcessor,
+    "clip": CLIPImageProcessor,
+    "clip_vision_model": CLIPImageProcessor,
 }
 
 

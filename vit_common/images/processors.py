@@ -1,9 +1,9 @@
-"""The image processors of ViT's relatives: DeiT, BEiT and DINOv2.
+"""The image processors of ViT's relatives: DeiT, BEiT, DINOv2 and CLIP.
 
 Each is `BaseImageProcessor` with the defaults, and the order of arguments, of the class of that
-name in Transformers 4.57.6 (`models/deit`, `models/beit` and `models/bit`; DINOv2 repositories name
-the processor of BiT), which works on PIL and numpy; its pixels are the same to the bit. The options
-are those of `ViTImageProcessor`; all of these crop as well.
+name in Transformers 4.57.6 (`models/deit`, `models/beit`, `models/bit` and `models/clip`; DINOv2
+repositories name the processor of BiT), which works on PIL and numpy; its pixels are the same to
+the bit. The options are those of `ViTImageProcessor`; all of these crop as well.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ __all__ = [
     "BeitImageProcessorFast",
     "BitImageProcessor",
     "BitImageProcessorFast",
+    "CLIPFeatureExtractor",
+    "CLIPImageProcessor",
+    "CLIPImageProcessorFast",
     "DeiTFeatureExtractor",
     "DeiTImageProcessor",
     "DeiTImageProcessorFast",
@@ -141,6 +144,24 @@ class BitImageProcessor(BaseImageProcessor):
     _call_order = (*_CALL, "do_convert_rgb", *_RESULT)
 
 
+class CLIPImageProcessor(BitImageProcessor):
+    """Images to the `pixel_values` of a CLIP: resize the shorter edge to 224, crop the middle.
+
+    Options and defaults are those of `BitImageProcessor`.
+
+    Raises:
+        InputError: a value is not what the option holds, or an unknown key would change pixels.
+    """
+
+
+class CLIPFeatureExtractor(CLIPImageProcessor):
+    """The older name of `CLIPImageProcessor`."""
+
+    @classmethod
+    def _written_type(cls) -> str:
+        return "CLIPImageProcessor"
+
+
 class ViTHybridImageProcessor(BitImageProcessor):
     """Images to the `pixel_values` of a ViTHybrid: as `BitImageProcessor`, with means and
     deviations of a half by default.
@@ -159,3 +180,4 @@ class ViTHybridImageProcessor(BitImageProcessor):
 DeiTImageProcessorFast = DeiTImageProcessor
 BeitImageProcessorFast = BeitImageProcessor
 BitImageProcessorFast = BitImageProcessor
+CLIPImageProcessorFast = CLIPImageProcessor

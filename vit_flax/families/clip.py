@@ -226,6 +226,7 @@ class FlaxCLIPTextNetwork(FlaxViTPart):
             bias=self.mask(input_ids.shape[1], attention_mask),
             output_attentions=flags.output_attentions,
             output_hidden_states=flags.output_hidden_states,
+            grid=(1, input_ids.shape[1]),
         )
         last_hidden_state = self.final_layernorm(outputs.last_hidden_state)  # (B, S, D)
         place = last_tokens(input_ids, self.config)  # (B,)
@@ -448,6 +449,10 @@ class _TransformersTree(FlaxViTPreTrainedModel):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_names"}
+
+    def _is_custom(self) -> bool:
+        """Whether the module is a subclass's own."""
+        return not type(self._module).__module__.startswith("vit_flax.")
 
     @cached_property
     def _names(self) -> Renaming:

@@ -256,6 +256,7 @@ class CLIPTextNetwork(ViTPart):
             bias=self.mask(hidden_states, attention_mask),
             output_attentions=flags.output_attentions,
             output_hidden_states=flags.output_hidden_states,
+            grid=(1, input_ids.shape[1]),
         )
         last_hidden_state = self.final_layernorm(outputs.last_hidden_state)  # (B, S, D)
         rows = torch.arange(len(input_ids), device=input_ids.device)
