@@ -231,6 +231,11 @@ def detect_format(
             continue
         if any(key not in bare for key in table.requires) or any(k in bare for k in table.lacks):
             continue
+        architecture = hints.get("architecture")
+        if architecture and table.named is not None and not table.named(architecture):
+            continue
+        if not architecture and table.signs and not _has_sign(table, bare):
+            continue
         found = {key: table.rule_for_foreign(key) for key in bare}
         if not any(hit and _CANONICAL in hit[0].canonical_names for hit in found.values()):
             continue
@@ -268,6 +273,10 @@ def detect_format(
     return best[0]
 
 
+def _has_sign(table: Format, keys: Iterable[str]) -> bool:
+    return any(re.fullmatch(sign, key) for sign in table.signs for key in keys)
+
+
 def _rank_differs(rule, tensor) -> bool:
     rank = rule.layout.foreign_rank
     return tensor is not None and rank is not None and len(tensor.shape) != rank
@@ -275,7 +284,8 @@ def _rank_differs(rule, tensor) -> bool:
 
 def _same_family(tables: list[Format], hints: Mapping[str, str]) -> list[Format]:
     """Only tables of the family that the config beside the file names, if there are any."""
-    family = hints.get("model_type", "").replace("vit_extended", "vit").replace("vit_mae", "vit")
+    family = hints.get("model_type", "")
+    family = "vit" if family in ("vit_extended", "vit_mae", "vit-hybrid") else family
     named = [table for table in tables if family in table.families]
     return named or tables
 

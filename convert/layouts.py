@@ -69,12 +69,23 @@ FUSED_QKV = Layout("fused query, key, value", _split3, lambda arrays: [np.concat
 """One array (3 D, ...) <-> query, key and value (D, ...) in this order, as timm stores them."""
 
 
+FUSED_KV = Layout(
+    "fused key, value",
+    lambda arrays: np.split(arrays[0], 2),
+    lambda arrays: [np.concatenate(arrays)],
+)
+"""One array (2 D, ...) <-> key and value (D, ...) in this order, as timm stores them."""
+
+
 def _joined_heads(x: np.ndarray) -> np.ndarray:
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2])
 
 
 TOKEN = Layout("token", _each(lambda x: x[None]), _each(lambda x: x[0]), 2, 3)
-"""One token as (1, D) <-> (1, 1, D)."""
+"""One token as (1, D) <-> (1, 1, D); or positions as (S, D) <-> (1, S, D)."""
+
+VECTOR = Layout("vector", _each(lambda x: x[None, None]), _each(lambda x: x[0, 0]), 1, 3)
+"""One token as (D,) <-> (1, 1, D)."""
 
 GATE_AND_UP = Layout(
     "gate and up", lambda arrays: [np.concatenate(arrays)], lambda arrays: np.split(arrays[0], 2)

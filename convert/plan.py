@@ -127,6 +127,8 @@ class Plan:
         joined = self.head == "classifier" and self.config.pooling == "cls_mean"
         if joined and self.config.base_family == "vit" and not self.table.prefixed:
             why = "its classifier looks at the class token and the mean of the patches together"
+        if self.config.base_family == "vit" and self.config.rope_type and not self.table.prefixed:
+            why = "its queries and keys are rotated by their positions (`rope_type`)"
         if why:
             raise InputError(f"the format {self.to!r} cannot hold this network: {why}.")
 
@@ -176,7 +178,7 @@ class Plan:
                 f"the configuration says {self.config.num_hidden_layers} blocks, and the file "
                 f"holds {len(found)} tensors in all."
             )
-        pooled = "pooler.dense.weight" in found or "pooler.layernorm.weight" in found
+        pooled = any(name.startswith("pooler.") for name in found)
         shapes = {
             unprefixed(name): shape
             for name, shape in parameter_shapes(

@@ -225,7 +225,7 @@ def _find_classifier(read: Read, checkpoint: Mapping[str, Tensor]) -> None:
     transposed = leaf.endswith("kernel")
     labels, inputs = matrix.shape[::-1] if transposed else matrix.shape
     family = read.table.families[0]
-    width = found[_PROJECTION].shape[0] * (2 if family.startswith("dinov2") else 1)
+    width = found[_PROJECTION].shape[0] * (2 if family.startswith("dinov") else 1)
     own = stem.removeprefix(read.root.path)
     if rest or inputs != width or not _CLASSIFIER.search(own.lower()) or _IN_BLOCK.search(own):
         return

@@ -27,6 +27,8 @@ os.environ.setdefault("VIT_COMPILATION_CACHE", "")
 # these have in common with the first is most of what they show, and together they are a minute.
 REPRESENTED_BY = {
     "test_against_the_flax_reference_through_its_files": 3,
+    "test_both_twins_and_the_numpy_network_are_timms": 4,
+    "test_a_run_goes_on_to_the_bit_and_a_bad_image_is_named_once": 1,
     "test_checks": 2,
     "test_counts_of_timms_models": 5,
     "test_dinov2": 2,
@@ -36,6 +38,7 @@ REPRESENTED_BY = {
     "test_every_stage_of_the_base_network": 3,
     "test_extensions_of_vit_in_both_twins": 5,
     "test_few_tensors_are_alive_at_once": 6,
+    "test_files_of_extensions": 14,
     "test_flax_shards_are_those_of_transformers": 2,
     "test_forbidden_imports": 4,
     "test_google_directly_and_converted": 4,
@@ -51,6 +54,11 @@ REPRESENTED_BY = {
     "test_timm_directly_and_converted": 10,
     "test_transformers_flax_reads_what_we_write": 2,
     "test_vision_transformer_by_its_own_names": 2,
+    "test_taylor_series": 1,
+    "test_timm_wrapper_folders_are_timms": 1,
+    "test_trainer": 1,
+    "test_trees_of_transformers": 2,
+    "test_without_jit": 1,
     "test_what_changes_the_network_is_never_left_over": 5,
     "test_what_was_loaded_once_loads_without_the_hub": 2,
 }

@@ -39,6 +39,7 @@ LOSS = f"{_PARITY}losses_and_their_gradients_against_the_torch_reference[classes
 SIZES = f"{_PARITY}twins_agree_at_other_sizes[float64-bicubic]"
 HEAD_MASK = f"{_PARITY}twins_agree_under_a_head_mask[float64-layers and heads]"
 POOLER = f"{_TRAINING}[vit]"
+STRUCTURE = "tests/test_structure.py::test_both_twins_and_the_numpy_network_are_timms"
 _STAGE = f"{_FAMILIES}every_stage_against_the_torch_reference"
 DEIT = f"{_STAGE}[deitteacher-(16,16)]"
 BEIT = f"{_STAGE}[beit,allpositions-(16,16)]"
@@ -93,7 +94,48 @@ class Mutant(NamedTuple):
     test: str
 
 
+_ROTARY = "tests/test_rotary.py::test_"
+ROTARY, POSITIONS = "vit_flax/parts/rotary.py", "vit_common/positions.py"
+TURNED = f"{_ROTARY}both_twins_rotate_as_timm_does"
+
+
+_STEMS = "tests/test_stems.py::test_hybrids_of_"
 MUTANTS = [
+    Mutant(
+        "a stem's kernel divided by timm's constant where Google's is meant",
+        "vit_torch/parts/stems.py",
+        "kernel = kernel / (variance.sqrt() + 1e-5)",
+        "kernel = kernel * torch.rsqrt(variance + 1e-8)",
+        f"{_STEMS}google",
+    ),
+    Mutant(
+        "the odd pixel of a stem's padding in front",
+        "vit_torch/parts/stems.py",
+        "pads += (total // 2, total - total // 2)",
+        "pads += (total - total // 2, total // 2)",
+        f"{_STEMS}timm_in_both_twins[stages]",
+    ),
+    Mutant(
+        "a first stage that halves the image",
+        "vit_flax/parts/stems.py",
+        "stride=2 if self.stage > 0 and i == 0 else 1",
+        "stride=2 if self.stage == 1 or i == 0 else 1",
+        f"{_STEMS}timm_in_both_twins[stages]",
+    ),
+    Mutant(
+        "offsets that are not on a logarithmic scale",
+        "vit_common/positions.py",
+        "np.sign(offsets) * np.log1p(np.abs(offsets))",
+        "np.sign(offsets) * np.abs(offsets)",
+        "tests/test_relative_mlp.py::test_both_twins_and_the_numpy_network_are_timms[class token]",
+    ),
+    Mutant(
+        "the same share of the second map in every block",
+        "vit_common/config.py",
+        "0.8 - 0.6 * math.exp(-0.3 * i)",
+        "0.8 - 0.6 * math.exp(-0.3 * 0)",
+        "tests/test_differential.py::test_both_twins_and_the_numpy_network_are_timms",
+    ),
     Mutant("tanh GELU", FLAX_PART, "jax.nn.gelu(x, approximate=False)", "jax.nn.gelu(x)", STAGES),
     Mutant(
         "exact GELU for gelu_new",
@@ -108,6 +150,48 @@ MUTANTS = [
         "1.702",
         "1.7",
         f"{_PARITY}activations[float64-quick_gelu]",
+    ),
+    Mutant(
+        "pairs of channels turned backwards",
+        ROTARY,
+        "(a * cos - b * sin, b * cos + a * sin)",
+        "(a * cos + b * sin, b * cos - a * sin)",
+        f"{TURNED}[axial]",
+    ),
+    Mutant(
+        "neighbours paired where halves are",
+        ROTARY,
+        "wide[..., 0::2], wide[..., 1::2]",
+        "jnp.split(wide, 2, axis=-1)",
+        f"{TURNED}[axial]",
+    ),
+    Mutant(
+        "corners of patches for their centres",
+        POSITIONS,
+        "2.0 * (places + 0.5) / size - 1.0",
+        "2.0 * places / size - 1.0",
+        f"{TURNED}[DINOv3]",
+    ),
+    Mutant(
+        "rows before columns",
+        POSITIONS,
+        "(columns, rows) if columns_first else (rows, columns)",
+        "(rows, columns)",
+        f"{TURNED}[mixed]",
+    ),
+    Mutant(
+        "the first block's frequencies in every block",
+        FLAX,
+        "jax.tree.map(lambda array, i=i: array[i], owned)",
+        "jax.tree.map(lambda array: array[0], owned)",
+        f"{_ROTARY}frequencies_of_each_block_in_a_scan_and_under_a_mask",
+    ),
+    Mutant(
+        "a key that is not rotated",
+        TORCH,
+        "key = rotate(key, rotation, self.config.rope_rotate_half)",
+        "pass",
+        f"{_FAMILIES}every_stage_against_the_torch_reference[dinov3,gated-(16,16)]",
     ),
     # A run of both frameworks sees what training code gets wrong most often.
     Mutant(
@@ -700,16 +784,69 @@ MUTANTS = [
     Mutant(
         "layer scale left out",
         FLAX,
-        "attention_output * self.lambda_1.astype(self.dtype)",
-        "attention_output",
+        "self.layernorm_before(output)\n        if self.config.has_layer_scale:",
+        "self.layernorm_before(output)\n        if self.config.has_layer_scale and post_norm:",
         DINOV2,
     ),
     Mutant(
         "layer scale of the other branch",
         TORCH,
-        "mlp_output * self.lambda_2",
-        "mlp_output * self.lambda_1",
+        "output * self.lambda_2",
+        "output * self.lambda_1",
         DINOV2,
+    ),
+    Mutant(
+        "the norms of query and key exchanged",
+        FLAX,
+        "self.query_norm(query), self.key_norm(key)",
+        "self.key_norm(query), self.query_norm(key)",
+        f"{STRUCTURE}[all norms, gated]",
+    ),
+    Mutant(
+        "the norm of the heads after their projection",
+        TORCH,
+        "        if self.config.use_attention_norm:\n            hidden_states = "
+        "self.layernorm(hidden_states)\n        hidden_states = self.dense(hidden_states)",
+        "        hidden_states = self.dense(hidden_states)\n        if "
+        "self.config.use_attention_norm:\n            hidden_states = "
+        "self.layernorm(hidden_states)",
+        f"{STRUCTURE}[all norms, gated]",
+    ),
+    Mutant(
+        "the tokens before the norm into the MLP beside attention",
+        FLAX,
+        "normed = normed[:, : self.front_tokens]",
+        "normed = hidden_states[:, : self.front_tokens]",
+        f"{STRUCTURE}[parallel, as published]",
+    ),
+    Mutant(
+        "a norm before the MLP as well as after it",
+        TORCH,
+        "normed = hidden_states if post_norm else self.layernorm_after(hidden_states)",
+        "normed = self.layernorm_after(hidden_states)",
+        f"{STRUCTURE}[norms after]",
+    ),
+    Mutant(
+        "the second branch on what the first has made",
+        TORCH,
+        "output = output + branch.transform(hidden_states)",
+        "output = output + branch.transform(hidden_states + output)",
+        f"{STRUCTURE}[two branches, no final norm]",
+    ),
+    Mutant(
+        "an RMS norm's derivative without its second term",
+        LAYERS,
+        "dunit = factor * (dx - unit * (unit * dx).mean(-1, keepdims=True))",
+        "dunit = factor * dx",
+        "tests/test_norm.py::test_gradients_of_rms_are_those_of_torch[0.1]",
+    ),
+    Mutant(
+        "a norm before the blocks with the head's rate",
+        OPTIMIZERS,
+        'elif "embeddings" in path or "pre_layernorm" in path:',
+        'elif "embeddings" in path:',
+        "tests/test_structure.py::test_rates_and_decay_of_the_parameters_are_timms"
+        "[all norms, gated]",
     ),
     Mutant(
         "gate and values exchanged",

@@ -162,6 +162,7 @@ class Changed:
 
     def __init__(self, model, changes) -> None:
         self.model, self.params = model, model.params
+        self.network_params = model.network_params
         self.config = copy.deepcopy(model.config)
         for name, value in changes.items():
             setattr(self.config, name, value)

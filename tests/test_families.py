@@ -110,6 +110,26 @@ CASES = {
         {"num_register_tokens": 2, "mlp_ratio": 2},
         (WIDE,),
     ),
+    "dinov3": Case("DINOv3ViTModel", {"num_register_tokens": 4}, (WIDE,)),
+    "dinov3, gated": Case(
+        "DINOv3ViTModel",
+        {
+            "use_gated_mlp": True,
+            "hidden_act": "silu",
+            "key_bias": True,
+            "num_register_tokens": 1,
+        },
+    ),
+    "dinov3, few biases": Case(
+        "DINOv3ViTModel",
+        {
+            "query_bias": False,
+            "proj_bias": False,
+            "mlp_bias": False,
+            "rope_theta": 50.0,
+            "num_register_tokens": 2,
+        },
+    ),
     "three registers, gated": Case(
         "Dinov2WithRegistersForImageClassification",
         {"num_register_tokens": 3, "use_swiglu_ffn": True},
@@ -120,7 +140,7 @@ RUNS = [
     for name, case in CASES.items()
     for size in (NATIVE, *case.sizes)
 ]
-FAMILIES = ("DeiT", "Beit", "Dinov2", "Dinov2WithRegisters")
+FAMILIES = ("DeiT", "Beit", "Dinov2", "Dinov2WithRegisters", "DINOv3ViT")
 
 
 def family_of(class_name: str) -> str:
@@ -139,6 +159,10 @@ def make_reference(case: Case, attention: str = "eager", dtype=torch.float64) ->
     """Transformers' model; no parameter is zero, one or equal to another, activations are of unit
     scale."""
     model = getattr(transformers, case.name)(reference_config(case, attention))
+    if hasattr(model, "rope_embeddings"):  # frequencies of float32 whatever the dtype
+        width = model.rope_embeddings.head_dim
+        powers = torch.arange(0, 1, 4 / width, dtype=torch.float64)
+        model.rope_embeddings.inv_freq = model.config.rope_theta**-powers
     return randomize(model.to(torch.float64)).to(dtype)
 
 
@@ -173,7 +197,7 @@ def references_in_float64(monkeypatch):
             return getattr(torch, name)
 
     with monkeypatch.context() as patch:
-        for family in ("deit", "beit", "dinov2", "dinov2_with_registers"):
+        for family in ("deit", "beit", "dinov2", "dinov2_with_registers", "dinov3_vit"):
             module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
             patch.setattr(module, "torch", Torch())
         yield
@@ -291,9 +315,9 @@ def test_head_mask_against_the_torch_reference(name, tmp_path, monkeypatch):
 
 @NO_REGISTERS
 @pytest.mark.parametrize("name", CASES)
-def test_the_twins_kernel_against_the_references(name, tmp_path):
-    """Nothing patched: "sdpa" on both sides, which no one asks for attentions. In float32 also at
-    another size."""
+def test_the_twins_kernel_against_the_references(name, tmp_path, monkeypatch):
+    """Nothing patched but DINOv3's rotation, of float32: "sdpa" on both sides, which no one asks
+    for attentions. In float32 also at another size."""
     case = CASES[name]
     other = NATIVE if name == "deit decoder" else WIDE
     for dtype, size in (("float64", NATIVE), ("float32", other)):
@@ -303,8 +327,11 @@ def test_the_twins_kernel_against_the_references(name, tmp_path):
             tmp_path / dtype, dtype=getattr(torch, dtype)
         )
         x = torch.tensor(random_images(size, dtype=dtype))
-        with torch.no_grad():
+        exact = dtype == "float64" and "dinov3" in name
+        patched = references_in_float64(monkeypatch) if exact else contextlib.nullcontext()
+        with torch.no_grad(), patched:
             want = reference(x, output_hidden_states=True, **options_of(case, size))
+        with torch.no_grad():
             got = twin(x, output_hidden_states=True, **options_of(case, size))
         check_stages(got, want, f"reference {dtype}")
 
@@ -689,7 +716,37 @@ EXTENSIONS: dict[str, dict[str, Any]] = {
         "use_absolute_position_embeddings": False,
     },
     "mixed rotary": {"rope_type": "mixed", "rope_grid_indexing": "xy"},
+    "attention pooling": {"use_cls_token": False, "pooling": "map", "hidden_act": "gelu_new"},
+    "attention pooling of all tokens": {
+        "pooling": "map",
+        "pooler_num_heads": 2,
+        "pooler_intermediate_size": 20,
+        "pool_prefix_tokens": True,
+    },
     "norm before the blocks": {"use_patch_bias": False, "use_pre_norm": True},
+    "other norms": {
+        "norm_type": "rmsnorm",
+        "use_qk_norm": True,
+        "use_attention_norm": True,
+        "use_mlp_norm": True,
+        "use_key_bias": False,
+        "use_final_norm": False,
+    },
+    "branches": {"num_parallel_branches": 3, "use_qk_norm": True},
+    "parallel": {"block_type": "parallel", "layer_scale_init_value": 0.1},
+    "norms after": {"block_type": "post_norm"},
+    "relative positions by an MLP": {
+        "use_relative_position_bias": True,
+        "use_shared_relative_position_bias": True,
+        "relative_position_type": "mlp",
+        "relative_position_width": 12,
+    },
+    "differential attention": {"attention_type": "differential"},
+    "a ResNet before the patches": {
+        "stem_type": "resnetv2",
+        "stem_depths": (1,),
+        "stem_width": 32,
+    },
     "all at once": {
         "layer_scale_init_value": 0.1,
         "num_register_tokens": 2,
@@ -852,7 +909,7 @@ def test_derived_fields_cannot_be_set(family, name, value):
 @pytest.mark.parametrize(
     ("family", "fields", "match"),
     [
-        ("ViT", {"use_cls_token": False}, "`pooling` must be 'mean' where `use_cls_token`"),
+        ("ViT", {"use_cls_token": False}, "`pooling` must be 'mean' or 'map' where `use_cls"),
         ("ViT", {"norm_after_pooling": True}, "`pooling` must be 'mean' where `norm_after_pool"),
         (
             "ViT",

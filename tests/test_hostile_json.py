@@ -134,7 +134,7 @@ def use_config(table: dict[str, Any], path: Path) -> None:
     _ = (
         config.intermediate_size,
         config.drop_path_rates[:1],
-        config.grid_size,
+        getattr(config, "grid_size", None),  # texts have none
         config.use_return_dict,
     )
 

@@ -105,7 +105,7 @@ def test_fields_are_not_removed():
         assert dict(one) == {"a": 1}
 
 
-@pytest.mark.parametrize("name", FLAX)
+@pytest.mark.parametrize("name", [name for name in FLAX if name != "FlaxCLIPOutput"])  # of towers
 def test_outputs_of_flax(name):
     kind = getattr(vit_flax, name)
     fields = [field.name for field in dataclasses.fields(kind)]

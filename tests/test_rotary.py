@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from networks import SMALL, flax_tree, flax_twin, images, random_weights, torch_twin
+from networks import SMALL, flax_tree, flax_twin, images, random_weights, randomize, torch_twin
 from timm_models import timm
 
 import vit_flax
@@ -15,7 +15,8 @@ import vit_flax.parts.rotary as flax_rotary
 import vit_torch
 import vit_torch.parts.rotary as torch_rotary
 from vit_common.config import ViTConfig
-from vit_common.errors import ConfigError
+from vit_common.errors import CheckpointError, ConfigError, InputError
+from vit_convert.convert import convert
 from vit_flax.stacked import stack_layers
 
 rope = timm.layers.pos_embed_sincos
@@ -162,3 +163,94 @@ def test_programs_hold_tables_of_float32_under_jit():
     x = jnp.zeros((1, 32, 32, 3))
     text = str(jax.make_jaxpr(lambda p, x: model.module.apply({"params": p}, x))(model.params, x))
     assert "cos" not in text, "angles are computed before the program runs"
+
+
+# timm's names, two blocks of little width; of each kind, what no other has.
+TIMM = {
+    "vit_small_patch16_dinov3_qkvb": {},
+    "vit_7b_patch16_dinov3": {"embed_dim": 64, "num_heads": 2},
+    "vit_pe_core_small_patch16_384": {"attn_pool_num_heads": 2},
+    "vit_pe_lang_large_patch14_448": {},
+    "eva02_base_patch16_clip_224": {},
+    "eva02_tiny_patch14_224": {},
+    "eva02_enormous_patch14_clip_224": {"mlp_ratio": 2.0},
+    "vit_small_patch16_rope_mixed_ape_224": {},
+    "vit_medium_patch16_rope_reg1_gap_256": {},
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if i < 3 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(TIMM)],
+)
+def test_timms_networks_with_rotary_positions(name, tmp_path):
+    sizes = {"embed_dim": 48, "depth": 2, "num_heads": 4, "img_size": (32, 64), "patch_size": 16}
+    sizes |= TIMM[name]
+    theirs = randomize(timm.create_model(name, num_classes=5, **sizes)).eval()
+    timm.models.save_for_hf(theirs, tmp_path, model_args=sizes, safe_serialization=True)
+    x = torch.randn(2, 3, 32, 64)
+    with torch.no_grad():
+        want = theirs(x).numpy()
+        twin = vit_torch.AutoModelForImageClassification.from_pretrained(tmp_path)
+        np.testing.assert_allclose(twin(x).logits, want, atol=2e-5)
+    ours = vit_flax.FlaxAutoModelForImageClassification.from_pretrained(
+        tmp_path, precision="highest"
+    )
+    np.testing.assert_allclose(ours(x.numpy()).logits, want, atol=2e-5)
+
+
+def test_names_of_eva_do_not_say_whether_they_rotate(tmp_path):
+    model = timm.create_model(
+        "eva02_base_patch14_224", img_size=28, embed_dim=24, depth=1, num_heads=2
+    )
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match="`rope_type` is not in these weights"):
+        vit_torch.AutoModel.from_pretrained(tmp_path / "model.pth", num_attention_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("eva02_base_patch16_clip_224", "visual."), ("eva02_tiny_patch14_224", "")]
+)
+def test_evas_own_files(name, prefix, tmp_path):
+    """The same network under the names that timm reads such files by."""
+    sizes = {"embed_dim": 48, "depth": 1, "num_heads": 4, "img_size": 96, "patch_size": 16}
+    theirs = randomize(timm.create_model(name, num_classes=5, **sizes)).eval()
+    swaps = {
+        "q_proj.bias": "q_bias",
+        "v_proj.bias": "v_bias",
+        "mlp.fc1_g": "mlp.w1",
+        "mlp.fc1_x": "mlp.w2",
+        "mlp.fc1": "mlp.w12",
+        "mlp.fc2": "mlp.w3",
+        "mlp.norm": "mlp.ffn_ln",
+        "attn.norm": "attn.inner_attn_ln",
+    }
+    state = {}
+    for key, value in theirs.state_dict().items():
+        for old, new in swaps.items():
+            key = key.replace(old, new)
+        state[prefix + key] = value
+    sin, cos = theirs.rope.get_embed().chunk(2, -1)
+    state[f"{prefix}rope.freqs_cos"], state[f"{prefix}rope.freqs_sin"] = cos, sin
+    if prefix:
+        state["text.token_embedding.weight"] = torch.zeros(3, 2)
+    torch.save({"module": state} if not prefix else state, tmp_path / "eva.pt")
+    x = torch.randn(2, 3, 96, 96)
+    twin = vit_torch.AutoModelForImageClassification.from_pretrained(tmp_path / "eva.pt")
+    assert (twin.config.rope_grid_size, twin.config.num_attention_heads) == (16, 4)
+    with torch.no_grad():
+        np.testing.assert_allclose(twin(x).logits, theirs(x), atol=2e-5)
+    state[f"{prefix}rope.freqs_cos"] = cos.flip(0)
+    torch.save(state, tmp_path / "eva.pt")
+    with pytest.raises(CheckpointError, match="tables of rotary positions"):
+        vit_torch.AutoModel.from_pretrained(tmp_path / "eva.pt")
+
+
+@pytest.mark.parametrize("to", ["timm", "dino", "torchvision"])
+def test_formats_that_would_not_rotate_are_refused(to, tmp_path):
+    config = ViTConfig(**SMALL | KINDS["axial"][0])
+    torch_twin(TORCH, config, random_weights(config, "classifier")).save_pretrained(
+        tmp_path / "hub"
+    )
+    with pytest.raises(InputError, match="rotated by their positions"):
+        convert(tmp_path / "hub", tmp_path / "other", to=to)

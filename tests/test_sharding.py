@@ -197,10 +197,16 @@ def networks():
         yield pytest.param(cls, cls.config_class(**fields, **extra), id=name)
 
 
+def network_shapes(model):
+    """Shapes of a model's parameters by the names of the network, which CLIP's trees rename."""
+    shapes = model.params_shape_tree
+    return model._names.ours(shapes) if hasattr(model, "_names") else shapes
+
+
 @pytest.mark.parametrize(("cls", "config"), [*networks()])
 def test_every_parameter_has_a_place(cls, config):
     """What is large is split: a block's matrices; the rest is less than one block."""
-    shapes = flatten_dict(cls(config, _do_init=False).params_shape_tree)
+    shapes = flatten_dict(network_shapes(cls(config, _do_init=False)))
     for path, leaf in shapes.items():
         spec = partition_spec(path)
         assert len(spec) <= len(leaf.shape)
@@ -218,7 +224,7 @@ def test_training_splits_every_large_array(cls, config):
     """Over "fsdp", as over "model", along an axis that can be divided; moments as parameters."""
     model = cls(config, _do_init=False)
     mesh = AbstractMesh((2, 4, 2), TRAINING_AXES)
-    shapes = model.params_shape_tree
+    shapes = network_shapes(model)
     for path, leaf in flatten_dict(shapes).items():
         spec = partition_spec(path, TRAINING_AXES)
         whole = {axis: name for axis, name in enumerate(spec) if name is not None}

@@ -15,8 +15,12 @@ import numpy as np
 import pytest
 from training_runs import log_of, pictures, save_tiny, write_pictures
 
+from vit_cli.commands.train import add_options, advised
 from vit_cli.main import main
+from vit_cli.options import Parser
 from vit_cli.terminal.exit_codes import COULD_NOT_RUN, DIVERGED, DONE, SAVED
+from vit_common.errors import DeviceError
+from vit_common.recipes import recipe
 
 ROOT = Path(__file__).parents[1]
 SHORT = ("--epochs", "3", "--batch-size", "8", "--learning-rate", "0.01")
@@ -91,6 +95,35 @@ def test_a_dry_run_writes_nothing(place, tmp_path, capsys, monkeypatch):
         "seconds per step",
     ):
         assert part in out
+
+
+def test_out_of_memory_names_what_helps():
+    names = (
+        "--model",
+        "m",
+        "--output",
+        "o",
+        "--batch-size",
+        "8",
+        "--image-size",
+        "16",
+        "--scan-layers",
+    )
+    parser = Parser("vit train")
+    add_options(parser)
+    options = parser.parse(["photos", *names])
+    settings = recipe("fine-tune", batch_size=8, image_size=16)
+    with (
+        pytest.raises(DeviceError, match="out of memory; try, in this order") as caught,
+        advised(settings, options),
+    ):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+    ways = str(caught.value)
+    for way in ("--accumulate 2 ", "--remat", "--dtype bfloat16", "--fsdp", "--batch-size below 8"):
+        assert way in ways
+    assert "an --image-size below 16" in ways
+    with pytest.raises(RuntimeError, match="another"), advised(settings, options):
+        raise RuntimeError("another fault")
 
 
 # -- bad input: one line, and nothing is written
@@ -324,3 +357,60 @@ def test_several_devices_and_processes_have_the_same_losses(place, tmp_path, env
         err = process.communicate(timeout=300)[1]
         assert process.returncode == DONE, err
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-6)
+
+
+FIFTY = (*MIXED, "--epochs", "17", "--save-every", "20", "--learning-rate", "0.002")
+
+
+@pytest.fixture(scope="module")
+def fifty(place, tmp_path_factory, environment):
+    """The losses of 51 steps on one device."""
+    output = tmp_path_factory.mktemp("fifty") / "run"
+    subprocess.run(command(place, output, *FIFTY), env=environment, check=True, capture_output=True)
+    return losses(output)
+
+
+# name -> virtual devices of each process, processes, options
+MANY = {
+    "8 devices": (8, 1, ()),
+    "8 devices that share the parameters": (8, 1, ("--fsdp",)),
+    "2 processes": (1, 2, ()),
+    "4 processes of 2 devices that share the parameters": (2, 4, ("--fsdp",)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MANY)
+def test_fifty_steps_have_the_losses_of_one_device(name, place, fifty, tmp_path, environment):
+    devices, processes, options = MANY[name]
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    output = tmp_path / "run"
+    given = command(place, output, *FIFTY, *options)
+    many = [
+        [
+            *given,
+            "--coordinator",
+            f"127.0.0.1:{port}",
+            "--process",
+            f"{i + 1}/{processes}",
+            "--lost-after",
+            "300",
+        ]
+        for i in range(processes)
+    ]
+    started = [
+        subprocess.Popen(
+            each, env={**environment, "XLA_FLAGS": flag}, stderr=subprocess.PIPE, text=True
+        )
+        for each in (many if processes > 1 else [given])
+    ]
+    for process in started:
+        err = process.communicate(timeout=600)[1]
+        assert process.returncode == DONE, err
+    found = losses(output)
+    assert len(found) >= 50
+    print("APART", np.max(np.abs(np.array(found) / fifty - 1)))
+    np.testing.assert_allclose(found, fifty, rtol=1e-6)

@@ -13,10 +13,13 @@ ROOT = Path(__file__).parents[1]
 # What one framework needs and the other has no word for.
 ONLY = {
     "vit_flax": ["ViTLayerCollection"],  # PyTorch's `ModuleList`
-    "vit_torch": ["with_probabilities"],  # what Transformers' PyTorch blocks return
+    # What Transformers' PyTorch blocks return, and that undone.
+    "vit_torch": ["with_probabilities", "without_tuple"],
 }
 SWITCHES = {"deterministic"}  # Flax is told what a PyTorch module knows: `training`
-RATES = {"ViTDropPath": {"rate"}, "ViTLayer": {"drop_path_rate"}}  # of one block, or of all in one
+# What differs from block to block: an argument where one block is compiled for all.
+RATES = {"ViTDropPath": {"rate"}, "ViTLayer": {"drop_path_rate", "share"}}
+RATES |= dict.fromkeys(("ViTAttention", "ViTSelfAttention"), {"share"})
 
 
 @functools.cache

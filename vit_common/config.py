@@ -11,6 +11,7 @@ import copy
 import importlib
 import inspect
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,10 +25,18 @@ from vit_common.config_fields import (
     INHERITED,
     MOST_LABELS,
     ROWS,
+    STEM_GROUPS,
+    STEM_NARROWING,
     VIT_FIELDS,
+    AttentionType,
+    BlockType,
     Fields,
+    NormType,
     Pooling,
     PositionTokens,
+    RelativePositionType,
+    StemStandardization,
+    StemType,
     check_depth,
     integer,
     refusal,
@@ -53,6 +62,9 @@ __all__ = [
 ]
 
 CONFIG_NAME = "config.json"
+
+
+PoolerType = Literal["dense", "norm", "token", "map"]
 
 
 class Flags(NamedTuple):
@@ -104,6 +116,14 @@ class ViTConfig:
     use_distillation_token: ClassVar[bool] = False
     any_image_size: ClassVar[bool] = False
 
+    is_part: ClassVar[bool] = False
+    """Whether the base network lies under `base_model_prefix` in every model, also in the one that
+    has nothing on it."""
+
+    keeps_pooler: ClassVar[bool] = False
+    """Whether models with a head have the pooler's parameters even where the head does not look at
+    it."""
+
     # Fields are set by name below; these are for readers and type checkers.
     vocab_size: int  # of BEiT alone
     hidden_size: int
@@ -130,17 +150,38 @@ class ViTConfig:
     use_absolute_position_embeddings: bool
     use_relative_position_bias: bool
     use_shared_relative_position_bias: bool
+    attention_type: AttentionType
+    relative_position_type: RelativePositionType
+    relative_position_width: int
     rope_type: RotaryType | None
     rope_theta: float
     rope_grid_size: int | tuple[int, int] | None
     rope_grid_offset: float
     rope_grid_indexing: Literal["ij", "xy"]
     rope_rotate_half: bool
+    stem_type: StemType | None
+    stem_depths: tuple[int, ...]
+    stem_width: int
+    stem_standardization: StemStandardization
+    stem_norm_eps: float
     pooling: Pooling
+    pooler_num_heads: int | None
+    pooler_intermediate_size: int | None
+    pool_prefix_tokens: bool
     norm_after_pooling: bool
     use_representation_layer: bool
     use_patch_bias: bool
     use_pre_norm: bool
+    use_final_norm: bool
+    norm_type: NormType
+    use_qk_norm: bool
+    use_key_bias: bool | None
+    use_attention_norm: bool
+    use_mlp_norm: bool
+    block_type: BlockType
+    num_parallel_branches: int
+    proj_bias: bool
+    mlp_bias: bool
     drop_path_rate: float
     gradient_checkpointing: bool
     position_resize: ResizeRule
@@ -282,11 +323,7 @@ class ViTConfig:
             ConfigError: `hidden_size` is not a multiple of `num_attention_heads`, the image holds
                 no whole patch, or there is nothing to pool.
         """
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"config: `hidden_size` must be a multiple of `num_attention_heads`; given "
-                f"{self.hidden_size} and {self.num_attention_heads}."
-            )
+        self._check_heads()
         if self.rope_type is not None and self.head_dim % 4:
             raise ConfigError(
                 "config: the width of a head, `hidden_size` / `num_attention_heads`, must be a "
@@ -297,24 +334,76 @@ class ViTConfig:
                 f"config: `image_size` must be at least `patch_size`; given {self.image_size!r} "
                 f"and {self.patch_size!r}."
             )
-        if not self.use_cls_token and self.pooling != "mean":
+        self._check_stem()
+        differs = self.attention_type == "differential"
+        if differs and (self.head_dim % 2 or self.use_qk_norm or self.rope_type is not None):
             raise ConfigError(
-                "config: `pooling` must be 'mean' where `use_cls_token` is False; given "
+                "config: `attention_type` 'differential' must be of heads of even width, without "
+                "`use_qk_norm` and `rope_type`."
+            )
+        if not self.use_cls_token and self.pooling not in ("mean", "map"):
+            raise ConfigError(
+                "config: `pooling` must be 'mean' or 'map' where `use_cls_token` is False; given "
                 f"{self.pooling!r}."
             )
-        if self.norm_after_pooling and self.pooling != "mean":
+        if (
+            self.norm_after_pooling
+            and self.pooling != "mean"
+            and "norm_after_pooling" in self.fields
+        ):
             raise ConfigError(
                 "config: `pooling` must be 'mean' where `norm_after_pooling` is True; given "
                 f"{self.pooling!r}."
             )
-        if self.pooling == "cls_mean" and self.use_representation_layer:
+        if self.pooling in ("cls_mean", "map") and self.use_representation_layer:
             raise ConfigError(
                 "config: `pooling` must be 'cls' or 'mean' where `use_representation_layer` is "
-                "True; given 'cls_mean'."
+                f"True; given {self.pooling!r}."
+            )
+        if self.pooler_type == "map" and self.hidden_size % self.pooler_heads:
+            raise ConfigError(
+                "config: `hidden_size` must be a multiple of `pooler_num_heads`; given "
+                f"{self.hidden_size} and {self.pooler_heads}."
             )
         if self.norm_after_pooling and self.use_representation_layer:
             raise ConfigError(
                 "config: `norm_after_pooling` and `use_representation_layer` must not both be True."
+            )
+        if self.norm_after_pooling and not self.use_final_norm:
+            raise ConfigError(
+                "config: `norm_after_pooling` must be False where `use_final_norm` is False: there "
+                "is no norm to apply."
+            )
+        if self.num_parallel_branches > 1 and self.block_type != "pre_norm":
+            raise ConfigError(
+                "config: `block_type` must be 'pre_norm' where `num_parallel_branches` is above 1; "
+                f"given {self.block_type!r}."
+            )
+
+    def _check_stem(self) -> None:
+        """Check that a stem's widths and stride fit the norms and the patches."""
+        if self.stem_type is None:
+            return
+        if self.stem_width % STEM_GROUPS:
+            raise ConfigError(
+                f"config: `stem_width` must be a multiple of {STEM_GROUPS}; given "
+                f"{self.stem_width}."
+            )
+        sides = (*self.patch_height_width, *self.image_height_width)
+        stride = self.stem_stride
+        for side, patch in zip(sides, self.patch_height_width * 2, strict=True):
+            if side % stride or side % patch:
+                raise ConfigError(
+                    "config: `patch_size` must be a multiple of the stem's stride, and "
+                    f"`image_size` one of `patch_size`; given {self.patch_size!r}, {stride} and "
+                    f"{self.image_size!r}."
+                )
+
+    def _check_heads(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"config: `hidden_size` must be a multiple of `num_attention_heads`; given "
+                f"{self.hidden_size} and {self.num_attention_heads}."
             )
 
     # -- what the network is made of; the same names for every family
@@ -334,6 +423,11 @@ class ViTConfig:
             "which choose them."
         )
 
+    @classmethod
+    def from_related(cls, config: ViTConfig) -> ViTConfig | None:
+        """This family's configuration out of another's that holds it; None where it does not."""
+        return None
+
     @property
     def is_extended(self) -> bool:
         """Whether the network is one that Transformers' class of this `model_type` cannot hold."""
@@ -348,9 +442,29 @@ class ViTConfig:
         return self.base_family
 
     @property
-    def use_key_bias(self) -> bool:
-        """Whether the key has a bias, as query and value do with `qkv_bias`."""
+    def has_key_bias(self) -> bool:
+        """Whether the key has a bias: `use_key_bias`, or as query and value."""
+        return self.qkv_bias if self.use_key_bias is None else self.use_key_bias
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether the tokens are normalised after the last block."""
+        return self.use_final_norm and not self.norm_after_pooling
+
+    @property
+    def has_query_bias(self) -> bool:
+        """Whether the query has a bias."""
         return self.qkv_bias
+
+    @property
+    def has_value_bias(self) -> bool:
+        """Whether the value has a bias."""
+        return self.qkv_bias
+
+    @property
+    def gate_act(self) -> str | Callable:
+        """Activation of the gate of a SwiGLU."""
+        return "silu"
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -379,6 +493,16 @@ class ViTConfig:
         }
 
     @property
+    def has_relative_mlp(self) -> bool:
+        """Whether that bias is computed by an MLP."""
+        return self.has_relative_positions and self.relative_position_type == "mlp"
+
+    @property
+    def differential_shares(self) -> tuple[float, ...]:
+        """Of each block, the share of the second map at the start (Ye et al. 2024, section 2.1)."""
+        return tuple(0.8 - 0.6 * math.exp(-0.3 * i) for i in range(self.num_hidden_layers))
+
+    @property
     def has_layer_scale(self) -> bool:
         """Whether both residual branches are multiplied by learned factors, one per channel."""
         return self.layer_scale_init_value > 0
@@ -390,15 +514,32 @@ class ViTConfig:
         return tuple(self.drop_path_rate * i / last for i in range(self.num_hidden_layers))
 
     @property
-    def pooler_type(self) -> Literal["dense", "norm", "token"]:
-        """Kind of the pooler on the class token or the mean of the patches: a dense layer with
-        `pooler_act`, a norm, or neither."""
+    def pooler_type(self) -> PoolerType:
+        """Kind of the pooler: on the class token or the mean of the patches a dense layer with
+        `pooler_act`, a norm, or neither; or attention pooling, "map"."""
+        if self.pooling == "map":
+            return "map"
         return "norm" if self.norm_after_pooling else "dense"
+
+    @property
+    def pooler_heads(self) -> int:
+        """Number of heads of attention pooling."""
+        return self.pooler_num_heads or self.num_attention_heads
+
+    @property
+    def pooler_inner(self) -> int:
+        """Width of the MLP in attention pooling."""
+        return self.pooler_intermediate_size or self.intermediate_size
+
+    @property
+    def first_pooled_token(self) -> int:
+        """The token from which on the pooling "mean" or "map" takes all."""
+        return 0 if self.pool_prefix_tokens else self.num_prefix_tokens
 
     @property
     def classifier_has_pooler(self) -> bool:
         """Whether the input of the classifier is the pooler's output."""
-        return self.norm_after_pooling or self.use_representation_layer
+        return self.norm_after_pooling or self.use_representation_layer or self.pooling == "map"
 
     @property
     def classifier_width(self) -> int:
@@ -418,6 +559,30 @@ class ViTConfig:
     def patch_height_width(self) -> tuple[int, int]:
         """Patch size in pixels, (height, width)."""
         return _pair(self.patch_size)
+
+    @property
+    def stem_widths(self) -> tuple[int, ...]:
+        """Number of channels after each stage of the stem."""
+        first = STEM_NARROWING * self.stem_width
+        return tuple(first * 2**i for i in range(len(self.stem_depths)))
+
+    @property
+    def stem_channels(self) -> int:
+        """Number of channels that the patch projection takes: the stem's, or the image's."""
+        if self.stem_type is None:
+            return self.num_channels
+        return (self.stem_width, *self.stem_widths)[-1]
+
+    @property
+    def stem_stride(self) -> int:
+        """Pixels of the image, down and across, for one of what the patch projection takes."""
+        return 1 if self.stem_type is None else 4 * 2 ** max(len(self.stem_depths) - 1, 0)
+
+    @property
+    def projection_size(self) -> tuple[int, int]:
+        """Size (height, width) of the patch projection: the patch's, over the stem's stride."""
+        height, width = self.patch_height_width
+        return height // self.stem_stride, width // self.stem_stride
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -525,7 +690,8 @@ class ViTConfig:
         """
         table = self.to_dict()
         # JSON would sort the string keys 0, 1, 10, ...; the label tables keep their own order.
-        table["id2label"] = {str(index): label for index, label in table["id2label"].items()}
+        if "id2label" in table:
+            table["id2label"] = {str(index): label for index, label in table["id2label"].items()}
         ordered = {name: table[name] for name in sorted(table)}
         try:
             json.dumps(ordered, ensure_ascii=False).encode()  # half a surrogate pair is no text
@@ -844,6 +1010,9 @@ def as_config(config: Any, wanted: type[ViTConfig] = ViTConfig) -> Any:
     if isinstance(config, ViTConfig):
         own = isinstance(config, wanted) and config.base_family == wanted.base_family
         if config.model_type != wanted.model_type and not own:
+            related = wanted.from_related(config)
+            if related is not None:
+                return related
             raise ConfigError(
                 f"`config` must be a {wanted.__name__}; given {type(config).__name__}. "
                 + config.use_instead()

@@ -7,7 +7,7 @@ check takes a field's name and a value and returns the value as it is kept, or r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -211,15 +211,41 @@ _rate = _number("a number from 0 to 1", lambda x: 0.0 <= x <= 1.0)
 _size = integer(1)
 
 _fraction = _number("a number of at least 0", lambda x: x >= 0)
+_factor = _number("a number of at least 1", lambda x: x >= 1)
+
+
+def _depths(name: str, value: Any) -> tuple[int, ...]:
+    """Numbers of blocks, of at most four stages."""
+    listed = isinstance(value, (list, tuple)) and len(value) <= 4
+    if not listed or not all(_is_int(count) and 0 < count <= 1000 for count in value):
+        raise refusal(name, "a list of at most four numbers of blocks", value)
+    return tuple(int(count) for count in value)
+
+
+STEM_GROUPS = 32
+"""Groups of channels that the norms of a ResNet before the patches have (`stem_type`)."""
+STEM_NARROWING = 4
+"""By how much its blocks are narrower inside."""
 
 PositionTokens = Literal["all", "cls", "patches"]
-Pooling = Literal["cls", "mean", "cls_mean"]
+AttentionType = Literal["softmax", "differential"]
+RelativePositionType = Literal["table", "mlp"]
+StemType = Literal["resnetv2"]
+StemStandardization = Literal["variance", "deviation"]
+Pooling = Literal["cls", "mean", "cls_mean", "map"]
+NormType = Literal["layernorm", "rmsnorm"]
+BlockType = Literal["pre_norm", "post_norm", "parallel"]
 
 VIT, DEIT, BEIT, DINOV2, REGISTERS = "vit", "deit", "beit", "dinov2", "dinov2_with_registers"
+CLIP, CLIP_VISION, CLIP_TEXT = "clip", "clip_vision_model", "clip_text_model"
 DINOV3 = "dinov3_vit"
 _DINOS = (DINOV2, REGISTERS)
 _VITS = (VIT, DEIT)
-_ALL = (VIT, DEIT, BEIT, *_DINOS)
+_CLIP_TOWERS = (CLIP_VISION, CLIP_TEXT)
+_OLDER = (VIT, DEIT, BEIT, *_DINOS)  # those with a dropout rate of the hidden states
+_TOWERS = (*_OLDER, DINOV3, *_CLIP_TOWERS)
+_IMAGES = (*_OLDER, DINOV3, CLIP_VISION)
+_ALL = (*_TOWERS, CLIP)
 
 
 class Field(NamedTuple):
@@ -240,7 +266,7 @@ class Field(NamedTuple):
     default: Any
     check: Check
     doc: str
-    families: tuple[str, ...] = _ALL
+    families: tuple[str, ...] = _TOWERS
     defaults: Mapping[str, Any] = {}
     if_set: tuple[str, ...] = ()
     extends: bool = False
@@ -253,17 +279,58 @@ def _extension(default: Any, check: Check, doc: str, *more: str, **defaults: Any
 
 
 def _everywhere(default: Any, check: Check, doc: str) -> Field:
-    return Field(default, check, doc, if_set=_ALL)
+    return Field(default, check, doc, _ALL, if_set=_ALL)
+
+
+def _token_id(default: int, what: str) -> Field:
+    return Field(default, _optional(integer(0)), f"id of the token that {what}", (CLIP_TEXT,))
+
+
+def _part_of(name: str, value: Any) -> Any:
+    """The configuration of a tower; `vit_common.families` makes it of a mapping."""
+    if value is not None and not isinstance(value, Mapping) and not hasattr(value, "to_dict"):
+        raise refusal(name, "a configuration or a mapping of its fields", value)
+    return value
 
 
 ROWS: dict[str, Field] = {
-    "vocab_size": Field(
-        8192, _size, "number of visual tokens that masked image modelling predicts", (BEIT,)
+    "text_config": Field(
+        None, _part_of, "the text tower's `CLIPTextConfig`, or a mapping of its fields", (CLIP,)
     ),
-    "hidden_size": Field(768, _size, "width D of the residual stream"),
+    "vision_config": Field(
+        None, _part_of, "the image tower's `CLIPVisionConfig`, or a mapping of its fields", (CLIP,)
+    ),
+    "vocab_size": Field(
+        8192,
+        _size,
+        "number of visual tokens that masked image modelling predicts; in CLIP's text tower, of "
+        "tokens of the text",
+        (BEIT, CLIP_TEXT),
+        {CLIP_TEXT: 49408},
+    ),
+    "hidden_size": Field(
+        768, _size, "width D of the residual stream", defaults={CLIP_TEXT: 512, DINOV3: 384}
+    ),
     "num_hidden_layers": Field(12, integer(0, _MOST_LAYERS), "number L of encoder blocks"),
-    "num_attention_heads": Field(12, _size, "number A of heads; divides `hidden_size`"),
-    "intermediate_size": Field(3072, _size, "width I of the MLP", (*_VITS, BEIT)),
+    "num_attention_heads": Field(
+        12, _size, "number A of heads; divides `hidden_size`", defaults={CLIP_TEXT: 8, DINOV3: 6}
+    ),
+    "intermediate_size": Field(
+        3072,
+        _size,
+        "width I of the MLP",
+        (*_VITS, BEIT, DINOV3, *_CLIP_TOWERS),
+        {CLIP_TEXT: 2048, DINOV3: 1536},
+    ),
+    "projection_dim": Field(
+        512,
+        _size,
+        "width of the space that images and texts are compared in",
+        (*_CLIP_TOWERS, CLIP),
+    ),
+    "max_position_embeddings": Field(
+        77, integer(1, _MOST_TOKENS), "largest number of tokens of a text", (CLIP_TEXT,)
+    ),
     "mlp_ratio": Field(
         4,
         _ratio,
@@ -276,31 +343,84 @@ ROWS: dict[str, Field] = {
         _activation,
         'activation of the MLP, one of `ACTIVATIONS` or a callable: "gelu" is the exact (erf) '
         'one, "gelu_new" and "gelu_pytorch_tanh" the tanh approximation',
+        defaults={CLIP_VISION: "quick_gelu", CLIP_TEXT: "quick_gelu"},
     ),
     "hidden_dropout_prob": Field(
-        0.0, _rate, "dropout rate after the embeddings, the attention output and the MLP"
+        0.0, _rate, "dropout rate after the embeddings, the attention output and the MLP", _OLDER
     ),
     "attention_probs_dropout_prob": Field(
-        0.0, _rate, "dropout rate of the attention probabilities"
+        0.0, _rate, "dropout rate of the attention probabilities", _OLDER
+    ),
+    "attention_dropout": Field(
+        0.0, _rate, "dropout rate of the attention probabilities", (*_CLIP_TOWERS, DINOV3)
     ),
     "initializer_range": Field(
         0.02,
         _fraction,
         "standard deviation of the truncated normal that draws new weights",
     ),
+    "initializer_factor": Field(
+        1.0, _fraction, "as in Transformers, which scales new weights by it; unused", _CLIP_TOWERS
+    ),
+    "logit_scale_init_value": Field(
+        2.6592,
+        _number("a number", lambda x: True),
+        "first value of the logarithm of what similarities are multiplied by",
+        (CLIP,),
+    ),
+    "pad_token_id": _token_id(1, "fills up a text"),
+    "bos_token_id": _token_id(49406, "begins a text"),
+    "eos_token_id": _token_id(
+        49407,
+        "ends a text, whose output stands for the whole; with 2, as in older files, that is the "
+        "largest id of the text",
+    ),
     "layer_norm_eps": Field(
         1e-12,
         _fraction,
         "epsilon of every layer norm (Hub ViT 1e-12; timm, Google and DINOv2 1e-6)",
-        defaults={DINOV2: 1e-6, REGISTERS: 1e-6},
+        defaults={DINOV2: 1e-6, REGISTERS: 1e-6, CLIP_VISION: 1e-5, CLIP_TEXT: 1e-5, DINOV3: 1e-5},
     ),
-    "image_size": Field(224, _side, "side of the square input in pixels, or (height, width)"),
+    "image_size": Field(
+        224, _side, "side of the square input in pixels, or (height, width)", _IMAGES
+    ),
     "patch_size": Field(
-        16, _side, "side of a square patch in pixels, or (height, width)", defaults={DINOV2: 14}
+        16,
+        _side,
+        "side of a square patch in pixels, or (height, width)",
+        _IMAGES,
+        {DINOV2: 14, CLIP_VISION: 32},
     ),
-    "num_channels": Field(3, _size, "number C of channels of the input"),
+    "num_channels": Field(3, _size, "number C of channels of the input", _IMAGES),
     "qkv_bias": Field(
         True, _boolean, "whether query, key and value have a bias", (*_VITS, *_DINOS)
+    ),
+    "query_bias": Field(True, _boolean, "whether the query has a bias", (DINOV3,)),
+    "key_bias": Field(False, _boolean, "whether the key has a bias", (DINOV3,)),
+    "value_bias": Field(True, _boolean, "whether the value has a bias", (DINOV3,)),
+    "use_gated_mlp": Field(
+        False,
+        _boolean,
+        "whether the MLP is `hidden_act(x1) * x2` of a first layer of width 2 I",
+        (DINOV3,),
+    ),
+    "pos_embed_shift": Field(
+        None,
+        _optional(_fraction),
+        "largest shift of rotary coordinates in training; as in Transformers",
+        (DINOV3,),
+    ),
+    "pos_embed_jitter": Field(
+        None,
+        _optional(_factor),
+        "largest factor that each axis of rotary coordinates is stretched by in training",
+        (DINOV3,),
+    ),
+    "pos_embed_rescale": Field(
+        2.0,
+        _optional(_factor),
+        "largest factor that rotary coordinates are stretched by in training",
+        (DINOV3,),
     ),
     "encoder_stride": Field(
         16,
@@ -369,6 +489,21 @@ ROWS: dict[str, Field] = {
         "whether a channel is rotated together with the one half a head further on, not with its "
         "neighbour",
     ),
+    "attention_type": _extension(
+        "softmax",
+        _choice(get_args(AttentionType)),
+        'attention of a head: "softmax", or "differential", the difference of two maps (Ye et al. '
+        "2024, arXiv:2410.05258)",
+    ),
+    "relative_position_type": _extension(
+        "table",
+        _choice(get_args(RelativePositionType)),
+        'where biases of offsets come from: "table" (one for each offset of the grid) or "mlp" '
+        "(computed from its logarithm, for any grid, Liu et al. 2022, arXiv:2111.09883)",
+    ),
+    "relative_position_width": _extension(
+        128, _size, "width of the MLP that computes them, inside"
+    ),
     "layer_scale_init_value": _extension(
         0.0,
         _fraction,
@@ -378,15 +513,19 @@ ROWS: dict[str, Field] = {
         beit=0.1,
     ),
     "layerscale_value": Field(
-        1.0, _fraction, "initial value of the per-channel factors on both residual branches", _DINOS
+        1.0,
+        _fraction,
+        "initial value of the per-channel factors on both residual branches",
+        (*_DINOS, DINOV3),
     ),
     "drop_path_rate": Field(
         0.0,
         _number("a number from 0 to below 1", lambda x: 0.0 <= x < 1.0),
         "rate of stochastic depth (Huang et al. 2016, arXiv:1603.09382) at the last block, growing "
         "evenly from zero at the first; in DINOv2 the same for every block",
-        defaults={BEIT: 0.1},
-        if_set=_VITS,
+        _IMAGES,
+        {BEIT: 0.1},
+        if_set=(*_VITS, CLIP_VISION),
     ),
     "use_mean_pooling": Field(
         True,
@@ -406,10 +545,13 @@ ROWS: dict[str, Field] = {
         integer(0, _MOST_TOKENS),
         "number of learned tokens after the class token (Darcet et al. 2023, arXiv:2309.16588)",
         REGISTERS,
+        DINOV3,
         dinov2_with_registers=4,
     ),
     "use_cls_token": _extension(
-        True, _boolean, 'whether there is a class token; without it `pooling` must be "mean"'
+        True,
+        _boolean,
+        'whether there is a class token; without it `pooling` must be "mean" or "map"',
     ),
     "position_tokens": _extension(
         "all",
@@ -417,11 +559,53 @@ ROWS: dict[str, Field] = {
         'tokens in front of the patches that have position embeddings: "all", "cls" (the class '
         'token alone) or "patches" (none of them)',
     ),
+    "stem_type": _extension(
+        None,
+        _optional(_choice(get_args(StemType))),
+        'network before the patch projection: None, or "resnetv2", the ResNet of a hybrid '
+        "(Dosovitskiy et al. 2021, arXiv:2010.11929); `patch_size` stays the side of a patch in "
+        "pixels of the image",
+    ),
+    "stem_depths": _extension(
+        (),
+        _depths,
+        "numbers of blocks of the stem's stages, such as (3, 4, 9); none leaves its root alone",
+    ),
+    "stem_width": _extension(
+        64, integer(STEM_GROUPS), "number of channels after the stem's first convolution"
+    ),
+    "stem_standardization": _extension(
+        "variance",
+        _choice(get_args(StemStandardization)),
+        'what the stem\'s kernels are divided by: "variance", the root of their variance and 1e-8 '
+        '(timm, Transformers), or "deviation", their standard deviation and 1e-5 (Google)',
+    ),
+    "stem_norm_eps": _extension(
+        1e-5, _fraction, "epsilon of the stem's norms (timm 1e-5; Google 1e-6)"
+    ),
     "pooling": _extension(
         "cls",
         _choice(get_args(Pooling)),
-        'input of the classifier: "cls" (the class token), "mean" (the mean of the patches) or '
-        '"cls_mean" (both joined, as in DINOv2)',
+        'input of the classifier: "cls" (the class token), "mean" (the mean of the patches), '
+        '"cls_mean" (both joined, as in DINOv2) or "map" (attention pooling: a learned probe '
+        "attends to the patches and an MLP follows, as in SigLIP; Zhai et al. 2022, "
+        "arXiv:2106.04560)",
+    ),
+    "pooler_num_heads": _extension(
+        None,
+        _optional(_size),
+        "number of heads of attention pooling; None means `num_attention_heads`",
+    ),
+    "pooler_intermediate_size": _extension(
+        None,
+        _optional(_size),
+        "width of the MLP in attention pooling; None means `intermediate_size`",
+    ),
+    "pool_prefix_tokens": _extension(
+        False,
+        _boolean,
+        'whether the pooling "mean" or "map" takes the tokens in front of the patches too, as in '
+        "the Perception Encoder",
     ),
     "norm_after_pooling": _extension(
         False,
@@ -441,6 +625,55 @@ ROWS: dict[str, Field] = {
         "whether the tokens are normalised before the first block (Radford et al. 2021, "
         "arXiv:2103.00020)",
     ),
+    "use_final_norm": _extension(
+        True,
+        _boolean,
+        "whether the tokens, or the pooled mean, are normalised after the last block",
+    ),
+    "norm_type": _extension(
+        "layernorm",
+        _choice(get_args(NormType)),
+        'every norm: "layernorm", or "rmsnorm", which subtracts no mean and has no bias (Zhang and '
+        "Sennrich 2019, arXiv:1910.07467)",
+    ),
+    "use_qk_norm": _extension(
+        False,
+        _boolean,
+        "whether query and key of each head are normalised (Dehghani et al. 2023, "
+        "arXiv:2302.05442)",
+    ),
+    "use_key_bias": _extension(
+        None, _optional(_boolean), "whether the key has a bias; None means as `qkv_bias`"
+    ),
+    "use_attention_norm": _extension(
+        False,
+        _boolean,
+        "whether the joined outputs of the heads are normalised before they are projected (Wang et "
+        "al. 2022, arXiv:2210.06423)",
+    ),
+    "use_mlp_norm": _extension(
+        False,
+        _boolean,
+        "whether the MLP is normalised between its two layers, after the activation (Wang et al. "
+        "2022, arXiv:2210.06423)",
+    ),
+    "block_type": _extension(
+        "pre_norm",
+        _choice(get_args(BlockType)),
+        'how a block is put together: "pre_norm" (a norm before attention and one before the MLP), '
+        '"post_norm" (a norm after each, before it is added) or "parallel" (one norm, then '
+        "attention and MLP beside each other; Dehghani et al. 2023, arXiv:2302.05442)",
+    ),
+    "num_parallel_branches": _extension(
+        1,
+        integer(1, _MOST_LAYERS),
+        "number of attentions that a block adds up, and of MLPs after them (Touvron et al. 2022, "
+        "arXiv:2203.09795)",
+    ),
+    "proj_bias": _extension(
+        True, _boolean, "whether the projection after attention has a bias", DINOV3
+    ),
+    "mlp_bias": _extension(True, _boolean, "whether both layers of the MLP have a bias", DINOV3),
     "gradient_checkpointing": _everywhere(
         False, _boolean, "whether each block is recomputed in the backward pass instead of stored"
     ),
@@ -449,7 +682,7 @@ ROWS: dict[str, Field] = {
         _choice(get_args(ResizeRule)),
         "how position embeddings are resampled to another grid; the families differ, see "
         "`vit_common.positions.resize_matrix`",
-    )._replace(defaults={REGISTERS: "bicubic_antialias"}),
+    )._replace(families=_TOWERS, defaults={REGISTERS: "bicubic_antialias"}),
     "output_hidden_states": _everywhere(
         False, _boolean, "whether calls return the hidden states unless told otherwise"
     ),
@@ -459,8 +692,8 @@ ROWS: dict[str, Field] = {
     "return_dict": _everywhere(
         True, _boolean, "whether calls return a mapping unless told otherwise; else a tuple"
     ),
-    "id2label": Field(None, _id2label, "label of each class, by its index"),
-    "label2id": Field(None, _label2id, "index of each class, by its label"),
+    "id2label": Field(None, _id2label, "label of each class, by its index", _ALL),
+    "label2id": Field(None, _label2id, "index of each class, by its label", _ALL),
     "problem_type": _everywhere(
         None,
         _optional(_choice(PROBLEM_TYPES)),
@@ -478,13 +711,16 @@ ROWS: dict[str, Field] = {
 Fields = dict[str, Field]
 
 
-def fields_of(family: str, last_before_common: str | None = None) -> Fields:
+def fields_of(
+    family: str, last_before_common: str | None = None, *, order: Sequence[str] = ()
+) -> Fields:
     """The rows of one family, each with the family's default, in the order of its constructor.
 
     Args:
         family: its `model_type`.
         last_before_common: the one field that the family's constructor has later than `ROWS`: after
             all that are not in every family.
+        order: the fields that the family's constructor begins with, where it is not as in `ROWS`.
     """
     rows = {
         name: row._replace(
@@ -497,7 +733,7 @@ def fields_of(family: str, last_before_common: str | None = None) -> Fields:
     if last_before_common is not None:
         late = [last_before_common, *_COMMON_FIELDS]
         rows = {name: rows[name] for name in [*(n for n in rows if n not in late), *late]}
-    return rows
+    return {name: rows[name] for name in dict.fromkeys((*order, *rows))}
 
 
 _COMMON_FIELDS = tuple(ROWS)[tuple(ROWS).index("gradient_checkpointing") :]

@@ -230,6 +230,47 @@ class ImageClassifierOutput(ModelOutput):
 
 
 @dataclass(eq=False)
+class CLIPVisionModelOutput(ModelOutput):
+    """`image_embeds` (B, projection_dim), not normalised; the rest as `BaseModelOutput`."""
+
+    image_embeds: Any = None
+    last_hidden_state: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+
+
+@dataclass(eq=False)
+class CLIPTextModelOutput(ModelOutput):
+    """`text_embeds` (B, projection_dim), not normalised; the rest as `BaseModelOutput`."""
+
+    text_embeds: Any = None
+    last_hidden_state: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+
+
+@dataclass(eq=False)
+class CLIPOutput(ModelOutput):
+    """`loss` () if it was asked for; `logits_per_image` (images, texts), the scaled similarities,
+    and `logits_per_text`, the same transposed; `text_embeds` and `image_embeds`, of length one;
+    and what each tower returned."""
+
+    loss: Any = None
+    logits_per_image: Any = None
+    logits_per_text: Any = None
+    text_embeds: Any = None
+    image_embeds: Any = None
+    text_model_output: Any = None
+    vision_model_output: Any = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None, in order; the towers' outputs as tuples."""
+        return tuple(
+            value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values()
+        )
+
+
+@dataclass(eq=False)
 class MaskedImageModelingOutput(ModelOutput):
     """`loss` () if a mask was given; `reconstruction` (B, C, H, W); the rest as
     `BaseModelOutput`."""

@@ -7,14 +7,17 @@ so this table is the contract between the networks, the files and the converter.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 from vit_common.config import ViTConfig
+from vit_common.config_fields import STEM_NARROWING
 from vit_common.positions import relative_distances
 
-Head = Literal["classifier", "teacher", "decoder", "tokens"]
+Head = Literal["classifier", "teacher", "decoder", "tokens", "projection", "towers"]
 """Head on the base network: one classifier; DeiT's two, on the class and the distillation token; a
-decoder back to pixels; BEiT's prediction of visual tokens."""
+decoder back to pixels; BEiT's prediction of visual tokens; CLIP's projection of one tower, or both
+towers with theirs."""
 
 _CLASSES: dict[Head | None, str] = {
     None: "Model",
@@ -22,12 +25,18 @@ _CLASSES: dict[Head | None, str] = {
     "teacher": "ForImageClassificationWithTeacher",
     "decoder": "ForMaskedImageModeling",
     "tokens": "ForMaskedImageModeling",
+    "projection": "ModelWithProjection",
+    "towers": "Model",
 }
+_TOWERS = {"clip_text_model": "Text"}
 
 
 def class_name(config: ViTConfig, head: Head | None) -> str:
     """Name of the PyTorch class of a network with that head; that of JAX begins with "Flax"."""
-    return config.class_stem() + _CLASSES[head]
+    tower = ""
+    if config.is_part and head in (None, "projection"):
+        tower = _TOWERS.get(config.base_family, "Vision")
+    return config.class_stem() + tower + _CLASSES[head]
 
 
 def head_tokens(
@@ -43,7 +52,11 @@ def head_tokens(
     if head == "teacher":
         return 2
     if head is None:
-        return None if add_pooling_layer and config.pooling == "mean" else 1
+        pools = add_pooling_layer and not config.keeps_pooler
+        by_attention = add_pooling_layer and config.pooler_type == "map"
+        return None if by_attention or (pools and config.pooling == "mean") else 1
+    if head == "projection":
+        return 1
     return 1 if head == "classifier" and config.pooling == "cls" else None
 
 
@@ -56,6 +69,10 @@ HEAD_PARAMETERS = (
     "lm_layernorm.",
     "lm_head.",
     "embeddings.mask_token",
+    "visual_projection.",
+    "text_projection.",
+    "text_model.",
+    "logit_scale",
 )
 """Starts of (unprefixed) names that a checkpoint of the same network may lack or have in excess:
 they belong to a task, so they are drawn anew, or left aside, where everything else must fit."""
@@ -68,6 +85,10 @@ TOP_PARAMETERS = (
     "decoder.",
     "lm_layernorm.",
     "lm_head.",
+    "visual_projection.",
+    "text_projection.",
+    "text_model.",
+    "logit_scale",
 )
 """Starts of the names that stand beside the base network, not in it."""
 
@@ -83,17 +104,28 @@ def parameter_shapes(
 
     Args:
         config: sizes and parts of the network.
-        head: None for the base network, else what stands on it. With a head the names of the
-            network start with `config.base_model_prefix`, it has a pooler only if the classifier
-            looks at it, and "decoder" has a mask token.
+        head: None for the base network, else what stands on it. With a head (and where
+            `config.is_part`, always) the names of the network start with
+            `config.base_model_prefix`, it has a pooler only if the classifier looks at it or
+            `config.keeps_pooler`, and "decoder" has a mask token.
         add_pooling_layer: whether the base network has a pooler.
         use_mask_token: whether the base network has a mask token, if the config does not say so.
 
     Returns:
         Shapes in PyTorch's layouts: dense weights (out, in), the patch projection (D, C, P, P).
     """
+    if config.base_family == "clip_text_model":
+        return _text_tower(config, head)
+    if head == "towers":
+        return _towers(config)
     D, A, inner = config.hidden_size, config.num_attention_heads, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {}
+
+    def add_norm(name: str, width: int = D) -> None:
+        shapes[f"{name}.weight"] = (width,)
+        if config.norm_type == "layernorm":
+            shapes[f"{name}.bias"] = (width,)
+
     if config.use_cls_token:
         shapes["embeddings.cls_token"] = (1, 1, D)
     if config.use_distillation_token:
@@ -105,55 +137,74 @@ def parameter_shapes(
     if config.use_absolute_position_embeddings:
         positions = config.num_prefix_positions + config.num_patches
         shapes["embeddings.position_embeddings"] = (1, positions, D)
-    projection = (D, config.num_channels, *config.patch_height_width)
+    if config.stem_type is not None:
+        shapes |= _stem_shapes(config)
+    projection = (D, config.stem_channels, *config.projection_size)
     shapes["embeddings.patch_embeddings.projection.weight"] = projection
     if config.use_patch_bias:
         shapes["embeddings.patch_embeddings.projection.bias"] = (D,)
     if config.use_pre_norm:
-        shapes["pre_layernorm.weight"] = (D,)
-        shapes["pre_layernorm.bias"] = (D,)
-    relative = (relative_distances(config.grid_size), A)
+        add_norm("pre_layernorm")
     if config.use_shared_relative_position_bias:
-        shapes["encoder.relative_position_bias.relative_position_bias_table"] = relative
+        shapes |= _relative(config, "encoder.relative_position_bias")
     if config.rope_type == "mixed":
         frequencies = (2, config.num_hidden_layers, A, config.head_dim // 2)
         shapes["encoder.rope_frequencies"] = frequencies
-    biases = {"query": config.qkv_bias, "key": config.use_key_bias, "value": config.qkv_bias}
-    for i in range(config.num_hidden_layers):
-        layer = f"encoder.layer.{i}"
+    biases = {
+        "query": config.has_query_bias,
+        "key": config.has_key_bias,
+        "value": config.has_value_bias,
+    }
+    for layer in block_names(config):
         for name, use_bias in biases.items():
             shapes[f"{layer}.attention.attention.{name}.weight"] = (D, D)
             if use_bias:
                 shapes[f"{layer}.attention.attention.{name}.bias"] = (D,)
+        if config.attention_type == "differential":
+            module = f"{layer}.attention.attention.differential"
+            shapes |= {f"{module}.{name}": (config.head_dim // 2,) for name in DIFFERENTIAL}
+            shapes[f"{module}.norm.weight"] = (config.head_dim,)
         if config.use_relative_position_bias:
-            table = "attention.attention.relative_position_bias.relative_position_bias_table"
-            shapes[f"{layer}.{table}"] = relative
+            shapes |= _relative(config, f"{layer}.attention.attention.relative_position_bias")
+        if config.use_qk_norm:
+            add_norm(f"{layer}.attention.attention.query_norm", config.head_dim)
+            add_norm(f"{layer}.attention.attention.key_norm", config.head_dim)
+        if config.use_attention_norm:
+            add_norm(f"{layer}.attention.output.layernorm")
         shapes[f"{layer}.attention.output.dense.weight"] = (D, D)
-        shapes[f"{layer}.attention.output.dense.bias"] = (D,)
+        if config.proj_bias:
+            shapes[f"{layer}.attention.output.dense.bias"] = (D,)
         first = 2 * inner if config.use_swiglu_ffn else inner
         shapes[f"{layer}.intermediate.dense.weight"] = (first, D)
-        shapes[f"{layer}.intermediate.dense.bias"] = (first,)
+        if config.mlp_bias:
+            shapes[f"{layer}.intermediate.dense.bias"] = (first,)
+        if config.use_mlp_norm:
+            add_norm(f"{layer}.output.layernorm", inner)
         shapes[f"{layer}.output.dense.weight"] = (D, inner)
-        shapes[f"{layer}.output.dense.bias"] = (D,)
-        for norm in ("layernorm_before", "layernorm_after"):
-            shapes[f"{layer}.{norm}.weight"] = (D,)
-            shapes[f"{layer}.{norm}.bias"] = (D,)
+        if config.mlp_bias:
+            shapes[f"{layer}.output.dense.bias"] = (D,)
+        parallel = config.block_type == "parallel"
+        add_norm(f"{layer}.layernorm_before")
+        if not parallel:
+            add_norm(f"{layer}.layernorm_after")
         if config.has_layer_scale:
             shapes[f"{layer}.lambda_1"] = (D,)
-            shapes[f"{layer}.lambda_2"] = (D,)
-    if not config.norm_after_pooling:
-        shapes["layernorm.weight"] = (D,)
-        shapes["layernorm.bias"] = (D,)
+            if not parallel:
+                shapes[f"{layer}.lambda_2"] = (D,)
+    if config.has_final_norm:
+        add_norm("layernorm")
 
     has_pooler = config.classifier_has_pooler if head == "classifier" else head is None
+    has_pooler = has_pooler or config.keeps_pooler
     if has_pooler and (head is not None or add_pooling_layer):
         if config.pooler_type == "dense":
             shapes["pooler.dense.weight"] = (config.pooler_output_size, D)
             shapes["pooler.dense.bias"] = (config.pooler_output_size,)
         elif config.pooler_type == "norm":
-            shapes["pooler.layernorm.weight"] = (D,)
-            shapes["pooler.layernorm.bias"] = (D,)
-    if head is None:
+            add_norm("pooler.layernorm")
+        elif config.pooler_type == "map":
+            shapes |= _attention_pooler(D, config.pooler_inner)
+    if head is None and not config.is_part:
         return shapes
 
     shapes = {f"{config.base_model_prefix}.{name}": shape for name, shape in shapes.items()}
@@ -164,23 +215,141 @@ def parameter_shapes(
         for name in ("cls_classifier", "distillation_classifier"):
             shapes[f"{name}.weight"] = (config.num_labels, D)
             shapes[f"{name}.bias"] = (config.num_labels,)
+    elif head == "projection":
+        shapes["visual_projection.weight"] = (config.projection_dim, D)
     elif head == "tokens":
         vocabulary: int = config.vocab_size
-        shapes["lm_layernorm.weight"] = (D,)
-        shapes["lm_layernorm.bias"] = (D,)
+        add_norm("lm_layernorm")
         shapes["lm_head.weight"] = (vocabulary, D)
         shapes["lm_head.bias"] = (vocabulary,)
-    else:
+    elif head == "decoder":
         pixels = config.encoder_stride**2 * config.num_channels
         shapes["decoder.0.weight"] = (pixels, D, 1, 1)
         shapes["decoder.0.bias"] = (pixels,)
     return shapes
 
 
-def initial_value(name: str) -> Literal["normal", "one", "zero", "layer scale", "frequencies"]:
+def block_names(config: ViTConfig) -> Iterator[str]:
+    """Starts of the names of each block's parameters: of block i `encoder.layer.{i}`, and of each
+    attention and MLP beside its first ones `encoder.layer.{i}.branch.{j}`, j from 1 on."""
+    for i in range(config.num_hidden_layers):
+        yield f"encoder.layer.{i}"
+        for j in range(1, config.num_parallel_branches):
+            yield f"encoder.layer.{i}.branch.{j}"
+
+
+DIFFERENTIAL = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+"""Vectors from which differential attention computes the share of its second map."""
+
+
+def _relative(config: ViTConfig, module: str) -> dict[str, tuple[int, ...]]:
+    """The parameters that give the biases of offsets."""
+    A, inner = config.num_attention_heads, config.relative_position_width
+    if config.relative_position_type == "table":
+        rows = relative_distances(config.grid_size)
+        return {f"{module}.relative_position_bias_table": (rows, A)}
+    shapes: dict[str, tuple[int, ...]] = {"in_kernel": (2, inner), "in_bias": (inner,)}
+    shapes |= {"out_kernel": (inner, A), "out_bias": (A,)}
+    return {f"{module}.{name}": shape for name, shape in shapes.items()}
+
+
+def _stem_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
+    """The parameters of a ResNet before the patch projection."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def add(module: str, number: str, inputs: int, features: int, size: int = 1) -> None:
+        conv = "convolution" if number == "" else f"conv{number}"
+        shapes[f"{module}.{conv}.weight"] = (features, inputs, size, size)
+        for leaf in ("weight", "bias"):
+            shapes[f"{module}.norm{number}.{leaf}"] = (features,)
+
+    inputs = config.stem_width
+    add("embeddings.stem", "", config.num_channels, inputs, 7)
+    for i, features in enumerate(config.stem_widths):
+        inner = features // STEM_NARROWING
+        for j in range(config.stem_depths[i]):
+            block = f"embeddings.stem.stage{i}.{j}"
+            if j == 0:
+                add(block, "_shortcut", inputs, features)
+            add(block, "1", inputs, inner)
+            add(block, "2", inner, inner, 3)
+            add(block, "3", inner, features)
+            inputs = features
+    return shapes
+
+
+def _attention_pooler(D: int, inner: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"pooler.probe": (1, 1, D)}
+    dense = {f"attention.{name}": (D, D) for name in ("query", "key", "value", "output.dense")}
+    dense |= {"intermediate.dense": (inner, D), "output.dense": (D, inner)}
+    for name, shape in dense.items():
+        if name == "intermediate.dense":
+            shapes["pooler.layernorm.weight"] = shapes["pooler.layernorm.bias"] = (D,)
+        shapes[f"pooler.{name}.weight"] = shape
+        shapes[f"pooler.{name}.bias"] = shape[:1]
+    return shapes
+
+
+def _text_tower(config: ViTConfig, head: Head | None) -> dict[str, tuple[int, ...]]:
+    """The text tower of a CLIP, whose blocks are those of an image's."""
+    D, inner = config.hidden_size, config.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.token_embedding.weight": (config.vocab_size, D),
+        "embeddings.position_embedding.weight": (config.max_position_embeddings, D),
+    }
+    for i in range(config.num_hidden_layers):
+        layer = f"encoder.layer.{i}"
+        for name in ("query", "key", "value"):
+            shapes[f"{layer}.attention.attention.{name}.weight"] = (D, D)
+            shapes[f"{layer}.attention.attention.{name}.bias"] = (D,)
+        shapes[f"{layer}.attention.output.dense.weight"] = (D, D)
+        shapes[f"{layer}.attention.output.dense.bias"] = (D,)
+        shapes[f"{layer}.intermediate.dense.weight"] = (inner, D)
+        shapes[f"{layer}.intermediate.dense.bias"] = (inner,)
+        shapes[f"{layer}.output.dense.weight"] = (D, inner)
+        shapes[f"{layer}.output.dense.bias"] = (D,)
+        for norm in ("layernorm_before", "layernorm_after"):
+            shapes[f"{layer}.{norm}.weight"] = (D,)
+            shapes[f"{layer}.{norm}.bias"] = (D,)
+    shapes["final_layernorm.weight"] = (D,)
+    shapes["final_layernorm.bias"] = (D,)
+    shapes = {f"{config.base_model_prefix}.{name}": shape for name, shape in shapes.items()}
+    if head == "projection":
+        shapes["text_projection.weight"] = (config.projection_dim, D)
+    return shapes
+
+
+def _towers(config: Any) -> dict[str, tuple[int, ...]]:
+    """Both towers of a CLIP, their projections, and the scale of the similarities."""
+    vision, text = config.vision_config, config.text_config
+    return {
+        **parameter_shapes(vision),
+        **_text_tower(text, None),
+        "visual_projection.weight": (config.projection_dim, vision.hidden_size),
+        "text_projection.weight": (config.projection_dim, text.hidden_size),
+        "logit_scale": (),
+    }
+
+
+_NORMAL = (
+    "cls_token",
+    "distillation_token",
+    "position_embeddings",
+    "probe",
+    "in_kernel",
+    "out_kernel",
+    *DIFFERENTIAL,
+)
+
+
+def initial_value(
+    name: str,
+) -> Literal["normal", "one", "zero", "layer scale", "logit scale", "frequencies"]:
     """What a new parameter of that canonical name starts as; "normal" is the truncated one."""
+    if name == "logit_scale":
+        return "logit scale"
     *_, owner, leaf = ("", *name.split("."))
-    if leaf in ("cls_token", "distillation_token", "position_embeddings"):
+    if leaf in _NORMAL:
         return "normal"
     if leaf in ("lambda_1", "lambda_2"):
         return "layer scale"

@@ -331,6 +331,24 @@ def _spline(places: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=16)
+def log_offsets(grid: tuple[int, int]) -> np.ndarray:
+    """Offsets between two patches of a grid, each as `sign(x) * log(1 + |x|)` of the rows and of
+    the columns between them; in the order of `relative_position_index`.
+
+    Args:
+        grid: (rows, columns) of patches.
+
+    Returns:
+        ((2 rows - 1) * (2 columns - 1), 2), float64, read-only.
+    """
+    rows, columns = (np.arange(1 - side, side, dtype=np.float64) for side in grid)
+    offsets = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
+    scaled = np.sign(offsets) * np.log1p(np.abs(offsets))
+    scaled.flags.writeable = False
+    return scaled
+
+
+@lru_cache(maxsize=16)
 def relative_position_index(grid: tuple[int, int]) -> np.ndarray:
     """Which row of the table each pair of tokens takes (Bao et al. 2021, arXiv:2106.08254; BEiT's
     `modeling_finetune.py`, as Transformers and timm have it).

@@ -10,6 +10,10 @@ from vit_convert.auto import AutoClassifierBase, AutoModelBase
 from vit_flax.families import (
     FlaxBeitForImageClassification,
     FlaxBeitModel,
+    FlaxCLIPForImageClassification,
+    FlaxCLIPModel,
+    FlaxCLIPTextModel,
+    FlaxCLIPVisionModel,
     FlaxDeiTForImageClassification,
     FlaxDeiTForImageClassificationWithTeacher,
     FlaxDeiTForMaskedImageModeling,
@@ -18,6 +22,8 @@ from vit_flax.families import (
     FlaxDinov2Model,
     FlaxDinov2WithRegistersForImageClassification,
     FlaxDinov2WithRegistersModel,
+    FlaxDINOv3ViTForImageClassification,
+    FlaxDINOv3ViTModel,
 )
 from vit_flax.pretrained import (
     FlaxViTForImageClassification,
@@ -35,7 +41,18 @@ class FlaxAutoModel(AutoModelBase):
         "beit": FlaxBeitModel,
         "dinov2": FlaxDinov2Model,
         "dinov2_with_registers": FlaxDinov2WithRegistersModel,
+        "clip": FlaxCLIPModel,
+        "clip_vision_model": FlaxCLIPVisionModel,
+        "clip_text_model": FlaxCLIPTextModel,
+        "dinov3_vit": FlaxDINOv3ViTModel,
     }
+
+
+class FlaxAutoImageModel(AutoModelBase):
+    """The network that images go through, of any family: that of `FlaxAutoModel`, and of a model of
+    images and texts its image tower. (Not a class of Transformers.)"""
+
+    classes: ClassVar = {**FlaxAutoModel.classes, "clip": FlaxCLIPVisionModel}
 
 
 class FlaxAutoModelForImageClassification(AutoClassifierBase):
@@ -47,6 +64,9 @@ class FlaxAutoModelForImageClassification(AutoClassifierBase):
         "beit": FlaxBeitForImageClassification,
         "dinov2": FlaxDinov2ForImageClassification,
         "dinov2_with_registers": FlaxDinov2WithRegistersForImageClassification,
+        "clip": FlaxCLIPForImageClassification,
+        "clip_vision_model": FlaxCLIPForImageClassification,
+        "dinov3_vit": FlaxDINOv3ViTForImageClassification,
     }
     teacher: ClassVar = FlaxDeiTForImageClassificationWithTeacher
 

@@ -26,6 +26,18 @@ class FlaxSequenceClassifierOutput(common.ImageClassifierOutput):
     __doc__ = common.ImageClassifierOutput.__doc__
 
 
+class FlaxCLIPVisionModelOutput(common.CLIPVisionModelOutput):
+    __doc__ = common.CLIPVisionModelOutput.__doc__
+
+
+class FlaxCLIPTextModelOutput(common.CLIPTextModelOutput):
+    __doc__ = common.CLIPTextModelOutput.__doc__
+
+
+class FlaxCLIPOutput(common.CLIPOutput):
+    __doc__ = common.CLIPOutput.__doc__
+
+
 class FlaxMaskedImageModelingOutput(common.MaskedImageModelingOutput):
     __doc__ = common.MaskedImageModelingOutput.__doc__
 
@@ -67,6 +79,9 @@ for _class in (
     FlaxBaseModelOutputWithPooling,
     FlaxBeitModelOutputWithPooling,
     FlaxSequenceClassifierOutput,
+    FlaxCLIPVisionModelOutput,
+    FlaxCLIPTextModelOutput,
+    FlaxCLIPOutput,
     FlaxMaskedImageModelingOutput,
     FlaxDeiTForImageClassificationWithTeacherOutput,
     FlaxMaskedLMOutput,

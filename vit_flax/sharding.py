@@ -44,11 +44,13 @@ _PART = PartitionSpec(MODEL)
 _BIASES = PartitionSpec(None, MODEL)  # of attention, a column for each head
 _WIDTH = PartitionSpec(None, None, FSDP)  # (1, S, D)
 
-_BLOCK = r"encoder/layer/\d+"
+_BLOCK = r"encoder/layer/\d+(?:/branch/\d+)?"
 _ATTENTION = rf"{_BLOCK}/attention/attention"
 _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embeddings/(cls_token|distillation_token|mask_token|register_tokens)", _WHOLE),
     (r"embeddings/position_embeddings", _WIDTH),
+    (r"embeddings/stem/.*conv\w*/kernel", PartitionSpec(None, None, None, FSDP)),
+    (r"embeddings/stem/.*norm\w*/(scale|bias)", _WHOLE),
     (
         r"embeddings/patch_embeddings/projection/kernel",  # (P, P, C, D)
         PartitionSpec(None, None, None, FSDP),
@@ -57,6 +59,10 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (r"encoder/relative_position_bias/relative_position_bias_table", _BIASES),
     (r"encoder/rope_frequencies", PartitionSpec(None, None, MODEL)),  # (2, L, A, D/A/2)
     (rf"{_ATTENTION}/relative_position_bias/relative_position_bias_table", _BIASES),
+    (rf"{_ATTENTION}/differential/(lambda_\w+|norm/scale)", _WHOLE),
+    (rf"(encoder|{_ATTENTION})/relative_position_bias/in_(kernel|bias)", _WHOLE),
+    (rf"(encoder|{_ATTENTION})/relative_position_bias/out_kernel", _BIASES),
+    (rf"(encoder|{_ATTENTION})/relative_position_bias/out_bias", _PART),
     (rf"{_ATTENTION}/(query|key|value)/kernel", _OUTPUTS),
     (rf"{_ATTENTION}/(query|key|value)/(bias|kernel_scale|kernel_sums)", _PART),
     (rf"{_BLOCK}/attention/output/dense/kernel", _INPUTS),
@@ -64,21 +70,34 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (rf"{_BLOCK}/intermediate/dense/(bias|kernel_scale|kernel_sums)", _PART),
     (rf"{_BLOCK}/output/dense/kernel", _INPUTS),
     (rf"{_BLOCK}/(attention/)?output/dense/(bias|kernel_scale|kernel_sums)", _WHOLE),
-    (rf"{_BLOCK}/layernorm_(before|after)/(scale|bias)", _WHOLE),
+    (rf"{_BLOCK}/(layernorm_(before|after)|attention/output/layernorm)/(scale|bias)", _WHOLE),
+    (rf"{_ATTENTION}/(query|key)_norm/(scale|bias)", _WHOLE),  # of one head, the same for all
+    (rf"{_BLOCK}/output/layernorm/(scale|bias)", _PART),  # of the MLP's width
     (rf"{_BLOCK}/lambda_[12]", _WHOLE),
     (r"(pre_layernorm|layernorm|pooler/layernorm)/(scale|bias)", _WHOLE),
     (r"pooler/dense/kernel", PartitionSpec(FSDP)),
     (r"pooler/dense/bias", _WHOLE),
+    (r"pooler/probe", _WIDTH),
+    (r"pooler/attention/(query|key|value)/kernel", _OUTPUTS),
+    (r"pooler/attention/(query|key|value)/bias", _PART),
+    (r"pooler/intermediate/dense/kernel", _OUTPUTS),
+    (r"pooler/intermediate/dense/bias", _PART),
+    (r"pooler/(attention/)?output/dense/kernel", _INPUTS),
+    (r"pooler/(attention/)?output/dense/bias", _WHOLE),
+    (r"embeddings/(token_embedding|position_embedding)/embedding", PartitionSpec(None, FSDP)),
+    (r"final_layernorm/(scale|bias)", _WHOLE),
 )
 _HEADS = r"(cls_classifier|distillation_classifier|classifier|lm_head)"
 _TREES = ("model", "lora")  # a model's parameters, and adapters beside them
 _ADAPTERS = ("lora_A", "lora_B", "lora_magnitude")
-_FAMILIES = r"(vit|deit|beit|dinov2|dinov2_with_registers)"
+_FAMILIES = r"(vit|deit|beit|dinov2|dinov2_with_registers|dinov3_vit|vision_model|text_model)"
 _TABLE = [(re.compile(rf"({_FAMILIES}/)?{name}"), spec) for name, spec in _NETWORK] + [
     (re.compile(rf"{_HEADS}/kernel"), PartitionSpec(FSDP)),  # (D, K)
     (re.compile(r"decoder/0/kernel"), PartitionSpec(None, None, FSDP)),  # (1, 1, D, ...)
     (re.compile(rf"({_HEADS}|decoder/0)/bias"), _WHOLE),
     (re.compile(r"lm_layernorm/(scale|bias)"), _WHOLE),
+    (re.compile(r"(visual|text)_projection/kernel"), PartitionSpec(FSDP)),
+    (re.compile(r"logit_scale"), _WHOLE),
 ]
 
 

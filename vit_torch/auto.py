@@ -8,6 +8,10 @@ from vit_convert.auto import AutoClassifierBase, AutoModelBase
 from vit_torch.families import (
     BeitForImageClassification,
     BeitModel,
+    CLIPForImageClassification,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPVisionModel,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     DeiTForMaskedImageModeling,
@@ -16,6 +20,8 @@ from vit_torch.families import (
     Dinov2Model,
     Dinov2WithRegistersForImageClassification,
     Dinov2WithRegistersModel,
+    DINOv3ViTForImageClassification,
+    DINOv3ViTModel,
 )
 from vit_torch.pretrained import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
 
@@ -29,7 +35,18 @@ class AutoModel(AutoModelBase):
         "beit": BeitModel,
         "dinov2": Dinov2Model,
         "dinov2_with_registers": Dinov2WithRegistersModel,
+        "clip": CLIPModel,
+        "clip_vision_model": CLIPVisionModel,
+        "clip_text_model": CLIPTextModel,
+        "dinov3_vit": DINOv3ViTModel,
     }
+
+
+class AutoImageModel(AutoModelBase):
+    """The network that images go through, of any family: that of `AutoModel`, and of a model of
+    images and texts its image tower. (Not a class of Transformers.)"""
+
+    classes: ClassVar = {**AutoModel.classes, "clip": CLIPVisionModel}
 
 
 class AutoModelForImageClassification(AutoClassifierBase):
@@ -41,6 +58,9 @@ class AutoModelForImageClassification(AutoClassifierBase):
         "beit": BeitForImageClassification,
         "dinov2": Dinov2ForImageClassification,
         "dinov2_with_registers": Dinov2WithRegistersForImageClassification,
+        "clip": CLIPForImageClassification,
+        "clip_vision_model": CLIPForImageClassification,
+        "dinov3_vit": DINOv3ViTForImageClassification,
     }
     teacher: ClassVar = DeiTForImageClassificationWithTeacher
 

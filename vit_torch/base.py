@@ -314,6 +314,9 @@ class ModelBase(ViTPart):
                 module.weight.fill_(1.0)
                 if module.bias is not None:
                     module.bias.zero_()
+        elif isinstance(module, nn.GroupNorm):
+            module.weight.fill_(1.0)
+            module.bias.zero_()
         elif isinstance(module, ViTPart):
             for name, parameter in module.named_parameters(recurse=False):
                 kind = initial_value(name)

@@ -10,6 +10,9 @@ from torch.utils import _pytree
 from vit_common.outputs import (
     BaseModelOutput,
     BaseModelOutputWithPooling,
+    CLIPOutput,
+    CLIPTextModelOutput,
+    CLIPVisionModelOutput,
     DeiTForImageClassificationWithTeacherOutput,
     ImageClassifierOutput,
     MaskedImageModelingOutput,
@@ -21,6 +24,9 @@ from vit_common.outputs import (
 __all__ = [
     "BaseModelOutput",
     "BaseModelOutputWithPooling",
+    "CLIPOutput",
+    "CLIPTextModelOutput",
+    "CLIPVisionModelOutput",
     "DeiTForImageClassificationWithTeacherOutput",
     "ImageClassifierOutput",
     "MaskedImageModelingOutput",
@@ -45,6 +51,9 @@ def _register(output: type[ModelOutput]) -> None:
 for _class in (
     BaseModelOutput,
     BaseModelOutputWithPooling,
+    CLIPOutput,
+    CLIPTextModelOutput,
+    CLIPVisionModelOutput,
     DeiTForImageClassificationWithTeacherOutput,
     ImageClassifierOutput,
     MaskedImageModelingOutput,

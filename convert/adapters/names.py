@@ -23,7 +23,10 @@ GENERATIONS: Mapping[str, str] = {
 """Generation of names -> what its tables say of themselves."""
 
 _FIRST = "encoder.layer.{i}.intermediate.dense.weight"
-_GATED = ("encoder.layer.{i}.mlp.weights_in.weight", "encoder.layer.{i}.mlp.gate_proj.weight")
+_GATED = (
+    "encoder.layer.{i}.mlp.weights_in.weight",
+    *(f"{start}layer.{{i}}.mlp.gate_proj.weight" for start in ("encoder.", "", "model.")),
+)
 
 
 def check_generation(names: str) -> str:

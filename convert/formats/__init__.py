@@ -13,6 +13,8 @@ from vit_convert.formats import (
     deit,
     dino,
     dinov2,
+    dinov3,
+    eva,
     flax,
     google,
     huggingface,
@@ -34,6 +36,8 @@ FORMATS: tuple[Format, ...] = (
     *moco.FORMATS,
     *beit.FORMATS,
     *dinov2.FORMATS,
+    *dinov3.FORMATS,
+    *eva.FORMATS,
     *torchvision.FORMATS,
     *google.FORMATS,
 )

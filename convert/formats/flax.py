@@ -6,17 +6,27 @@ In msgpack files and in memory its levels are joined by "/", in Flax safetensors
 Sources: `models/{vit,beit,dinov2}/modeling_flax_*.py` of Transformers 4.57.6.
 """
 
+from dataclasses import replace
+
+from vit_common.parameters import DIFFERENTIAL
 from vit_convert.formats.format import Files, Format, Rule
 from vit_convert.formats.huggingface import (
+    ATTENTION_POOLER_DENSE,
     BEIT_HEAD,
     BLOCK,
+    CLIP,
+    CLIP_BLOCK,
+    CLIP_TOP,
     DINOV2_BLOCK,
     DINOV2_SWIGLU_BLOCK,
+    EXTENDED_BLOCK,
+    RELATIVE_MLP,
+    STEM,
     extended,
     gated,
     plain,
 )
-from vit_convert.layouts import HWIO, KEEP, TOKEN, TRANSPOSE, Layout
+from vit_convert.layouts import HWIO, KEEP, TOKEN, TRANSPOSE, VECTOR, Layout
 
 _TOKENS = (
     "embeddings.cls_token",
@@ -24,14 +34,19 @@ _TOKENS = (
     "embeddings.register_tokens",
     "embeddings.position_embeddings",
     "encoder.relative_position_bias.relative_position_bias_table",
+    *(f"encoder.{name}" for name in RELATIVE_MLP),
     "encoder.rope_frequencies",
+    "pooler.probe",
 )
 _DENSE = (
     "pooler.dense",
+    *ATTENTION_POOLER_DENSE,
     "classifier",
     "cls_classifier",
     "distillation_classifier",
     "lm_head",
+    "visual_projection",
+    "text_projection",
 )
 _CONVOLUTIONS = ("embeddings.patch_embeddings.projection", "decoder.0")
 _NORMS = ("pre_layernorm", "layernorm", "pooler.layernorm", "lm_layernorm")
@@ -39,20 +54,21 @@ _NORMS = ("pre_layernorm", "layernorm", "pooler.layernorm", "lm_layernorm")
 
 _ALONE = (
     "lambda_1", "lambda_2", "_table", "_token", "_tokens", "_embeddings", "_frequencies",
+    "probe",
+    *RELATIVE_MLP,
+    *DIFFERENTIAL,
 )  # fmt: skip
 """What names of parameters end with that are no leaves of a module."""
 
 
 def _leaves(theirs: str, ours: str, separator: str) -> list[Rule]:
     """The rules of one module; what kind it is, its name says."""
-    if ours.endswith(
-        ("lambda_1", "lambda_2", "_table", "_token", "_tokens", "_embeddings", "_frequencies")
-    ):
+    if ours.endswith(_ALONE):
         pairs: list[tuple[str, str, Layout]] = [("", "", KEEP)]
     elif "norm" in ours.rpartition(".")[2]:
         pairs = [(".scale", ".weight", KEEP), (".bias", ".bias", KEEP)]
     else:
-        layout = HWIO if ours in _CONVOLUTIONS else TRANSPOSE
+        layout = HWIO if ours in (*_CONVOLUTIONS, *STEM) else TRANSPOSE
         pairs = [(".kernel", ".weight", layout), (".bias", ".bias", KEEP)]
     return [
         Rule((theirs + leaf).replace(".", separator), ours + own, layout)
@@ -66,18 +82,43 @@ def _rules(block: dict[str, str], separator: str, mask_token: Layout = KEEP) -> 
     ]
     for name in (*_TOKENS, *_DENSE, *_CONVOLUTIONS, *_NORMS):
         rules += _leaves(name, name, separator)
+    for name in STEM:
+        rules += _leaves(name, name, separator)
     for ours, theirs in block.items():
-        rules += _leaves(f"encoder.layer.{{i}}.{theirs}", f"encoder.layer.{{i}}.{ours}", separator)
+        for start in ("encoder.layer.{i}.", "encoder.layer.{i}.branch.{j}."):
+            rules += _leaves(start + theirs, start + ours, separator)
     return tuple(rules)
 
 
-_SAME = {name: name for name in BLOCK}
+_SAME = {name: name for name in (*BLOCK, *EXTENDED_BLOCK)}
+
+
+def text_rules(block: dict[str, str], separator: str, start: str, norm: str) -> tuple[Rule, ...]:
+    """The rules of a text tower, and of what stands beside both towers.
+
+    Args:
+        block: canonical module of a block -> its name in the tree.
+        separator: between the parts of a name in the tree.
+        start: of the names of a block in the tree, with `{i}` for its index.
+        norm: name of the last norm in the tree.
+    """
+    rules = [Rule("logit_scale", "logit_scale")]
+    for name in ("token_embedding", "position_embedding"):
+        ours = f"text_model.embeddings.{name}"
+        rules.append(Rule(f"{ours}.embedding".replace(".", separator), f"{ours}.weight"))
+    for ours, theirs in block.items():
+        rules += _leaves(
+            f"text_model.{start}{theirs}", f"text_model.encoder.layer.{{i}}.{ours}", separator
+        )
+    rules += _leaves(f"text_model.{norm}", "text_model.final_layernorm", separator)
+    return tuple(rules)
+
 
 TREE = Format(
     name="tree",
     describes="parameter tree of vit_flax joined by '/'",
-    families=("vit", "deit", "beit", "dinov2", "dinov2_with_registers"),
-    rules=_rules(_SAME, "/"),
+    families=("vit", "deit", "beit", "dinov2", "dinov2_with_registers", "dinov3_vit", *CLIP),
+    rules=_rules(_SAME, "/") + text_rules(_SAME, "/", "encoder.layer.{i}.", "final_layernorm"),
     separator="/",
     prefixed=True,
 )
@@ -101,13 +142,29 @@ def _formats(name: str, separator: str, describes: str, files: Files) -> tuple[F
             **more,
         )
 
+    clip = [
+        Rule("embeddings.class_embedding", "embeddings.cls_token", VECTOR),
+        Rule("embeddings.position_embedding.embedding", "embeddings.position_embeddings", TOKEN),
+    ]
+    for theirs, ours in CLIP_TOP.items():
+        clip += _leaves(theirs, ours, ".")
+    for ours, theirs in CLIP_BLOCK.items():
+        clip += _leaves(f"encoder.layers.{{i}}.{theirs}", f"encoder.layer.{{i}}.{ours}", ".")
+    clip = [replace(rule, foreign=str(rule.foreign).replace(".", separator)) for rule in clip]
     beit = tuple((a.replace(".", separator), b.replace(".", separator)) for a, b in BEIT_HEAD)
     dinov2 = ("dinov2", "dinov2_with_registers")
     return (
-        table(("vit", "deit"), _rules(_SAME, separator)),
+        table(("vit", "deit", "dinov3_vit"), _rules(_SAME, separator)),
         table(("beit",), _rules(_SAME, separator), only_with_prefix=beit),
         table(dinov2, _rules(DINOV2_BLOCK, separator, TOKEN), fits=plain),
         table(dinov2, _rules(DINOV2_SWIGLU_BLOCK, separator, TOKEN), fits=gated),
+        table(
+            CLIP,
+            (
+                *clip,
+                *text_rules(CLIP_BLOCK, separator, "encoder.layers.{i}.", "final_layer_norm"),
+            ),
+        ),
     )
 
 

@@ -2,16 +2,30 @@
 
 The canonical names are those of v4's ViT, DeiT and BEiT; DINOv2's blocks differ.
 
-Sources: `models/{vit,deit,beit,dinov2,dinov2_with_registers,vit_mae}/modeling_*.py` of
+Sources: `models/{vit,deit,beit,dinov2,dinov2_with_registers,dinov3_vit,vit_mae}/modeling_*.py` of
 Transformers 4.57.6 and 5.23.
 """
 
 from collections.abc import Iterator
 
 from vit_common.config import ViTConfig
+from vit_common.parameters import DIFFERENTIAL
 from vit_convert.formats.format import Files, Format, Rule
-from vit_convert.layouts import GATE_AND_UP, KEEP, TOKEN, Layout
+from vit_convert.formats.stems import TRANSFORMERS
+from vit_convert.layouts import GATE_AND_UP, KEEP, TOKEN, VECTOR, Layout
 
+ATTENTION_POOLER_DENSE = (
+    "pooler.attention.query",
+    "pooler.attention.key",
+    "pooler.attention.value",
+    "pooler.attention.output.dense",
+    "pooler.intermediate.dense",
+    "pooler.output.dense",
+)
+ATTENTION_POOLER = (
+    "pooler.probe",
+    *(f"{name}.{leaf}" for name in ATTENTION_POOLER_DENSE for leaf in ("weight", "bias")),
+)
 _TOP = (
     "embeddings.cls_token",
     "embeddings.distillation_token",
@@ -28,6 +42,7 @@ _TOP = (
     "pooler.dense.bias",
     "pooler.layernorm.weight",
     "pooler.layernorm.bias",
+    *ATTENTION_POOLER,
     "classifier.weight",
     "classifier.bias",
     "cls_classifier.weight",
@@ -57,6 +72,20 @@ BLOCK = {
     "lambda_1": "lambda_1",
     "lambda_2": "lambda_2",
 }
+RELATIVE_MLP = tuple(
+    f"relative_position_bias.{name}" for name in ("in_kernel", "in_bias", "out_kernel", "out_bias")
+)
+"""What relative positions by an MLP have, in a block or beside all of them."""
+
+# what blocks of ViT's extensions have beside these, under the canonical names everywhere
+EXTENDED_BLOCK = (
+    "attention.attention.query_norm",
+    "attention.attention.key_norm",
+    "attention.output.layernorm",
+    "output.layernorm",
+    *(f"attention.attention.{name}" for name in RELATIVE_MLP),
+    *(f"attention.attention.differential.{name}" for name in (*DIFFERENTIAL, "norm")),
+)
 # canonical <-> DINOv2
 DINOV2_BLOCK = {
     "attention.attention.query": "attention.attention.query",
@@ -76,6 +105,54 @@ DINOV2_SWIGLU_BLOCK = {
     "output.dense": "mlp.weights_out",
 }
 
+
+def stem_modules() -> tuple[str, ...]:
+    """Modules of a ResNet before the patches; `{i}` is the number of a block in its stage."""
+    return ("embeddings.stem.convolution", "embeddings.stem.norm") + tuple(
+        f"embeddings.stem.stage{stage}.{{i}}.{kind}{which}"
+        for stage in range(4)
+        for kind in ("conv", "norm")
+        for which in ("1", "2", "3", "_shortcut")
+    )
+
+
+STEM = stem_modules()
+
+# canonical <-> CLIP
+CLIP = ("clip_vision_model", "clip_text_model", "clip")
+CLIP_BLOCK = {
+    "attention.attention.query": "self_attn.q_proj",
+    "attention.attention.key": "self_attn.k_proj",
+    "attention.attention.value": "self_attn.v_proj",
+    "attention.output.dense": "self_attn.out_proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "layernorm_before": "layer_norm1",
+    "layernorm_after": "layer_norm2",
+}
+CLIP_TOP = {
+    "embeddings.patch_embedding": "embeddings.patch_embeddings.projection",
+    "pre_layrnorm": "pre_layernorm",  # spelt so in Transformers' files
+    "post_layernorm": "pooler.layernorm",
+    "visual_projection": "visual_projection",
+    "text_projection": "text_projection",
+    "classifier": "classifier",
+}
+"""CLIP's name -> canonical name, of the modules outside the blocks."""
+
+DINOV3_BLOCK = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+    "intermediate.dense": "mlp.up_proj",
+    "output.dense": "mlp.down_proj",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "lambda_1": "layer_scale1.lambda1",
+    "lambda_2": "layer_scale2.lambda1",
+}
+
 BEIT_HEAD = (("layernorm.", "lm_layernorm."),)
 """BEiT's head for masked image modelling calls its norm as the network under it calls its own."""
 
@@ -85,27 +162,88 @@ _NO_WEIGHTS = (
 )
 
 
-def _block(table: dict[str, str], start: str, but: tuple[str, ...] = ()) -> tuple[Rule, ...]:
+def _leaves(module: str) -> tuple[str, ...]:
+    leaves = ("weight", "bias") if "norm" in module.rpartition(".")[2] else ("weight",)
+    return tuple(f"{module}.{leaf}" for leaf in leaves)
+
+
+def _block(
+    table: dict[str, str], start: str, branch: str = "", but: tuple[str, ...] = ()
+) -> tuple[Rule, ...]:
+    """The rules of a block's parameters, or of those of a branch beside its first."""
     rules = []
     for ours, theirs in table.items():
-        alone = ours.endswith(("lambda_1", "lambda_2", "_table"))
+        alone = ours.endswith(("lambda_1", "lambda_2", "_table", *RELATIVE_MLP, *DIFFERENTIAL))
         for leaf in ("",) if alone else (".weight", ".bias"):
             if ours not in but:
-                rules.append(Rule(f"{start}{theirs}{leaf}", f"encoder.layer.{{i}}.{ours}{leaf}"))
+                name = f"encoder.layer.{{i}}.{branch}{ours}{leaf}"
+                rules.append(Rule(f"{start}{branch}{theirs}{leaf}", name))
     return tuple(rules)
 
 
 def _top(mask_token: Layout = KEEP, shared: str = f"encoder.{_TABLE}") -> tuple[Rule, ...]:
     return (
         *(Rule(name, name) for name in _TOP),
+        *(Rule(f"encoder.{name}", f"encoder.{name}") for name in RELATIVE_MLP),
+        *(Rule(name, name) for module in STEM for name in _leaves(module)),
         Rule("embeddings.mask_token", "embeddings.mask_token", mask_token),
         Rule(shared, f"encoder.{_TABLE}"),
     )
 
 
+def _clip() -> tuple[Rule, ...]:
+    """Both towers of CLIP; the image's names are prefixed in files."""
+    text = "text_model."
+    rules = [
+        Rule("embeddings.class_embedding", "embeddings.cls_token", VECTOR),
+        Rule("embeddings.position_embedding.weight", "embeddings.position_embeddings", TOKEN),
+        Rule("logit_scale", "logit_scale"),
+    ]
+    for theirs, ours in CLIP_TOP.items():
+        rules += [Rule(f"{theirs}.{leaf}", f"{ours}.{leaf}") for leaf in ("weight", "bias")]
+    for start in ("", text):
+        for ours, theirs in CLIP_BLOCK.items():
+            for leaf in ("weight", "bias"):
+                rules.append(
+                    Rule(
+                        f"{start}encoder.layers.{{i}}.{theirs}.{leaf}",
+                        f"{start}encoder.layer.{{i}}.{ours}.{leaf}",
+                    )
+                )
+    for name in ("token_embedding", "position_embedding"):
+        name = f"{text}embeddings.{name}.weight"
+        rules.append(Rule(name, name))
+    for leaf in ("weight", "bias"):
+        rules.append(Rule(f"{text}final_layer_norm.{leaf}", f"{text}final_layernorm.{leaf}"))
+    return tuple(rules)
+
+
+def _dinov3(start: str, gated: bool) -> tuple[Rule, ...]:
+    """DINOv3; the blocks' names begin with `start`."""
+    tokens = ("cls_token", "mask_token", "register_tokens")
+    rules = [Rule(f"embeddings.{name}", f"embeddings.{name}") for name in tokens]
+    names = {
+        "embeddings.patch_embeddings": "embeddings.patch_embeddings.projection",
+        "norm": "layernorm",
+        "classifier": "classifier",
+    }
+    for leaf in ("weight", "bias"):
+        rules += [Rule(f"{theirs}.{leaf}", f"{ours}.{leaf}") for theirs, ours in names.items()]
+        if gated:
+            rules.append(
+                Rule(
+                    (f"{start}mlp.gate_proj.{leaf}", f"{start}mlp.up_proj.{leaf}"),
+                    f"{_V4}intermediate.dense.{leaf}",
+                    GATE_AND_UP,
+                )
+            )
+    return (*rules, *_block(DINOV3_BLOCK, start, but=("intermediate.dense",) if gated else ()))
+
+
 _V4 = "encoder.layer.{i}."
 _V5 = "layers.{i}."
 _SAME = {name: name for name in BLOCK}
+_EXTENDED = {**_SAME, **{name: name for name in EXTENDED_BLOCK}}
 _V5_DINOV2 = {**DINOV2_BLOCK, **{name: BLOCK[name] for name in list(BLOCK)[:3]}}
 _V5_DINOV2["attention.output.dense"] = "attention.o_proj"
 _V5_SWIGLU = tuple(
@@ -120,6 +258,7 @@ _V5_SWIGLU = tuple(
         Rule(f"{_V4}mlp.down_proj.{leaf}", f"{_V4}output.dense.{leaf}"),
     )
 )
+_BRANCH = "branch.{j}."
 V4_NAMES = "Hub torch layout, names of Transformers v4"
 V5_NAMES = "Hub torch layout, names of Transformers v5"
 _VIT, _BEIT, _DINOV2 = ("vit", "deit"), ("beit",), ("dinov2", "dinov2_with_registers")
@@ -174,11 +313,27 @@ def _format(families, rules, describes, written=True, **more) -> Format:
 
 
 FORMATS = (
-    _format(_VIT, _top() + _block(_SAME, _V4), V4_NAMES),
+    _format(_VIT, _top() + _block(_EXTENDED, _V4) + _block(_EXTENDED, _V4, _BRANCH), V4_NAMES),
     _format(_BEIT, _top() + _block(_SAME, _V4), V4_NAMES, only_with_prefix=BEIT_HEAD),
     _format(_DINOV2, _top(TOKEN) + _block(DINOV2_BLOCK, _V4), V4_NAMES, fits=plain),
     _format(_DINOV2, _top(TOKEN) + _block(DINOV2_SWIGLU_BLOCK, _V4), V4_NAMES, fits=gated),
+    _format(("dinov3_vit",), _dinov3("layer.{i}.", False), V4_NAMES, fits=plain),
+    _format(("dinov3_vit",), _dinov3("layer.{i}.", True), V4_NAMES, fits=gated),
+    _format(
+        CLIP,
+        _clip(),
+        "Hub torch layout of CLIP",
+        ignored=((r"(text_model\.)?embeddings\.position_ids", "an index, no weight"),),
+        lacks=("embeddings.patch_embedding.bias",),  # SigLIP's
+    ),
     _format(_VIT, _top() + _block(BLOCK, _V5), V5_NAMES, False),
+    _format(
+        ("vit",),
+        TRANSFORMERS + _top() + _block(_SAME, _V4),
+        "Hub ViTHybrid, names of Transformers v4",
+        False,
+        requires=("embeddings.patch_embeddings.backbone.bit.embedder.convolution.weight",),
+    ),
     _format(
         _BEIT,
         _top(shared="shared_position_bias.relative_position_bias_table") + _block(BLOCK, _V5),
@@ -189,9 +344,15 @@ FORMATS = (
     _format(_DINOV2, _top(TOKEN) + _block(_V5_DINOV2, _V4), V5_NAMES, False),
     _format(
         _DINOV2,
-        _top(TOKEN) + _block(_V5_DINOV2, _V4, ("intermediate.dense", "output.dense")) + _V5_SWIGLU,
+        _top(TOKEN)
+        + _block(_V5_DINOV2, _V4, but=("intermediate.dense", "output.dense"))
+        + _V5_SWIGLU,
         V5_NAMES,
         False,
+    ),
+    *(
+        _format(("dinov3_vit",), _dinov3("model.layer.{i}.", gate), V5_NAMES, False)
+        for gate in (False, True)
     ),
     *(
         _format(

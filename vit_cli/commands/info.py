@@ -25,6 +25,7 @@ _FAMILIES = {
     "beit": "BEiT",
     "dinov2": "DINOv2",
     "dinov2_with_registers": "DINOv2 with registers",
+    "dinov3_vit": "DINOv3",
 }
 _LETTERS = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H", "giant": "g"}
 _LABELS_SHOWN = 5

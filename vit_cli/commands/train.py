@@ -504,9 +504,14 @@ class advised:
             ways.append(f"--accumulate {more} (now {recipe.accumulate}; the numbers are the same)")
         if self._options.remat is None:
             ways.append("--remat (slower by about a third; the numbers are the same)")
+        if self._options.dtype in (None, "float32"):
+            ways.append("--dtype bfloat16 (other roundings)")
         if not self._options.fsdp:
             ways.append("--fsdp on several devices")
-        ways.append(f"a --batch-size below {recipe.batch_size} (another run)")
+        smaller = f"a --batch-size below {recipe.batch_size}"
+        if recipe.image_size is not None:
+            smaller += f" or an --image-size below {recipe.image_size}"
+        ways.append(f"{smaller} (another run)")
         raise DeviceError(f"out of memory; try, in this order: {'; '.join(ways)}.") from error
 
 

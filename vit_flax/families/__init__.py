@@ -11,6 +11,23 @@ from vit_flax.families.beit import (
     FlaxBeitModule,
     FlaxBeitPreTrainedModel,
 )
+from vit_flax.families.clip import (
+    FlaxCLIPForImageClassification,
+    FlaxCLIPForImageClassificationModule,
+    FlaxCLIPModel,
+    FlaxCLIPModule,
+    FlaxCLIPPreTrainedModel,
+    FlaxCLIPTextModel,
+    FlaxCLIPTextModelWithProjection,
+    FlaxCLIPTextModelWithProjectionModule,
+    FlaxCLIPTextModule,
+    FlaxCLIPTextPreTrainedModel,
+    FlaxCLIPVisionModel,
+    FlaxCLIPVisionModelWithProjection,
+    FlaxCLIPVisionModelWithProjectionModule,
+    FlaxCLIPVisionModule,
+    FlaxCLIPVisionPreTrainedModel,
+)
 from vit_flax.families.deit import (
     FlaxDeiTForImageClassification,
     FlaxDeiTForImageClassificationWithTeacher,
@@ -28,6 +45,14 @@ from vit_flax.families.dinov2 import (
     FlaxDinov2WithRegistersModel,
     FlaxDinov2WithRegistersPreTrainedModel,
 )
+from vit_flax.families.dinov3 import (
+    FlaxDINOv3ViTForImageClassification,
+    FlaxDinov3ViTForImageClassification,
+    FlaxDINOv3ViTModel,
+    FlaxDinov3ViTModel,
+    FlaxDINOv3ViTPreTrainedModel,
+    FlaxDinov3ViTPreTrainedModel,
+)
 
 __all__ = [
     "FlaxBeitForImageClassification",
@@ -36,6 +61,24 @@ __all__ = [
     "FlaxBeitModel",
     "FlaxBeitModule",
     "FlaxBeitPreTrainedModel",
+    "FlaxCLIPForImageClassification",
+    "FlaxCLIPForImageClassificationModule",
+    "FlaxCLIPModel",
+    "FlaxCLIPModule",
+    "FlaxCLIPPreTrainedModel",
+    "FlaxCLIPTextModel",
+    "FlaxCLIPTextModelWithProjection",
+    "FlaxCLIPTextModelWithProjectionModule",
+    "FlaxCLIPTextModule",
+    "FlaxCLIPTextPreTrainedModel",
+    "FlaxCLIPVisionModel",
+    "FlaxCLIPVisionModelWithProjection",
+    "FlaxCLIPVisionModelWithProjectionModule",
+    "FlaxCLIPVisionModule",
+    "FlaxCLIPVisionPreTrainedModel",
+    "FlaxDINOv3ViTForImageClassification",
+    "FlaxDINOv3ViTModel",
+    "FlaxDINOv3ViTPreTrainedModel",
     "FlaxDeiTForImageClassification",
     "FlaxDeiTForImageClassificationWithTeacher",
     "FlaxDeiTForMaskedImageModeling",
@@ -49,4 +92,7 @@ __all__ = [
     "FlaxDinov2WithRegistersForImageClassification",
     "FlaxDinov2WithRegistersModel",
     "FlaxDinov2WithRegistersPreTrainedModel",
+    "FlaxDinov3ViTForImageClassification",
+    "FlaxDinov3ViTModel",
+    "FlaxDinov3ViTPreTrainedModel",
 ]

@@ -6,8 +6,8 @@ program, and multiplies integers by integers. torchao calls the two `Int8WeightO
 `Int8DynamicActivationInt8WeightConfig`; qwix a `QuantizationRule` with `weight_qtype="int8"`, and
 with `act_qtype="int8"` as well.
 
-weights.py makes the parameters, layer.py computes with them, product.py says which instructions
-multiply, and smooth.py moves outlier channels of the activations into the weights.
+weights.py makes the parameters, layer.py computes with them, and product.py says which
+instructions multiply.
 """
 
 from vit_flax.int8.layer import Dense

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
-from jax.lax import dot_general_p  # type: ignore[attr-defined]
+from jax.lax import dot_general_p
 
 from vit_flax.attention.choice import elsewhere
 
@@ -65,7 +65,7 @@ def integer_product(
         _dot(x[..., part].astype(jnp.float32), kernel[part].astype(jnp.float32), jnp.float32)
         for part in parts
     ]
-    return sum(product.astype(jnp.int32) for product in products)  # type: ignore[return-value]
+    return sum(product.astype(jnp.int32) for product in products)
 
 
 def _dot(x, kernel, dtype):

@@ -9,6 +9,15 @@ from vit_torch.families.beit import (
     BeitModel,
     BeitPreTrainedModel,
 )
+from vit_torch.families.clip import (
+    CLIPForImageClassification,
+    CLIPModel,
+    CLIPPreTrainedModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+)
 from vit_torch.families.deit import (
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
@@ -24,12 +33,30 @@ from vit_torch.families.dinov2 import (
     Dinov2WithRegistersModel,
     Dinov2WithRegistersPreTrainedModel,
 )
+from vit_torch.families.dinov3 import (
+    DINOv3ViTForImageClassification,
+    Dinov3ViTForImageClassification,
+    DINOv3ViTModel,
+    Dinov3ViTModel,
+    DINOv3ViTPreTrainedModel,
+    Dinov3ViTPreTrainedModel,
+)
 
 __all__ = [
     "BeitForImageClassification",
     "BeitForMaskedImageModeling",
     "BeitModel",
     "BeitPreTrainedModel",
+    "CLIPForImageClassification",
+    "CLIPModel",
+    "CLIPPreTrainedModel",
+    "CLIPTextModel",
+    "CLIPTextModelWithProjection",
+    "CLIPVisionModel",
+    "CLIPVisionModelWithProjection",
+    "DINOv3ViTForImageClassification",
+    "DINOv3ViTModel",
+    "DINOv3ViTPreTrainedModel",
     "DeiTForImageClassification",
     "DeiTForImageClassificationWithTeacher",
     "DeiTForMaskedImageModeling",
@@ -41,4 +68,7 @@ __all__ = [
     "Dinov2WithRegistersForImageClassification",
     "Dinov2WithRegistersModel",
     "Dinov2WithRegistersPreTrainedModel",
+    "Dinov3ViTForImageClassification",
+    "Dinov3ViTModel",
+    "Dinov3ViTPreTrainedModel",
 ]

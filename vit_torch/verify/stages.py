@@ -20,6 +20,7 @@ from vit_torch.pretrained import ViTPreTrainedModel, to_numpy
 _STAGES = (
     (r"embeddings\.patch_embeddings", "patches"),
     (r"embeddings", "embeddings"),
+    (r"pre_layernorm", "norm before the blocks"),
     (r"encoder\.layer\.(\d+)\.attention", "block {} attention"),
     (r"encoder\.layer\.(\d+)\.output", "block {} MLP"),
     (r"encoder\.layer\.(\d+)", "block {}"),
@@ -145,7 +146,7 @@ def flax_stages(model: Any, pixel_values: np.ndarray, **inputs: Any) -> dict[str
         return output, state["intermediates"]
 
     pixels = jnp.asarray(pixel_values)
-    output, tree = jax.jit(run)(model.params, pixels, arrays)
+    output, tree = jax.jit(run)(model.network_params, pixels, arrays)
     found: dict[str, np.ndarray] = {}
     for path, value in _calls(tree):
         name = stage_of(".".join(path), prefix)

@@ -12,9 +12,12 @@ from typing import Any
 from vit_common.config import ViTConfig
 from vit_common.images.options import HALF_TO_EVEN  # torchvision crops so
 from vit_common.images.processors import BitImageProcessor
+from vit_common.parameters import DIFFERENTIAL as DIFFERENTIAL_NAMES
+from vit_convert.formats import stems
 from vit_convert.formats.format import Clue, Files, Format, Implied, Rule
-from vit_convert.formats.timm_config import timm_config
-from vit_convert.layouts import FUSED_QKV
+from vit_convert.formats.timm import eva
+from vit_convert.formats.timm.config import timm_config
+from vit_convert.layouts import FUSED_QKV, KEEP, TRANSPOSE
 
 EMBEDDINGS = {
     "cls_token": "embeddings.cls_token",
@@ -67,12 +70,33 @@ def qkv(*leaves: str) -> tuple[Rule, ...]:
 
 
 SCALES = keep({f"blocks.{{i}}.ls{n}.gamma": f"{LAYER}lambda_{n}" for n in (1, 2)})
+RELATIVE = tuple(
+    Rule(f"{theirs}.mlp.{layer}.{leaf}", f"{ours}.relative_position_bias.{name}", layout)
+    for theirs, ours in (
+        ("blocks.{i}.attn.rel_pos", f"{LAYER}attention.attention"),
+        ("shared_rel_pos", "encoder"),
+    )
+    for layer, leaf, name, layout in (
+        ("fc1", "weight", "in_kernel", TRANSPOSE),
+        ("fc1", "bias", "in_bias", KEEP),
+        ("fc2", "weight", "out_kernel", TRANSPOSE),
+        ("fc2", "bias", "out_bias", KEEP),
+    )
+)
+_OF_ATTENTION = f"{LAYER}attention.attention.differential."
+DIFFERENTIAL = keep(
+    {f"blocks.{{i}}.attn.{name}": _OF_ATTENTION + name for name in DIFFERENTIAL_NAMES}
+    | {"blocks.{i}.attn.sub_norm.weight": f"{_OF_ATTENTION}norm.weight"}
+)
 PLAIN = (
     keep({**EMBEDDINGS, **NORMS, "reg_token": "embeddings.register_tokens"})
     + dense("pre_logits.fc", "pooler.dense")
     + blocks(BLOCK)
     + qkv("weight", "bias")
     + SCALES
+    + stems.TIMM
+    + RELATIVE
+    + DIFFERENTIAL
 )
 RULES = PLAIN + dense("head", "classifier")
 DISTILLED = (
@@ -113,7 +137,11 @@ IMAGENET: dict[str, Any] = {
 
 REFUSES = (
     (
-        r"patch_embed\.(backbone|conv\d*|stem)\..*",
+        r"patch_embed\.backbone\.(conv1|bn1|layer\d|\d)\..*",
+        "a convolutional stem before its patches (a hybrid with batch norms)",
+    ),
+    (
+        r"patch_embed\.(conv\d*|stem)\..*",
         "a convolutional stem before its patches (a hybrid)",
     ),
     (r"patch_embed\.proj\.\d+\..*", "a convolutional stem before its patches"),
@@ -150,10 +178,18 @@ def cut_out(config: ViTConfig, name: str, enlarged: int | None = None) -> Implie
 def _cannot_hold(config: ViTConfig) -> str | None:
     if config.use_representation_layer:
         return "timm drops the layer before the classifier (pre-logits) when it loads"
-    return None
+    if config.has_relative_mlp:
+        both = config.use_relative_position_bias and config.use_shared_relative_position_bias
+        if config.use_absolute_position_embeddings or config.num_register_tokens or both:
+            return (
+                "timm has relative positions by an MLP only in networks without absolute positions "
+                "and registers, of each block or shared by all"
+            )
+    return stems.timm_cannot_hold(config)
 
 
 def _loses(config: ViTConfig, own_config: bool) -> Iterator[str]:
+    yield from stems.timm_loses(config)
     if config.use_swiglu_ffn and not own_config:
         yield (
             "timm's config.json cannot say that the MLP is a SwiGLU: give timm a model that has "
@@ -168,7 +204,6 @@ def _format(families: tuple[str, ...], rules, describes: str, **more: Any) -> Fo
         rules=rules,
         describes=describes,
         files=Files(container="safetensors", tag="pt", config=timm_config),
-        settings={"layer_norm_eps": EPS, "position_resize": "bicubic_antialias"},
         clues=(
             Clue(10, lambda found: bool(found.architecture)),
             # The projects themselves publish pickles.
@@ -177,15 +212,31 @@ def _format(families: tuple[str, ...], rules, describes: str, **more: Any) -> Fo
         ),
         candidate=True,
         refuses=REFUSES,
-        parts=PARTS,
         cannot_hold=_cannot_hold,
         loses=_loses,
-        **more,
+        **{
+            "parts": PARTS,
+            "settings": {"layer_norm_eps": EPS, "position_resize": "bicubic_antialias"},
+            **more,
+        },
     )
 
 
 FORMATS = (
-    _format(("vit",), RULES, "timm state dict of a Vision Transformer"),
+    _format(
+        ("vit",),
+        RULES,
+        "timm state dict of a Vision Transformer",
+        fits=stems.has_stages,
+        named=lambda architecture: not eva.named(architecture),
+    ),
+    _format(
+        ("vit",),
+        stems.TIMM_ROOT + RULES,
+        "timm state dict of a Vision Transformer whose stem is one convolution",
+        requires=("patch_embed.backbone.conv.weight",),
+        fits=stems.has_root_alone,
+    ),
     _format(("deit",), DISTILLED, "timm state dict of a distilled DeiT", requires=("dist_token",)),
     _format(
         ("beit",),
@@ -193,5 +244,17 @@ FORMATS = (
         "timm state dict of a BEiT",
         ignored=BEIT_IGNORED,
         relative_resize="geometric",
+        named=lambda architecture: not eva.named(architecture),
+    ),
+    _format(
+        ("vit",),
+        eva.RULES,
+        "timm state dict of an EVA, a DINOv3 or another with rotary positions",
+        ignored=BEIT_IGNORED,
+        named=eva.named,
+        signs=eva.SIGNS,
+        settings={"position_resize": "bicubic_antialias"},
+        unsaid=lambda shapes: ("rope_type", "layer_norm_eps"),
+        written=False,
     ),
 )

@@ -1,0 +1,95 @@
+"""The names of timm's class `Eva`: EVA, EVA-02, DINOv3, Perception Encoder, RoPE-ViT, LingBot.
+
+Source: `timm/models/eva.py` of timm 1.0.31. Query, key and value are one layer, whose bias has its
+own names or lacks that of the key, or three; a gated MLP's first layer is one, or two.
+"""
+
+from __future__ import annotations
+
+from vit_convert.formats.format import Rule
+from vit_convert.formats.timm.models import ARCHITECTURES
+from vit_convert.layouts import FUSED_KV, FUSED_QKV, GATE_AND_UP, KEEP, Layout
+
+_LAYER = "encoder.layer.{i}."
+_BLOCK = "blocks.{i}."
+_QKV = tuple(f"{_LAYER}attention.attention.{name}" for name in ("query", "key", "value"))
+
+_TOP = {
+    "cls_token": "embeddings.cls_token",
+    "reg_token": "embeddings.register_tokens",
+    "pos_embed": "embeddings.position_embeddings",
+    "rope.freqs": "encoder.rope_frequencies",
+    f"{_BLOCK}gamma_1": f"{_LAYER}lambda_1",
+    f"{_BLOCK}gamma_2": f"{_LAYER}lambda_2",
+    f"{_BLOCK}attn.q_bias": f"{_QKV[0]}.bias",
+    f"{_BLOCK}attn.v_bias": f"{_QKV[2]}.bias",
+    "attn_pool.latent": "pooler.probe",
+}
+_MODULES = {
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm_pre": "pre_layernorm",
+    "norm": "layernorm",
+    "fc_norm": "pooler.layernorm",
+    "head": "classifier",
+    f"{_BLOCK}norm1": f"{_LAYER}layernorm_before",
+    f"{_BLOCK}norm2": f"{_LAYER}layernorm_after",
+    f"{_BLOCK}attn.q_norm": f"{_LAYER}attention.attention.query_norm",
+    f"{_BLOCK}attn.k_norm": f"{_LAYER}attention.attention.key_norm",
+    f"{_BLOCK}attn.norm": f"{_LAYER}attention.output.layernorm",
+    f"{_BLOCK}attn.proj": f"{_LAYER}attention.output.dense",
+    f"{_BLOCK}mlp.fc1": f"{_LAYER}intermediate.dense",
+    f"{_BLOCK}mlp.norm": f"{_LAYER}output.layernorm",
+    f"{_BLOCK}mlp.fc2": f"{_LAYER}output.dense",
+    f"{_BLOCK}attn.q_proj": _QKV[0],
+    f"{_BLOCK}attn.k_proj": _QKV[1],
+    f"{_BLOCK}attn.v_proj": _QKV[2],
+    "attn_pool.q": "pooler.attention.query",
+    "attn_pool.proj": "pooler.attention.output.dense",
+    "attn_pool.norm": "pooler.layernorm",
+    "attn_pool.mlp.fc1": "pooler.intermediate.dense",
+    "attn_pool.mlp.fc2": "pooler.output.dense",
+}
+
+
+def _rules() -> tuple[Rule, ...]:
+    rules = []
+    for leaf in ("weight", "bias"):
+        fused = f"{_BLOCK}attn.qkv.{leaf}"
+        joined: tuple[tuple[str | tuple[str, ...], str | tuple[str, ...], Layout], ...] = (
+            (fused, tuple(f"{name}.{leaf}" for name in _QKV), FUSED_QKV),
+            (
+                (f"{_BLOCK}mlp.fc1_g.{leaf}", f"{_BLOCK}mlp.fc1_x.{leaf}"),
+                f"{_LAYER}intermediate.dense.{leaf}",
+                GATE_AND_UP,
+            ),
+            (
+                f"attn_pool.kv.{leaf}",
+                (f"pooler.attention.key.{leaf}", f"pooler.attention.value.{leaf}"),
+                FUSED_KV,
+            ),
+            *((f"{a}.{leaf}", f"{b}.{leaf}", KEEP) for a, b in _MODULES.items()),
+        )
+        rules += [Rule(*row) for row in joined]
+    return tuple(rules) + tuple(Rule(a, b) for a, b in _TOP.items())
+
+
+RULES = _rules()
+
+
+SIGNS = (
+    r"rope\.freqs",
+    r"blocks\.\d+\.(gamma_1|attn\.q_bias|attn\.q_proj\.weight|mlp\.fc1_g\.weight)",
+)
+"""Names that timm's `VisionTransformer` has not."""
+
+
+def named(architecture: str) -> bool:
+    """Whether timm's name is of a network that this table alone holds: of the class `Eva`, and no
+    BEiT."""
+    row = ARCHITECTURES.get(architecture)
+    if row is None or row.cls != "Eva":
+        return False
+    return any(
+        row.arguments.get(name)
+        for name in ("use_rot_pos_emb", "use_post_norm", "swiglu_mlp", "scale_mlp")
+    )
