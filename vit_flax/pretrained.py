@@ -669,7 +669,7 @@ class FlaxPreTrainedModel(Loadable, Savable):
             model.init_weights(model.key, model.input_shape, params=unflatten_dict(flat))
         )
         if weights is not None:
-            params = quantize(params, activations)
+            params = model._shown(quantize(model._renamed(params), activations))
         info = (loaded.info,) if output_loading_info else ()
         if not _do_init:
             return model, params, *info
