@@ -342,6 +342,45 @@ def pixels_limited(options: Options) -> Iterator[None]:
         PIL.Image.MAX_IMAGE_PIXELS = before
 
 
+# -- precision
+
+
+def add_precision(parser: Parser) -> None:
+    """How parameters are held, and whether products are of integers: what `precision_of` reads."""
+    parser.add_argument(
+        "--param-dtype",
+        choices=DTYPES,
+        help="dtype of the parameters in the device's memory (default: as in the file)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("int8",),
+        help="hold the weight matrices of the blocks as 8-bit integers, in a quarter of float32's "
+        "memory; probabilities change in their second digit",
+    )
+    parser.add_argument(
+        "--activations",
+        choices=("int8",),
+        help="with --weights int8: quantise what these matrices are multiplied by as well, and "
+        "multiply integers, which is faster",
+    )
+
+    def check(options: Any) -> None:
+        if options.activations is not None and options.weights is None:
+            parser.error(
+                "--activations int8 needs weights in 8-bit integers to multiply by; add --weights "
+                "int8"
+            )
+
+    parser.checks.append(check)
+
+
+def precision_of(options: Any) -> dict[str, Any]:
+    """What was given of the options of `add_precision`, as `from_pretrained` takes it."""
+    names = ("param_dtype", "weights", "activations")
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
 # -- a stream of images
 
 
@@ -359,17 +398,7 @@ def add_stream(parser: Parser, same: str) -> None:
         wanted="at least one image or folder",
     )
     add_model(parser)
-    parser.add_argument(
-        "--param-dtype",
-        choices=DTYPES,
-        help="dtype of the parameters in the device's memory (default: as in the file)",
-    )
-    parser.add_argument(
-        "--weights",
-        choices=("int8",),
-        help="hold the weight matrices of the blocks as 8-bit integers, in a quarter of float32's "
-        "memory; probabilities change in their second digit",
-    )
+    add_precision(parser)
     parser.add_argument(
         "--batch-size",
         metavar="N",
@@ -486,6 +515,7 @@ class StreamOptions:
     dtype: str = "float32"
     param_dtype: str | None = None
     weights: str | None = None
+    activations: str | None = None
     batch_size: int | None = None
     output: str | None = None
     resume: bool = False
@@ -513,9 +543,8 @@ class StreamOptions:
 
     @property
     def precision(self) -> dict[str, Any]:
-        """How the parameters are held, where that was given."""
-        held = {"param_dtype": self.param_dtype, "weights": self.weights}
-        return {name: value for name, value in held.items() if value is not None}
+        """How the parameters are held and multiplied, where that was given."""
+        return precision_of(self)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import flax.linen as nn
 import jax
@@ -49,6 +49,7 @@ from vit_flax.arguments import (
     values_of,
 )
 from vit_flax.attention import check_implementation, targets
+from vit_flax.int8 import check_activations, check_weights, quantize
 from vit_flax.layers import frequencies
 from vit_flax.model import (
     FlaxViTForImageClassificationModule,
@@ -522,6 +523,8 @@ class FlaxPreTrainedModel(Loadable, Savable):
         from_pt: bool = False,
         _do_init: bool = True,
         param_dtype: Any = None,
+        weights: Literal["int8"] | None = None,
+        activations: Literal["int8"] | None = None,
         shardings: Callable[[tuple[str, ...]], jax.sharding.Sharding] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -548,6 +551,10 @@ class FlaxPreTrainedModel(Loadable, Savable):
                 without it.)
             _do_init: False returns `(model, params)`, the model without parameters.
             param_dtype: dtype of the parameters; None keeps the file's.
+            weights: "int8" holds the kernels of the blocks as 8-bit integers, for inference; see
+                `vit_flax.int8.quantize`.
+            activations: "int8", with `weights="int8"`, multiplies these integers by activations
+                that are quantised as well, each token by itself.
             shardings: function from the path of a parameter, such as ("vit", "layernorm", "bias"),
                 to its sharding; each device reads only its own part if the file allows it. None is
                 JAX's default device.
@@ -573,6 +580,8 @@ class FlaxPreTrainedModel(Loadable, Savable):
             >>> model = FlaxViTForImageClassification.from_pretrained("google/vit-base-patch16-224")
             >>> model(pixel_values).logits.shape
         """
+        check_weights(weights)
+        check_activations(activations, weights)
         options = {**kwargs, "config": config, "format": format, "from_pt": from_pt}
         source, _ = cls.open_pretrained(
             pretrained_model_name_or_path, options, wanted=cls.config_class
@@ -588,6 +597,8 @@ class FlaxPreTrainedModel(Loadable, Savable):
                 output_loading_info=output_loading_info,
                 _do_init=_do_init,
                 param_dtype=param_dtype,
+                weights=weights,
+                activations=activations,
                 shardings=shardings,
             )
 
@@ -603,6 +614,8 @@ class FlaxPreTrainedModel(Loadable, Savable):
         output_loading_info: bool = False,
         _do_init: bool = True,
         param_dtype: Any = None,
+        weights: Literal["int8"] | None = None,
+        activations: Literal["int8"] | None = None,
         shardings: Callable[[tuple[str, ...]], jax.sharding.Sharding] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -611,11 +624,14 @@ class FlaxPreTrainedModel(Loadable, Savable):
         Args:
             source: what `vit_convert.source.open_source` gives.
             dtype, *model_args, ignore_mismatched_sizes, allow_missing, ignore,
-                output_loading_info, _do_init, param_dtype, shardings: as `from_pretrained`.
+                output_loading_info, _do_init, param_dtype, weights, activations, shardings: as
+                `from_pretrained`.
             **kwargs: arguments of the constructor, beside those that `source` holds.
 
         Returns, Warns, Raises: as `from_pretrained`.
         """
+        check_weights(weights)
+        check_activations(activations, weights)
         make: Any = cls
         model = make(
             as_config(source.config, cls.config_class),
@@ -657,6 +673,8 @@ class FlaxPreTrainedModel(Loadable, Savable):
         params = plain(
             model.init_weights(model.key, model.input_shape, params=unflatten_dict(flat))
         )
+        if weights is not None:
+            params = model._shown(quantize(model._renamed(params), activations))
         info = (loaded.info,) if output_loading_info else ()
         if not _do_init:
             return model, params, *info

@@ -15,8 +15,10 @@ from vit_cli.options import (
     Reading,
     add_model,
     add_pixel_limit,
+    add_precision,
     add_reading,
     positive,
+    precision_of,
 )
 from vit_cli.terminal.exit_codes import DONE
 from vit_cli.terminal.messages import counted, say
@@ -46,6 +48,7 @@ def add_options(parser: Parser) -> None:
         "IMAGE|DIR", "image files for the stream, or folders", least=0, most=None, wanted=""
     )
     add_model(parser)
+    add_precision(parser)
     parser.add_argument(
         "--batch-sizes",
         metavar="N,...",
@@ -91,12 +94,13 @@ def run(options: Options) -> int:
         workers=options.workers,
         fast_decode=options.fast_decode,
         normalize_on_device=options.normalize_on_device,
+        **precision_of(options),
         **Reading.of(options).keywords,
     )
     if batch_sizes is None:
         batch_sizes = (1, 8, 32) if classify.engine.platform == "cpu" else (1, 64, 512)
     batch_sizes = _divisible(batch_sizes, classify.engine)
-    result = describe(classify, dtype)
+    result = {**describe(classify, dtype), **precision_of(options)}
     if not options.json:
         _print_head(result)
     rates = []
@@ -200,8 +204,13 @@ def _photos(folder: Path) -> list[Path]:
 def _print_head(result: Mapping[str, Any]) -> None:
     H, W = result["image_size"]
     several = f"{result['devices']} x " if result["devices"] > 1 else ""
+    held = "".join(
+        f", {name.replace('_', ' ')} {result[name]}"
+        for name in ("param_dtype", "weights", "activations")
+        if name in result
+    )
     print(
-        f"{several}{result['device']}, jax {result['jax']}, {result['dtype']}, {H} x {W}, "
+        f"{several}{result['device']}, jax {result['jax']}, {result['dtype']}{held}, {H} x {W}, "
         f"{result['gflop_per_image']:.3g} GFLOP per image"
     )
 

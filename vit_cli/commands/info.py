@@ -75,6 +75,7 @@ def run(options: Options) -> int:
     report: Report = {
         "versions": versions(PACKAGE, "python", *_PACKAGES),
         **describe_devices(),
+        "integer_products": describe_integers(),
         "compilation_cache": None if place is None else str(place),
     }
     if described is not None:
@@ -183,6 +184,14 @@ def describe_attention(config: ViTConfig, batch: int, dtype: str) -> Report:
     return {"batch": batch, "dtype": dtype, "kernel": choice.name, "why": choice.reason}
 
 
+def describe_integers() -> Report:
+    """How `activations="int8"` multiplies integers on the device that JAX would use, and why."""
+    from vit_flax.int8 import choose_product
+
+    choice = choose_product()
+    return {"kind": choice.kind, "why": choice.reason}
+
+
 def _variant(config: ViTConfig) -> str | None:
     """Such as "B/16", if the sizes are those of a named model."""
     from vit_common.presets import PRESETS
@@ -228,6 +237,9 @@ def _lines(report: Report) -> Iterator[tuple[str, str]]:
         "precision",
         f"float32 matrix products in {precision['float32']} (setting: {precision['setting']})",
     )
+    integers = report["integer_products"]
+    other = {"float32": "float32"}.get(integers["kind"], "int8")
+    yield ("8-bit products", f"{integers['kind']} x {other}: {integers['why']}")
     yield ("compiled code", report["compilation_cache"] or "not kept between runs")
     if "model" in report:
         yield "", ""

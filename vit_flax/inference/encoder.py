@@ -26,7 +26,7 @@ from vit_flax.inference.engine import Engine
 from vit_flax.inference.preparer import Preparer, prepare_all, usual_workers
 from vit_flax.inference.reader import Reader
 from vit_flax.inference.stream import Result, Timings, stream, values_of
-from vit_flax.int8 import check_weights, quantize
+from vit_flax.int8 import check_activations, check_weights
 from vit_flax.model import FlaxViTModule
 from vit_flax.model import options as options_of
 from vit_flax.pixels import normalize
@@ -121,6 +121,7 @@ class ImageEncoder:
         *,
         mesh: MeshLike = "auto",
         weights: Literal["int8"] | None = None,
+        activations: Literal["int8"] | None = None,
         **options: Any,
     ) -> Self:
         """Load model and preprocessing.
@@ -133,6 +134,9 @@ class ImageEncoder:
                 devices, each part by itself.
             weights: "int8" holds the kernels of the blocks as 8-bit integers, in a quarter of
                 float32's bytes; see `vit_flax.int8`. None holds them in `param_dtype`.
+            activations: "int8", with `weights="int8"`, quantises what these kernels are multiplied
+                by as well, each token by itself, and multiplies integers. None multiplies in
+                `dtype`.
             **options: of this class, of the Hub, and of `FlaxViTModel.from_pretrained`; among them
                 `param_dtype`, in which parameters are held on the device (None: as in the file).
 
@@ -146,6 +150,7 @@ class ImageEncoder:
             CheckpointError: the weights are corrupt, do not fit, or lack what this class needs.
         """
         check_weights(weights)
+        check_activations(activations, weights)
         own = {name: options.pop(name) for name in _OWN if name in options}
         fields = [name for name in options if name in FIELDS]
         given = options.get("config")
@@ -162,9 +167,8 @@ class ImageEncoder:
             devices = make_mesh(mesh, config)
             if devices is not None:
                 loading["shardings"] = partial(param_shardings, devices)
+            loading.update(weights=weights, activations=activations)
             model = cls._load_model(source, dtype=dtype, **loading)
-        if weights is not None:
-            model.params = quantize(model.network_params)
         if processor is None:
             prepare: BaseImageProcessor = default_image_processor(config)
             height, width = config.image_height_width

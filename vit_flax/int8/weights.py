@@ -68,9 +68,9 @@ def quantize(
         if path[-1] == SCALE:
             raise InputError(f"`params` are 8-bit integers already: there is {'/'.join(path)}.")
         if _BLOCKS.fullmatch("/".join(path)):
-            flat[path], flat[*path[:-1], SCALE] = _quantize(array)
+            flat[path], flat[*path[:-1], SCALE], sums = _quantize(array)
             if activations is not None:
-                flat[*path[:-1], SUMS] = flat[path].sum(axis=-2, dtype=jnp.int32)
+                flat[*path[:-1], SUMS] = sums
             found = True
         else:
             flat[path] = array
@@ -83,15 +83,16 @@ def quantize(
 
 
 @jax.jit
-def _quantize(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(..., in, out) -> integers of that shape, factors (..., out). A column with a value that is
+def _quantize(kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(..., in, out) -> integers of that shape, factors and sums (..., out). A column with a value that is
     not finite has a factor that is not."""
     kernel = kernel.astype(jnp.float32)
     scale = jnp.max(jnp.abs(kernel), axis=-2) / LARGEST  # (..., out)
     # A column of zeros has any factor; 1 keeps it from being 0 / 0.
     scale = jnp.where(scale == 0.0, 1.0, scale)
     rounded = jnp.round(kernel / scale[..., None, :])
-    return jnp.where(jnp.isfinite(rounded), rounded, 0.0).astype(jnp.int8), scale
+    integers = jnp.where(jnp.isfinite(rounded), rounded, 0.0).astype(jnp.int8)
+    return integers, scale, integers.sum(axis=-2, dtype=jnp.int32)
 
 
 def is_quantized(params: Mapping[str, Any]) -> bool:
