@@ -228,7 +228,7 @@ def test_parts_that_change_the_network_are_named(name, part, tmp_path):
     state = {**timm_backbone().state_dict(), name: torch.ones(48)}
     torch.save({"state_dict": state}, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match=f"{name}: nothing here knows.*{part}"):
-        convert(tmp_path / "file.pth", tmp_path / "out", from_="timm", overrides=HEADS)
+        convert(tmp_path / "file.pth", tmp_path / "out", from_="dino", overrides=HEADS)
 
 
 # -- heads of attention

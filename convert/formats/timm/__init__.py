@@ -6,7 +6,7 @@ projects differ in are settings that no weight shows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vit_common.config import ViTConfig
@@ -17,6 +17,7 @@ from vit_convert.formats import stems
 from vit_convert.formats.format import Clue, Files, Format, Implied, Rule
 from vit_convert.formats.timm import eva
 from vit_convert.formats.timm.config import timm_config
+from vit_convert.formats.timm.pool import ATTENTION_POOL
 from vit_convert.layouts import FUSED_QKV, KEEP, TRANSPOSE
 
 EMBEDDINGS = {
@@ -70,6 +71,12 @@ def qkv(*leaves: str) -> tuple[Rule, ...]:
 
 
 SCALES = keep({f"blocks.{{i}}.ls{n}.gamma": f"{LAYER}lambda_{n}" for n in (1, 2)})
+INNER_NORMS = {
+    "attn.q_norm": "attention.attention.query_norm",
+    "attn.k_norm": "attention.attention.key_norm",
+    "attn.norm": "attention.output.layernorm",
+    "mlp.norm": "output.layernorm",
+}
 RELATIVE = tuple(
     Rule(f"{theirs}.mlp.{layer}.{leaf}", f"{ours}.relative_position_bias.{name}", layout)
     for theirs, ours in (
@@ -99,6 +106,8 @@ PLAIN = (
     + DIFFERENTIAL
 )
 RULES = PLAIN + dense("head", "classifier")
+"""What other projects have of timm's names too."""
+OWN = RULES + dense("norm_pre", "pre_layernorm") + blocks(INNER_NORMS) + ATTENTION_POOL
 DISTILLED = (
     PLAIN
     + dense("head", "cls_classifier")
@@ -222,12 +231,20 @@ def _format(families: tuple[str, ...], rules, describes: str, **more: Any) -> Fo
     )
 
 
+def _unsaid(shapes: Mapping[str, Any]) -> tuple[str, ...]:
+    """Perception Encoders, which rotate, have the names of others with both of these parts."""
+    both = "pre_layernorm.weight" in shapes and "pooler.probe" in shapes
+    return ("rope_type",) if both else ()
+
+
 FORMATS = (
     _format(
         ("vit",),
-        RULES,
+        OWN,
         "timm state dict of a Vision Transformer",
         fits=stems.has_stages,
+        parts=(),
+        unsaid=_unsaid,
         named=lambda architecture: not eva.named(architecture),
     ),
     _format(

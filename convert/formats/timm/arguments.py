@@ -182,6 +182,7 @@ def _fields(cls: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         "pool_prefix_tokens": bool(args.get("pool_include_prefix", False)),
         "pooler_num_heads": args.get("attn_pool_num_heads"),
         "rope_type": None,
+        "use_final_norm": bool(args.get("final_norm", True)),
     }
     if args.get("mlp_layer") == "GluMlp":
         fields["hidden_act"] = "gelu"  # the gate's is silu, and no other function is there

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from vit_convert.formats.format import Rule
 from vit_convert.formats.timm.models import ARCHITECTURES
-from vit_convert.layouts import FUSED_KV, FUSED_QKV, GATE_AND_UP, KEEP, Layout
+from vit_convert.formats.timm.pool import ATTENTION_POOL
+from vit_convert.layouts import FUSED_QKV, GATE_AND_UP, KEEP, Layout
 
 _LAYER = "encoder.layer.{i}."
 _BLOCK = "blocks.{i}."
@@ -23,7 +24,6 @@ _TOP = {
     f"{_BLOCK}gamma_2": f"{_LAYER}lambda_2",
     f"{_BLOCK}attn.q_bias": f"{_QKV[0]}.bias",
     f"{_BLOCK}attn.v_bias": f"{_QKV[2]}.bias",
-    "attn_pool.latent": "pooler.probe",
 }
 _MODULES = {
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
@@ -43,11 +43,6 @@ _MODULES = {
     f"{_BLOCK}attn.q_proj": _QKV[0],
     f"{_BLOCK}attn.k_proj": _QKV[1],
     f"{_BLOCK}attn.v_proj": _QKV[2],
-    "attn_pool.q": "pooler.attention.query",
-    "attn_pool.proj": "pooler.attention.output.dense",
-    "attn_pool.norm": "pooler.layernorm",
-    "attn_pool.mlp.fc1": "pooler.intermediate.dense",
-    "attn_pool.mlp.fc2": "pooler.output.dense",
 }
 
 
@@ -62,18 +57,13 @@ def _rules() -> tuple[Rule, ...]:
                 f"{_LAYER}intermediate.dense.{leaf}",
                 GATE_AND_UP,
             ),
-            (
-                f"attn_pool.kv.{leaf}",
-                (f"pooler.attention.key.{leaf}", f"pooler.attention.value.{leaf}"),
-                FUSED_KV,
-            ),
             *((f"{a}.{leaf}", f"{b}.{leaf}", KEEP) for a, b in _MODULES.items()),
         )
         rules += [Rule(*row) for row in joined]
     return tuple(rules) + tuple(Rule(a, b) for a, b in _TOP.items())
 
 
-RULES = _rules()
+RULES = _rules() + ATTENTION_POOL
 
 
 SIGNS = (
