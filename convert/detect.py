@@ -337,6 +337,15 @@ def _prefer(
     if ranks:
         _, name = min(ranks)
         return _prefer([table for table in tables if table.name == name], keys, hints, also)
-    if "model_type" in hints and len({id(table.rules) for table in tables}) == 1:
+    if "model_type" in hints and len({_meaning(table, keys) for table in tables}) == 1:
         return tables[:1]  # the configuration says what the weights do not
     return [table for table in tables if table.candidate] or tables
+
+
+def _meaning(table: Format, keys: list[str]) -> frozenset[tuple[str, tuple[str, ...], str]]:
+    """What a table makes of these keys: each with the parameters it holds, and how they lie."""
+    return frozenset(
+        (key, hit[0].canonical_names, hit[0].layout.name)
+        for key in table.strip(keys)
+        if (hit := table.rule_for_foreign(key)) is not None
+    )

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_common.config import CONFIG_NAME, FLOATS
+from vit_common.config import CONFIG_NAME, FLOATS, ViTConfig
 from vit_common.errors import CheckpointError, ConfigError, ExistingFileError, InputError
 from vit_common.files.containers.tensor import DTYPES, Tensor
 from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor
@@ -129,6 +129,8 @@ class Plan:
             why = "its classifier looks at the class token and the mean of the patches together"
         if self.config.base_family == "vit" and self.config.rope_type and not self.table.prefixed:
             why = "its queries and keys are rotated by their positions (`rope_type`)"
+        if self.config.base_family == "vit" and not self.table.prefixed and self.to != "timm":
+            why = why or _unlike_vit(self.config)
         if why:
             raise InputError(f"the format {self.to!r} cannot hold this network: {why}.")
 
@@ -435,3 +437,17 @@ def _cast(name: str, tensor: TensorLike, dtype: np.dtype) -> TensorLike:
         return out
 
     return Tensor(name, tuple(tensor.shape), dtype, load)
+
+
+def _unlike_vit(config: ViTConfig) -> str | None:
+    """What makes a network another than a plain ViT though its parameters have the same names, or
+    are fewer; None for a plain one."""
+    if config.block_type != "pre_norm":
+        return f"its blocks are of another kind (`block_type` is {config.block_type!r})"
+    if config.norm_type != "layernorm":
+        return f"its norms are of another kind (`norm_type` is {config.norm_type!r})"
+    if not config.use_final_norm:
+        return "it has no norm after the last block (`use_final_norm` is False)"
+    if not config.use_patch_bias:
+        return "its patches have no bias (`use_patch_bias` is False)"
+    return None

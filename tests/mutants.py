@@ -711,7 +711,13 @@ MUTANTS = [
         "probabilities * jnp.sign(head_mask).astype(probabilities.dtype)",
         HEAD_MASK,
     ),
-    Mutant("head mask of the first block", FLAX, "head_mask[i]", "head_mask[0]", HEAD_MASK),
+    Mutant(
+        "head mask of the first block",
+        FLAX,
+        "jax.tree.map(lambda array, i=i: array[i], owned)",
+        "jax.tree.map(lambda array, i=i: array[0], owned)",
+        HEAD_MASK,
+    ),
     Mutant(
         "heads and their width exchanged",
         FLAX,
@@ -894,7 +900,7 @@ MUTANTS = [
     Mutant(
         "registers in the mean",
         FLAX,
-        "jnp.mean(hidden_states[:, config.num_prefix_tokens :], axis=1)",
+        "jnp.mean(hidden_states[:, config.first_pooled_token :], axis=1)",
         "jnp.mean(hidden_states[:, 1:], axis=1)",
         REGISTERS,
     ),
@@ -1014,8 +1020,8 @@ MUTANTS = [
     Mutant(
         "scan with the head masks from the back",
         STACKING,
-        "layer, hidden_states, head_mask, layer_rates",
-        "layer, hidden_states, head_mask if head_mask is None else head_mask[::-1], layer_rates",
+        "scan(layer, hidden_states, owned, layer_rates)",
+        "scan(layer, hidden_states, jax.tree.map(lambda x: x[::-1], owned), layer_rates)",
         SCANNED,
     ),
     Mutant(

@@ -13,13 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from networks import InMemory, flax_twin, images, random_weights, torch_twin
 from timm_models import timm
 
 import vit_flax
 import vit_torch
 from vit_common.config import ViTConfig
+from vit_common.errors import InputError
 from vit_common.recipes import Recipe
+from vit_convert import convert
 from vit_convert.forward import forward
 from vit_flax.training.optimizers import explain
 from vit_torch.training import settings
@@ -101,6 +104,17 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"block_fn": partial(vit.ParallelThingsBlock, num_parallel=3), **QK},
     ),
 }
+NOT_TIMMS: dict[str, dict[str, Any]] = {
+    "parallel": {"block_type": "parallel"},
+    "three branches": {"num_parallel_branches": 3},
+    "norms after, with layer scale": {"block_type": "post_norm", "layer_scale_init_value": 0.1},
+    "no bias of the key": {"use_key_bias": False},
+    "a norm before the blocks beside a bias": {"use_pre_norm": True},
+}
+UNWRITTEN = (
+    "all norms, gated",  # timm is told of a gated MLP by a name alone
+    *(kind for kind in KINDS if "parallel" in kind or "branches" in kind),
+)
 NAMES = (  # ours, timm's
     (r"/", "."),
     (r"\.(kernel|scale)$", ".weight"),
@@ -194,6 +208,51 @@ def test_both_twins_and_the_numpy_network_are_timms(kind):
     assert np.abs(forward(config, tensors, x[0]) - want[0]).max() < 1e-5  # its erf has 3e-7
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in (*NOT_TIMMS, *UNWRITTEN)])
+def test_timm_builds_what_is_written_for_it(kind, tmp_path):
+    config = ViTConfig(**{**SIZES, **KINDS[kind][0]})
+    twin = torch_twin(
+        vit_torch.ViTForImageClassification, config, random_weights(config, "classifier")
+    )
+    twin.save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "theirs", to="timm")
+    peer = timm.create_model(f"local-dir:{tmp_path / 'theirs'}", pretrained=True).eval()
+    x = torch.tensor(images(config), dtype=torch.float32)
+    with torch.no_grad():
+        assert (peer(x) - twin(x).logits).abs().max() < 2e-5
+    again = vit_torch.ViTForImageClassification.from_pretrained(tmp_path / "theirs").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in twin.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"block_type": "post_norm"},
+        {"norm_type": "rmsnorm"},
+        {"use_final_norm": False},
+        {"use_patch_bias": False},
+    ],
+)
+@pytest.mark.parametrize("to", ["torchvision", "dino"])
+def test_other_projects_have_no_such_networks(to, fields, tmp_path):
+    config = ViTConfig(**{**SIZES, **fields})
+    vit_torch.ViTForImageClassification(config).save_pretrained(tmp_path / "ours")
+    with pytest.raises(InputError, match=next(iter(fields))):
+        convert(tmp_path / "ours", tmp_path / "theirs", to=to)
+    assert not (tmp_path / "theirs").exists()
+
+
+@pytest.mark.parametrize("kind", NOT_TIMMS)
+def test_what_no_name_of_timms_has_is_not_written(kind, tmp_path):
+    fields = NOT_TIMMS[kind]
+    config = ViTConfig(**{**SIZES, **fields})
+    model = vit_torch.ViTForImageClassification(config)
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(InputError, match="timm"):
+        convert(tmp_path / "ours", tmp_path / "theirs", to="timm")
+    assert not (tmp_path / "theirs").exists()
+
+
 def test_the_key_bias_by_itself():
     """A key's bias adds the same to all scores of a query, so a network without one is timm's with
     any."""
@@ -234,3 +293,21 @@ def test_rates_and_decay_of_the_parameters_are_timms(kind):
     assert ours == want
     twin = settings(run, vit_torch.ViTForImageClassification(config))
     assert {name_in_timm(n, config): (s.scale, s.decay) for n, s in twin.items()} == want
+
+
+@pytest.mark.slow  # accelerate takes seconds to import
+@pytest.mark.parametrize("kind", ["all norms, gated", "parallel, as published"])
+def test_decay_by_transformers_is_that_of_its_trainer(kind):
+    config = ViTConfig(**{**SIZES, **KINDS[kind][0]})
+    model = vit_torch.ViTForImageClassification(config)
+    want = set(transformers.Trainer.get_decay_parameter_names(None, model))
+    run = Recipe(no_decay="transformers", weight_decay=0.1)
+    assert {name for name, setting in settings(run, model).items() if setting.decay} == want
+    ours = vit_flax.FlaxViTForImageClassification(config, _do_init=False)
+    leaves = {"kernel": "weight", "scale": "weight"}
+    found = set()
+    for row in explain(run, ours):
+        *path, leaf = row.name.split("/")
+        if row.decay:
+            found.add(".".join([*path, leaves.get(leaf, leaf)]))
+    assert found == want

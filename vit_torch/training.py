@@ -123,7 +123,7 @@ def _spared(bare: str, ndim: int, rule: str) -> bool:
     if rule == "none":
         return False
     if rule == "transformers":
-        return "bias" in bare or "layernorm" in bare
+        return "bias" in bare or bool(re.search(r"layernorm|norm(\.|$)", bare))
     if rule == "kernels":
         return leaf != "weight" or ndim < 2
     return ndim <= 1 or leaf in (*_TOKENS, *_POSITIONS)

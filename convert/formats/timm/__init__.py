@@ -15,6 +15,7 @@ from vit_common.images.processors import BitImageProcessor
 from vit_common.parameters import DIFFERENTIAL as DIFFERENTIAL_NAMES
 from vit_convert.formats import stems
 from vit_convert.formats.format import Clue, Files, Format, Implied, Rule
+from vit_convert.formats.timm import blocks as other_blocks
 from vit_convert.formats.timm import eva
 from vit_convert.formats.timm.arguments import EPS
 from vit_convert.formats.timm.config import timm_config
@@ -193,7 +194,7 @@ def _cannot_hold(config: ViTConfig) -> str | None:
                 "timm has relative positions by an MLP only in networks without absolute positions "
                 "and registers, of each block or shared by all"
             )
-    return stems.timm_cannot_hold(config)
+    return other_blocks.cannot_hold(config) or stems.timm_cannot_hold(config)
 
 
 def _loses(config: ViTConfig, own_config: bool) -> Iterator[str]:

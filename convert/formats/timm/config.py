@@ -13,7 +13,7 @@ from vit_common.config import OURS, ViTConfig
 from vit_common.errors import ConfigError
 from vit_common.presets import PRESETS
 from vit_convert.formats import stems
-from vit_convert.formats.timm import arguments
+from vit_convert.formats.timm import arguments, blocks
 from vit_convert.formats.timm.models import HEADS
 
 LABELS = "timm's label_names"
@@ -118,6 +118,26 @@ def _architecture(config: ViTConfig) -> tuple[str, dict[str, Any]]:
         args["use_abs_pos_emb"] = config.use_absolute_position_embeddings
         args["use_rel_pos_bias"] = config.use_relative_position_bias
         args["use_shared_rel_pos_bias"] = config.use_shared_relative_position_bias
+    for keyword, value in (
+        ("pre_norm", config.use_pre_norm),
+        ("qk_norm", config.use_qk_norm),
+        ("scale_attn_norm", config.use_attention_norm),
+        ("scale_mlp_norm", config.use_mlp_norm),
+    ):
+        if value:
+            args[keyword] = True
+    if not config.use_final_norm:
+        args["final_norm"] = False
+    if config.norm_type == "rmsnorm":
+        args["norm_layer"] = "rmsnorm"
+    if other := blocks.timm_name(config):
+        name = other
+        args["class_token"] = config.use_cls_token
+        args["no_embed_class"] = config.position_tokens != "all"
+        args["pre_norm"] = config.use_pre_norm
+        args["global_pool"] = "avg" if config.pooling == "mean" else "token"
+        args["fc_norm"] = config.norm_after_pooling
+        args["init_values"] = config.layer_scale_init_value or None
     if config.attention_type == "differential":
         args["attn_layer"] = "diff"
     if config.has_relative_mlp:
