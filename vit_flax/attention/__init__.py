@@ -88,7 +88,11 @@ def attention(
         precision = tuple(precision)
     operands = alike(query, key, value, *(() if bias is None else (bias,)))
     if inline and implementation in ("auto", "cpu"):
-        context = attention_cpu_inline(*operands, precision=precision)
+        from vit_flax.cpu.half import operand_dtype
+
+        dtype = operand_dtype(query.dtype) or query.dtype
+        operands = [x.astype(dtype) if x.dtype == query.dtype else x for x in operands]
+        context = attention_cpu_inline(*operands, precision=precision).astype(query.dtype)
     else:
         context = attention_p.bind(*operands, implementation=implementation, precision=precision)
     if not output_attentions:

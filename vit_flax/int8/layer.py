@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_common.errors import InputError
+from vit_flax.cpu.half import half_product, operand_dtype
 from vit_flax.int8.product import integer_product
 from vit_flax.int8.weights import SCALE, SUMS
 
@@ -22,7 +23,7 @@ class Dense(nn.Dense):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         if not self.has_variable("params", SCALE):
             self._check_kernel()
-            return super().__call__(inputs)
+            return self._half(inputs)
         dtype = self.dtype or inputs.dtype
         kernel: jax.Array = self.get_variable("params", "kernel")  # (in, out)
         scale: jax.Array = self.get_variable("params", SCALE)  # (out,)
@@ -35,6 +36,19 @@ class Dense(nn.Dense):
             outputs = float_product(inputs.astype(dtype), kernel, scale, self.precision)
         if self.use_bias:
             outputs = outputs + self.get_variable("params", "bias").astype(exact)
+        return outputs.astype(dtype)
+
+    def _half(self, inputs: jax.Array) -> jax.Array:
+        """The layer in floating point; in half precision on a CPU, the sums and the bias are added
+        in float32 and rounded once."""
+        dtype = self.dtype or inputs.dtype
+        if self.is_initializing() or operand_dtype(dtype) is None:
+            return super().__call__(inputs)
+        kernel: jax.Array = self.get_variable("params", "kernel")  # (in, out)
+        outputs = half_product(inputs, kernel, dtype, self.precision)  # (..., out)
+        if self.use_bias:
+            bias: jax.Array = self.get_variable("params", "bias")
+            outputs = outputs + bias.astype(dtype).astype(jnp.float32)
         return outputs.astype(dtype)
 
     def _check_kernel(self) -> None:

@@ -26,6 +26,7 @@ from jax.interpreters import batching, mlir
 from jax.lax import dot_general_p
 
 from vit_flax.attention.choice import elsewhere
+from vit_flax.cpu.flags import processor_flags
 
 Kind = Literal["int8", "uint8", "float32"]
 _OFFSET = 128  # from int8 to uint8
@@ -104,20 +105,6 @@ def _of_this_processor(flags: frozenset[str]) -> Product:
     told = f"one product took {integers / floats:.2f} times as long as in float32"
     # Alike is not reason enough to leave the integers, and no reason to choose by chance.
     return Product("int8" if integers < 1.5 * floats else "float32", told)
-
-
-@cache
-def processor_flags() -> frozenset[str]:
-    """The instruction sets that Linux reports; none elsewhere."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                name, _, value = line.partition(":")
-                if name.strip() in ("flags", "Features"):
-                    return frozenset(value.split())
-    except OSError:
-        pass
-    return frozenset()
 
 
 def _in_library(dtype) -> bool:
