@@ -97,6 +97,7 @@ PLAIN = (
     + stems.TIMM
     + RELATIVE
     + DIFFERENTIAL
+    + eva.ATTENTION_POOL
 )
 RULES = PLAIN + dense("head", "classifier")
 DISTILLED = (

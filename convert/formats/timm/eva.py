@@ -23,8 +23,30 @@ _TOP = {
     f"{_BLOCK}gamma_2": f"{_LAYER}lambda_2",
     f"{_BLOCK}attn.q_bias": f"{_QKV[0]}.bias",
     f"{_BLOCK}attn.v_bias": f"{_QKV[2]}.bias",
-    "attn_pool.latent": "pooler.probe",
 }
+ATTENTION_POOL = (
+    Rule("attn_pool.latent", "pooler.probe"),
+    *(
+        Rule(f"attn_pool.{theirs}.{leaf}", f"pooler.{ours}.{leaf}")
+        for theirs, ours in (
+            ("q", "attention.query"),
+            ("proj", "attention.output.dense"),
+            ("norm", "layernorm"),
+            ("mlp.fc1", "intermediate.dense"),
+            ("mlp.fc2", "output.dense"),
+        )
+        for leaf in ("weight", "bias")
+    ),
+    *(
+        Rule(
+            f"attn_pool.kv.{leaf}",
+            (f"pooler.attention.key.{leaf}", f"pooler.attention.value.{leaf}"),
+            FUSED_KV,
+        )
+        for leaf in ("weight", "bias")
+    ),
+)
+"""Attention pooling, of every class of timm: `AttentionPoolLatent` of `timm/layers`."""
 _MODULES = {
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm_pre": "pre_layernorm",
@@ -43,11 +65,6 @@ _MODULES = {
     f"{_BLOCK}attn.q_proj": _QKV[0],
     f"{_BLOCK}attn.k_proj": _QKV[1],
     f"{_BLOCK}attn.v_proj": _QKV[2],
-    "attn_pool.q": "pooler.attention.query",
-    "attn_pool.proj": "pooler.attention.output.dense",
-    "attn_pool.norm": "pooler.layernorm",
-    "attn_pool.mlp.fc1": "pooler.intermediate.dense",
-    "attn_pool.mlp.fc2": "pooler.output.dense",
 }
 
 
@@ -62,15 +79,10 @@ def _rules() -> tuple[Rule, ...]:
                 f"{_LAYER}intermediate.dense.{leaf}",
                 GATE_AND_UP,
             ),
-            (
-                f"attn_pool.kv.{leaf}",
-                (f"pooler.attention.key.{leaf}", f"pooler.attention.value.{leaf}"),
-                FUSED_KV,
-            ),
             *((f"{a}.{leaf}", f"{b}.{leaf}", KEEP) for a, b in _MODULES.items()),
         )
         rules += [Rule(*row) for row in joined]
-    return tuple(rules) + tuple(Rule(a, b) for a, b in _TOP.items())
+    return (*rules, *(Rule(a, b) for a, b in _TOP.items()), *ATTENTION_POOL)
 
 
 RULES = _rules()
