@@ -445,7 +445,7 @@ def _pooling(shapes, family: str, timm: Any, note: Any) -> None:
         return
     if "pooler.probe" in shapes:
         note("names (attention pooling)", pooling="map")
-        inner = shapes.get("pooler.intermediate.dense.weight", (0,))[0]
+        inner = shapes.get("pooler.intermediate.dense.weight", (None,))[0]
         if inner != shapes.get("encoder.layer.0.output.dense.weight", (0, inner))[1]:
             note("shapes", pooler_intermediate_size=inner)
         return

@@ -218,7 +218,6 @@ def test_counters_beside_the_network_are_no_weights(tmp_path):
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("attn_pool.latent", "attention pooling"),
         ("norm_pre.weight", "a norm before the blocks"),
         ("blocks.0.attn.q_norm.weight", "norms of query and key"),
         ("blocks.1.mlp.norm.weight", "a norm inside attention or MLP"),

@@ -189,11 +189,6 @@ REFUSED = {
         {"qk_norm": True},
         [f"blocks.{i}.attn.{n}_norm.{w}" for i in (0, 1) for n in "qk" for w in ("weight", "bias")],
     ),
-    "attention pooling": (
-        "vit_base_patch16_siglip_224",
-        {},
-        ("attn_pool.latent", "attn_pool.q.weight", "attn_pool.mlp.fc2.bias"),
-    ),
     "parallel blocks": ("vit_small_patch16_18x2_224", {"depth": 1}, ("blocks.0.attns.0",)),
 }
 

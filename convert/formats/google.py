@@ -171,6 +171,12 @@ def sines_and_cosines(grid: tuple[int, int], width: int) -> np.ndarray:
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
+def _is_big_visions(config: ViTConfig) -> bool:
+    """Whether a network is one of big_vision's: patches alone have positions."""
+    by_attention = config.pooling == "map" and not config.num_prefix_tokens
+    return config.position_tokens == "patches" or by_attention
+
+
 _OLD = ("LayerNorm_2", "MultiHeadDotProductAttention_1", "MlpBlock_3")
 _LINEN = ("LayerNorm_1", "MultiHeadDotProductAttention_0", "MlpBlock_0")
 
@@ -208,7 +214,7 @@ def _tables(heads: int) -> tuple[Format, ...]:
             _POSEMBED,
             _OLD,
             stems.GOOGLE,
-            fits=lambda config, head: config.position_tokens != "patches",
+            fits=lambda config, head: not _is_big_visions(config),
             with_heads=lambda heads: _tables(heads)[0],
         ),
         table(
@@ -217,7 +223,7 @@ def _tables(heads: int) -> tuple[Format, ...]:
             _LINEN,
             root="params/",
             requires=(_POSITIONS,),
-            fits=lambda config, head: config.position_tokens == "patches",
+            fits=lambda config, head: _is_big_visions(config),
             with_heads=lambda heads: _tables(heads)[1],
         ),
         table(

@@ -97,7 +97,6 @@ PLAIN = (
     + stems.TIMM
     + RELATIVE
     + DIFFERENTIAL
-    + eva.ATTENTION_POOL
 )
 RULES = PLAIN + dense("head", "classifier")
 DISTILLED = (
@@ -179,6 +178,13 @@ def cut_out(config: ViTConfig, name: str, enlarged: int | None = None) -> Implie
 def _cannot_hold(config: ViTConfig) -> str | None:
     if config.use_representation_layer:
         return "timm drops the layer before the classifier (pre-logits) when it loads"
+    sizes = (config.num_attention_heads, config.intermediate_size)
+    if (
+        config.pooling == "map"
+        and config.rope_type is None
+        and (config.pooler_heads, config.pooler_inner) != sizes
+    ):
+        return "timm's VisionTransformer has attention pooling of its blocks' heads and width alone"
     if config.has_relative_mlp:
         both = config.use_relative_position_bias and config.use_shared_relative_position_bias
         if config.use_absolute_position_embeddings or config.num_register_tokens or both:
@@ -223,11 +229,22 @@ def _format(families: tuple[str, ...], rules, describes: str, **more: Any) -> Fo
     )
 
 
+_PROBE = ("attn_pool.latent",)
 FORMATS = (
+    _format(
+        ("vit",),
+        # Before the others: the norm of the pooling has the canonical name of `fc_norm`.
+        eva.ATTENTION_POOL + RULES,
+        "timm state dict of a Vision Transformer with attention pooling",
+        requires=_PROBE,
+        fits=lambda config, head: config.pooling == "map",
+        named=lambda architecture: not eva.named(architecture),
+    ),
     _format(
         ("vit",),
         RULES,
         "timm state dict of a Vision Transformer",
+        lacks=_PROBE,
         fits=stems.has_stages,
         named=lambda architecture: not eva.named(architecture),
     ),
