@@ -15,7 +15,7 @@ from vit_common.images.processors import BitImageProcessor
 from vit_common.parameters import DIFFERENTIAL as DIFFERENTIAL_NAMES
 from vit_convert.formats import stems
 from vit_convert.formats.format import Clue, Files, Format, Implied, Rule
-from vit_convert.formats.timm import eva
+from vit_convert.formats.timm import eva, naflex, parallel
 from vit_convert.formats.timm.config import timm_config
 from vit_convert.formats.timm.pool import ATTENTION_POOL
 from vit_convert.layouts import FUSED_QKV, KEEP, TRANSPOSE
@@ -107,7 +107,17 @@ PLAIN = (
 )
 RULES = PLAIN + dense("head", "classifier")
 """What other projects have of timm's names too."""
-OWN = RULES + dense("norm_pre", "pre_layernorm") + blocks(INNER_NORMS) + ATTENTION_POOL
+MORE = dense("norm_pre", "pre_layernorm") + ATTENTION_POOL
+OWN = RULES + MORE + blocks(INNER_NORMS)
+_OUTSIDE = (
+    keep({**EMBEDDINGS, **NORMS, "reg_token": "embeddings.register_tokens"})
+    + dense("head", "classifier")
+    + MORE
+)
+"""What lies outside the blocks."""
+_NAFLEX = naflex.RULES + tuple(
+    rule for rule in OWN if rule.canonical not in [other.canonical for other in naflex.RULES]
+)
 DISTILLED = (
     PLAIN
     + dense("head", "cls_classifier")
@@ -146,6 +156,16 @@ IMAGENET: dict[str, Any] = {
 
 REFUSES = (
     (
+        r"patch_embed\.backbone\.stem\.(conv1|norm1|conv2)\..*",
+        "MBConv stages before its blocks (ViTamin)",
+    ),
+    (r"patch_embed\.backbone\.\d\.conv\..*", "a convolutional stem before its blocks (MobileCLIP)"),
+    (
+        r"blocks\.\d+\.attn\.rel_pos_[hw]",
+        "windows and decomposed relative positions (SAM's encoder)",
+    ),
+    (r"embeds\.pos_embed_[xy]", "positions as sums of a row's and a column's (factorized)"),
+    (
         r"patch_embed\.backbone\.(conv1|bn1|layer\d|\d)\..*",
         "a convolutional stem before its patches (a hybrid with batch norms)",
     ),
@@ -165,6 +185,7 @@ PARTS = (
 
 EPS = 1e-6
 """Epsilon of the norms in timm and in every project with its names."""
+_SETTINGS = {"layer_norm_eps": EPS, "position_resize": "bicubic_antialias"}
 HEAD_OF_TIMM = 90
 """Rank of timm's weakest clue, a classifier: other projects have better ones."""
 
@@ -225,7 +246,7 @@ def _format(families: tuple[str, ...], rules, describes: str, **more: Any) -> Fo
         loses=_loses,
         **{
             "parts": PARTS,
-            "settings": {"layer_norm_eps": EPS, "position_resize": "bicubic_antialias"},
+            "settings": _SETTINGS,
             **more,
         },
     )
@@ -253,6 +274,62 @@ FORMATS = (
         "timm state dict of a Vision Transformer whose stem is one convolution",
         requires=("patch_embed.backbone.conv.weight",),
         fits=stems.has_root_alone,
+    ),
+    *(
+        _format(
+            ("vit",),
+            _OUTSIDE + rules,
+            f"timm state dict of a Vision Transformer {describes}",
+            requires=(sign,),
+            lacks=lacks,
+            fits=fits,
+            parts=(),
+            settings={**_SETTINGS, **more},
+        )
+        for rules, describes, sign, lacks, fits, more in (
+            (
+                parallel.DIFFERENTIAL_SCALING,
+                "whose differential attention and MLP are parallel",
+                parallel.DIFFERENTIAL_SIGN,
+                (),
+                parallel.fits_differential_scaling,
+                {"block_type": "parallel", "proj_bias": False},
+            ),
+            (
+                parallel.SCALING_WITHOUT_BIAS,
+                "whose attention and MLP are parallel, and query, key and value without a bias",
+                parallel.WITHOUT_BIAS_SIGN,
+                (),
+                parallel.fits_scaling_without_bias,
+                {"block_type": "parallel"},
+            ),
+            (
+                parallel.SCALING,
+                "whose attention and MLP are parallel",
+                parallel.SCALING_SIGN,
+                (parallel.WITHOUT_BIAS_SIGN,),
+                parallel.fits_scaling,
+                {"block_type": "parallel"},
+            ),
+            (
+                parallel.THINGS,
+                "of several attentions and MLPs in a block",
+                parallel.THINGS_SIGN,
+                (),
+                parallel.fits_things,
+                {},
+            ),
+        )
+    ),
+    _format(
+        ("vit",),
+        _NAFLEX,
+        "timm state dict of a NaFlexVit",
+        requires=(naflex.PROJECTION,),
+        parts=(),
+        unsaid=_unsaid,
+        says=naflex.says,
+        written=False,
     ),
     _format(("deit",), DISTILLED, "timm state dict of a distilled DeiT", requires=("dist_token",)),
     _format(
