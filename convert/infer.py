@@ -275,7 +275,8 @@ def _stem(shapes: Mapping[str, tuple[int, ...]], note: Any) -> None:
     width, C = shapes[_STEM][:2]
     note("names", stem_type="resnetv2")
     note("shapes", stem_depths=depths, stem_width=width, num_channels=C)
-    made = ViTConfig(stem_type="resnetv2", stem_depths=depths)
+    side = 64  # of a patch and an image that any stem's stride divides
+    made = ViTConfig(stem_type="resnetv2", stem_depths=depths, patch_size=side, image_size=side)
     _, _, *size = shapes["embeddings.patch_embeddings.projection.weight"]
     height, width = (side * made.stem_stride for side in size)
     note("shapes", patch_size=_sides(height, width))
@@ -443,7 +444,7 @@ def _pooling(shapes, family: str, timm: Any, note: Any) -> None:
         return
     if family != "vit":
         return
-    if "pooler.probe" in shapes:
+    if any(name.startswith(("pooler.probe", "pooler.attention.")) for name in shapes):
         note("names (attention pooling)", pooling="map")
         inner = shapes.get("pooler.intermediate.dense.weight", (None,))[0]
         if inner != shapes.get("encoder.layer.0.output.dense.weight", (0, inner))[1]:

@@ -218,6 +218,7 @@ def test_counters_beside_the_network_are_no_weights(tmp_path):
 @pytest.mark.parametrize(
     ("name", "part"),
     [
+        ("attn_pool.latent", "attention pooling"),
         ("norm_pre.weight", "a norm before the blocks"),
         ("blocks.0.attn.q_norm.weight", "norms of query and key"),
         ("blocks.1.mlp.norm.weight", "a norm inside attention or MLP"),
@@ -227,7 +228,7 @@ def test_parts_that_change_the_network_are_named(name, part, tmp_path):
     state = {**timm_backbone().state_dict(), name: torch.ones(48)}
     torch.save({"state_dict": state}, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match=f"{name}: nothing here knows.*{part}"):
-        convert(tmp_path / "file.pth", tmp_path / "out", from_="timm", overrides=HEADS)
+        convert(tmp_path / "file.pth", tmp_path / "out", from_="dino", overrides=HEADS)
 
 
 # -- heads of attention

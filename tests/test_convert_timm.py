@@ -9,6 +9,7 @@ import pytest
 import timm_table
 import torch
 from format_files import SMALL, TIMM, VIT, make_timm, save_pickle, save_timm
+from networks import randomize
 from peers import (
     FLOAT32,
     FLOAT64,
@@ -179,18 +180,31 @@ def test_timm_pickles_without_a_config(tmp_path):
 
 
 REFUSED = {
-    "norm before the blocks": (
-        "vit_base_patch16_clip_224",
-        {},
-        ("norm_pre.weight", "norm_pre.bias"),
-    ),
-    "norms of query and key": (
-        VIT,
-        {"qk_norm": True},
-        [f"blocks.{i}.attn.{n}_norm.{w}" for i in (0, 1) for n in "qk" for w in ("weight", "bias")],
-    ),
     "parallel blocks": ("vit_small_patch16_18x2_224", {"depth": 1}, ("blocks.0.attns.0",)),
+    "layer scale on attention alone": (
+        "vit_base_patch16_sapiens2",
+        {"num_kv_heads": 4},
+        ("vit_base_patch16_sapiens2",),
+    ),
 }
+
+ELSEWHERE = {
+    "norm before the blocks": ("vit_base_patch16_clip_224", {}),
+    "norms of query and key": (VIT, {"qk_norm": True}),
+    "attention pooling": ("vit_base_patch16_siglip_224", {}),
+    "norms after the branches": ("vit_base_patch16_rpn_224", {}),
+    "no norm at the end": ("vit_base_patch16_radio_v3", {}),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_norms_and_pooling_elsewhere(name, tmp_path):
+    architecture, differing = ELSEWHERE[name]
+    model = randomize(timm.create_model(architecture, **{**SMALL, **differing}))
+    save_timm(model, tmp_path / "timm")
+    x = pixels()
+    wanted = run_peer(model.double(), x)
+    assert_close(run_torch(tmp_path / "timm", x), wanted, FLOAT64)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -175,8 +175,6 @@ class Format:
         unsaid: fields that networks with such weights differ in and that the weights do not show,
             from the shapes of the weights by canonical name; they are asked for where no file says
             them.
-        classes: names of timm's classes whose networks have these names; a file whose
-            architecture is of another class is in another format. Empty for any.
         stem: the same of networks with a stem before their patches.
         relative_resize: how relative positions of networks in this format are resampled.
         positions: positions (N, D) of networks whose files hold none, from (rows, columns) of
@@ -217,7 +215,6 @@ class Format:
     settings: Mapping[str, Any] = field(default_factory=dict)
     says: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     unsaid: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
-    classes: tuple[str, ...] = ()
     stem: Mapping[str, Any] = field(default_factory=dict)
     relative_resize: RelativeRule = "bilinear"
     positions: Callable[[tuple[int, int], int], np.ndarray] | None = None

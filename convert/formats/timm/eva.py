@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from vit_convert.formats.format import Rule
 from vit_convert.formats.timm.models import ARCHITECTURES
-from vit_convert.layouts import FUSED_KV, FUSED_QKV, GATE_AND_UP, KEEP, Layout
+from vit_convert.formats.timm.pool import ATTENTION_POOL
+from vit_convert.layouts import FUSED_QKV, GATE_AND_UP, KEEP, Layout
 
 _LAYER = "encoder.layer.{i}."
 _BLOCK = "blocks.{i}."
@@ -24,29 +25,6 @@ _TOP = {
     f"{_BLOCK}attn.q_bias": f"{_QKV[0]}.bias",
     f"{_BLOCK}attn.v_bias": f"{_QKV[2]}.bias",
 }
-ATTENTION_POOL = (
-    Rule("attn_pool.latent", "pooler.probe"),
-    *(
-        Rule(f"attn_pool.{theirs}.{leaf}", f"pooler.{ours}.{leaf}")
-        for theirs, ours in (
-            ("q", "attention.query"),
-            ("proj", "attention.output.dense"),
-            ("norm", "layernorm"),
-            ("mlp.fc1", "intermediate.dense"),
-            ("mlp.fc2", "output.dense"),
-        )
-        for leaf in ("weight", "bias")
-    ),
-    *(
-        Rule(
-            f"attn_pool.kv.{leaf}",
-            (f"pooler.attention.key.{leaf}", f"pooler.attention.value.{leaf}"),
-            FUSED_KV,
-        )
-        for leaf in ("weight", "bias")
-    ),
-)
-"""Attention pooling, of every class of timm: `AttentionPoolLatent` of `timm/layers`."""
 _MODULES = {
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm_pre": "pre_layernorm",
@@ -82,10 +60,10 @@ def _rules() -> tuple[Rule, ...]:
             *((f"{a}.{leaf}", f"{b}.{leaf}", KEEP) for a, b in _MODULES.items()),
         )
         rules += [Rule(*row) for row in joined]
-    return (*rules, *(Rule(a, b) for a, b in _TOP.items()), *ATTENTION_POOL)
+    return tuple(rules) + tuple(Rule(a, b) for a, b in _TOP.items())
 
 
-RULES = _rules()
+RULES = _rules() + ATTENTION_POOL
 
 
 SIGNS = (
