@@ -145,6 +145,8 @@ def build(timm: Any, name: str) -> Any:
     given: dict[str, Any] = {"depth": DEPTH, "num_classes": CLASSES}
     if kind == "VisionTransformerSAM":
         given["global_attn_indexes"] = (1,)
+    if kind == "NaFlexVit":
+        given["pos_embed_grid_size"] = (4, 5)
     per_block = known.get("num_kv_heads")
     if isinstance(per_block, (tuple, list)):  # both kinds of blocks, where there are two
         given["num_kv_heads"] = (per_block[0], per_block[len(per_block) // 2])
@@ -173,10 +175,12 @@ def pixels(model: Any, name: str) -> Any:
     import numpy as np
     import torch
 
-    embed = getattr(model, "patch_embed", None)
-    size = getattr(embed, "img_size", None) or getattr(model.embeds, "img_size", None)
-    if size is None:
-        size = model.default_cfg["input_size"][1:]
+    if hasattr(model, "embeds"):  # NaFlex: positions keep the axes of their grid
+        positions = model.embeds.pos_embed
+        grid = (4, 5) if positions is None else positions.shape[1:3]
+        size = [count * side for count, side in zip(grid, model.embeds.patch_size, strict=True)]
+    else:
+        size = model.patch_embed.img_size
     x = np.random.default_rng(1).normal(size=(2, 3, *size)).astype(np.float32)
     return torch.tensor(x)
 

@@ -446,9 +446,9 @@ def _pooling(shapes, family: str, timm: Any, note: Any) -> None:
         return
     if family != "vit":
         return
-    if "pooler.probe" in shapes:
+    if any(name.startswith(("pooler.probe", "pooler.attention.")) for name in shapes):
         note("names (attention pooling)", pooling="map")
-        inner = shapes.get("pooler.intermediate.dense.weight", (0,))[0]
+        inner = shapes.get("pooler.intermediate.dense.weight", (None,))[0]
         if inner != shapes.get("encoder.layer.0.output.dense.weight", (0, inner))[1]:
             note("shapes", pooler_intermediate_size=inner)
         return

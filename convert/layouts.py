@@ -65,6 +65,36 @@ def _split3(arrays: Arrays) -> Arrays:
     return np.split(arrays[0], 3, axis=0)
 
 
+def _split_in_proj(arrays: Arrays) -> Arrays:
+    rows, width = arrays[0].shape
+    if rows <= 3 * width:
+        raise ValueError(f"the first side of {arrays[0].shape} must be over 3 times the second")
+    ends = [rows - count * width for count in (3, 2, 1)]
+    return [part for array in arrays for part in np.split(array, ends, axis=0)]
+
+
+def _join_in_proj(arrays: Arrays) -> Arrays:
+    return [np.concatenate(arrays[i : i + 4]) for i in range(0, len(arrays), 4)]
+
+
+MLP_AND_QKV = Layout("fused MLP, query, key, value", _split_in_proj, _join_in_proj)
+"""One array (I + 3 D, D) <-> the MLP's first layer (I, D) and query, key and value (D, D); where a
+bias (I + 3 D,) is given too, its parts (I,) and (D,) after those."""
+
+
+def _joined_columns(arrays: Arrays) -> Arrays:
+    return [np.concatenate(arrays, axis=1)]
+
+
+ATTENTION_AND_MLP = Layout(
+    "fused outputs of attention and MLP",
+    lambda arrays: np.split(arrays[0], [arrays[0].shape[0]], axis=1),
+    _joined_columns,
+    2,
+)
+"""One array (D, D + I) <-> the projection after attention (D, D) and the MLP's second layer
+(D, I)."""
+
 FUSED_QKV = Layout("fused query, key, value", _split3, lambda arrays: [np.concatenate(arrays)])
 """One array (3 D, ...) <-> query, key and value (D, ...) in this order, as timm stores them."""
 

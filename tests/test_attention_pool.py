@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import jax
@@ -9,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from networks import flax_twin, images, make_config, random_weights, torch_twin
+from networks import flax_twin, images, make_config, random_weights, randomize, torch_twin
+from safetensors.torch import save_file
 from timm_models import timm
 from tolerances import BOUNDS
 
 import vit_flax
 import vit_torch
-from vit_common.errors import ConfigError
+from vit_common.errors import ConfigError, InputError
+from vit_convert import convert
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 3}
 SIZES |= {"intermediate_size": 24, "image_size": (8, 12), "patch_size": 4}
@@ -110,3 +113,86 @@ def test_its_norm_is_the_networks():
     with torch.no_grad():
         want = twin(torch.tensor(x)).logits.numpy()
     np.testing.assert_allclose(ours(x).logits, want, atol=2e-5)
+
+
+TIMM = {"embed_dim": 32, "depth": 1, "num_heads": 2, "mlp_ratio": 1.5, "img_size": (8, 12)}
+TIMM |= {"patch_size": 4, "num_classes": 3}
+NETWORKS = {
+    "vit_base_patch16_siglip_224": {},
+    "vit_so150m_patch16_reg4_map_256": {"init_values": 0.5},
+    "vit_base_patch16_224": {"global_pool": "map", "pool_include_prefix": True},
+}
+
+
+def a_checkpoint_of_timm(folder, name):
+    """A model of timm, and the folder with its weights and configuration."""
+    arguments = {**TIMM, **NETWORKS[name]}
+    theirs = randomize(timm.create_model(name, **arguments))
+    folder.mkdir()
+    save_file(dict(theirs.state_dict()), folder / "model.safetensors")
+    height, width = arguments["img_size"]
+    config = {
+        "architecture": name,
+        "num_classes": 3,
+        "global_pool": "map",
+        "model_args": arguments,
+        "pretrained_cfg": {"input_size": [3, height, width]},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return theirs, folder
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_timm_in_both_twins_and_back(name, tmp_path):
+    theirs, folder = a_checkpoint_of_timm(tmp_path / "timm", name)
+    x = torch.tensor(np.random.default_rng(0).normal(size=(2, 3, 8, 12)), dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(x).numpy()
+        twin = vit_torch.AutoModelForImageClassification.from_pretrained(folder)
+        found = twin(x).logits.numpy()
+    bound = BOUNDS["reference float32"]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=bound)
+    ours = vit_flax.FlaxAutoModelForImageClassification.from_pretrained(folder)
+    assert ours.config.pooling == "map"
+    np.testing.assert_allclose(np.asarray(ours(x.numpy()).logits), expected, rtol=0, atol=bound)
+
+    twin.save_pretrained(tmp_path / "hub")  # their configuration is gone, ours makes another
+    convert(tmp_path / "hub", tmp_path / "back", to="timm")
+    back = timm.create_model(f"local-dir:{tmp_path / 'back'}", pretrained=True).eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(back(x).numpy(), expected, rtol=0, atol=bound)
+
+
+def test_big_visions_file_as_timm_reads_it(tmp_path):
+    """Written from timm's weights; timm's own reader of `.npz` must find them again."""
+    name = "vit_base_patch16_siglip_224"
+    arguments = {**TIMM, "img_size": 8, "act_layer": "gelu_tanh"}
+    theirs = randomize(timm.create_model(name, **arguments))
+    save_file(dict(theirs.state_dict()), tmp_path / "model.safetensors")
+    config = {"architecture": name, "global_pool": "map", "model_args": arguments}
+    config |= {"num_classes": 3, "pretrained_cfg": {"input_size": [3, 8, 8]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    path = tmp_path / "google" / "siglip.npz"
+    path.parent.mkdir()
+    convert(tmp_path, path, to="google")
+    with np.load(path) as file:
+        assert "params/MAPHead_0/probe" in file
+    again = timm.create_model(name, **arguments)
+    again.load_pretrained(str(path))
+    for parameter, value in again.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[parameter]), parameter
+    read = vit_torch.AutoModelForImageClassification.from_pretrained(path)
+    x = torch.tensor(np.random.default_rng(0).normal(size=(2, 3, 8, 8)), dtype=torch.float32)
+    with torch.no_grad():
+        found, expected = read(x).logits.numpy(), theirs.eval()(x).numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=BOUNDS["reference float32"])
+
+
+def test_timm_cannot_hold_other_heads(tmp_path):
+    config = make_config(**SIZES, pooling="map", pooler_num_heads=4)
+    twin = torch_twin(
+        vit_torch.ViTForImageClassification, config, random_weights(config, "classifier")
+    )
+    twin.save_pretrained(tmp_path / "hub")
+    with pytest.raises(InputError, match="attention pooling of its blocks' heads"):
+        convert(tmp_path / "hub", tmp_path / "timm", to="timm")

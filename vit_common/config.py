@@ -46,7 +46,7 @@ from vit_common.errors import ConfigError, shown
 from vit_common.files.hub import find_file, push_file, push_if_asked, split_hub_options
 from vit_common.files.replace import make_directory, write_text
 from vit_common.files.texts import read_json
-from vit_common.positions import ResizeRule, RotaryType
+from vit_common.positions import NaFlexRule, ResizeRule, RotaryType
 
 __all__ = [
     "ACTIVATIONS",
@@ -185,7 +185,7 @@ class ViTConfig:
     mlp_bias: bool
     drop_path_rate: float
     gradient_checkpointing: bool
-    position_resize: ResizeRule
+    position_resize: ResizeRule | NaFlexRule
     output_hidden_states: bool
     output_attentions: bool
     return_dict: bool

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from vit_common.errors import ConfigError, shown
-from vit_common.positions import ResizeRule, RotaryType
+from vit_common.positions import NaFlexRule, ResizeRule, RotaryType
 
 ACTIVATIONS = (
     "gelu",
@@ -685,7 +685,7 @@ ROWS: dict[str, Field] = {
     ),
     "position_resize": _everywhere(
         "bicubic",
-        _choice(get_args(ResizeRule)),
+        _choice((*get_args(ResizeRule), *get_args(NaFlexRule))),
         "how position embeddings are resampled to another grid; the families differ, see "
         "`vit_common.positions.resize_matrix`",
     )._replace(families=_TOWERS, defaults={REGISTERS: "bicubic_antialias"}),

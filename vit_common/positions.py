@@ -43,6 +43,21 @@ ResizeRule = Literal[
   (`models/vision_transformer.py`, `interpolate_embeddings`).
 """
 
+NaFlexRule = Literal[
+    "bilinear_antialias",
+    "bicubic_antialias_square",
+    "bilinear_square",
+    "bilinear_align_corners_square",
+]
+"""More rules, of timm's NaFlexVit (`models/naflexvit.py`).
+
+- "bilinear_antialias": as "bilinear", the kernel widened when shrinking.
+- "..._square": to a square of the longer side of the grid, of which the grid is the upper left
+  part, so that the proportions of an image do not stretch the positions.
+"""
+
+_SQUARE = "_square"
+
 _Kernel = Callable[[np.ndarray], np.ndarray]
 _Coordinates = Callable[[int, int], np.ndarray]
 
@@ -99,13 +114,14 @@ _RESAMPLINGS: dict[str, _Resampling] = {
     "bicubic": _Resampling(_half_pixel, _TORCH_CUBIC, 2),
     "bicubic_antialias": _Resampling(_half_pixel, _PILLOW_CUBIC, 2, antialias=True),
     "bilinear": _Resampling(_half_pixel, _triangle, 1),
+    "bilinear_antialias": _Resampling(_half_pixel, _triangle, 1, antialias=True),
     "bilinear_align_corners": _Resampling(_align_corners, _triangle, 1),
     "bicubic_offset": _Resampling(_half_pixel_offset, _TORCH_CUBIC, 2),
     "bicubic_align_corners": _Resampling(_align_corners, _TORCH_CUBIC, 2),
 }
 
 
-def resize_matrix(rule: ResizeRule, source: int, target: int) -> np.ndarray:
+def resize_matrix(rule: ResizeRule | NaFlexRule, source: int, target: int) -> np.ndarray:
     """Matrix that resamples `source` points of one axis to `target` points.
 
     Equal to torch 2.13's `interpolate` in float64 along one axis (`UpSampleKernel.cpp`), and for
@@ -129,7 +145,7 @@ def resize_matrix(rule: ResizeRule, source: int, target: int) -> np.ndarray:
 
 
 def resize_matrices(
-    rule: ResizeRule, source_grid: tuple[int, int], target_grid: tuple[int, int]
+    rule: ResizeRule | NaFlexRule, source_grid: tuple[int, int], target_grid: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Matrices that resample a grid of (h, w) points to (H, W), for the rows and for the columns.
 
@@ -148,6 +164,10 @@ def resize_matrices(
     target_height, target_width = target = _check_grid("target_grid", target_grid)
     if source == target:
         return _identity(source_height), _identity(source_width)
+    if rule.endswith(_SQUARE):
+        longer = max(target)
+        rows, columns = (_matrix(rule, side, longer) for side in source)
+        return rows[:target_height], columns[:target_width]
     return _matrix(rule, source_height, target_height), _matrix(rule, source_width, target_width)
 
 
@@ -155,7 +175,7 @@ def resize_positions(
     positions: np.ndarray,
     source_grid: tuple[int, int],
     target_grid: tuple[int, int],
-    rule: ResizeRule,
+    rule: ResizeRule | NaFlexRule,
     num_prefix_tokens: int = 1,
 ) -> np.ndarray:
     """Resample position embeddings, leaving those of the prefix tokens as they are.
@@ -455,7 +475,7 @@ def rotary_angles(kind: RotaryType, width: int, theta: float, **grid: Any) -> np
 
 @lru_cache(maxsize=256)
 def _matrix(rule: str, source: int, target: int) -> np.ndarray:
-    coordinates, kernel, radius, antialias = _RESAMPLINGS[rule]
+    coordinates, kernel, radius, antialias = _RESAMPLINGS[rule.removesuffix(_SQUARE)]
     centre = coordinates(source, target)[:, None]
     if antialias:
         # Weights past the border are dropped and the rest scaled to sum to 1.
@@ -483,7 +503,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _check_rule(rule: Any) -> Any:
-    options = get_args(ResizeRule)
+    options = (*get_args(ResizeRule), *get_args(NaFlexRule))
     if not isinstance(rule, str) or rule not in options:
         wanted = ", ".join(map(repr, options))
         raise ConfigError(

@@ -36,7 +36,7 @@ _HYBRID = (
     ),
 )
 _PARTS = (
-    (r"MAPHead_\d+/.*", "attention pooling"),
+    (r"MAPHead_(?!0/)\d+/.*", "a second attention pooling"),
     (r".*/(query|key)(_norm|_ln)/.*", "norms of query and key"),
     (r".*/(Moe|MoeMlp)\w*/.*", "a mixture of experts"),
 )
@@ -57,12 +57,16 @@ def _rules(heads: int, positions: str, norm2: str, attention: str, mlp: str) -> 
         f"{_BLOCK}LayerNorm_0": f"{_LAYER}layernorm_before",
         f"{_BLOCK}{norm2}": f"{_LAYER}layernorm_after",
     }
+    pooler, pooler_attention = "MAPHead_0/", "MAPHead_0/MultiHeadDotProductAttention_0/"
+    norms[f"{pooler}LayerNorm_0"] = "pooler.layernorm"
     for theirs, ours in norms.items():
         rules += [
             Rule(f"{theirs}/scale", f"{ours}.weight"),
             Rule(f"{theirs}/bias", f"{ours}.bias"),
         ]
     dense = {
+        f"{pooler}MlpBlock_0/Dense_0": "pooler.intermediate.dense",
+        f"{pooler}MlpBlock_0/Dense_1": "pooler.output.dense",
         "pre_logits": "pooler.dense",
         "head": "classifier",
         f"{_BLOCK}{mlp}/Dense_0": f"{_LAYER}intermediate.dense",
@@ -73,23 +77,20 @@ def _rules(heads: int, positions: str, norm2: str, attention: str, mlp: str) -> 
             Rule(f"{theirs}/kernel", f"{ours}.weight", TRANSPOSE),
             Rule(f"{theirs}/bias", f"{ours}.bias"),
         ]
-    for name in ("query", "key", "value"):
+    rules.append(Rule(f"{pooler}probe", "pooler.probe"))
+    for theirs, ours, out in (
+        (f"{_BLOCK}{attention}/", f"{_LAYER}attention.attention", f"{_LAYER}attention.output"),
+        (pooler_attention, "pooler.attention", "pooler.attention.output"),
+    ):
+        for name in ("query", "key", "value"):
+            rules += [
+                Rule(f"{theirs}{name}/kernel", f"{ours}.{name}.weight", kernel),
+                Rule(f"{theirs}{name}/bias", f"{ours}.{name}.bias", bias),
+            ]
         rules += [
-            Rule(
-                f"{_BLOCK}{attention}/{name}/kernel",
-                f"{_LAYER}attention.attention.{name}.weight",
-                kernel,
-            ),
-            Rule(
-                f"{_BLOCK}{attention}/{name}/bias",
-                f"{_LAYER}attention.attention.{name}.bias",
-                bias,
-            ),
+            Rule(f"{theirs}out/kernel", f"{out}.dense.weight", output),
+            Rule(f"{theirs}out/bias", f"{out}.dense.bias", KEEP),
         ]
-    rules += [
-        Rule(f"{_BLOCK}{attention}/out/kernel", f"{_LAYER}attention.output.dense.weight", output),
-        Rule(f"{_BLOCK}{attention}/out/bias", f"{_LAYER}attention.output.dense.bias", KEEP),
-    ]
     return tuple(rules)
 
 
@@ -170,6 +171,12 @@ def sines_and_cosines(grid: tuple[int, int], width: int) -> np.ndarray:
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
+def _is_big_visions(config: ViTConfig) -> bool:
+    """Whether a network is one of big_vision's: patches alone have positions."""
+    by_attention = config.pooling == "map" and not config.num_prefix_tokens
+    return config.position_tokens == "patches" or by_attention
+
+
 _OLD = ("LayerNorm_2", "MultiHeadDotProductAttention_1", "MlpBlock_3")
 _LINEN = ("LayerNorm_1", "MultiHeadDotProductAttention_0", "MlpBlock_0")
 
@@ -207,7 +214,7 @@ def _tables(heads: int) -> tuple[Format, ...]:
             _POSEMBED,
             _OLD,
             stems.GOOGLE,
-            fits=lambda config, head: config.position_tokens != "patches",
+            fits=lambda config, head: not _is_big_visions(config),
             with_heads=lambda heads: _tables(heads)[0],
         ),
         table(
@@ -216,7 +223,7 @@ def _tables(heads: int) -> tuple[Format, ...]:
             _LINEN,
             root="params/",
             requires=(_POSITIONS,),
-            fits=lambda config, head: config.position_tokens == "patches",
+            fits=lambda config, head: _is_big_visions(config),
             with_heads=lambda heads: _tables(heads)[1],
         ),
         table(

@@ -16,7 +16,7 @@ from vit_common.parameters import DIFFERENTIAL as DIFFERENTIAL_NAMES
 from vit_convert.formats import stems
 from vit_convert.formats.format import Clue, Files, Format, Implied, Rule
 from vit_convert.formats.timm import blocks as other_blocks
-from vit_convert.formats.timm import eva
+from vit_convert.formats.timm import eva, naflex, parallel
 from vit_convert.formats.timm.arguments import EPS
 from vit_convert.formats.timm.config import timm_config
 from vit_convert.formats.timm.pool import ATTENTION_POOL
@@ -109,7 +109,17 @@ PLAIN = (
 )
 RULES = PLAIN + dense("head", "classifier")
 """What other projects have of timm's names too."""
-OWN = RULES + dense("norm_pre", "pre_layernorm") + blocks(INNER_NORMS) + ATTENTION_POOL
+MORE = dense("norm_pre", "pre_layernorm") + ATTENTION_POOL
+OWN = RULES + MORE + blocks(INNER_NORMS)
+_OUTSIDE = (
+    keep({**EMBEDDINGS, **NORMS, "reg_token": "embeddings.register_tokens"})
+    + dense("head", "classifier")
+    + MORE
+)
+"""What lies outside the blocks."""
+_NAFLEX = naflex.RULES + tuple(
+    rule for rule in OWN if rule.canonical not in [other.canonical for other in naflex.RULES]
+)
 DISTILLED = (
     PLAIN
     + dense("head", "cls_classifier")
@@ -148,6 +158,16 @@ IMAGENET: dict[str, Any] = {
 
 REFUSES = (
     (
+        r"patch_embed\.backbone\.stem\.(conv1|norm1|conv2)\..*",
+        "MBConv stages before its blocks (ViTamin)",
+    ),
+    (r"patch_embed\.backbone\.\d\.conv\..*", "a convolutional stem before its blocks (MobileCLIP)"),
+    (
+        r"blocks\.\d+\.attn\.rel_pos_[hw]",
+        "windows and decomposed relative positions (SAM's encoder)",
+    ),
+    (r"embeds\.pos_embed_[xy]", "positions as sums of a row's and a column's (factorized)"),
+    (
         r"patch_embed\.backbone\.(conv1|bn1|layer\d|\d)\..*",
         "a convolutional stem before its patches (a hybrid with batch norms)",
     ),
@@ -165,6 +185,7 @@ PARTS = (
 )
 """Parts of timm's networks that no model here has."""
 
+_SETTINGS = {"layer_norm_eps": EPS, "position_resize": "bicubic_antialias"}
 HEAD_OF_TIMM = 90
 """Rank of timm's weakest clue, a classifier: other projects have better ones."""
 
@@ -187,6 +208,12 @@ def cut_out(config: ViTConfig, name: str, enlarged: int | None = None) -> Implie
 def _cannot_hold(config: ViTConfig) -> str | None:
     if config.use_representation_layer:
         return "timm drops the layer before the classifier (pre-logits) when it loads"
+    if config.pooling == "map":
+        own = (config.pooler_heads, config.pooler_inner)
+        if own != (config.num_attention_heads, config.intermediate_size):
+            return "timm's VisionTransformer has attention pooling of its blocks' heads and width"
+        if config.block_type == "parallel" or config.num_parallel_branches > 1:
+            return "its blocks are parallel and it has attention pooling, which is read here alone"
     if config.has_relative_mlp:
         both = config.use_relative_position_bias and config.use_shared_relative_position_bias
         if config.use_absolute_position_embeddings or config.num_register_tokens or both:
@@ -225,7 +252,7 @@ def _format(families: tuple[str, ...], rules, describes: str, **more: Any) -> Fo
         loses=_loses,
         **{
             "parts": PARTS,
-            "settings": {"layer_norm_eps": EPS, "position_resize": "bicubic_antialias"},
+            "settings": _SETTINGS,
             **more,
         },
     )
@@ -238,6 +265,17 @@ def _unsaid(shapes: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 FORMATS = (
+    _format(
+        ("vit",),
+        # The norm of the pooling has the canonical name of `fc_norm`; what is first is written.
+        ATTENTION_POOL + OWN,
+        "timm state dict of a Vision Transformer with attention pooling",
+        requires=("attn_pool.latent", "patch_embed.proj.weight"),
+        fits=lambda config, head: config.pooling == "map",
+        parts=(),
+        unsaid=_unsaid,
+        named=lambda architecture: not eva.named(architecture),
+    ),
     _format(
         ("vit",),
         OWN,
@@ -253,6 +291,62 @@ FORMATS = (
         "timm state dict of a Vision Transformer whose stem is one convolution",
         requires=("patch_embed.backbone.conv.weight",),
         fits=stems.has_root_alone,
+    ),
+    *(
+        _format(
+            ("vit",),
+            _OUTSIDE + rules,
+            f"timm state dict of a Vision Transformer {describes}",
+            requires=(sign,),
+            lacks=lacks,
+            fits=fits,
+            parts=(),
+            settings={**_SETTINGS, **more},
+        )
+        for rules, describes, sign, lacks, fits, more in (
+            (
+                parallel.DIFFERENTIAL_SCALING,
+                "whose differential attention and MLP are parallel",
+                parallel.DIFFERENTIAL_SIGN,
+                (),
+                parallel.fits_differential_scaling,
+                {"block_type": "parallel", "proj_bias": False},
+            ),
+            (
+                parallel.SCALING_WITHOUT_BIAS,
+                "whose attention and MLP are parallel, and query, key and value without a bias",
+                parallel.WITHOUT_BIAS_SIGN,
+                (),
+                parallel.fits_scaling_without_bias,
+                {"block_type": "parallel"},
+            ),
+            (
+                parallel.SCALING,
+                "whose attention and MLP are parallel",
+                parallel.SCALING_SIGN,
+                (parallel.WITHOUT_BIAS_SIGN,),
+                parallel.fits_scaling,
+                {"block_type": "parallel"},
+            ),
+            (
+                parallel.THINGS,
+                "of several attentions and MLPs in a block",
+                parallel.THINGS_SIGN,
+                (),
+                parallel.fits_things,
+                {},
+            ),
+        )
+    ),
+    _format(
+        ("vit",),
+        _NAFLEX,
+        "timm state dict of a NaFlexVit",
+        requires=(naflex.PROJECTION,),
+        parts=(),
+        unsaid=_unsaid,
+        says=naflex.says,
+        written=False,
     ),
     _format(("deit",), DISTILLED, "timm state dict of a distilled DeiT", requires=("dist_token",)),
     _format(

@@ -58,6 +58,7 @@ _BLOCKS = {
     "RelPosBlock": "pre_norm",
     "ResPostRelPosBlock": "post_norm",
     "ParallelScalingBlock": "parallel",
+    "DiffParallelScalingBlock": "parallel",
     "ParallelThingsBlock": "pre_norm",
 }
 _NORMS = {"layernorm": "layernorm", "rmsnorm": "rmsnorm"}
@@ -98,7 +99,6 @@ _UNKNOWN = {
     ("embed_layer", "MbConvStages"): "MBConv stages before its blocks (ViTamin)",
     ("embed_layer", "ConvStem"): "a convolutional stem before its blocks (MobileCLIP)",
     ("embed_layer", "FeatureListNet"): "a ResNet-D before its patches (a hybrid)",
-    ("block_fn", "DiffParallelScalingBlock"): "parallel blocks with differential attention",
     ("attn_only_layer_scale", True): "layer scale on the attention alone (Sapiens 2)",
     ("pos_embed", "factorized"): "positions as sums of a row's and a column's (factorized)",
 }
@@ -222,10 +222,12 @@ def _grid(reference: Any) -> Any:
 
 def _resize_rule(args: Mapping[str, Any]) -> str:
     """How a NaFlexVit resamples its positions."""
-    mode = args.get("pos_embed_interp_mode", "bicubic")
+    rule = args.get("pos_embed_interp_mode", "bicubic")
     if args.get("pos_embed_align_corners", False):
-        return f"{mode}_align_corners"
-    return f"{mode}_antialias" if args.get("pos_embed_antialias", True) else mode
+        rule += "_align_corners"
+    if args.get("pos_embed_antialias", True):
+        rule += "_antialias"
+    return f"{rule}_square" if args.get("pos_embed_ar_preserving", False) else rule
 
 
 # Keyword, as `VisionTransformer` has it -> the parameter that is there if it is set.

@@ -18,6 +18,7 @@ from vit_convert.formats.timm.models import HEADS
 
 LABELS = "timm's label_names"
 POOLING = "timm's global_pool"
+_POOLS = {"mean": "avg", "map": "map"}
 TRANSFORM = "timm's pretrained_cfg"
 """What says a field, in a report."""
 
@@ -47,7 +48,7 @@ def timm_config(config: ViTConfig, timm: Mapping[str, Any] | None, processor: An
         args["img_size"] = [height, width]
     table["num_classes"] = config.num_labels if "For" in str(config.architectures) else 0
     table["num_features"] = config.hidden_size
-    table["global_pool"] = "avg" if config.pooling == "mean" else "token"
+    table["global_pool"] = _POOLS.get(config.pooling, "token")
     if args:
         table["model_args"] = args
     cfg = dict(table.get("pretrained_cfg") or {})
@@ -112,6 +113,10 @@ def _architecture(config: ViTConfig) -> tuple[str, dict[str, Any]]:
     if config.pooling == "mean":
         args["global_pool"] = "avg"
         args["fc_norm"] = config.norm_after_pooling
+    if config.pooling == "map":
+        args["global_pool"] = "map"
+    if config.pool_prefix_tokens:
+        args["pool_include_prefix"] = True
     if family == "beit":
         args.pop("fc_norm", None)
         args["global_pool"] = "avg" if config.pooling == "mean" else "token"
