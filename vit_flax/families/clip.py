@@ -22,7 +22,7 @@ from vit_common.config import ViTConfig
 from vit_common.errors import InputError
 from vit_common.families import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from vit_flax.arguments import as_array, check_key, values_of
-from vit_flax.attention import targets
+from vit_flax.cpu.half import traced_for
 from vit_flax.layers import dense, initializer, layer_norm
 from vit_flax.model import (
     FlaxViTEncoder,
@@ -158,7 +158,7 @@ class FlaxCLIPVisionModelWithProjectionModule(FlaxViTPart):
             FlaxCLIPVisionModelOutput,
             outputs,
             flags,
-            image_embeds=self.visual_projection(outputs.pooler_output),
+            image_embeds=self.rounded(self.visual_projection(outputs.pooler_output)),
             last_hidden_state=outputs.last_hidden_state,
         )
 
@@ -181,7 +181,7 @@ class FlaxCLIPTextEmbeddings(FlaxViTPart):
             return nn.Embed(
                 rows,
                 self.config.hidden_size,
-                dtype=self.dtype,
+                dtype=self.array_dtype,
                 param_dtype=self.param_dtype,
                 embedding_init=initializer(self.config.initializer_range),
             )
@@ -233,10 +233,10 @@ class FlaxCLIPTextNetwork(FlaxViTPart):
         pooled = jnp.take_along_axis(last_hidden_state, place[:, None, None], axis=1)[:, 0]
         return finish(
             FlaxBaseModelOutputWithPooling,
-            outputs,
+            self.rounded(outputs),
             flags,
-            last_hidden_state=last_hidden_state,
-            pooler_output=pooled,
+            last_hidden_state=self.rounded(last_hidden_state),
+            pooler_output=self.rounded(pooled),
         )
 
     def mask(self, tokens: int, attention_mask=None):
@@ -244,7 +244,7 @@ class FlaxCLIPTextNetwork(FlaxViTPart):
         attends = jnp.tril(jnp.ones((1, 1, tokens, tokens), bool))
         if attention_mask is not None:
             attends = attends & (attention_mask[:, None, None, :] > 0)
-        return jnp.where(attends, 0.0, jnp.finfo(self.dtype).min).astype(self.dtype)
+        return jnp.where(attends, 0.0, jnp.finfo(self.array_dtype).min).astype(self.array_dtype)
 
 
 def last_tokens(input_ids, config: ViTConfig):
@@ -340,7 +340,7 @@ class FlaxCLIPTextModelWithProjectionModule(FlaxViTPart):
             FlaxCLIPTextModelOutput,
             outputs,
             flags,
-            text_embeds=self.text_projection(outputs.pooler_output),
+            text_embeds=self.rounded(self.text_projection(outputs.pooler_output)),
             last_hidden_state=outputs.last_hidden_state,
         )
 
@@ -398,10 +398,10 @@ class FlaxCLIPModule(FlaxViTPart):
         logits_per_text = product * jnp.exp(self.logit_scale).astype(product.dtype)
         output = FlaxCLIPOutput(
             loss=contrastive_loss(logits_per_text) if return_loss else None,
-            logits_per_image=logits_per_text.T,
-            logits_per_text=logits_per_text,
-            text_embeds=text_embeds,
-            image_embeds=image_embeds,
+            logits_per_image=self.rounded(logits_per_text.T),
+            logits_per_text=self.rounded(logits_per_text),
+            text_embeds=self.rounded(text_embeds),
+            image_embeds=self.rounded(image_embeds),
             text_model_output=text,
             vision_model_output=vision,
         )
@@ -412,14 +412,14 @@ class FlaxCLIPModule(FlaxViTPart):
         outputs = self.vision_model(
             pixel_values, deterministic, return_dict=True, interpolate_pos_encoding=interpolate
         )
-        return self.visual_projection(outputs.pooler_output)
+        return self.rounded(self.visual_projection(outputs.pooler_output))
 
     def text_features(self, input_ids, attention_mask, position_ids, deterministic: bool = True):
         """The projected pooled output of texts, (texts, P)."""
         outputs = self.text_model(
             input_ids, attention_mask, position_ids, deterministic, return_dict=True
         )
-        return self.text_projection(outputs.pooler_output)
+        return self.rounded(self.text_projection(outputs.pooler_output))
 
 
 def unit(embeds):
@@ -595,7 +595,7 @@ class _WithText(_TransformersTree):
             method,
             not train,
             tuple(static.items()),
-            targets(),  # a program for another platform is traced anew
+            traced_for(),  # a program for another platform is traced anew
         )
 
     def _forward(self) -> Any:
