@@ -229,6 +229,9 @@ class Plan:
     def _why_left(self, name: str) -> str | None:
         if name == "embeddings.mask_token":
             return "a mask token, which a model with this head does not have"
+        by_attention = name.startswith(("pooler.probe", "pooler.attention."))
+        if by_attention and self.config.pooler_type != "map":
+            return "given up by the caller" if self.given_up(name) else None
         if name.startswith("pooler.") and self.head is not None:
             return "a pooler, which the head of this model does not look at"
         heads = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.")
