@@ -55,7 +55,7 @@ __all__ = [
 CONFIG_NAME = "config.json"
 
 
-PoolerType = Literal["dense", "norm", "token", "map"]
+PoolerType = Literal["dense", "norm", "token", "map", None]
 
 
 class Flags(NamedTuple):

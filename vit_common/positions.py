@@ -20,6 +20,7 @@ ResizeRule = Literal[
     "bicubic",
     "bicubic_antialias",
     "bilinear",
+    "bilinear_antialias",
     "bilinear_align_corners",
     "bicubic_offset",
     "bicubic_align_corners",
@@ -32,6 +33,8 @@ ResizeRule = Literal[
   (`layers/pos_embed.py`, `resample_abs_pos_embed`) and DINOv2 with registers.
 - "bilinear": half-pixel centres, no antialias. timm reading a Google `.npz`
   (`models/vision_transformer.py`, `_load_weights`).
+- "bilinear_antialias": half-pixel centres, the kernel widened when shrinking. Transformers' SigLIP2
+  (`models/siglip2/modeling_siglip2.py`).
 - "bilinear_align_corners": corner points stay where they are. google-research vision_transformer
   (`vit_jax/checkpoint.py`) and big_vision (`models/vit.py`, `resample_posemb`), through
   `scipy.ndimage.zoom(order=1)`.
@@ -98,6 +101,7 @@ _RESAMPLINGS: dict[str, _Resampling] = {
     "bicubic": _Resampling(_half_pixel, _TORCH_CUBIC, 2),
     "bicubic_antialias": _Resampling(_half_pixel, _PILLOW_CUBIC, 2, antialias=True),
     "bilinear": _Resampling(_half_pixel, _triangle, 1),
+    "bilinear_antialias": _Resampling(_half_pixel, _triangle, 1, antialias=True),
     "bilinear_align_corners": _Resampling(_align_corners, _triangle, 1),
     "bicubic_offset": _Resampling(_half_pixel_offset, _TORCH_CUBIC, 2),
     "bicubic_align_corners": _Resampling(_align_corners, _TORCH_CUBIC, 2),
