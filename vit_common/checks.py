@@ -111,6 +111,31 @@ def check_image(
     return rows, columns
 
 
+def check_tokens(shape: tuple[int, ...], config: Any) -> None:
+    """Raise InputError unless texts are (batch, tokens), of as many tokens as the model has places
+    for."""
+    if len(shape) != 2 or not shape[1]:
+        raise InputError(f"`input_ids` must be (batch, tokens); given the shape {tuple(shape)}.")
+    most = config.max_position_embeddings
+    if shape[1] > most:
+        raise InputError(
+            f"`input_ids` must hold at most {most} tokens a text; given {shape[1]}. Cut the texts "
+            "off where they are made into tokens."
+        )
+
+
+def check_token_ids(name: str, ids: np.ndarray | None, count: int) -> None:
+    """Raise InputError unless known ids, integers, are from 0 to below `count`."""
+    if ids is None or not ids.size:
+        return
+    if ids.dtype.kind not in "iu":
+        raise InputError(f"`{name}` must hold integers; given {ids.dtype}.")
+    if ids.min() < 0 or ids.max() >= count:
+        raise InputError(
+            f"`{name}` must hold ids from 0 to {count - 1}; given {ids.min()} to {ids.max()}."
+        )
+
+
 def check_keywords(what: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raise InputError, naming them all, if `what` was given unknown keywords."""
     known = list(known)

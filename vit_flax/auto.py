@@ -10,6 +10,10 @@ from vit_convert.auto import AutoClassifierBase, AutoModelBase
 from vit_flax.families import (
     FlaxBeitForImageClassification,
     FlaxBeitModel,
+    FlaxCLIPForImageClassification,
+    FlaxCLIPModel,
+    FlaxCLIPTextModel,
+    FlaxCLIPVisionModel,
     FlaxDeiTForImageClassification,
     FlaxDeiTForImageClassificationWithTeacher,
     FlaxDeiTForMaskedImageModeling,
@@ -35,7 +39,17 @@ class FlaxAutoModel(AutoModelBase):
         "beit": FlaxBeitModel,
         "dinov2": FlaxDinov2Model,
         "dinov2_with_registers": FlaxDinov2WithRegistersModel,
+        "clip": FlaxCLIPModel,
+        "clip_vision_model": FlaxCLIPVisionModel,
+        "clip_text_model": FlaxCLIPTextModel,
     }
+
+
+class FlaxAutoImageModel(AutoModelBase):
+    """The network that images go through, of any family: that of `FlaxAutoModel`, and of a model of
+    images and texts its image tower. (Not a class of Transformers.)"""
+
+    classes: ClassVar = {**FlaxAutoModel.classes, "clip": FlaxCLIPVisionModel}
 
 
 class FlaxAutoModelForImageClassification(AutoClassifierBase):
@@ -47,6 +61,8 @@ class FlaxAutoModelForImageClassification(AutoClassifierBase):
         "beit": FlaxBeitForImageClassification,
         "dinov2": FlaxDinov2ForImageClassification,
         "dinov2_with_registers": FlaxDinov2WithRegistersForImageClassification,
+        "clip": FlaxCLIPForImageClassification,
+        "clip_vision_model": FlaxCLIPForImageClassification,
     }
     teacher: ClassVar = FlaxDeiTForImageClassificationWithTeacher
 

@@ -2,8 +2,9 @@
 
 In memory all families here have ViT's names; Transformers' Flax models of DINOv2 and of BEiT's
 masked image modelling have others (`norm1`, `mlp.fc1`, `layer_scale1.lambda1`, a `layernorm` for
-`lm_layernorm`). A tree is turned by its paths alone, so anything with the same names can be turned:
-gradients, moments of an optimizer, traced arrays.
+`lm_layernorm`). CLIP's models show theirs (`params`), and take both. A tree is turned by its paths
+alone, so anything with the same names can be turned: gradients, moments of an optimizer, traced
+arrays.
 """
 
 from __future__ import annotations
@@ -108,6 +109,69 @@ def transformers_paths(config: ViTConfig, shapes: Shapes) -> dict[Path, Path]:
     return dict(zip(theirs, ours, strict=True))
 
 
+class Renaming:
+    """A model's parameters under the names of Transformers' tree and under those here, leaf by
+    leaf. What is in neither table goes with its module (the factors of an integer kernel), or stays
+    as it is (blocks that are in one array each).
+
+    Args:
+        config: the model's configuration.
+        head: what stands on the network, as in `parameter_shapes`.
+        under: path of a module; only what is in it is turned, by its paths from there.
+    """
+
+    def __init__(self, config: ViTConfig, head: Head | None, under: Path = ()) -> None:
+        names = parameter_shapes(config, head)
+        theirs, ours = _table_shapes(names, config), tree_shapes(names, TREE)
+        pairs = [
+            (their[len(under) :], their_shape, our[len(under) :], our_shape)
+            for (their, their_shape), (our, our_shape) in zip(
+                theirs.items(), ours.items(), strict=True
+            )
+            if our[: len(under)] == under
+        ]
+        self._to_ours = _Turn({their: (our, shape) for their, _, our, shape in pairs})
+        self._to_theirs = _Turn({our: (their, shape) for their, shape, our, _ in pairs})
+
+    def ours(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """A tree of either names under those here."""
+        return self._to_ours(params)
+
+    def theirs(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """A tree of either names under Transformers'."""
+        return self._to_theirs(params)
+
+
+class _Turn:
+    """One direction of a `Renaming`."""
+
+    def __init__(self, paths: Mapping[Path, tuple[Path, tuple[int, ...]]]) -> None:
+        self.paths = paths
+        self.modules = {path[:-1]: new[:-1] for path, (new, _) in paths.items() if len(path) > 1}
+
+    def __call__(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[Path, Any] = {}
+        flat = flatten_dict(unfreeze(params) if isinstance(params, FrozenDict) else dict(params))
+        for path, value in flat.items():
+            if path in self.paths:
+                path, wanted = self.paths[path]
+                value = _reshaped(value, wanted)
+            elif path[:-1] in self.modules:
+                path = (*self.modules[path[:-1]], path[-1])
+            found[path] = value
+        return unflatten_dict(found)
+
+
+def _reshaped(value: Any, wanted: tuple[int, ...]) -> Any:
+    """A leaf in the shape of its new place, where that only has more or fewer axes of length 1."""
+    shape = getattr(value, "shape", wanted)
+    if shape == wanted or np.prod(shape, dtype=np.int64) != np.prod(wanted, dtype=np.int64):
+        return value
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(wanted, value.dtype)
+    return value.reshape(wanted) if hasattr(value, "reshape") else value
+
+
 def _table_shapes(shapes: Shapes, config: ViTConfig) -> dict[Path, tuple[int, ...]]:
     for table in FORMATS:
         is_theirs = table.name == "flax" and config.base_family in table.families
@@ -131,13 +195,7 @@ def rename(
 ) -> dict[str, Any]:
     """The nested dict under other paths; a token that lacks an axis of length one, or has one more,
     gets the shape of its new place."""
-    found = {}
-    for path, value in flat.items():
-        wanted = shapes[paths[path]]
-        shape = getattr(value, "shape", wanted)
-        same_size = np.prod(shape, dtype=np.int64) == np.prod(wanted, dtype=np.int64)
-        reshape = same_size and shape != wanted and hasattr(value, "reshape")
-        found[paths[path]] = value.reshape(wanted) if reshape else value
+    found = {paths[path]: _reshaped(value, shapes[paths[path]]) for path, value in flat.items()}
     return unflatten_dict(found)
 
 

@@ -147,13 +147,7 @@ class FlaxPreTrainedModel(Loadable, Savable):
         self._module = module
         self.dtype = float_dtype("dtype", dtype)
         self.param_dtype = float_dtype("param_dtype", param_dtype)
-        C, (H, W) = self._config.num_channels, self._config.image_height_width
-        self.input_shape = (1, H, W, C) if input_shape is None else tuple(input_shape)
-        if len(self.input_shape) != 4 or self.input_shape[1:] != (H, W, C):
-            raise InputError(
-                f"`input_shape` must be (batch, height, width, channels) = (batch, {H}, {W}, {C}), "
-                f"as the config has them; given {self.input_shape}."
-            )
+        self.input_shape = self._checked_input_shape(input_shape)
         self.seed = seed
         self.key = jax.random.PRNGKey(seed)
         self._single_shapes = self._flax_shapes()  # each block's own
@@ -164,6 +158,18 @@ class FlaxPreTrainedModel(Loadable, Savable):
         self._params: dict[str, Any] | None = None
         if _do_init:
             self._params = plain(self.init_weights(self.key, self.input_shape))
+
+    def _checked_input_shape(self, input_shape: Any) -> tuple[Any, ...]:
+        """The shape of the inputs that parameters are drawn for; InputError if it is another than
+        the config's."""
+        C, (H, W) = self._config.num_channels, self._config.image_height_width
+        shape = (1, H, W, C) if input_shape is None else tuple(input_shape)
+        if len(shape) != 4 or shape[1:] != (H, W, C):
+            raise InputError(
+                f"`input_shape` must be (batch, height, width, channels) = (batch, {H}, {W}, {C}), "
+                f"as the config has them; given {shape}."
+            )
+        return shape
 
     @classmethod
     def _constructor_keywords(cls) -> list[str]:
@@ -231,22 +237,31 @@ class FlaxPreTrainedModel(Loadable, Savable):
                 "`params` cannot be set: the model was made with `_do_init=False`. Keep them "
                 "yourself and pass `params=` to each call."
             )
-        self._params = check_params(self._renamed(params), self._shapes)
+        self._params = self._shown(check_params(self._renamed(params), self._shapes))
+
+    @property
+    def network_params(self) -> dict[str, Any]:
+        """The parameters under the names that all networks here have in common; those of `params`
+        in most families. `params` can be set to such a tree, and every call takes one."""
+        return self._renamed(self.params)
+
+    def _shown(self, params: dict[str, Any]) -> dict[str, Any]:
+        """A tree of `network_params` as `params` gives it."""
+        return params
 
     @property
     def required_params(self) -> set[tuple[str, ...]]:
         """Paths of the parameters the model needs."""
-        return set(self._shapes)
+        return set(flatten_dict(self.params_shape_tree))
 
     @property
     def params_shape_tree(self) -> dict[str, Any]:
         """The parameters as shapes and dtypes, a nested dict of `jax.ShapeDtypeStruct`."""
-        return unflatten_dict(
-            {
-                path: jax.ShapeDtypeStruct(shape, self.param_dtype)
-                for path, shape in self._shapes.items()
-            }
-        )
+        tree = {
+            path: jax.ShapeDtypeStruct(shape, self.param_dtype)
+            for path, shape in self._shapes.items()
+        }
+        return self._shown(unflatten_dict(tree))
 
     @property
     def _params_shape_tree(self) -> dict[str, Any]:
@@ -338,12 +353,18 @@ class FlaxPreTrainedModel(Loadable, Savable):
         missing = [path for path in self._single_shapes if path not in flat]
         flat.update(self._draw(rng, missing))
         drawn = unflatten_dict({path: flat[path] for path in self._single_shapes})
-        return stack_layers(drawn) if self.scan_layers else drawn
+        return stack_layers(drawn) if self.scan_layers else self._shown(drawn)
 
     def _draw(self, rng: jax.Array, paths: list[tuple[str, ...]]) -> dict[tuple[str, ...], Any]:
         drawn = {}
         canonical = dict(zip(self._single_shapes, self._canonical_shapes(), strict=True))
-        constants = {"zero": 0.0, "one": 1.0, "layer scale": self._config.layer_scale_init_value}
+        config = self._config
+        constants = {
+            "zero": 0.0,
+            "one": 1.0,
+            "layer scale": config.layer_scale_init_value,
+            "logit scale": getattr(config, "logit_scale_init_value", 0.0),
+        }
         for path in paths:
             shape = self._single_shapes[path]
             kind = initial_value(canonical[path])
@@ -624,7 +645,7 @@ class FlaxPreTrainedModel(Loadable, Savable):
             if not finite:
                 not_finite.append(name)
         warn_if_not_finite(source.path, not_finite)
-        model._missing_keys = model.required_params - flat.keys()
+        model._missing_keys = set(model._shapes) - flat.keys()
         params = plain(
             model.init_weights(model.key, model.input_shape, params=unflatten_dict(flat))
         )
@@ -664,7 +685,7 @@ class FlaxPreTrainedModel(Loadable, Savable):
             MissingFileError: the directory or a file cannot be written.
             InputError: `params` do not fit, or a bad option.
         """
-        given = self.params if params is None else self._renamed(params)
+        given = self.network_params if params is None else self._renamed(params)
         params = check_params(given, self._shapes)
         if self.scan_layers:  # on the host, where a block's part is a view
             params = unstack_layers(jax.device_get(params))

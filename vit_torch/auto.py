@@ -8,6 +8,10 @@ from vit_convert.auto import AutoClassifierBase, AutoModelBase
 from vit_torch.families import (
     BeitForImageClassification,
     BeitModel,
+    CLIPForImageClassification,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPVisionModel,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     DeiTForMaskedImageModeling,
@@ -29,7 +33,17 @@ class AutoModel(AutoModelBase):
         "beit": BeitModel,
         "dinov2": Dinov2Model,
         "dinov2_with_registers": Dinov2WithRegistersModel,
+        "clip": CLIPModel,
+        "clip_vision_model": CLIPVisionModel,
+        "clip_text_model": CLIPTextModel,
     }
+
+
+class AutoImageModel(AutoModelBase):
+    """The network that images go through, of any family: that of `AutoModel`, and of a model of
+    images and texts its image tower. (Not a class of Transformers.)"""
+
+    classes: ClassVar = {**AutoModel.classes, "clip": CLIPVisionModel}
 
 
 class AutoModelForImageClassification(AutoClassifierBase):
@@ -41,6 +55,8 @@ class AutoModelForImageClassification(AutoClassifierBase):
         "beit": BeitForImageClassification,
         "dinov2": Dinov2ForImageClassification,
         "dinov2_with_registers": Dinov2WithRegistersForImageClassification,
+        "clip": CLIPForImageClassification,
+        "clip_vision_model": CLIPForImageClassification,
     }
     teacher: ClassVar = DeiTForImageClassificationWithTeacher
 

@@ -135,7 +135,7 @@ def export(
     config, processor = model.config, classifier.image_processor
     shape = (config.num_channels, *classifier.image_size)
     run = _program(model, output, processor if input_dtype == "uint8" else None)
-    flat = flatten_dict(model.params, sep=_SEPARATOR)
+    flat = flatten_dict(model.network_params, sep=_SEPARATOR)
     parameters = {name: jnp.asarray(array) for name, array in flat.items()}
 
     started = time.perf_counter()
@@ -300,7 +300,7 @@ def check_place(platforms: Sequence[str]) -> jax.Device:
 
 
 def _answers(model: Any, output: str, place: jax.Device, pixel_values: np.ndarray) -> np.ndarray:
-    params, pixels = jax.device_put((model.params, pixel_values), place)
+    params, pixels = jax.device_put((model.network_params, pixel_values), place)
     return np.asarray(_outputs(model, output, params, pixels))
 
 

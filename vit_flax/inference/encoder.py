@@ -20,7 +20,7 @@ from vit_common.features import features_pool, pooled_tokens
 from vit_common.images.predictions import are_many, default_image_processor
 from vit_common.images.processor import BaseImageProcessor
 from vit_convert.source import Source, find_processor
-from vit_flax.auto import FlaxAutoModel, FlaxAutoModelForImageClassification
+from vit_flax.auto import FlaxAutoImageModel, FlaxAutoModelForImageClassification
 from vit_flax.inference import maps as attention_maps
 from vit_flax.inference.engine import Engine
 from vit_flax.inference.preparer import Preparer, prepare_all, usual_workers
@@ -105,7 +105,8 @@ class ImageEncoder:
         self.normalize_on_device = normalize_on_device
         self.fast_decode = fast_decode
         devices = make_mesh(mesh, config)
-        params = model.params if devices is None else place(model.params, devices)
+        params = model.network_params
+        params = params if devices is None else place(params, devices)
         shape, dtype = self.preparer.shape, self.preparer.dtype
         self.engine = Engine(params, config, shape, dtype, devices)
         share = 2 if self.engine.platform == "cpu" else 1  # a network on the CPU needs cores too
@@ -153,7 +154,7 @@ class ImageEncoder:
                 f"{', '.join(map(repr, fields))} and `config` were both given; set them in the "
                 "configuration."
             )
-        source, loading = FlaxAutoModel.open_pretrained(name_or_path, options)
+        source, loading = FlaxAutoImageModel.open_pretrained(name_or_path, options)
         with source:
             config = source.config
             cls._check_source(source)
@@ -163,7 +164,7 @@ class ImageEncoder:
                 loading["shardings"] = partial(param_shardings, devices)
             model = cls._load_model(source, dtype=dtype, **loading)
         if weights is not None:
-            model.params = quantize(model.params)
+            model.params = quantize(model.network_params)
         if processor is None:
             prepare: BaseImageProcessor = default_image_processor(config)
             height, width = config.image_height_width
@@ -194,7 +195,7 @@ class ImageEncoder:
         with warnings.catch_warnings():
             # A head that nothing here runs, such as a decoder's, is left aside as asked for.
             warnings.filterwarnings("ignore", message=r".*: in the checkpoint and not used")
-            return FlaxAutoModel.from_source(source, add_pooling_layer=False, **options)
+            return FlaxAutoImageModel.from_source(source, add_pooling_layer=False, **options)
 
     @property
     def config(self) -> ViTConfig:

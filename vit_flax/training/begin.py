@@ -300,7 +300,7 @@ def _counted(names: tuple[str, ...]) -> str:
 
 def _new_head(model: Any, recipe: Recipe) -> None:
     """Give a model a new head, as the recipe has it begin."""
-    params = dict(model.params)
+    params = dict(model.network_params)
     heads = [head for head in HEADS if head in params]
     if recipe.head == "zero":
         fresh = {head: jax.tree.map(jnp.zeros_like, params[head]) for head in heads}

@@ -172,7 +172,7 @@ class Evaluator:
         """
         count = len(model_labels(self.model.config, dataset)[0])
         if params is None:
-            params = self.model.params
+            params = self.model.network_params
             if self.mesh is not None:
                 params = place(params, self.mesh)
         logits: list[np.ndarray] = []

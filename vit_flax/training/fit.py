@@ -278,7 +278,7 @@ def make_plan(
     steps = recipe.steps or max(1, round(recipe.epochs * per_epoch))
     rates = learning_rates(recipe, steps)
     trainable = trainable_of(recipe, model)
-    params, materialize, adapter = task.model.params, None, None
+    params, materialize, adapter = task.model.network_params, None, None
     network = frozen(recipe, model, processor, loader, _evaluation_mesh(mesh), say)
     if network is not None:
         task = task._replace(model=network.outputs, prepare=None)

@@ -371,7 +371,7 @@ def load_adapter(folder: str | os.PathLike, model: Any, **hub: Any) -> tuple[Lor
         if magnitude is not None:
             flat[*layer.path, MAGNITUDE] = jnp.asarray(magnitude.reshape(-1))
     tree = unflatten_dict(flat)
-    params = unstack_layers(model.params)
+    params = unstack_layers(model.network_params)
     own = flatten_dict(params)
     for name in names:
         path = _tree_paths(model)[name]

@@ -9,6 +9,15 @@ from vit_torch.families.beit import (
     BeitModel,
     BeitPreTrainedModel,
 )
+from vit_torch.families.clip import (
+    CLIPForImageClassification,
+    CLIPModel,
+    CLIPPreTrainedModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+)
 from vit_torch.families.deit import (
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
@@ -30,6 +39,13 @@ __all__ = [
     "BeitForMaskedImageModeling",
     "BeitModel",
     "BeitPreTrainedModel",
+    "CLIPForImageClassification",
+    "CLIPModel",
+    "CLIPPreTrainedModel",
+    "CLIPTextModel",
+    "CLIPTextModelWithProjection",
+    "CLIPVisionModel",
+    "CLIPVisionModelWithProjection",
     "DeiTForImageClassification",
     "DeiTForImageClassificationWithTeacher",
     "DeiTForMaskedImageModeling",

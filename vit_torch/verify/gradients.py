@@ -28,7 +28,7 @@ def flax_gradients(model, pixels, inputs, dtype) -> dict[str, np.ndarray]:
             return output.loss
         return _summary(output, jnp)
 
-    tree = jax.jit(jax.grad(loss))(model.params, arrays)
+    tree = jax.jit(jax.grad(loss))(model.network_params, arrays)
     return {name: tensor.read() for name, tensor in canonical(tree).tensors.items()}
 
 

@@ -145,7 +145,7 @@ def flax_stages(model: Any, pixel_values: np.ndarray, **inputs: Any) -> dict[str
         return output, state["intermediates"]
 
     pixels = jnp.asarray(pixel_values)
-    output, tree = jax.jit(run)(model.params, pixels, arrays)
+    output, tree = jax.jit(run)(model.network_params, pixels, arrays)
     found: dict[str, np.ndarray] = {}
     for path, value in _calls(tree):
         name = stage_of(".".join(path), prefix)

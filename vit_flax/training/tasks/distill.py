@@ -142,7 +142,7 @@ def taught(
 def teacher_constants(teacher: Teacher, mesh: Mesh | None = None) -> dict[str, Any]:
     """What `taught` reads of each batch besides images: the teacher's parameters, laid out on the
     devices of a mesh."""
-    params = teacher.model.params
+    params = teacher.model.network_params
     if mesh is not None:
         params = jax.device_put(params, tree_shardings(mesh, params))
     return {CONSTANTS: {"teacher": params}}

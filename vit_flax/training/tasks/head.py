@@ -112,7 +112,7 @@ class FrozenNetwork:
 
     @property
     def _head(self) -> Any:
-        return self.model.params["classifier"]
+        return self.model.network_params["classifier"]
 
     def whole(self, params: Any) -> Any:
         """The parameters of the model, from those of the head in training."""
@@ -121,7 +121,7 @@ class FrozenNetwork:
         kernel = head["kernel"] / np.asarray(deviation, head["kernel"].dtype)[:, None]
         shift = np.asarray(mean, kernel.dtype) @ kernel
         return {
-            **unfreeze(self.model.params),
+            **unfreeze(self.model.network_params),
             "classifier": {"kernel": kernel, "bias": head["bias"] - shift},
         }
 
@@ -258,7 +258,7 @@ def frozen(
     if alone:
         hinder = changes_images(recipe)
         why = f"each epoch draws other ones ({', '.join(hinder)})" if hinder else ""
-        why = why if "classifier" in model.params else "this model has two heads"
+        why = why if "classifier" in model.network_params else "this model has two heads"
     if not why:
         say("the head alone trains: its inputs are computed once for each image")
         return FrozenNetwork(model, recipe, processor, loader, mesh)
