@@ -275,7 +275,8 @@ def _rank_differs(rule, tensor) -> bool:
 
 def _same_family(tables: list[Format], hints: Mapping[str, str]) -> list[Format]:
     """Only tables of the family that the config beside the file names, if there are any."""
-    family = hints.get("model_type", "").replace("vit_extended", "vit").replace("vit_mae", "vit")
+    family = hints.get("model_type", "")
+    family = "vit" if family in ("vit_extended", "vit_mae", "vit-hybrid") else family
     named = [table for table in tables if family in table.families]
     return named or tables
 

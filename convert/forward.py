@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from vit_common.config import ViTConfig
+from vit_common.config_fields import STEM_GROUPS
 from vit_common.errors import ConfigError
-from vit_common.positions import relative_position_index
+from vit_common.positions import relative_position_index, rotary_angles, rotary_coordinates
 from vit_convert.rules import TensorLike
 
 
@@ -61,6 +62,18 @@ _ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+def _windows(x: np.ndarray, size: int, stride: int, border: float) -> np.ndarray:
+    """(C, H, W) -> (C, H', W', size, size): what a window sees at each of its places, rounded up
+    from H / stride; beyond the border a constant, the odd place after the end."""
+    pads = [(0, 0)]
+    for side in x.shape[1:]:
+        total = max((math.ceil(side / stride) - 1) * stride + size - side, 0)
+        pads.append((total // 2, total - total // 2))
+    x = np.pad(x, pads, constant_values=border)
+    windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), axis=(1, 2))
+    return windows[:, ::stride, ::stride]
+
+
 class _Network:
     """The weights by canonical name, read one by one, with what every layer needs."""
 
@@ -77,6 +90,9 @@ class _Network:
         return y + self.weight(f"{name}.bias") if f"{name}.bias" in self.tensors else y
 
     def norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        if self.config.norm_type == "rmsnorm":
+            squares = np.mean(x**2, axis=-1, keepdims=True)
+            return x / np.sqrt(squares + self.config.layer_norm_eps) * self.weight(f"{name}.weight")
         centred = x - x.mean(axis=-1, keepdims=True)
         variance = np.mean(centred**2, axis=-1, keepdims=True)
         scaled = centred / np.sqrt(variance + self.config.layer_norm_eps)
@@ -92,7 +108,9 @@ class _Network:
     def embeddings(self, image: np.ndarray) -> np.ndarray:
         """(C, H, W) -> (S, D)."""
         config = self.config
-        (rows, columns), (p, q) = config.grid_size, config.patch_height_width
+        (rows, columns), (p, q) = config.grid_size, config.projection_size
+        if config.stem_type is not None:
+            image = self.stem(image)
         patches = image[:, : rows * p, : columns * q].reshape(-1, rows, p, columns, q)
         patches = patches.transpose(1, 3, 0, 2, 4).reshape(rows * columns, -1)
         name = "embeddings.patch_embeddings.projection"
@@ -110,12 +128,78 @@ class _Network:
             x = x + positions[k:]
         return np.concatenate([front, x])
 
+    def convolution(self, x: np.ndarray, name: str, stride: int = 1) -> np.ndarray:
+        """(C, H, W) -> (out, H/stride, W/stride): a standardised kernel at each place."""
+        kernel = self.weight(f"{name}.weight")
+        rows = kernel.reshape(len(kernel), -1)
+        rows = rows - rows.mean(axis=1, keepdims=True)
+        if self.config.stem_standardization == "deviation":
+            rows = rows / (rows.std(axis=1, keepdims=True) + 1e-5)
+        else:
+            rows = rows / np.sqrt(rows.var(axis=1, keepdims=True) + 1e-8)
+        size = kernel.shape[-1]
+        windows = _windows(x, size, stride, 0.0)  # (C, H', W', k, k)
+        out = np.einsum("ochw,cyxhw->oyx", rows.reshape(kernel.shape), windows, optimize=True)
+        return out
+
+    def group_norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        """(C, H, W) -> the same."""
+        groups = x.reshape(STEM_GROUPS, -1)
+        centred = groups - groups.mean(axis=1, keepdims=True)
+        deviation = np.sqrt(np.mean(centred**2, axis=1, keepdims=True) + self.config.stem_norm_eps)
+        scaled = (centred / deviation).reshape(x.shape)
+        weight, bias = (self.weight(f"{name}.{leaf}")[:, None, None] for leaf in ("weight", "bias"))
+        return scaled * weight + bias
+
+    def stem(self, image: np.ndarray) -> np.ndarray:
+        """(C, H, W) -> (stem_channels, H/s, W/s): the ResNet of a hybrid."""
+        name = "embeddings.stem"
+        x = self.convolution(image, f"{name}.convolution", 2)
+        x = np.maximum(self.group_norm(x, f"{name}.norm"), 0.0)
+        x = _windows(x, 3, 2, -np.inf).max(axis=(3, 4))
+        for i, depth in enumerate(self.config.stem_depths):
+            for j in range(depth):
+                block, stride = f"{name}.stage{i}.{j}", 2 if i > 0 and j == 0 else 1
+                shortcut = x
+                if j == 0:
+                    shortcut = self.convolution(x, f"{block}.conv_shortcut", stride)
+                    shortcut = self.group_norm(shortcut, f"{block}.norm_shortcut")
+                for number, step in (("1", 1), ("2", stride), ("3", 1)):
+                    x = self.convolution(x, f"{block}.conv{number}", step)
+                    x = self.group_norm(x, f"{block}.norm{number}")
+                    x = np.maximum(x if number != "3" else x + shortcut, 0.0)
+        return x
+
     def bias(self, name: str) -> np.ndarray:
         """(A, S, S) of a table of relative positions."""
         table = self.weight(f"{name}.relative_position_bias.relative_position_bias_table")
         return table[relative_position_index(self.config.grid_size)].transpose(2, 0, 1)
 
-    def attention(self, x: np.ndarray, layer: str, shared: np.ndarray | None) -> np.ndarray:
+    def rotated(self, x: np.ndarray, block: int) -> np.ndarray:
+        """Queries or keys (A, S, D/A) of a block, those of patches turned by their positions."""
+        config, T = self.config, self.config.num_prefix_tokens
+        if config.rope_type is None:
+            return x
+        grid = config.rotary_grid(config.grid_size)
+        if config.rope_type == "mixed":
+            frequencies = self.weight("encoder.rope_frequencies")[:, block]  # (2, A, D/A/2)
+            places = rotary_coordinates("mixed", **grid)  # (N, 2)
+            angles = np.einsum("nc,cad->and", places, frequencies)
+        else:
+            angles = rotary_angles(config.rope_type, config.head_dim, config.rope_theta, **grid)
+        # A pair of channels is a complex number, and to turn it is to multiply it.
+        pairs = x.reshape(*x.shape[:2], 2, -1) if config.rope_rotate_half else None
+        if pairs is None:
+            pairs = x.reshape(*x.shape[:2], -1, 2).swapaxes(-1, -2)  # (A, S, 2, D/A/2)
+        numbers = pairs[:, :, 0] + 1j * pairs[:, :, 1]
+        numbers[:, T:] *= np.exp(1j * angles)
+        pairs = np.stack([numbers.real, numbers.imag], axis=2)
+        return (pairs if config.rope_rotate_half else pairs.swapaxes(-1, -2)).reshape(x.shape)
+
+    def attention(
+        self, x: np.ndarray, layer: str, block: int, shared: np.ndarray | None
+    ) -> np.ndarray:
+        """(S, D) -> (S, D): the attention of that name, in that block."""
         config = self.config
         S, A = len(x), config.num_attention_heads
         name = f"{layer}.attention.attention"
@@ -123,6 +207,10 @@ class _Network:
             self.dense(x, f"{name}.{part}").reshape(S, A, -1).transpose(1, 0, 2)
             for part in ("query", "key", "value")
         )  # (A, S, D/A)
+        if config.use_qk_norm:
+            query = self.norm(query, f"{name}.query_norm")
+            key = self.norm(key, f"{name}.key_norm")
+        query, key = self.rotated(query, block), self.rotated(key, block)
         biases = self.bias(name) if config.use_relative_position_bias else None
         heads = []
         for head in range(A):  # one S x S in memory at a time
@@ -137,6 +225,8 @@ class _Network:
             scores /= scores.sum(axis=-1, keepdims=True)
             heads.append(scores @ value[head])  # (S, D/A)
         context = np.stack(heads, axis=1).reshape(S, -1)
+        if config.use_attention_norm:
+            context = self.norm(context, f"{layer}.attention.output.layernorm")
         return self.dense(context, f"{layer}.attention.output.dense")
 
     def mlp(self, x: np.ndarray, layer: str) -> np.ndarray:
@@ -146,7 +236,32 @@ class _Network:
             x = self.activation(gate, "silu") * x
         else:
             x = self.activation(x, self.config.hidden_act)
+        if self.config.use_mlp_norm:
+            x = self.norm(x, f"{layer}.output.layernorm")
         return self.dense(x, f"{layer}.output.dense")
+
+    def block(self, x: np.ndarray, i: int, shared: np.ndarray | None) -> np.ndarray:
+        """(S, D) -> (S, D), by the kind of the block."""
+        config, kind = self.config, self.config.block_type
+        layer = f"encoder.layer.{i}"
+        branches = [f"{layer}.branch.{j}" for j in range(1, config.num_parallel_branches)]
+        if kind == "parallel":
+            normed = self.norm(x, f"{layer}.layernorm_before")
+            both = self.attention(normed, layer, i, shared) + self.mlp(normed, layer)
+            return x + self.scaled(both, f"{layer}.lambda_1")
+        for norm, scale in (("layernorm_before", "lambda_1"), ("layernorm_after", "lambda_2")):
+            attends, added = norm == "layernorm_before", np.zeros_like(x)
+            for branch in (layer, *branches):
+                y = x if kind == "post_norm" else self.norm(x, f"{branch}.{norm}")
+                y = self.attention(y, branch, i, shared) if attends else self.mlp(y, branch)
+                if kind == "post_norm":
+                    y = self.norm(y, f"{branch}.{norm}")
+                added += self.scaled(y, f"{branch}.{scale}")
+            x = x + added
+        return x
+
+    def scaled(self, x: np.ndarray, name: str) -> np.ndarray:
+        return x * self.weight(name) if self.config.has_layer_scale else x
 
     def run(self, image: np.ndarray) -> np.ndarray:
         config = self.config
@@ -155,16 +270,8 @@ class _Network:
             x = self.norm(x, "pre_layernorm")
         shared = self.bias("encoder") if config.use_shared_relative_position_bias else None
         for i in range(config.num_hidden_layers):
-            layer = f"encoder.layer.{i}"
-            branch = self.attention(self.norm(x, f"{layer}.layernorm_before"), layer, shared)
-            if config.has_layer_scale:
-                branch = branch * self.weight(f"{layer}.lambda_1")
-            x = x + branch
-            branch = self.mlp(self.norm(x, f"{layer}.layernorm_after"), layer)
-            if config.has_layer_scale:
-                branch = branch * self.weight(f"{layer}.lambda_2")
-            x = x + branch
-        return self.head(x if config.norm_after_pooling else self.norm(x, "layernorm"))
+            x = self.block(x, i, shared)
+        return self.head(self.norm(x, "layernorm") if config.has_final_norm else x)
 
     def attention_pooler(self, x: np.ndarray) -> np.ndarray:
         """What the probe finds in the tokens, (N, D) -> (D,)."""

@@ -4,6 +4,7 @@ networks in that format have in common. Nothing is guessed: what neither says is
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from vit_common.config import ViTConfig
+from vit_common.config_fields import ROWS
 from vit_common.errors import CheckpointError, ConfigError
 from vit_common.families import Dinov2Config, config_class
 from vit_common.images.imagenet import imagenet_labels
@@ -18,7 +20,7 @@ from vit_common.positions import resize_positions
 from vit_common.presets import PRESETS
 from vit_convert.formats import FORMATS
 from vit_convert.formats.format import Format, Published
-from vit_convert.formats.timm_config import (
+from vit_convert.formats.timm.config import (
     LABELS,
     POOLING,
     heads_of,
@@ -36,7 +38,9 @@ PUBLISHED: tuple[Published, ...] = (
     # Alabdulmohsin et al. 2023, arXiv:2305.13035; Oquab et al. 2023, arXiv:2304.07193; Zhai et al.
     # 2022, arXiv:2106.04560.
     Published("ViT-So400m", 1152, 27, 4304, 16),
-    Published("DINOv2 ViT-giant", 1536, 40, 4096, 24),
+    Published("DINOv2 ViT-giant", 1536, 40, 4096, 24, gated=True),
+    # Siméoni et al. 2025, arXiv:2508.10104, and what timm 1.0.31 has of such sizes.
+    Published("DINOv3 ViT-H+", 1280, 32, 5120, 20, gated=True),
     Published("ViT-G", 1664, 48, 8192, 16),
     # Of these names in timm 1.0.31; no weights of the second were published.
     Published("vit_base_patch16_siglip_gap_224", 768, 12, 3072, 12, class_token=False),
@@ -93,8 +97,11 @@ def infer_config(
     for name, value in table.settings.items():
         note(f"the format {table.name}", **{name: value})
     _sizes(shapes, family, note)
+    if _STEM in shapes:
+        _stem(shapes, note)
+        note(f"the format {table.name}", **table.stem)
     if timm is not None:
-        read_timm_config(timm, note)
+        read_timm_config(timm, shapes, note)
     if "num_attention_heads" not in {*given, *fields}:
         _heads(shapes, source, mapped, timm, note)
     _pooling(shapes, family, timm, note)
@@ -117,6 +124,7 @@ def infer_config(
     if "id2label" in given or "label2id" in given:
         values.pop("num_labels", None)
     accepted = {*cls.fields, "num_labels"}
+    _check_family(cls, fields)
     try:
         config = cls(**{name: value for name, value in values.items() if name in accepted})
     except ConfigError as error:
@@ -136,10 +144,27 @@ def infer_config(
     return config, notes
 
 
+def _check_family(cls: type[ViTConfig], fields: Mapping[str, tuple[Any, str]]) -> None:
+    """Refuse what is said of a network that its family cannot be."""
+    neutral = {"norm_type": "layernorm", "block_type": "pre_norm"}
+    for name, (value, origin) in fields.items():
+        if name in cls.fields or name == "num_labels":
+            continue
+        fixed = getattr(cls, name, ROWS[name].default if name in ROWS else neutral.get(name))
+        if value != fixed and (value or fixed):
+            raise ConfigError(
+                f"{origin} means `{name}={value!r}`, which no {cls.__name__[:-6]} here can have."
+            )
+
+
 def _rank(name: str) -> int:
     """Number of axes of a parameter."""
     if name.endswith(("projection.weight", "decoder.0.weight")):
         return 4
+    if name == "encoder.rope_frequencies":
+        return 4
+    if name.startswith("embeddings.stem."):
+        return 1 if "norm" in name.split(".")[-2] else 4
     if (name.startswith("embeddings.") and "projection" not in name) or name == "pooler.probe":
         return 3
     vector = name.endswith((".bias", "lambda_1", "lambda_2")) or "norm" in name.split(".")[-2]
@@ -198,18 +223,7 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], family: str, note: Any) -> Non
     if registers:
         note("shapes", num_register_tokens=registers[1])
     if family == "vit":
-        note(
-            "names",
-            **{
-                field: value
-                for field, name, value in (
-                    ("use_cls_token", "embeddings.cls_token", False),
-                    ("use_patch_bias", "embeddings.patch_embeddings.projection.bias", False),
-                    ("use_pre_norm", "pre_layernorm.weight", True),
-                )
-                if (name in shapes) is value
-            },
-        )
+        note("names", **_structure(shapes))
     if family != "beit" and layers:
         name = "encoder.layer.0.attention.attention.query.bias"
         note("names", qkv_bias=name in shapes)
@@ -222,6 +236,60 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], family: str, note: Any) -> Non
         note("shapes", pooler_output_size=shapes["pooler.dense.weight"][0])
         if "classifier.weight" in shapes:
             note("names (pre-logits)", use_representation_layer=True)
+
+
+_STEM = "embeddings.stem.convolution.weight"
+
+
+def _stem(shapes: Mapping[str, tuple[int, ...]], note: Any) -> None:
+    """The ResNet before the patch projection."""
+    blocks = {
+        (int(match[1]), int(match[2]))
+        for name in shapes
+        if (match := re.match(r"embeddings\.stem\.stage(\d)\.(\d+)\.", name))
+    }
+    depths = tuple(sum(i == stage for i, _ in blocks) for stage in range(len(dict(blocks))))
+    if blocks != {(i, j) for i, depth in enumerate(depths) for j in range(depth)}:
+        raise CheckpointError("blocks of the stem are missing.")
+    width, C = shapes[_STEM][:2]
+    note("names", stem_type="resnetv2")
+    note("shapes", stem_depths=depths, stem_width=width, num_channels=C)
+    made = ViTConfig(stem_type="resnetv2", stem_depths=depths)
+    _, _, *size = shapes["embeddings.patch_embeddings.projection.weight"]
+    height, width = (side * made.stem_stride for side in size)
+    note("shapes", patch_size=_sides(height, width))
+
+
+def _structure(shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """What only a ViT may have or lack, as far as names show it. A norm or a bias that is not there
+    may just be missing, so what has none of them is said by a configuration alone."""
+    layer, fields = "encoder.layer.0", dict[str, Any]()
+    if "embeddings.cls_token" not in shapes:
+        fields["use_cls_token"] = False
+    for field, name in (
+        ("use_pre_norm", "pre_layernorm.weight"),
+        ("use_qk_norm", f"{layer}.attention.attention.query_norm.weight"),
+        ("use_attention_norm", f"{layer}.attention.output.layernorm.weight"),
+        ("use_mlp_norm", f"{layer}.output.layernorm.weight"),
+    ):
+        if name in shapes:
+            fields[field] = True
+    if "use_pre_norm" in fields and "embeddings.patch_embeddings.projection.bias" not in shapes:
+        fields["use_patch_bias"] = False
+    has_bias = {
+        part: any(name.endswith(f".attention.attention.{part}.bias") for name in shapes)
+        for part in ("query", "key")
+    }
+    if has_bias["query"] and not has_bias["key"]:
+        fields["use_key_bias"] = False
+    if f"{layer}.layernorm_before.weight" in shapes and not any(
+        ".layernorm_after." in name for name in shapes
+    ):
+        fields["block_type"] = "parallel"
+    branches = {name.split(".")[4] for name in shapes if name.startswith(f"{layer}.branch.")}
+    if branches:
+        fields["num_parallel_branches"] = 1 + len(branches)
+    return fields
 
 
 def _mlp_ratio(width: int, inner: int, swiglu: bool) -> float:
@@ -245,15 +313,20 @@ def _heads(shapes, source, mapped, timm, note) -> None:
     if table:
         note("shapes", num_attention_heads=table[1])
         return
+    width = shapes["embeddings.patch_embeddings.projection.weight"][0]
+    norm = shapes.get("encoder.layer.0.attention.attention.query_norm.weight")
+    if norm and norm[0] and width % norm[0] == 0:
+        note("shapes", num_attention_heads=width // norm[0])
+        return
     if named := heads_of(timm):
         note(named[1], num_attention_heads=named[0])
         return
-    width = shapes["embeddings.patch_embeddings.projection.weight"][0]
     second = shapes.get("encoder.layer.0.output.dense.weight", (0, 0))
     depth = len({name.split(".")[2] for name in shapes if name.startswith("encoder.layer.")})
-    sizes = (width, depth, second[1])
+    gated = shapes.get("encoder.layer.0.intermediate.dense.weight", (0,))[0] == 2 * second[1]
+    sizes = (width, depth, second[1], gated)
     class_token = "embeddings.cls_token" in shapes
-    rows = [row for row in PUBLISHED if (row.width, row.depth, row.inner) == sizes]
+    rows = [row for row in PUBLISHED if (row.width, row.depth, row.inner, row.gated) == sizes]
     rows = [row for row in rows if row.class_token == class_token]
     chosen = _by_positions(rows, mapped)
     if len({row.heads for row in chosen}) == 1:
@@ -346,8 +419,8 @@ def _pooling(shapes, family: str, timm: Any, note: Any) -> None:
     if "pooler.layernorm.weight" in shapes:
         note("names (fc_norm)", pooling="mean", norm_after_pooling=True)
         return
-    if pooling_of(timm) == "avg":
-        note(POOLING, pooling="mean")
+    if (pool := pooling_of(timm)) in ("avg", "map"):
+        note(POOLING, pooling="mean" if pool == "avg" else "map")
     if "embeddings.cls_token" not in shapes:
         note("names (no class token)", pooling="mean")
 

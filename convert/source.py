@@ -33,8 +33,8 @@ from vit_convert.adapters import (
     read_adapter,
 )
 from vit_convert.detect import Root
-from vit_convert.formats.format import family_prefix
-from vit_convert.formats.timm_config import TRANSFORM
+from vit_convert.formats.format import family_prefix, fill
+from vit_convert.formats.timm.config import TRANSFORM
 from vit_convert.infer import Note, infer_config
 from vit_convert.read import Read, check_divides, fits_grid, read_tensors, resample
 from vit_convert.rules import Format, Mapped, as_mapped
@@ -118,7 +118,7 @@ class Source:
         rule = self.table.rule_for_canonical(canonical)
         if rule is None:
             return []
-        wanted = {name.replace("{i}", rule[1] or "") for name in rule[0].foreign_names}
+        wanted = {fill(name, rule[1]) for name in rule[0].foreign_names}
         bare = self.table.strip(self.root.keys)  # as the table has them -> without the root
         return [self.root.keys[bare[name]] for name in wanted if name in bare]
 

@@ -27,6 +27,7 @@ os.environ.setdefault("VIT_COMPILATION_CACHE", "")
 # these have in common with the first is most of what they show, and together they are a minute.
 REPRESENTED_BY = {
     "test_against_the_flax_reference_through_its_files": 3,
+    "test_both_twins_and_the_numpy_network_are_timms": 4,
     "test_checks": 2,
     "test_counts_of_timms_models": 5,
     "test_dinov2": 2,
@@ -36,6 +37,7 @@ REPRESENTED_BY = {
     "test_every_stage_of_the_base_network": 3,
     "test_extensions_of_vit_in_both_twins": 5,
     "test_few_tensors_are_alive_at_once": 6,
+    "test_files_of_extensions": 14,
     "test_flax_shards_are_those_of_transformers": 2,
     "test_forbidden_imports": 4,
     "test_google_directly_and_converted": 4,

@@ -39,6 +39,7 @@ LOSS = f"{_PARITY}losses_and_their_gradients_against_the_torch_reference[classes
 SIZES = f"{_PARITY}twins_agree_at_other_sizes[float64-bicubic]"
 HEAD_MASK = f"{_PARITY}twins_agree_under_a_head_mask[float64-layers and heads]"
 POOLER = f"{_TRAINING}[vit]"
+STRUCTURE = "tests/test_structure.py::test_both_twins_and_the_numpy_network_are_timms"
 _STAGE = f"{_FAMILIES}every_stage_against_the_torch_reference"
 DEIT = f"{_STAGE}[deitteacher-(16,16)]"
 BEIT = f"{_STAGE}[beit,allpositions-(16,16)]"
@@ -700,16 +701,69 @@ MUTANTS = [
     Mutant(
         "layer scale left out",
         FLAX,
-        "attention_output * self.lambda_1.astype(self.dtype)",
-        "attention_output",
+        "self.layernorm_before(output)\n        if self.config.has_layer_scale:",
+        "self.layernorm_before(output)\n        if self.config.has_layer_scale and post_norm:",
         DINOV2,
     ),
     Mutant(
         "layer scale of the other branch",
         TORCH,
-        "mlp_output * self.lambda_2",
-        "mlp_output * self.lambda_1",
+        "output * self.lambda_2",
+        "output * self.lambda_1",
         DINOV2,
+    ),
+    Mutant(
+        "the norms of query and key exchanged",
+        FLAX,
+        "self.query_norm(query), self.key_norm(key)",
+        "self.key_norm(query), self.query_norm(key)",
+        f"{STRUCTURE}[all norms, gated]",
+    ),
+    Mutant(
+        "the norm of the heads after their projection",
+        TORCH,
+        "        if self.config.use_attention_norm:\n            hidden_states = "
+        "self.layernorm(hidden_states)\n        hidden_states = self.dense(hidden_states)",
+        "        hidden_states = self.dense(hidden_states)\n        if "
+        "self.config.use_attention_norm:\n            hidden_states = "
+        "self.layernorm(hidden_states)",
+        f"{STRUCTURE}[all norms, gated]",
+    ),
+    Mutant(
+        "the tokens before the norm into the MLP beside attention",
+        FLAX,
+        "normed = normed[:, : self.front_tokens]",
+        "normed = hidden_states[:, : self.front_tokens]",
+        f"{STRUCTURE}[parallel, as published]",
+    ),
+    Mutant(
+        "a norm before the MLP as well as after it",
+        TORCH,
+        "normed = hidden_states if post_norm else self.layernorm_after(hidden_states)",
+        "normed = self.layernorm_after(hidden_states)",
+        f"{STRUCTURE}[norms after]",
+    ),
+    Mutant(
+        "the second branch on what the first has made",
+        TORCH,
+        "output = output + branch.transform(hidden_states)",
+        "output = output + branch.transform(hidden_states + output)",
+        f"{STRUCTURE}[two branches, no final norm]",
+    ),
+    Mutant(
+        "an RMS norm's derivative without its second term",
+        LAYERS,
+        "dunit = factor * (dx - unit * (unit * dx).mean(-1, keepdims=True))",
+        "dunit = factor * dx",
+        "tests/test_norm.py::test_gradients_of_rms_are_those_of_torch[0.1]",
+    ),
+    Mutant(
+        "a norm before the blocks with the head's rate",
+        OPTIMIZERS,
+        'elif "embeddings" in path or "pre_layernorm" in path:',
+        'elif "embeddings" in path:',
+        "tests/test_structure.py::test_rates_and_decay_of_the_parameters_are_timms"
+        "[all norms, gated]",
     ),
     Mutant(
         "gate and values exchanged",

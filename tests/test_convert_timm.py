@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import timm_table
 import torch
 from format_files import SMALL, TIMM, VIT, make_timm, save_pickle, save_timm
 from peers import (
@@ -30,7 +31,8 @@ import vit_flax
 import vit_torch
 from vit_common.errors import CheckpointError, ConfigError
 from vit_convert.convert import convert
-from vit_convert.formats import timm_models
+from vit_convert.formats.timm import arguments
+from vit_convert.formats.timm import models as timm_models
 
 # -- timm
 
@@ -224,6 +226,11 @@ def test_keywords_of_timm_that_change_the_network_are_refused(tmp_path):
             vit_flax.FlaxAutoModel.from_pretrained(tmp_path / "timm")
 
 
+def test_the_table_of_names_is_what_timm_says():
+    """`python tests/timm_table.py` writes it anew."""
+    assert timm_table.PATH.read_text() == timm_table.source()
+
+
 SAMPLE = [
     "vit_tiny_patch16_224",
     "vit_betwixt_patch16_reg4_gap_256",
@@ -233,10 +240,13 @@ SAMPLE = [
     "vit_so400m_patch16_siglip_gap_256",
     "vit_giant_patch14_reg4_dinov2",
     "vit_wee_patch16_reg1_gap_256",
+    "vit_base_patch16_clip_quickgelu_224",
     "deit3_huge_patch14_224",
     "beitv2_large_patch16_224",
     "deit_base_distilled_patch16_384",
     "flexivit_small",
+    "eva_giant_patch14_clip_224",
+    "vit_pe_core_small_patch16_384",
 ]
 
 
@@ -247,9 +257,11 @@ def test_what_timms_names_say_is_what_its_models_are(name):
         model = timm.create_model(name, depth=1)
     block = model.blocks[0]
     assert timm_models.HEADS[name] == block.attn.num_heads
-    assert timm_models.EPS.get(name, 1e-6) == block.norm1.eps
-    act = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "SiLU": "gelu"}  # SiLU gates: SwiGLU
-    assert timm_models.ACTIVATIONS.get(name, "gelu") == act[type(block.mlp.act).__name__]
+    said, _ = arguments.fields_of(name, {})
+    assert said["layer_norm_eps"] == block.norm1.eps
+    act = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu"}
+    act["SiLU"] = "gelu"  # it gates: SwiGLU
+    assert said["hidden_act"] == act[type(block.mlp.act).__name__]
 
 
 def test_preprocessing_is_that_of_timm(tmp_path):

@@ -680,6 +680,15 @@ EXTENSIONS: dict[str, dict[str, Any]] = {
     "norm after the mean": {"pooling": "mean", "norm_after_pooling": True},
     "pre-logits": {"use_representation_layer": True, "pooler_output_size": 20},
     "gated": {"use_swiglu_ffn": True},
+    "axial rotary": {"rope_type": "axial", "rope_grid_size": (3, 5), "rope_grid_offset": 1.0},
+    "DINOv3's rotary": {
+        "rope_type": "dinov3",
+        "rope_theta": 100.0,
+        "rope_rotate_half": True,
+        "num_register_tokens": 2,
+        "use_absolute_position_embeddings": False,
+    },
+    "mixed rotary": {"rope_type": "mixed", "rope_grid_indexing": "xy"},
     "attention pooling": {"use_cls_token": False, "pooling": "map", "hidden_act": "gelu_new"},
     "attention pooling of all tokens": {
         "pooling": "map",
@@ -688,6 +697,17 @@ EXTENSIONS: dict[str, dict[str, Any]] = {
         "pool_prefix_tokens": True,
     },
     "norm before the blocks": {"use_patch_bias": False, "use_pre_norm": True},
+    "other norms": {
+        "norm_type": "rmsnorm",
+        "use_qk_norm": True,
+        "use_attention_norm": True,
+        "use_mlp_norm": True,
+        "use_key_bias": False,
+        "use_final_norm": False,
+    },
+    "branches": {"num_parallel_branches": 3, "use_qk_norm": True},
+    "parallel": {"block_type": "parallel", "layer_scale_init_value": 0.1},
+    "norms after": {"block_type": "post_norm"},
     "all at once": {
         "layer_scale_init_value": 0.1,
         "num_register_tokens": 2,

@@ -1,4 +1,5 @@
-"""LayerNorm: Flax's forward pass to the bit, torch's gradients, and a step that grows linearly."""
+"""Layer norm and RMS norm: Flax's forward pass to the bit, torch's gradients, and a step that grows
+linearly."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import torch
 
 from vit_common.config import ViTConfig
 from vit_flax import FlaxViTForImageClassification
-from vit_flax.layers import LayerNorm, normalized
+from vit_flax.layers import LayerNorm, RMSNorm, normalized, rms_normalized
 
 
 def arrays(dtype, shape=(2, 5, 48)):
@@ -34,6 +35,35 @@ def test_forward_is_flax_to_the_bit(dtype, param_dtype):
     a, b = (module.apply({"params": params}, x) for module in (ours, theirs))
     assert a.dtype == b.dtype == dtype
     np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_forward_of_rms_is_flax_to_the_bit(dtype):
+    x, scale, _, _ = arrays(np.float32)
+    params = {"scale": jnp.asarray(scale)}
+    x = jnp.asarray(x, dtype)
+    a, b = (cls(1e-6, dtype).apply({"params": params}, x) for cls in (RMSNorm, nn.RMSNorm))
+    assert a.dtype == b.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 0.1])
+def test_gradients_of_rms_are_those_of_torch(epsilon):
+    with jax.enable_x64(True):
+        x, scale, tangent, weights = arrays(np.float64, (3, 7))
+
+        def loss(x, scale):
+            return (rms_normalized(x, scale, epsilon) * weights).sum()
+
+        tensors = [torch.tensor(a, requires_grad=True) for a in (x, scale)]
+        out = torch.nn.functional.rms_norm(tensors[0], (7,), tensors[1], epsilon)
+        (out * torch.tensor(weights)).sum().backward()
+        want = [tensor.grad.numpy() for tensor in tensors]
+        for a, b in zip(jax.grad(loss, (0, 1))(x, scale), want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+        _, forward = jax.jvp(loss, (x, scale), (weights, tangent))
+        along = (want[0] * weights).sum() + (want[1] * tangent).sum()
+        np.testing.assert_allclose(forward, along, rtol=1e-12)
 
 
 @pytest.mark.parametrize("epsilon", [1e-12, 1e-6, 0.1])

@@ -24,10 +24,16 @@ from vit_common.config_fields import (
     INHERITED,
     MOST_LABELS,
     ROWS,
+    STEM_GROUPS,
+    STEM_NARROWING,
     VIT_FIELDS,
+    BlockType,
     Fields,
+    NormType,
     Pooling,
     PositionTokens,
+    StemStandardization,
+    StemType,
     check_depth,
     integer,
     refusal,
@@ -36,7 +42,7 @@ from vit_common.errors import ConfigError, shown
 from vit_common.files.hub import find_file, push_file, push_if_asked, split_hub_options
 from vit_common.files.replace import make_directory, write_text
 from vit_common.files.texts import read_json
-from vit_common.positions import ResizeRule
+from vit_common.positions import ResizeRule, RotaryType
 
 __all__ = [
     "ACTIVATIONS",
@@ -141,6 +147,17 @@ class ViTConfig:
     use_absolute_position_embeddings: bool
     use_relative_position_bias: bool
     use_shared_relative_position_bias: bool
+    rope_type: RotaryType | None
+    rope_theta: float
+    rope_grid_size: int | tuple[int, int] | None
+    rope_grid_offset: float
+    rope_grid_indexing: Literal["ij", "xy"]
+    rope_rotate_half: bool
+    stem_type: StemType | None
+    stem_depths: tuple[int, ...]
+    stem_width: int
+    stem_standardization: StemStandardization
+    stem_norm_eps: float
     pooling: Pooling
     pooler_num_heads: int | None
     pooler_intermediate_size: int | None
@@ -149,6 +166,14 @@ class ViTConfig:
     use_representation_layer: bool
     use_patch_bias: bool
     use_pre_norm: bool
+    use_final_norm: bool
+    norm_type: NormType
+    use_qk_norm: bool
+    use_key_bias: bool | None
+    use_attention_norm: bool
+    use_mlp_norm: bool
+    block_type: BlockType
+    num_parallel_branches: int
     drop_path_rate: float
     gradient_checkpointing: bool
     position_resize: ResizeRule
@@ -291,11 +316,17 @@ class ViTConfig:
                 no whole patch, or there is nothing to pool.
         """
         self._check_heads()
+        if self.rope_type is not None and self.head_dim % 4:
+            raise ConfigError(
+                "config: the width of a head, `hidden_size` / `num_attention_heads`, must be a "
+                f"multiple of 4 where `rope_type` is {self.rope_type!r}; given {self.head_dim}."
+            )
         if min(self.grid_size) < 1:
             raise ConfigError(
                 f"config: `image_size` must be at least `patch_size`; given {self.image_size!r} "
                 f"and {self.patch_size!r}."
             )
+        self._check_stem()
         if not self.use_cls_token and self.pooling not in ("mean", "map"):
             raise ConfigError(
                 "config: `pooling` must be 'mean' or 'map' where `use_cls_token` is False; given "
@@ -324,6 +355,35 @@ class ViTConfig:
             raise ConfigError(
                 "config: `norm_after_pooling` and `use_representation_layer` must not both be True."
             )
+        if self.norm_after_pooling and not self.use_final_norm:
+            raise ConfigError(
+                "config: `norm_after_pooling` must be False where `use_final_norm` is False: there "
+                "is no norm to apply."
+            )
+        if self.num_parallel_branches > 1 and self.block_type != "pre_norm":
+            raise ConfigError(
+                "config: `block_type` must be 'pre_norm' where `num_parallel_branches` is above 1; "
+                f"given {self.block_type!r}."
+            )
+
+    def _check_stem(self) -> None:
+        """Check that a stem's widths and stride fit the norms and the patches."""
+        if self.stem_type is None:
+            return
+        if self.stem_width % STEM_GROUPS:
+            raise ConfigError(
+                f"config: `stem_width` must be a multiple of {STEM_GROUPS}; given "
+                f"{self.stem_width}."
+            )
+        sides = (*self.patch_height_width, *self.image_height_width)
+        stride = self.stem_stride
+        for side, patch in zip(sides, self.patch_height_width * 2, strict=True):
+            if side % stride or side % patch:
+                raise ConfigError(
+                    "config: `patch_size` must be a multiple of the stem's stride, and "
+                    f"`image_size` one of `patch_size`; given {self.patch_size!r}, {stride} and "
+                    f"{self.image_size!r}."
+                )
 
     def _check_heads(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -368,9 +428,14 @@ class ViTConfig:
         return self.base_family
 
     @property
-    def use_key_bias(self) -> bool:
-        """Whether the key has a bias, as query and value do with `qkv_bias`."""
-        return self.qkv_bias
+    def has_key_bias(self) -> bool:
+        """Whether the key has a bias: `use_key_bias`, or as query and value."""
+        return self.qkv_bias if self.use_key_bias is None else self.use_key_bias
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether the tokens are normalised after the last block."""
+        return self.use_final_norm and not self.norm_after_pooling
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -388,6 +453,15 @@ class ViTConfig:
     def has_relative_positions(self) -> bool:
         """Whether attention scores have a relative position bias, per block or shared."""
         return self.use_relative_position_bias or self.use_shared_relative_position_bias
+
+    def rotary_grid(self, grid: tuple[int, int]) -> dict[str, Any]:
+        """Arguments of `rotary_coordinates` for a grid (rows, columns) of patches."""
+        return {
+            "grid": grid,
+            "reference": self.rope_grid_size and _pair(self.rope_grid_size),
+            "offset": self.rope_grid_offset,
+            "columns_first": self.rope_grid_indexing == "xy",
+        }
 
     @property
     def has_layer_scale(self) -> bool:
@@ -446,6 +520,30 @@ class ViTConfig:
     def patch_height_width(self) -> tuple[int, int]:
         """Patch size in pixels, (height, width)."""
         return _pair(self.patch_size)
+
+    @property
+    def stem_widths(self) -> tuple[int, ...]:
+        """Number of channels after each stage of the stem."""
+        first = STEM_NARROWING * self.stem_width
+        return tuple(first * 2**i for i in range(len(self.stem_depths)))
+
+    @property
+    def stem_channels(self) -> int:
+        """Number of channels that the patch projection takes: the stem's, or the image's."""
+        if self.stem_type is None:
+            return self.num_channels
+        return (self.stem_width, *self.stem_widths)[-1]
+
+    @property
+    def stem_stride(self) -> int:
+        """Pixels of the image, down and across, for one of what the patch projection takes."""
+        return 1 if self.stem_type is None else 4 * 2 ** max(len(self.stem_depths) - 1, 0)
+
+    @property
+    def projection_size(self) -> tuple[int, int]:
+        """Size (height, width) of the patch projection: the patch's, over the stem's stride."""
+        height, width = self.patch_height_width
+        return height // self.stem_stride, width // self.stem_stride
 
     @property
     def grid_size(self) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from vit_common.errors import ConfigError, shown
-from vit_common.positions import ResizeRule
+from vit_common.positions import ResizeRule, RotaryType
 
 ACTIVATIONS = (
     "gelu",
@@ -219,13 +219,32 @@ _size = integer(1)
 
 _fraction = _number("a number of at least 0", lambda x: x >= 0)
 
+
+def _depths(name: str, value: Any) -> tuple[int, ...]:
+    """Numbers of blocks, of at most four stages."""
+    listed = isinstance(value, (list, tuple)) and len(value) <= 4
+    if not listed or not all(_is_int(count) and 0 < count <= 1000 for count in value):
+        raise refusal(name, "a list of at most four numbers of blocks", value)
+    return tuple(int(count) for count in value)
+
+
+STEM_GROUPS = 32
+"""Groups of channels that the norms of a ResNet before the patches have (`stem_type`)."""
+STEM_NARROWING = 4
+"""By how much its blocks are narrower inside."""
+
 PositionTokens = Literal["all", "cls", "patches"]
+StemType = Literal["resnetv2"]
+StemStandardization = Literal["variance", "deviation"]
 Pooling = Literal["cls", "mean", "cls_mean", "map"]
+NormType = Literal["layernorm", "rmsnorm"]
+BlockType = Literal["pre_norm", "post_norm", "parallel"]
 
 VIT, DEIT, BEIT, DINOV2, REGISTERS = "vit", "deit", "beit", "dinov2", "dinov2_with_registers"
 CLIP, CLIP_VISION, CLIP_TEXT = "clip", "clip_vision_model", "clip_text_model"
 SIGLIP, SIGLIP_VISION, SIGLIP_TEXT = "siglip", "siglip_vision_model", "siglip_text_model"
 SIGLIP2, SIGLIP2_VISION, SIGLIP2_TEXT = "siglip2", "siglip2_vision_model", "siglip2_text_model"
+DINOV3 = "dinov3_vit"
 _DINOS = (DINOV2, REGISTERS)
 _VITS = (VIT, DEIT)
 _CLIP_TOWERS = (CLIP_VISION, CLIP_TEXT)
@@ -429,6 +448,42 @@ ROWS: dict[str, Field] = {
     "use_shared_relative_position_bias": _extension(
         False, _boolean, "the same bias, one table for all blocks", BEIT
     ),
+    "rope_type": _extension(
+        None,
+        _optional(_choice(get_args(RotaryType))),
+        "how queries and keys of patches are rotated by their positions (rotary position "
+        'embeddings): "axial", "dinov3" or "mixed", see `vit_common.positions.RotaryType`; None '
+        "rotates nothing",
+    ),
+    "rope_theta": _extension(
+        10000.0,
+        _number("a number above 0", lambda x: x > 0),
+        'base of the frequencies of rotary position embeddings; with "mixed", of new ones',
+        DINOV3,
+        dinov3_vit=100.0,
+    ),
+    "rope_grid_size": _extension(
+        None,
+        _optional(_side),
+        'grid of patches, a side or (rows, columns), that "axial" coordinates of any grid are '
+        "stretched over; None stretches nothing",
+    ),
+    "rope_grid_offset": _extension(
+        0.0,
+        _number("a number", lambda x: True),
+        "added to the row and column of a patch before it is rotated",
+    ),
+    "rope_grid_indexing": _extension(
+        "ij",
+        _choice(("ij", "xy")),
+        'coordinate that the first half of the angles belongs to: "ij" the row, "xy" the column',
+    ),
+    "rope_rotate_half": _extension(
+        False,
+        _boolean,
+        "whether a channel is rotated together with the one half a head further on, not with its "
+        "neighbour",
+    ),
     "layer_scale_init_value": _extension(
         0.0,
         _fraction,
@@ -480,6 +535,30 @@ ROWS: dict[str, Field] = {
         'tokens in front of the patches that have position embeddings: "all", "cls" (the class '
         'token alone) or "patches" (none of them)',
     ),
+    "stem_type": _extension(
+        None,
+        _optional(_choice(get_args(StemType))),
+        'network before the patch projection: None, or "resnetv2", the ResNet of a hybrid '
+        "(Dosovitskiy et al. 2021, arXiv:2010.11929); `patch_size` stays the side of a patch in "
+        "pixels of the image",
+    ),
+    "stem_depths": _extension(
+        (),
+        _depths,
+        "numbers of blocks of the stem's stages, such as (3, 4, 9); none leaves its root alone",
+    ),
+    "stem_width": _extension(
+        64, integer(STEM_GROUPS), "number of channels after the stem's first convolution"
+    ),
+    "stem_standardization": _extension(
+        "variance",
+        _choice(get_args(StemStandardization)),
+        'what the stem\'s kernels are divided by: "variance", the root of their variance and 1e-8 '
+        '(timm, Transformers), or "deviation", their standard deviation and 1e-5 (Google)',
+    ),
+    "stem_norm_eps": _extension(
+        1e-5, _fraction, "epsilon of the stem's norms (timm 1e-5; Google 1e-6)"
+    ),
     "pooling": _extension(
         "cls",
         _choice(get_args(Pooling)),
@@ -528,6 +607,51 @@ ROWS: dict[str, Field] = {
         "whether there is attention pooling at the end of the image tower",
         _SIGLIP_IMAGES,
         if_set=_SIGLIP_IMAGES,
+    ),
+    "use_final_norm": _extension(
+        True,
+        _boolean,
+        "whether the tokens, or the pooled mean, are normalised after the last block",
+    ),
+    "norm_type": _extension(
+        "layernorm",
+        _choice(get_args(NormType)),
+        'every norm: "layernorm", or "rmsnorm", which subtracts no mean and has no bias (Zhang and '
+        "Sennrich 2019, arXiv:1910.07467)",
+    ),
+    "use_qk_norm": _extension(
+        False,
+        _boolean,
+        "whether query and key of each head are normalised (Dehghani et al. 2023, "
+        "arXiv:2302.05442)",
+    ),
+    "use_key_bias": _extension(
+        None, _optional(_boolean), "whether the key has a bias; None means as `qkv_bias`"
+    ),
+    "use_attention_norm": _extension(
+        False,
+        _boolean,
+        "whether the joined outputs of the heads are normalised before they are projected (Wang et "
+        "al. 2022, arXiv:2210.06423)",
+    ),
+    "use_mlp_norm": _extension(
+        False,
+        _boolean,
+        "whether the MLP is normalised between its two layers, after the activation (Wang et al. "
+        "2022, arXiv:2210.06423)",
+    ),
+    "block_type": _extension(
+        "pre_norm",
+        _choice(get_args(BlockType)),
+        'how a block is put together: "pre_norm" (a norm before attention and one before the MLP), '
+        '"post_norm" (a norm after each, before it is added) or "parallel" (one norm, then '
+        "attention and MLP beside each other; Dehghani et al. 2023, arXiv:2302.05442)",
+    ),
+    "num_parallel_branches": _extension(
+        1,
+        integer(1, _MOST_LAYERS),
+        "number of attentions that a block adds up, and of MLPs after them (Touvron et al. 2022, "
+        "arXiv:2203.09795)",
     ),
     "gradient_checkpointing": _everywhere(
         False, _boolean, "whether each block is recomputed in the backward pass instead of stored"

@@ -200,6 +200,96 @@ _MAE_ONLY = (
     "norm_pix_loss",
 )
 
+# What the configuration of a ViTHybrid's ResNet must be, after Transformers' defaults.
+_RESNET: dict[str, Any] = {
+    "model_type": "bit",
+    "layer_type": "bottleneck",
+    "global_padding": "SAME",
+    "embedding_dynamic_padding": True,
+    "hidden_act": "relu",
+    "num_groups": 32,
+    "width_factor": 1,
+}
+_BIT_DEFAULTS: dict[str, Any] = {
+    "model_type": "bit",
+    "layer_type": "preactivation",
+    "hidden_act": "relu",
+    "num_groups": 32,
+    "width_factor": 1,
+    "output_stride": 32,
+    "embedding_size": 64,
+    "hidden_sizes": [256, 512, 1024, 2048],
+    "depths": [3, 4, 6, 3],
+}
+_RESNET_OF_DEFAULTS: dict[str, Any] = {
+    "global_padding": "same",
+    "layer_type": "bottleneck",
+    "depths": [3, 4, 9],
+    "out_features": ["stage3"],
+    "embedding_dynamic_padding": True,
+}
+_HYBRID_ONLY = (
+    "backbone",
+    "backbone_config",
+    "backbone_featmap_shape",
+    "backbone_kwargs",
+    "use_pretrained_backbone",
+    "use_timm_backbone",
+)
+
+
+def _without_backbone(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a ViT with a stem, from those of a ViTHybrid.
+
+    Args:
+        table: as its `config.json` has them.
+
+    Raises:
+        ConfigError: its ResNet is not the one known here.
+
+    Source: `models/deprecated/vit_hybrid` and `models/bit` of Transformers 4.57.6.
+    """
+    given = table.get("backbone_config")
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(f"config: `backbone_config` must be a mapping; given {shown(given)}.")
+    backbone = {**_BIT_DEFAULTS, **(_RESNET_OF_DEFAULTS if given is None else given)}
+    odd = {
+        name: backbone.get(name)
+        for name, wanted in _RESNET.items()
+        if (str(backbone.get(name)).upper() if name == "global_padding" else backbone.get(name))
+        != wanted
+    }
+    odd |= {name: table[name] for name in ("backbone", "use_timm_backbone") if table.get(name)}
+    depths, widths = backbone["depths"], backbone["hidden_sizes"]
+    listed = all(isinstance(value, (list, tuple)) for value in (depths, widths))
+    width = backbone["embedding_size"]
+    if not listed or not isinstance(width, int):
+        odd |= {"depths": depths, "hidden_sizes": widths, "embedding_size": width}
+    else:
+        stages = len(depths)
+        if list(widths[:stages]) != [4 * width * 2**i for i in range(stages)]:
+            odd["hidden_sizes"] = widths
+        if (backbone.get("out_features") or [f"stage{stages}"]) != [f"stage{stages}"]:
+            odd["out_features"] = backbone["out_features"]
+        if backbone["output_stride"] != 32 or not depths:
+            odd |= {"depths": depths, "output_stride": backbone["output_stride"]}
+    if odd:
+        named = ", ".join(f"{name}={shown(value)}" for name, value in odd.items())
+        raise ConfigError(
+            f"config: the ResNet of this hybrid has {named}, which no network here has."
+        )
+    side, stride = table.get("patch_size", 1), 2 ** (1 + len(depths))
+    patch = [s * stride for s in side] if isinstance(side, (list, tuple)) else side * stride
+    fields = {name: value for name, value in table.items() if name not in _HYBRID_ONLY}
+    return fields | {
+        "model_type": "vit_extended",
+        "architectures": None,
+        "patch_size": patch,
+        "stem_type": "resnetv2",
+        "stem_depths": list(depths),
+        "stem_width": width,
+    }
+
 
 def config_class(model_type: Any) -> type[ViTConfig]:
     """The class of a `model_type`; ConfigError if there is none here."""
@@ -264,7 +354,7 @@ class AutoConfig:
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Any:
         """As `ViTConfig.from_dict`, of the family that `model_type` names; the encoder of a
-        `vit_mae` is a ViT.
+        `vit_mae` is a ViT, and so is a `vit-hybrid`.
 
         Raises:
             ConfigError: it is of no family known here, a value is refused, or a key changes the
@@ -277,6 +367,8 @@ class AutoConfig:
         if table.get("model_type") == "vit_mae":
             table = {key: value for key, value in table.items() if key not in _MAE_ONLY}
             table.update(model_type=ViTConfig.model_type, architectures=None)
+        if table.get("model_type") == "vit-hybrid":
+            table = _without_backbone(table)
         return config_class(table.get("model_type")).from_dict(table, **overrides)
 
     @classmethod

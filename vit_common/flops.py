@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vit_common.config import ViTConfig
+from vit_common.config_fields import STEM_NARROWING
 from vit_common.parameters import Head
 
 
@@ -15,8 +16,9 @@ def multiply_adds(
 ) -> int:
     """Multiply-adds of one forward pass over one image.
 
-    Matrix products only: patch projection, attention with both of its S x S products, MLP and
-    head. Norms, softmax, activations and biases are left out; they are less than one percent.
+    Matrix products only: the convolutions of a stem, the patch projection, attention with both of
+    its S x S products, MLP and head. Norms, softmax, activations and biases are left out; they are
+    less than one percent.
     The pooler of the base network is not counted.
 
     Args:
@@ -31,10 +33,13 @@ def multiply_adds(
     S = config.num_prefix_tokens + N
     # For each token: query and output, both products of attention, MLP; then key and value.
     token = 2 * D * D + 2 * S * D + (3 if config.use_swiglu_ffn else 2) * D * inner
-    block = S * token + 2 * S * D * D
-    total = N * P[0] * P[1] * config.num_channels * D + config.num_hidden_layers * block
+    branches = config.num_parallel_branches
+    block = branches * (S * token + 2 * S * D * D)
+    p, q = config.projection_size
+    total = N * p * q * config.stem_channels * D + config.num_hidden_layers * block
+    total += _stem(config, H, W)
     if front_tokens is not None and config.num_hidden_layers:
-        total -= max(0, S - front_tokens) * token
+        total -= max(0, S - front_tokens) * branches * token
     if head == "classifier":
         total += config.classifier_width * config.num_labels
         if config.use_representation_layer:
@@ -49,6 +54,28 @@ def multiply_adds(
         total += N * D * config.vocab_size
     elif head == "decoder":
         total += N * D * config.encoder_stride**2 * config.num_channels
+    return total
+
+
+def _stem(config: ViTConfig, height: int, width: int) -> int:
+    """Multiply-adds of a ResNet before the patch projection."""
+    if config.stem_type is None:
+        return 0
+    height, width = -(-height // 2), -(-width // 2)
+    total = height * width * 49 * config.num_channels * config.stem_width
+    height, width = -(-height // 2), -(-width // 2)
+    inputs = config.stem_width
+    for i, features in enumerate(config.stem_widths):
+        inner = features // STEM_NARROWING
+        for j in range(config.stem_depths[i]):
+            before = height * width
+            if i and j == 0:
+                height, width = -(-height // 2), -(-width // 2)
+            after = height * width
+            total += before * inputs * inner + after * inner * (9 * inner + features)
+            if j == 0:
+                total += after * inputs * features
+            inputs = features
     return total
 
 

@@ -7,9 +7,11 @@ so this table is the contract between the networks, the files and the converter.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from vit_common.config import ViTConfig
+from vit_common.config_fields import STEM_NARROWING
 from vit_common.positions import relative_distances
 
 Head = Literal["classifier", "teacher", "decoder", "tokens", "projection", "towers"]
@@ -118,6 +120,12 @@ def parameter_shapes(
         return _towers(config)
     D, A, inner = config.hidden_size, config.num_attention_heads, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {}
+
+    def add_norm(name: str, width: int = D) -> None:
+        shapes[f"{name}.weight"] = (width,)
+        if config.norm_type == "layernorm":
+            shapes[f"{name}.bias"] = (width,)
+
     if config.use_cls_token:
         shapes["embeddings.cls_token"] = (1, 1, D)
     if config.use_distillation_token:
@@ -129,19 +137,22 @@ def parameter_shapes(
     if config.use_absolute_position_embeddings:
         positions = config.num_prefix_positions + config.num_patches
         shapes["embeddings.position_embeddings"] = (1, positions, D)
-    projection = (D, config.num_channels, *config.patch_height_width)
+    if config.stem_type is not None:
+        shapes |= _stem_shapes(config)
+    projection = (D, config.stem_channels, *config.projection_size)
     shapes["embeddings.patch_embeddings.projection.weight"] = projection
     if config.use_patch_bias:
         shapes["embeddings.patch_embeddings.projection.bias"] = (D,)
     if config.use_pre_norm:
-        shapes["pre_layernorm.weight"] = (D,)
-        shapes["pre_layernorm.bias"] = (D,)
+        add_norm("pre_layernorm")
     relative = (relative_distances(config.grid_size), A)
     if config.use_shared_relative_position_bias:
         shapes["encoder.relative_position_bias.relative_position_bias_table"] = relative
-    biases = {"query": config.qkv_bias, "key": config.use_key_bias, "value": config.qkv_bias}
-    for i in range(config.num_hidden_layers):
-        layer = f"encoder.layer.{i}"
+    if config.rope_type == "mixed":
+        frequencies = (2, config.num_hidden_layers, A, config.head_dim // 2)
+        shapes["encoder.rope_frequencies"] = frequencies
+    biases = {"query": config.qkv_bias, "key": config.has_key_bias, "value": config.qkv_bias}
+    for layer in block_names(config):
         for name, use_bias in biases.items():
             shapes[f"{layer}.attention.attention.{name}.weight"] = (D, D)
             if use_bias:
@@ -149,22 +160,30 @@ def parameter_shapes(
         if config.use_relative_position_bias:
             table = "attention.attention.relative_position_bias.relative_position_bias_table"
             shapes[f"{layer}.{table}"] = relative
+        if config.use_qk_norm:
+            add_norm(f"{layer}.attention.attention.query_norm", config.head_dim)
+            add_norm(f"{layer}.attention.attention.key_norm", config.head_dim)
+        if config.use_attention_norm:
+            add_norm(f"{layer}.attention.output.layernorm")
         shapes[f"{layer}.attention.output.dense.weight"] = (D, D)
         shapes[f"{layer}.attention.output.dense.bias"] = (D,)
         first = 2 * inner if config.use_swiglu_ffn else inner
         shapes[f"{layer}.intermediate.dense.weight"] = (first, D)
         shapes[f"{layer}.intermediate.dense.bias"] = (first,)
+        if config.use_mlp_norm:
+            add_norm(f"{layer}.output.layernorm", inner)
         shapes[f"{layer}.output.dense.weight"] = (D, inner)
         shapes[f"{layer}.output.dense.bias"] = (D,)
-        for norm in ("layernorm_before", "layernorm_after"):
-            shapes[f"{layer}.{norm}.weight"] = (D,)
-            shapes[f"{layer}.{norm}.bias"] = (D,)
+        parallel = config.block_type == "parallel"
+        add_norm(f"{layer}.layernorm_before")
+        if not parallel:
+            add_norm(f"{layer}.layernorm_after")
         if config.has_layer_scale:
             shapes[f"{layer}.lambda_1"] = (D,)
-            shapes[f"{layer}.lambda_2"] = (D,)
-    if not config.norm_after_pooling:
-        shapes["layernorm.weight"] = (D,)
-        shapes["layernorm.bias"] = (D,)
+            if not parallel:
+                shapes[f"{layer}.lambda_2"] = (D,)
+    if config.has_final_norm:
+        add_norm("layernorm")
 
     has_pooler = config.classifier_has_pooler if head == "classifier" else head is None
     has_pooler = has_pooler or config.keeps_pooler
@@ -173,8 +192,7 @@ def parameter_shapes(
             shapes["pooler.dense.weight"] = (config.pooler_output_size, D)
             shapes["pooler.dense.bias"] = (config.pooler_output_size,)
         elif config.pooler_type == "norm":
-            shapes["pooler.layernorm.weight"] = (D,)
-            shapes["pooler.layernorm.bias"] = (D,)
+            add_norm("pooler.layernorm")
         elif config.pooler_type == "map":
             shapes |= _attention_pooler(D, config.pooler_inner)
     if head is None and not config.is_part:
@@ -192,14 +210,47 @@ def parameter_shapes(
         shapes["visual_projection.weight"] = (config.projection_dim, D)
     elif head == "tokens":
         vocabulary: int = config.vocab_size
-        shapes["lm_layernorm.weight"] = (D,)
-        shapes["lm_layernorm.bias"] = (D,)
+        add_norm("lm_layernorm")
         shapes["lm_head.weight"] = (vocabulary, D)
         shapes["lm_head.bias"] = (vocabulary,)
     elif head == "decoder":
         pixels = config.encoder_stride**2 * config.num_channels
         shapes["decoder.0.weight"] = (pixels, D, 1, 1)
         shapes["decoder.0.bias"] = (pixels,)
+    return shapes
+
+
+def block_names(config: ViTConfig) -> Iterator[str]:
+    """Starts of the names of each block's parameters: of block i `encoder.layer.{i}`, and of each
+    attention and MLP beside its first ones `encoder.layer.{i}.branch.{j}`, j from 1 on."""
+    for i in range(config.num_hidden_layers):
+        yield f"encoder.layer.{i}"
+        for j in range(1, config.num_parallel_branches):
+            yield f"encoder.layer.{i}.branch.{j}"
+
+
+def _stem_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
+    """The parameters of a ResNet before the patch projection."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def add(module: str, number: str, inputs: int, features: int, size: int = 1) -> None:
+        conv = "convolution" if number == "" else f"conv{number}"
+        shapes[f"{module}.{conv}.weight"] = (features, inputs, size, size)
+        for leaf in ("weight", "bias"):
+            shapes[f"{module}.norm{number}.{leaf}"] = (features,)
+
+    inputs = config.stem_width
+    add("embeddings.stem", "", config.num_channels, inputs, 7)
+    for i, features in enumerate(config.stem_widths):
+        inner = features // STEM_NARROWING
+        for j in range(config.stem_depths[i]):
+            block = f"embeddings.stem.stage{i}.{j}"
+            if j == 0:
+                add(block, "_shortcut", inputs, features)
+            add(block, "1", inputs, inner)
+            add(block, "2", inner, inner, 3)
+            add(block, "3", inner, features)
+            inputs = features
     return shapes
 
 
@@ -256,7 +307,9 @@ def _towers(config: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def initial_value(name: str) -> Literal["normal", "one", "zero", "layer scale", "logit scale"]:
+def initial_value(
+    name: str,
+) -> Literal["normal", "one", "zero", "layer scale", "logit scale", "frequencies"]:
     """What a new parameter of that canonical name starts as; "normal" is the truncated one."""
     if name == "logit_scale":
         return "logit scale"
@@ -265,6 +318,8 @@ def initial_value(name: str) -> Literal["normal", "one", "zero", "layer scale", 
         return "normal"
     if leaf in ("lambda_1", "lambda_2"):
         return "layer scale"
+    if leaf == "rope_frequencies":
+        return "frequencies"
     if leaf != "weight":
         return "zero"
     return "one" if "norm" in owner else "normal"

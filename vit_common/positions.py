@@ -1,4 +1,5 @@
-"""Resampling of position embeddings to another grid, as matrices both twins apply alike.
+"""Positions as both twins apply them alike: position embeddings resampled to another grid, relative
+positions, and the angles of rotary position embeddings.
 
 Every family resamples in its own way, and the ways are not close to each other (see `ResizeRule`).
 All are linear and separable, so each is a pair of small matrices, one per axis, computed here
@@ -357,6 +358,85 @@ def relative_position_index(grid: tuple[int, int]) -> np.ndarray:
     index[0, 0] = distances - 1
     index.flags.writeable = False
     return index
+
+
+RotaryType = Literal["axial", "dinov3", "mixed"]
+"""What rotary position embeddings (Su et al. 2021, arXiv:2104.09864) turn queries and keys by.
+
+Half of the angles of a patch belong to its row and half to its column, each half with the
+frequencies theta^(-k / n), k = 0 .. n - 1, where n is a quarter of the width of a head.
+
+- "axial": the number of the row or column, times its frequency. EVA-02 (Fang et al. 2023,
+  arXiv:2303.11331), Perception Encoder, RoPE-ViT; timm's "cat" (`layers/pos_embed_sincos.py`,
+  `build_rotary_pos_embed`).
+- "dinov3": the centre of the patch, in coordinates from -1 to 1 over the image, times 2 pi and its
+  frequency (Simeoni et al. 2025, arXiv:2508.10104; `layers/rope_position_encoding.py` of
+  facebookresearch/dinov3).
+- "mixed": row and column together, each times a learned frequency, which every head of every block
+  has of its own (Heo et al. 2024, arXiv:2403.13298); timm's "mixed".
+"""
+
+
+@lru_cache(maxsize=64)
+def rotary_coordinates(
+    kind: RotaryType,
+    grid: tuple[int, int],
+    *,
+    reference: tuple[int, int] | None = None,
+    offset: float = 0.0,
+    columns_first: bool = False,
+) -> np.ndarray:
+    """The coordinates of each patch that rotary position embeddings are computed from.
+
+    Args:
+        kind: see `RotaryType`.
+        grid: (rows, columns) of patches.
+        reference: (rows, columns) that "axial" coordinates are stretched over: those of a grid of
+            another size are as far apart as makes it cover this one.
+        offset: added to the number of a row or column.
+        columns_first: whether the column is the first coordinate, not the row.
+
+    Returns:
+        (N, 2), float64, read-only; patches in row-major order.
+    """
+    axes = []
+    for size, wanted in zip(grid, reference or grid, strict=True):
+        places = np.arange(size, dtype=np.float64) + offset
+        if kind == "dinov3":
+            axes.append(2.0 * (places + 0.5) / size - 1.0)
+        else:
+            axes.append(places / size * wanted if kind == "axial" and reference else places)
+    rows, columns = np.meshgrid(*axes, indexing="ij")
+    pair = (columns, rows) if columns_first else (rows, columns)
+    coordinates = np.stack([axis.reshape(-1) for axis in pair], axis=-1)
+    coordinates.flags.writeable = False
+    return coordinates
+
+
+@lru_cache(maxsize=64)
+def rotary_angles(kind: RotaryType, width: int, theta: float, **grid: Any) -> np.ndarray:
+    """Angles by which the pairs of channels of each patch are rotated, where they are not learned.
+
+    Args:
+        kind: "axial" or "dinov3".
+        width: D/A of a head, a multiple of 4.
+        theta: base of the frequencies.
+        **grid: arguments of `rotary_coordinates`.
+
+    Returns:
+        (N, D/A/2), float64, read-only: the angles of the first coordinate, then of the second.
+
+    Example:
+        >>> rotary_angles("axial", 8, 100.0, grid=(2, 3)).shape
+        (6, 4)
+    """
+    frequencies = theta ** -(np.arange(width // 4) / (width // 4))
+    if kind == "dinov3":
+        frequencies = 2.0 * np.pi * frequencies
+    coordinates = rotary_coordinates(kind, **grid)  # (N, 2)
+    angles = (coordinates[:, :, None] * frequencies).reshape(len(coordinates), -1)
+    angles.flags.writeable = False
+    return angles
 
 
 @lru_cache(maxsize=256)

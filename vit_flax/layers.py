@@ -1,8 +1,8 @@
 """The layers that the network is built of, with nothing left to Flax's defaults: a dense layer, a
-convolution and a layer norm, the first values of their parameters, and how an array lies in a TPU's
+convolution and the norms, the first values of their parameters, and how an array lies in a TPU's
 memory.
 
-The norm's derivative is in closed form. Its statistics are those of
+A norm's derivative is in closed form. Layer norm's statistics are those of
 `flax.linen.LayerNorm(use_fast_variance=False)`: two passes, in float32 or wider. What JAX makes of
 their derivative by itself is three reductions, each of which needs the one before, and XLA's CPU
 compiler feeds each of them by computing anew all that is above it in the network: at 12 layers
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from vit_flax.attention import targets
@@ -40,6 +41,25 @@ def initializer(std: float) -> Callable[..., jax.Array]:
 
     def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return normal(key, shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
+
+    return draw
+
+
+def frequencies(theta: float) -> Callable[..., jax.Array]:
+    """New frequencies of rotary position embeddings, of two coordinates: those of `rope_theta`,
+    along axes turned at random in each head of each block (Heo et al. 2024, arXiv:2403.13298)."""
+
+    def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        _, L, A, half = shape
+        exact = jnp.promote_types(dtype, jnp.float32)
+        size = jnp.asarray(theta ** -(np.arange(half // 2) / (half // 2)), exact)
+        angle = 2 * np.pi * jax.random.uniform(key, (L, A, 1), exact)
+        angle = jnp.broadcast_to(angle, (L, A, half // 2))
+        parts = [(jnp.cos(angle + turn), jnp.sin(angle + turn)) for turn in (0.0, np.pi / 2)]
+        both = [
+            jnp.concatenate([size * part for part in axis], -1) for axis in zip(*parts, strict=True)
+        ]
+        return jnp.stack(both).astype(dtype)  # (2, L, A, D/A/2)
 
     return draw
 
@@ -109,13 +129,74 @@ class LayerNorm(nn.Module):
         return run(x, scale, bias, self.epsilon).astype(self.dtype)
 
 
+def _plain_rms(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    return x * (_rms_factor(x, epsilon)[1] * scale)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def rms_normalized(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """`x / sqrt(mean of x^2 + epsilon) * scale` over the last axis.
+
+    Args:
+        x: (..., D).
+        scale: (D,).
+        epsilon: added to the mean.
+
+    Returns:
+        (..., D), in float32 or the widest dtype of the arguments.
+    """
+    return _plain_rms(x, scale, epsilon)
+
+
+def _rms_factor(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """x as the mean takes it, and 1 / sqrt(mean + epsilon)."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return wide, jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
+
+
+@rms_normalized.defjvp
+def _rms_derivative(epsilon, primals, tangents):
+    x, scale = primals
+    dx, dscale = tangents
+    wide, factor = _rms_factor(x, epsilon)
+    unit = wide * factor
+    dx = dx.astype(wide.dtype)
+    dunit = factor * (dx - unit * (unit * dx).mean(-1, keepdims=True))
+    return x * (factor * scale), dunit * scale + unit * dscale
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the last axis; parameter `scale` as in `flax.linen.RMSNorm`.
+
+    Attributes:
+        epsilon: added to the mean of squares.
+        dtype: dtype of the result.
+        param_dtype: dtype of new parameters.
+    """
+
+    epsilon: float
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        run = _plain_rms if "jax.experimental.jet" in sys.modules else rms_normalized  # as above
+        return run(x, scale, self.epsilon).astype(self.dtype)
+
+
 def add_parameter(
-    part: FlaxViTPart, name: str, shape: tuple[int, ...], value: float | Literal["normal"]
+    part: FlaxViTPart,
+    name: str,
+    shape: tuple[int, ...],
+    value: float | Literal["normal", "frequencies"],
 ) -> None:
     """Give a part, in its `setup`, a parameter of that name, filled with `value` or drawn from the
-    normal distribution of `initializer`."""
+    normal distribution of `initializer` or as `frequencies` are."""
     if value == "normal":
         draw = initializer(part.config.initializer_range)
+    elif value == "frequencies":
+        draw = frequencies(part.config.rope_theta)
     else:
         draw = nn.initializers.constant(value)
     setattr(part, name, part.param(name, draw, shape, part.param_dtype))
@@ -155,8 +236,10 @@ def convolution(
     )
 
 
-def layer_norm(part: FlaxViTPart) -> LayerNorm:
-    return LayerNorm(
+def layer_norm(part: FlaxViTPart) -> LayerNorm | RMSNorm:
+    """A norm over the last axis, of the config's `norm_type`."""
+    cls = RMSNorm if part.config.norm_type == "rmsnorm" else LayerNorm
+    return cls(
         epsilon=part.config.layer_norm_eps,
         dtype=part.dtype,
         param_dtype=part.param_dtype,

@@ -44,6 +44,8 @@ from vit_flax.outputs import (
 )
 from vit_flax.parts.attention_pool import FlaxViTAttentionPooler
 from vit_flax.parts.part import FlaxViTPart, activation, options
+from vit_flax.parts.rotary import rotate, rotation
+from vit_flax.parts.stems import FlaxViTStem
 from vit_flax.stacked import make_blocks, scan_blocks
 
 
@@ -54,12 +56,12 @@ class FlaxViTPatchEmbeddings(FlaxViTPart):
         self.projection = convolution(
             self,
             self.config.hidden_size,
-            self.config.patch_height_width,
+            self.config.projection_size,
             use_bias=self.config.use_patch_bias,
         )
 
     def __call__(self, pixel_values):
-        embeddings = self.projection(pixel_values)  # (B, H/P, W/P, D)
+        embeddings = self.projection(pixel_values)  # (B, H/P, W/P, D); with a stem, of its output
         B, rows, columns, D = embeddings.shape
         return embeddings.reshape(B, rows * columns, D)  # (B, N, D)
 
@@ -82,6 +84,8 @@ class FlaxViTEmbeddings(FlaxViTPart):
         if config.use_absolute_position_embeddings:
             positions = config.num_prefix_positions + config.num_patches
             add_parameter(self, "position_embeddings", (1, positions, D), "normal")
+        if config.stem_type is not None:
+            self.stem = FlaxViTStem(**options(self))
         self.patch_embeddings = FlaxViTPatchEmbeddings(**options(self))
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
@@ -103,7 +107,11 @@ class FlaxViTEmbeddings(FlaxViTPart):
         B, H, W, C = pixel_values.shape
         grid = check_image(C, H, W, self.config, interpolate=interpolate_pos_encoding)
 
-        embeddings = self.patch_embeddings(pixel_values.astype(self.dtype))  # (B, N, D)
+        pixel_values = pixel_values.astype(self.dtype)
+        if self.config.stem_type is not None:
+            P = self.config.patch_height_width
+            pixel_values = self.stem(pixel_values[:, : grid[0] * P[0], : grid[1] * P[1]])
+        embeddings = self.patch_embeddings(pixel_values)  # (B, N, D)
         if bool_masked_pos is not None:
             if not self.use_mask_token:
                 raise InputError(
@@ -183,8 +191,11 @@ class FlaxViTSelfAttention(FlaxViTPart):
     def setup(self):
         D = self.config.hidden_size
         self.query = dense(self, D, use_bias=self.config.qkv_bias)
-        self.key = dense(self, D, use_bias=self.config.use_key_bias)
+        self.key = dense(self, D, use_bias=self.config.has_key_bias)
         self.value = dense(self, D, use_bias=self.config.qkv_bias)
+        if self.config.use_qk_norm:
+            self.query_norm = layer_norm(self)
+            self.key_norm = layer_norm(self)
         self.dropout = nn.Dropout(self.config.attention_probs_dropout_prob)
         if self.config.use_relative_position_bias:
             self.relative_position_bias = FlaxViTRelativePositionBias(**options(self))
@@ -198,6 +209,7 @@ class FlaxViTSelfAttention(FlaxViTPart):
         head_mask=None,
         bias=None,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """The context (B, F, D), and the probabilities (B, A, F, S) or None: see `attention`."""
         B, S, D = hidden_states.shape
@@ -212,6 +224,11 @@ class FlaxViTSelfAttention(FlaxViTPart):
         query = self.query(front).reshape(B, F, A, D // A)  # (B, F, A, D/A)
         key = self.key(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
         value = self.value(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
+        if self.config.use_qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if rotation is not None:
+            query = rotate(query, rotation, self.config.rope_rotate_half)
+            key = rotate(key, rotation, self.config.rope_rotate_half)
         context, probabilities = attention(
             query,
             key,
@@ -235,10 +252,14 @@ class FlaxViTSelfOutput(FlaxViTPart):
     """Mixes the heads."""
 
     def setup(self):
+        if self.config.use_attention_norm:
+            self.layernorm = layer_norm(self)
         self.dense = dense(self, self.config.hidden_size)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
     def __call__(self, hidden_states, deterministic: bool = True):
+        if self.config.use_attention_norm:
+            hidden_states = self.layernorm(hidden_states)
         hidden_states = self.dense(hidden_states)
         return self.dropout(hidden_states, deterministic=deterministic)
 
@@ -259,6 +280,7 @@ class FlaxViTAttention(FlaxViTPart):
         head_mask=None,
         bias=None,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """(B, F, D), and the probabilities (B, A, F, S) or None."""
         context, probabilities = self.attention(
@@ -268,6 +290,7 @@ class FlaxViTAttention(FlaxViTPart):
             head_mask=head_mask,
             bias=bias,
             grid=grid,
+            rotation=rotation,
         )
         return self.output(context, deterministic), probabilities
 
@@ -292,10 +315,14 @@ class FlaxViTOutput(FlaxViTPart):
     """Second half of the MLP."""
 
     def setup(self):
+        if self.config.use_mlp_norm:
+            self.layernorm = layer_norm(self)
         self.dense = dense(self, self.config.hidden_size)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
     def __call__(self, hidden_states, deterministic: bool = True):
+        if self.config.use_mlp_norm:
+            hidden_states = self.layernorm(hidden_states)
         hidden_states = self.dense(hidden_states)  # (B, S, D)
         return self.dropout(hidden_states, deterministic=deterministic)
 
@@ -313,21 +340,91 @@ class FlaxViTDropPath(nn.Module):
         return jnp.where(kept, hidden_states / jnp.asarray(keep, hidden_states.dtype), 0.0)
 
 
-class FlaxViTLayer(FlaxViTPart):
-    """One pre-norm block: attention and MLP, each with a residual. With `front_tokens`, only those
-    are computed; the others are only attended to."""
+class FlaxViTBranch(FlaxViTPart):
+    """What a block adds to its input: an attention and an MLP, with the norm and the factors of
+    each. `block_type` says where the norms are."""
 
     def setup(self):
         self.attention = FlaxViTAttention(**options(self))
         self.intermediate = FlaxViTIntermediate(**options(self))
         self.output = FlaxViTOutput(**options(self))
+        parallel = self.config.block_type == "parallel"
         self.layernorm_before = layer_norm(self)
-        self.layernorm_after = layer_norm(self)
+        if not parallel:
+            self.layernorm_after = layer_norm(self)
         self.drop_path = FlaxViTDropPath()
         if self.config.has_layer_scale:
             D, value = self.config.hidden_size, self.config.layer_scale_init_value
             add_parameter(self, "lambda_1", (D,), value)
-            add_parameter(self, "lambda_2", (D,), value)
+            if not parallel:
+                add_parameter(self, "lambda_2", (D,), value)
+
+    def attend(
+        self, hidden_states, deterministic: bool, output_attentions: bool, rate=None, **inputs
+    ):
+        """What attention adds, (B, F, D), and the probabilities (B, A, F, S) or None."""
+        post_norm = self.config.block_type == "post_norm"
+        normed = hidden_states if post_norm else self.layernorm_before(hidden_states)
+        output, probabilities = self.attention(normed, deterministic, output_attentions, **inputs)
+        if post_norm:
+            output = self.layernorm_before(output)
+        if self.config.has_layer_scale:
+            output = output * self.lambda_1.astype(self.dtype)
+        return self.drop_path(output, rate, deterministic), probabilities
+
+    def transform(self, hidden_states, deterministic: bool, rate=None):
+        """What the MLP adds, (B, F, D)."""
+        post_norm = self.config.block_type == "post_norm"
+        normed = hidden_states if post_norm else self.layernorm_after(hidden_states)
+        output = self.output(self.intermediate(normed), deterministic)
+        if post_norm:
+            output = self.layernorm_after(output)
+        if self.config.has_layer_scale:
+            output = output * self.lambda_2.astype(self.dtype)
+        return self.drop_path(output, rate, deterministic)
+
+    def attend_and_transform(
+        self, hidden_states, deterministic: bool, output_attentions: bool, rate=None, **inputs
+    ):
+        """What attention and MLP add beside each other, (B, F, D), and the probabilities."""
+        normed = self.layernorm_before(hidden_states)
+        output, probabilities = self.attention(normed, deterministic, output_attentions, **inputs)
+        normed = normed[:, : self.front_tokens]
+        output = output + self.output(self.intermediate(normed), deterministic)
+        if self.config.has_layer_scale:
+            output = output * self.lambda_1.astype(self.dtype)
+        return self.drop_path(output, rate, deterministic), probabilities
+
+
+class FlaxViTBranches(FlaxViTPart):
+    """The branches of a block beside its first, which is the block itself; parameters have the
+    path `branch/{j}`, j from 1 on."""
+
+    def setup(self):
+        count = self.config.num_parallel_branches
+        self.branches = [FlaxViTBranch(**options(self), name=str(j)) for j in range(1, count)]
+
+    def attend(self, output, hidden_states, deterministic: bool, rate=None, **inputs):
+        """What the attentions of all branches add; `output` is that of the first, (B, F, D)."""
+        for branch in self.branches:
+            output = output + branch.attend(hidden_states, deterministic, False, rate, **inputs)[0]
+        return output
+
+    def transform(self, output, hidden_states, deterministic: bool, rate=None):
+        """What the MLPs of all branches add; `output` is that of the first, (B, F, D)."""
+        for branch in self.branches:
+            output = output + branch.transform(hidden_states, deterministic, rate)
+        return output
+
+
+class FlaxViTLayer(FlaxViTBranch):
+    """One block: attention and MLP, each with a residual, or one residual for both. With
+    `front_tokens`, only those are computed; the others are only attended to."""
+
+    def setup(self):
+        super().setup()
+        if self.config.num_parallel_branches > 1:
+            self.branch = FlaxViTBranches(**options(self))
 
     def __call__(
         self,
@@ -338,8 +435,10 @@ class FlaxViTLayer(FlaxViTPart):
         bias=None,
         drop_path_rate=None,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
-        """(B, S, D), and the attention probabilities (B, A, S, S), None unless asked for.
+        """(B, S, D), and the attention probabilities (B, A, S, S), None unless asked for; of
+        several branches those of the first.
 
         Args:
             hidden_states: (B, S, D).
@@ -349,25 +448,21 @@ class FlaxViTLayer(FlaxViTPart):
             output_attentions: return the attention probabilities (B, A, S, S) too.
             drop_path_rate: how often, in training, an image skips a branch; None means never.
             grid: rows and columns of patches, for BEiT's bias; None means those of the config.
+            rotation: by what queries and keys are rotated, see `vit_flax.parts.rotary`.
         """
-        attention_output, probabilities = self.attention(
-            self.layernorm_before(hidden_states),
-            deterministic,
-            output_attentions,
-            head_mask=head_mask,
-            bias=bias,
-            grid=grid,
-        )
-        if self.config.has_layer_scale:
-            attention_output = attention_output * self.lambda_1.astype(self.dtype)
-        attention_output = self.drop_path(attention_output, drop_path_rate, deterministic)
-        hidden_states = attention_output + hidden_states[:, : self.front_tokens]
-        mlp_output = self.intermediate(self.layernorm_after(hidden_states))
-        mlp_output = self.output(mlp_output, deterministic)
-        if self.config.has_layer_scale:
-            mlp_output = mlp_output * self.lambda_2.astype(self.dtype)
-        mlp_output = self.drop_path(mlp_output, drop_path_rate, deterministic)
-        hidden_states = mlp_output + hidden_states
+        parallel, branches = self.config.block_type == "parallel", self.config.num_parallel_branches
+        inputs = {"head_mask": head_mask, "bias": bias, "grid": grid, "rotation": rotation}
+        rate, flags = drop_path_rate, (deterministic, output_attentions)
+        run = self.attend_and_transform if parallel else self.attend
+        output, probabilities = run(hidden_states, *flags, rate, **inputs)
+        if branches > 1:
+            output = self.branch.attend(output, hidden_states, deterministic, rate, **inputs)
+        hidden_states = output + hidden_states[:, : self.front_tokens]  # (B, F, D)
+        if not parallel:
+            output = self.transform(hidden_states, deterministic, rate)
+            if branches > 1:
+                output = self.branch.transform(output, hidden_states, deterministic, rate)
+            hidden_states = output + hidden_states
         return hidden_states, probabilities
 
 
@@ -389,23 +484,26 @@ class FlaxViTLayerCollection(FlaxViTPart):
         head_mask=None,
         bias=None,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """`FlaxBaseModelOutput` of the last block, or its tuple with `return_dict=False`;
-        `head_mask` is (L, 1, A, 1, 1) or None."""
+        `head_mask` is (L, 1, A, 1, 1) or None, `rotation` as `vit_flax.parts.rotary` has it."""
+        mixed = self.config.rope_type == "mixed"
 
-        def run(layer, hidden_states, layer_mask, rate):
+        def run(layer, hidden_states, own, rate):
+            layer_mask, turn = own
             inputs = (hidden_states, deterministic, output_attentions, layer_mask, bias, rate, grid)
-            return layer(*inputs)
+            return layer(*inputs, turn if mixed else rotation)
 
-        rates = self.config.drop_path_rates
+        rates, owned = self.config.drop_path_rates, (head_mask, rotation if mixed else None)
         if self.scan_layers and self.layers:
             flags = (output_attentions, output_hidden_states)
-            output = scan_blocks(run, self.layers[0], hidden_states, head_mask, rates, *flags)
+            output = scan_blocks(run, self.layers[0], hidden_states, owned, rates, *flags)
             return output if return_dict else output.to_tuple()
         all_hidden_states, all_attentions = [hidden_states], []
         for i, layer in enumerate(self.layers):
-            layer_mask = None if head_mask is None else head_mask[i]
-            hidden_states, probabilities = run(layer, hidden_states, layer_mask, rates[i] or None)
+            own = jax.tree.map(lambda array, i=i: array[i], owned)
+            hidden_states, probabilities = run(layer, hidden_states, own, rates[i] or None)
             all_hidden_states.append(hidden_states)
             all_attentions.append(probabilities)
         output = FlaxBaseModelOutput(
@@ -423,6 +521,10 @@ class FlaxViTEncoder(FlaxViTPart):
         self.layer = FlaxViTLayerCollection(**options(self))
         if self.config.use_shared_relative_position_bias:
             self.relative_position_bias = FlaxViTRelativePositionBias(**options(self))
+        if self.config.rope_type == "mixed":
+            L, A = self.config.num_hidden_layers, self.config.num_attention_heads
+            shape = (2, L, A, self.config.head_dim // 2)
+            add_parameter(self, "rope_frequencies", shape, "frequencies")
 
     def __call__(
         self,
@@ -446,12 +548,16 @@ class FlaxViTEncoder(FlaxViTPart):
             return_dict: False returns the output's tuple.
             bias: added to the scores of every block, such as a text's mask; broadcasts against
                 (B, A, S, S).
-            grid: rows and columns of patches, for BEiT's bias; None means those of the config.
+            grid: rows and columns of patches, for positions; None means those of the config.
         """
         if head_mask is not None:
             head_mask = spread_head_mask(head_mask, self.config)
         if self.config.use_shared_relative_position_bias:
             bias = self.relative_position_bias(grid or self.config.grid_size)
+        turn = None
+        if self.config.rope_type is not None:
+            learned = getattr(self, "rope_frequencies", None)
+            turn = rotation(self.config, grid or self.config.grid_size, self.dtype, learned)
         return self.layer(
             hidden_states,
             deterministic,
@@ -461,6 +567,7 @@ class FlaxViTEncoder(FlaxViTPart):
             head_mask=head_mask,
             bias=bias,
             grid=grid,
+            rotation=turn,
         )
 
 
@@ -530,7 +637,7 @@ class FlaxViTModule(FlaxViTPart):
         if self.config.use_pre_norm:
             self.pre_layernorm = layer_norm(self)
         self.encoder = FlaxViTEncoder(**options(self))
-        if not self.config.norm_after_pooling:
+        if self.config.has_final_norm:
             self.layernorm = layer_norm(self)
         if self.add_pooling_layer:
             by_attention = self.config.pooler_type == "map"
@@ -586,7 +693,7 @@ class FlaxViTModule(FlaxViTPart):
             grid=(pixel_values.shape[1] // P[0], pixel_values.shape[2] // P[1]),
         )
         last_hidden_state = outputs.last_hidden_state  # (B, S, D)
-        if not self.config.norm_after_pooling:
+        if self.config.has_final_norm:
             last_hidden_state = self.layernorm(last_hidden_state)
         pooled = self.pooler(last_hidden_state) if self.add_pooling_layer else None
         return finish(

@@ -49,6 +49,7 @@ from vit_flax.arguments import (
     values_of,
 )
 from vit_flax.attention import check_implementation, targets
+from vit_flax.layers import frequencies
 from vit_flax.model import (
     FlaxViTForImageClassificationModule,
     FlaxViTForMaskedImageModelingModule,
@@ -368,9 +369,11 @@ class FlaxPreTrainedModel(Loadable, Savable):
         for path in paths:
             shape = self._single_shapes[path]
             kind = initial_value(canonical[path])
-            if kind == "normal":
-                # The key depends on the name only, so a parameter is the same in every model.
-                key = jax.random.fold_in(rng, zlib.crc32("/".join(path).encode()))
+            # The key depends on the name only, so a parameter is the same in every model.
+            key = jax.random.fold_in(rng, zlib.crc32("/".join(path).encode()))
+            if kind == "frequencies":
+                drawn[path] = frequencies(self._config.rope_theta)(key, shape, self.param_dtype)
+            elif kind == "normal":
                 std = self._config.initializer_range
                 drawn[path] = draw_normal(key, std, shape, self.param_dtype)
             else:

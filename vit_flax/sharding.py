@@ -44,26 +44,31 @@ _PART = PartitionSpec(MODEL)
 _BIASES = PartitionSpec(None, MODEL)  # of attention, a column for each head
 _WIDTH = PartitionSpec(None, None, FSDP)  # (1, S, D)
 
-_BLOCK = r"encoder/layer/\d+"
+_BLOCK = r"encoder/layer/\d+(?:/branch/\d+)?"
 _ATTENTION = rf"{_BLOCK}/attention/attention"
 _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embeddings/(cls_token|distillation_token|mask_token|register_tokens)", _WHOLE),
     (r"embeddings/position_embeddings", _WIDTH),
+    (r"embeddings/stem/.*conv\w*/kernel", PartitionSpec(None, None, None, FSDP)),
+    (r"embeddings/stem/.*norm\w*/(scale|bias)", _WHOLE),
     (
         r"embeddings/patch_embeddings/projection/kernel",  # (P, P, C, D)
         PartitionSpec(None, None, None, FSDP),
     ),
     (r"embeddings/patch_embeddings/projection/bias", _WHOLE),
     (r"encoder/relative_position_bias/relative_position_bias_table", _BIASES),
+    (r"encoder/rope_frequencies", PartitionSpec(None, None, MODEL)),  # (2, L, A, D/A/2)
     (rf"{_ATTENTION}/relative_position_bias/relative_position_bias_table", _BIASES),
     (rf"{_ATTENTION}/(query|key|value)/kernel", _OUTPUTS),
-    (rf"{_ATTENTION}/(query|key|value)/(bias|kernel_scale)", _PART),
+    (rf"{_ATTENTION}/(query|key|value)/(bias|kernel_scale|kernel_sums)", _PART),
     (rf"{_BLOCK}/attention/output/dense/kernel", _INPUTS),
     (rf"{_BLOCK}/intermediate/dense/kernel", _OUTPUTS),
-    (rf"{_BLOCK}/intermediate/dense/(bias|kernel_scale)", _PART),
+    (rf"{_BLOCK}/intermediate/dense/(bias|kernel_scale|kernel_sums)", _PART),
     (rf"{_BLOCK}/output/dense/kernel", _INPUTS),
-    (rf"{_BLOCK}/(attention/)?output/dense/(bias|kernel_scale)", _WHOLE),
-    (rf"{_BLOCK}/layernorm_(before|after)/(scale|bias)", _WHOLE),
+    (rf"{_BLOCK}/(attention/)?output/dense/(bias|kernel_scale|kernel_sums)", _WHOLE),
+    (rf"{_BLOCK}/(layernorm_(before|after)|attention/output/layernorm)/(scale|bias)", _WHOLE),
+    (rf"{_ATTENTION}/(query|key)_norm/(scale|bias)", _WHOLE),  # of one head, the same for all
+    (rf"{_BLOCK}/output/layernorm/(scale|bias)", _PART),  # of the MLP's width
     (rf"{_BLOCK}/lambda_[12]", _WHOLE),
     (r"(pre_layernorm|layernorm|pooler/layernorm)/(scale|bias)", _WHOLE),
     (r"pooler/dense/kernel", PartitionSpec(FSDP)),

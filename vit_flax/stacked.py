@@ -66,7 +66,7 @@ def scan_blocks(
     run: Callable[..., tuple[jax.Array, jax.Array | None]],
     layer: FlaxViTLayer,
     hidden_states: jax.Array,
-    head_mask: jax.Array | None,
+    owned: Any,
     rates: tuple[float, ...],
     output_attentions: bool,
     output_hidden_states: bool,
@@ -74,11 +74,11 @@ def scan_blocks(
     """One block, compiled once and run L times, over stacked parameters.
 
     Args:
-        run: function of the block, hidden states, a head mask and a rate of stochastic depth, that
-            returns hidden states and attention probabilities or None.
+        run: function of the block, hidden states, what the block alone has of `owned` and a rate of
+            stochastic depth, that returns hidden states and attention probabilities or None.
         layer: the block.
         hidden_states: (B, S, D).
-        head_mask: (L, 1, A, 1, 1) or None.
+        owned: arrays (L, ...), or any tree of them: head masks, rotations.
         rates: of stochastic depth, one for each block.
         output_attentions, output_hidden_states: return those of every block too.
 
@@ -86,8 +86,8 @@ def scan_blocks(
         As `FlaxViTLayerCollection`.
     """
 
-    def step(layer, hidden_states, layer_mask, rate):
-        hidden_states, probabilities = run(layer, hidden_states, layer_mask, rate)
+    def step(layer, hidden_states, own, rate):
+        hidden_states, probabilities = run(layer, hidden_states, own, rate)
         return hidden_states, (hidden_states if output_hidden_states else None, probabilities)
 
     scan = nn.scan(
@@ -97,7 +97,7 @@ def scan_blocks(
         length=len(rates),
     )
     layer_rates = jnp.asarray(rates) if any(rates) else None
-    last, (states, probabilities) = scan(layer, hidden_states, head_mask, layer_rates)
+    last, (states, probabilities) = scan(layer, hidden_states, owned, layer_rates)
     return FlaxBaseModelOutput(
         last_hidden_state=last,
         hidden_states=None if states is None else (hidden_states, *jnp.unstack(states)),

@@ -1,8 +1,9 @@
 """The layers that the network is built of, with nothing left to PyTorch's defaults: a dense layer,
-a convolution and a layer norm, and the first values of their parameters."""
+a convolution and the norms, and the first values of their parameters."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,14 +24,32 @@ def initialize(parameter: torch.Tensor, config: ViTConfig) -> None:
         nn.init.trunc_normal_(parameter, mean=0.0, std=config.initializer_range, a=-2.0, b=2.0)
 
 
+def initialize_frequencies(parameter: torch.Tensor, config: ViTConfig) -> None:
+    """New frequencies of rotary position embeddings, of two coordinates, in place: those of
+    `rope_theta`, along axes turned at random in each head of each block (Heo et al. 2024,
+    arXiv:2403.13298)."""
+    _, L, A, half = parameter.shape
+    exact = torch.promote_types(parameter.dtype, torch.float32)
+    like = {"dtype": exact, "device": parameter.device}
+    size = config.rope_theta ** -(torch.arange(half // 2, **like) / (half // 2))
+    angle = 2 * math.pi * torch.rand(L, A, 1, **like).expand(L, A, half // 2)
+    parts = [(torch.cos(angle + turn), torch.sin(angle + turn)) for turn in (0.0, math.pi / 2)]
+    axes = [torch.cat(axis, -1) for axis in zip(*parts, strict=True)]
+    with torch.no_grad():
+        parameter.copy_(torch.stack(axes) * size.tile(2))  # (2, L, A, D/A/2)
+
+
 def add_parameter(
-    part: ViTPart, name: str, shape: tuple[int, ...], value: float | Literal["normal"]
+    part: ViTPart,
+    name: str,
+    shape: tuple[int, ...],
+    value: float | Literal["normal", "frequencies"],
 ) -> None:
     """Give a part, in its constructor, a parameter of that name, filled with `value` or drawn from
-    the normal distribution of `initialize`."""
-    if value == "normal":
+    the normal distribution of `initialize` or by `initialize_frequencies`."""
+    if value in ("normal", "frequencies"):
         parameter = nn.Parameter(torch.empty(shape))
-        initialize(parameter, part.config)
+        (initialize if value == "normal" else initialize_frequencies)(parameter, part.config)
     else:
         parameter = nn.Parameter(torch.full(shape, value))
     part.register_parameter(name, parameter)
@@ -63,12 +82,13 @@ def convolution(
     return layer
 
 
-def layer_norm(part: ViTPart) -> nn.LayerNorm:
-    norm = nn.LayerNorm(
-        part.config.hidden_size,
-        eps=part.config.layer_norm_eps,
-        elementwise_affine=True,
-        bias=True,
-    )
+def layer_norm(part: ViTPart, width: int | None = None) -> nn.LayerNorm | nn.RMSNorm:
+    """A norm over the last axis, of the config's `norm_type`; `width` None is `hidden_size`."""
+    width, epsilon = width or part.config.hidden_size, part.config.layer_norm_eps
+    norm: nn.LayerNorm | nn.RMSNorm
+    if part.config.norm_type == "rmsnorm":
+        norm = nn.RMSNorm(width, eps=epsilon, elementwise_affine=True)
+    else:
+        norm = nn.LayerNorm(width, eps=epsilon, elementwise_affine=True, bias=True)
     norm._is_hf_initialized = True  # type: ignore[assignment]
     return norm

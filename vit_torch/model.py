@@ -47,6 +47,8 @@ from vit_torch.outputs import (
 )
 from vit_torch.parts.attention_pool import ViTAttentionPooler
 from vit_torch.parts.part import ViTPart, activation, options
+from vit_torch.parts.rotary import Rotation, rotate, rotation
+from vit_torch.parts.stems import ViTStem
 
 
 class ViTPatchEmbeddings(ViTPart):
@@ -66,14 +68,14 @@ class ViTPatchEmbeddings(ViTPart):
         self.num_channels, self.num_patches = self.config.num_channels, self.config.num_patches
         self.projection = convolution(
             self,
-            self.config.num_channels,
+            self.config.stem_channels,
             self.config.hidden_size,
-            self.config.patch_height_width,
+            self.config.projection_size,
             use_bias=self.config.use_patch_bias,
         )
 
     def forward(self, pixel_values):
-        embeddings = self.projection(pixel_values)  # (B, D, H/P, W/P)
+        embeddings = self.projection(pixel_values)  # (B, D, H/P, W/P); with a stem, of its output
         return embeddings.flatten(2).transpose(1, 2)  # (B, N, D)
 
 
@@ -97,6 +99,8 @@ class ViTEmbeddings(ViTPart):
         if config.use_absolute_position_embeddings:
             positions = config.num_prefix_positions + config.num_patches
             add_parameter(self, "position_embeddings", (1, positions, D), "normal")
+        if config.stem_type is not None:
+            self.stem = ViTStem(**options(self))
         self.patch_embeddings = ViTPatchEmbeddings(**options(self))
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
@@ -114,7 +118,11 @@ class ViTEmbeddings(ViTPart):
         grid = check_image(C, H, W, self.config, interpolate=interpolate_pos_encoding)
 
         dtype = self.patch_embeddings.projection.weight.dtype
-        embeddings = self.patch_embeddings(pixel_values.to(dtype))  # (B, N, D)
+        pixel_values = pixel_values.to(dtype)
+        if self.config.stem_type is not None:
+            P = self.config.patch_height_width
+            pixel_values = self.stem(pixel_values[:, :, : grid[0] * P[0], : grid[1] * P[1]])
+        embeddings = self.patch_embeddings(pixel_values)  # (B, N, D)
         if bool_masked_pos is not None:
             if not self.use_mask_token:
                 raise InputError(
@@ -200,8 +208,11 @@ class ViTSelfAttention(ViTPart):
         self.num_attention_heads = self.config.num_attention_heads
         self.attention_head_size = D // self.num_attention_heads
         self.query = dense(self, D, D, use_bias=self.config.qkv_bias)
-        self.key = dense(self, D, D, use_bias=self.config.use_key_bias)
+        self.key = dense(self, D, D, use_bias=self.config.has_key_bias)
         self.value = dense(self, D, D, use_bias=self.config.qkv_bias)
+        if self.config.use_qk_norm:
+            self.query_norm = layer_norm(self, self.attention_head_size)
+            self.key_norm = layer_norm(self, self.attention_head_size)
         self.dropout = nn.Dropout(self.config.attention_probs_dropout_prob)
         if self.config.use_relative_position_bias:
             self.relative_position_bias = ViTRelativePositionBias(**options(self))
@@ -213,6 +224,7 @@ class ViTSelfAttention(ViTPart):
         bias=None,
         output_attentions: bool = False,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """The context (B, S, D), and the probabilities (B, A, S, S) or None: see `attention`."""
         B, S, D = hidden_states.shape
@@ -223,6 +235,11 @@ class ViTSelfAttention(ViTPart):
         query = self.query(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
         key = self.key(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
         value = self.value(hidden_states).reshape(B, S, A, D // A)  # (B, S, A, D/A)
+        if self.config.use_qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if rotation is not None:
+            query = rotate(query, rotation, self.config.rope_rotate_half)
+            key = rotate(key, rotation, self.config.rope_rotate_half)
         context, probabilities = attention(
             query,
             key,
@@ -241,10 +258,14 @@ class ViTSelfOutput(ViTPart):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+        if self.config.use_attention_norm:
+            self.layernorm = layer_norm(self)
         self.dense = dense(self, self.config.hidden_size, self.config.hidden_size)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
     def forward(self, hidden_states):
+        if self.config.use_attention_norm:
+            hidden_states = self.layernorm(hidden_states)
         hidden_states = self.dense(hidden_states)
         return self.dropout(hidden_states)
 
@@ -257,6 +278,14 @@ def with_probabilities(hidden_states, probabilities, output_attentions: bool, pa
     if output_attentions:
         return hidden_states, probabilities
     return (hidden_states,) if part.config.base_family == "beit" else hidden_states
+
+
+def without_tuple(output):
+    """Undo `with_probabilities`: hidden states, and the probabilities or None."""
+    if not isinstance(output, tuple):
+        return output, None
+    hidden_states, *probabilities = output
+    return hidden_states, probabilities[0] if probabilities else None
 
 
 class ViTAttention(ViTPart):
@@ -274,10 +303,11 @@ class ViTAttention(ViTPart):
         bias=None,
         output_attentions: bool = False,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
         """As `ViTLayer`."""
         context, probabilities = self.attention(
-            hidden_states, head_mask, bias, output_attentions, grid
+            hidden_states, head_mask, bias, output_attentions, grid, rotation
         )
         return with_probabilities(self.output(context), probabilities, output_attentions, self)
 
@@ -304,10 +334,14 @@ class ViTOutput(ViTPart):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+        if self.config.use_mlp_norm:
+            self.layernorm = layer_norm(self, self.config.intermediate_size)
         self.dense = dense(self, self.config.intermediate_size, self.config.hidden_size)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
     def forward(self, hidden_states):
+        if self.config.use_mlp_norm:
+            hidden_states = self.layernorm(hidden_states)
         hidden_states = self.dense(hidden_states)  # (B, S, D)
         return self.dropout(hidden_states)
 
@@ -327,11 +361,12 @@ class ViTDropPath(nn.Module):
         return hidden_states * F.dropout(hidden_states.new_ones(B, *(1 for _ in rest)), self.p)
 
 
-class ViTLayer(ViTPart):
-    """One pre-norm block: attention and MLP, each with a residual.
+class ViTBranch(ViTPart):
+    """What a block adds to its input: an attention and an MLP, with the norm and the factors of
+    each. `block_type` says where the norms are.
 
     Attributes:
-        drop_path_rate: how often, in training, an image skips a branch.
+        drop_path_rate: how often, in training, an image skips the attention or the MLP.
     """
 
     def __init__(self, drop_path_rate: float = 0.0, **kwargs):
@@ -339,13 +374,81 @@ class ViTLayer(ViTPart):
         self.attention = ViTAttention(**options(self))
         self.intermediate = ViTIntermediate(**options(self))
         self.output = ViTOutput(**options(self))
+        parallel = self.config.block_type == "parallel"
         self.layernorm_before = layer_norm(self)
-        self.layernorm_after = layer_norm(self)
+        if not parallel:
+            self.layernorm_after = layer_norm(self)
         self.drop_path = ViTDropPath(drop_path_rate)
         if self.config.has_layer_scale:
             D, value = self.config.hidden_size, self.config.layer_scale_init_value
             add_parameter(self, "lambda_1", (D,), value)
-            add_parameter(self, "lambda_2", (D,), value)
+            if not parallel:
+                add_parameter(self, "lambda_2", (D,), value)
+
+    def attend(self, hidden_states, **inputs):
+        """What attention adds, (B, S, D), and the probabilities (B, A, S, S) or None."""
+        post_norm = self.config.block_type == "post_norm"
+        normed = hidden_states if post_norm else self.layernorm_before(hidden_states)
+        output, probabilities = without_tuple(self.attention(normed, **inputs))
+        if post_norm:
+            output = self.layernorm_before(output)
+        if self.config.has_layer_scale:
+            output = output * self.lambda_1
+        return self.drop_path(output), probabilities
+
+    def transform(self, hidden_states):
+        """What the MLP adds, (B, S, D)."""
+        post_norm = self.config.block_type == "post_norm"
+        normed = hidden_states if post_norm else self.layernorm_after(hidden_states)
+        output = self.output(self.intermediate(normed))
+        if post_norm:
+            output = self.layernorm_after(output)
+        if self.config.has_layer_scale:
+            output = output * self.lambda_2
+        return self.drop_path(output)
+
+    def attend_and_transform(self, hidden_states, **inputs):
+        """What attention and MLP add beside each other, (B, S, D), and the probabilities."""
+        normed = self.layernorm_before(hidden_states)
+        output, probabilities = without_tuple(self.attention(normed, **inputs))
+        output = output + self.output(self.intermediate(normed))
+        if self.config.has_layer_scale:
+            output = output * self.lambda_1
+        return self.drop_path(output), probabilities
+
+
+class ViTBranches(nn.ModuleDict):
+    """The branches of a block beside its first, which is the block itself; parameters have the
+    names `branch.{j}`, j from 1 on."""
+
+    def __init__(self, part: ViTPart, drop_path_rate: float):
+        count = part.config.num_parallel_branches
+        super().__init__(
+            {str(j): ViTBranch(drop_path_rate, **options(part)) for j in range(1, count)}
+        )
+
+    def attend(self, output, hidden_states, **inputs):
+        """What the attentions of all branches add; `output` is that of the first, (B, S, D)."""
+        branch: Any
+        for branch in self.values():
+            output = output + branch.attend(hidden_states, **inputs)[0]
+        return output
+
+    def transform(self, output, hidden_states):
+        """What the MLPs of all branches add; `output` is that of the first, (B, S, D)."""
+        branch: Any
+        for branch in self.values():
+            output = output + branch.transform(hidden_states)
+        return output
+
+
+class ViTLayer(ViTBranch):
+    """One block: attention and MLP, each with a residual, or one residual for both."""
+
+    def __init__(self, drop_path_rate: float = 0.0, **kwargs):
+        super().__init__(drop_path_rate, **kwargs)
+        if self.config.num_parallel_branches > 1:
+            self.branch = ViTBranches(self, drop_path_rate)
 
     def forward(
         self,
@@ -354,9 +457,10 @@ class ViTLayer(ViTPart):
         bias=None,
         output_attentions: bool = False,
         grid: tuple[int, int] | None = None,
+        rotation=None,
     ):
-        """Hidden states (B, S, D); with `output_attentions`, a pair of these and the probabilities;
-        of BEiT a tuple in any case.
+        """Hidden states (B, S, D); with `output_attentions`, a pair of these and the probabilities,
+        of several branches those of the first; of BEiT a tuple in any case.
 
         Args:
             hidden_states: (B, S, D).
@@ -364,24 +468,20 @@ class ViTLayer(ViTPart):
             bias: added to the attention scores, such as the one that all of BEiT's blocks share.
             output_attentions: return the attention probabilities (B, A, S, S) too.
             grid: rows and columns of patches, for BEiT's bias; None means those of the config.
+            rotation: by what queries and keys are rotated, see `vit_torch.parts.rotary`.
         """
-        attention_output = self.attention(
-            self.layernorm_before(hidden_states), head_mask, bias, output_attentions, grid
-        )
-        probabilities = None
-        if isinstance(attention_output, tuple):
-            attention_output, *rest = attention_output
-            probabilities = rest[0] if rest else None
-        if self.config.has_layer_scale:
-            attention_output = attention_output * self.lambda_1
-        attention_output = self.drop_path(attention_output)
-        hidden_states = attention_output + hidden_states
-        mlp_output = self.intermediate(self.layernorm_after(hidden_states))
-        mlp_output = self.output(mlp_output)
-        if self.config.has_layer_scale:
-            mlp_output = mlp_output * self.lambda_2
-        mlp_output = self.drop_path(mlp_output)
-        hidden_states = mlp_output + hidden_states
+        parallel, branches = self.config.block_type == "parallel", self.config.num_parallel_branches
+        inputs = {"head_mask": head_mask, "bias": bias, "grid": grid, "rotation": rotation}
+        run = self.attend_and_transform if parallel else self.attend
+        output, probabilities = run(hidden_states, **inputs, output_attentions=output_attentions)
+        if branches > 1:
+            output = self.branch.attend(output, hidden_states, **inputs)
+        hidden_states = output + hidden_states
+        if not parallel:
+            output = self.transform(hidden_states)
+            if branches > 1:
+                output = self.branch.transform(output, hidden_states)
+            hidden_states = output + hidden_states
         return with_probabilities(hidden_states, probabilities, output_attentions, self)
 
     @property
@@ -405,6 +505,10 @@ class ViTEncoder(ViTPart):
         )
         if self.config.use_shared_relative_position_bias:
             self.relative_position_bias = ViTRelativePositionBias(**options(self))
+        if self.config.rope_type == "mixed":
+            L, A = self.config.num_hidden_layers, self.config.num_attention_heads
+            shape = (2, L, A, self.config.head_dim // 2)
+            add_parameter(self, "rope_frequencies", shape, "frequencies")
         self.gradient_checkpointing = self.config.gradient_checkpointing
         self.gradient_checkpointing_kwargs: dict[str, Any] = {"use_reentrant": False}
 
@@ -425,7 +529,7 @@ class ViTEncoder(ViTPart):
             head_mask: (A,) or (L, A), multiplies the attention probabilities.
             output_attentions, output_hidden_states: return those of every block too.
             return_dict: False returns the output's tuple.
-            grid: rows and columns of patches, for BEiT's bias; None means those of the config.
+            grid: rows and columns of patches, for positions; None means those of the config.
             bias: added to the scores of every block, such as a text's mask; broadcasts against
                 (B, A, S, S).
         """
@@ -433,11 +537,12 @@ class ViTEncoder(ViTPart):
             head_mask = spread_head_mask(head_mask, self.config)
         if self.config.use_shared_relative_position_bias:
             bias = self.relative_position_bias(grid or self.config.grid_size)
+        turns = self.rotations(grid or self.config.grid_size, hidden_states)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         all_hidden_states, all_attentions = [hidden_states], []
         for i, layer in enumerate(self.layer):
             layer_mask = None if head_mask is None else head_mask[i]
-            inputs = (hidden_states, layer_mask, bias, output_attentions, grid)
+            inputs = (hidden_states, layer_mask, bias, output_attentions, grid, turns[i])
             if recompute:
                 hidden_states = checkpoint(layer, *inputs, **self.gradient_checkpointing_kwargs)
             else:
@@ -452,6 +557,15 @@ class ViTEncoder(ViTPart):
             attentions=tuple(all_attentions) if output_attentions else None,
         )
         return output if return_dict else output.to_tuple()
+
+    def rotations(self, grid: tuple[int, int], like: torch.Tensor) -> list[Rotation | None]:
+        """By what each block rotates queries and keys, for a grid (rows, columns) of patches; in
+        the dtype and on the device of a tensor."""
+        L, kind = self.config.num_hidden_layers, self.config.rope_type
+        if kind is None:
+            return [None] * L
+        turn = rotation(self.config, grid, like, getattr(self, "rope_frequencies", None))
+        return list(zip(*turn, strict=True)) if kind == "mixed" else [turn] * L
 
 
 def spread_head_mask(head_mask, config: ViTConfig):
@@ -516,7 +630,7 @@ class ViTModule(ViTPart):
         if self.config.use_pre_norm:
             self.pre_layernorm = layer_norm(self)
         self.encoder = ViTEncoder(**options(self))
-        if not self.config.norm_after_pooling:
+        if self.config.has_final_norm:
             self.layernorm = layer_norm(self)
         pooler = ViTAttentionPooler if self.config.pooler_type == "map" else ViTPooler
         self.pooler = pooler(**options(self)) if add_pooling_layer else None
@@ -568,7 +682,7 @@ class ViTModule(ViTPart):
             grid=(pixel_values.shape[2] // P[0], pixel_values.shape[3] // P[1]),
         )
         last_hidden_state = outputs.last_hidden_state  # (B, S, D)
-        if not self.config.norm_after_pooling:
+        if self.config.has_final_norm:
             last_hidden_state = self.layernorm(last_hidden_state)
         pooled = self.pooler(last_hidden_state) if self.pooler is not None else None
         return finish(

@@ -25,7 +25,7 @@ from vit_convert.save import Savable, SaveFormat
 from vit_convert.source import Source
 from vit_torch.attention import check_implementation
 from vit_torch.base import ModelBase
-from vit_torch.layers import initialize
+from vit_torch.layers import initialize, initialize_frequencies
 from vit_torch.model import (
     ViTForImageClassificationModule,
     ViTForMaskedImageModelingModule,
@@ -399,6 +399,8 @@ def draw_parameter(name: str, shape: tuple[int, ...], config: ViTConfig) -> torc
     parameter = torch.full(shape, constants.get(kind, 0.0))
     if kind == "normal":
         initialize(parameter, config)
+    elif kind == "frequencies":
+        initialize_frequencies(parameter, config)
     return parameter
 
 

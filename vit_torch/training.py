@@ -38,7 +38,7 @@ IGNORED = -100
 """Label of an image that does not count."""
 
 _TOKENS = ("cls_token", "distillation_token", "register_tokens", "mask_token")
-_POSITIONS = ("position_embeddings", "relative_position_bias_table")
+_POSITIONS = ("position_embeddings", "relative_position_bias_table", "rope_frequencies")
 
 
 # -- what is trained, at which rate, with which decay

@@ -18,6 +18,8 @@ from vit_convert.formats.huggingface import (
     CLIP_TOP,
     DINOV2_BLOCK,
     DINOV2_SWIGLU_BLOCK,
+    EXTENDED_BLOCK,
+    STEM,
     extended,
     gated,
     plain,
@@ -30,6 +32,7 @@ _TOKENS = (
     "embeddings.register_tokens",
     "embeddings.position_embeddings",
     "encoder.relative_position_bias.relative_position_bias_table",
+    "encoder.rope_frequencies",
     "pooler.probe",
 )
 _DENSE = (
@@ -46,16 +49,31 @@ _CONVOLUTIONS = ("embeddings.patch_embeddings.projection", "decoder.0")
 _NORMS = ("pre_layernorm", "layernorm", "pooler.layernorm", "lm_layernorm")
 
 
+_ALONE = (
+    "lambda_1", "lambda_2", "_table", "_token", "_tokens", "_embeddings", "_frequencies",
+)  # fmt: skip
+"""What names of parameters end with that are no leaves of a module."""
+
+
 def _leaves(theirs: str, ours: str, separator: str) -> list[Rule]:
     """The rules of one module; what kind it is, its name says."""
     if ours.endswith(
-        ("lambda_1", "lambda_2", "_table", "_token", "_tokens", "_embeddings", "probe")
+        (
+            "lambda_1",
+            "lambda_2",
+            "_table",
+            "_token",
+            "_tokens",
+            "_embeddings",
+            "_frequencies",
+            "probe",
+        )  # fmt: skip
     ):
         pairs: list[tuple[str, str, Layout]] = [("", "", KEEP)]
     elif "norm" in ours.rpartition(".")[2]:
         pairs = [(".scale", ".weight", KEEP), (".bias", ".bias", KEEP)]
     else:
-        layout = HWIO if ours in _CONVOLUTIONS else TRANSPOSE
+        layout = HWIO if ours in (*_CONVOLUTIONS, *STEM) else TRANSPOSE
         pairs = [(".kernel", ".weight", layout), (".bias", ".bias", KEEP)]
     return [
         Rule((theirs + leaf).replace(".", separator), ours + own, layout)
@@ -69,12 +87,15 @@ def _rules(block: dict[str, str], separator: str, mask_token: Layout = KEEP) -> 
     ]
     for name in (*_TOKENS, *_DENSE, *_CONVOLUTIONS, *_NORMS):
         rules += _leaves(name, name, separator)
+    for name in STEM:
+        rules += _leaves(name, name, separator)
     for ours, theirs in block.items():
-        rules += _leaves(f"encoder.layer.{{i}}.{theirs}", f"encoder.layer.{{i}}.{ours}", separator)
+        for start in ("encoder.layer.{i}.", "encoder.layer.{i}.branch.{j}."):
+            rules += _leaves(start + theirs, start + ours, separator)
     return tuple(rules)
 
 
-_SAME = {name: name for name in BLOCK}
+_SAME = {name: name for name in (*BLOCK, *EXTENDED_BLOCK)}
 
 
 def text_rules(block: dict[str, str], separator: str, start: str, norm: str) -> tuple[Rule, ...]:

@@ -5,6 +5,7 @@ Code outside this folder asks those fields and never compares names of formats.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,8 +30,8 @@ every model)."""
 class Rule:
     """One row of a format's table: which foreign keys hold which canonical parameters.
 
-    `{i}` in a name stands for the index of a block. Several names on either side belong together
-    through the layout.
+    `{i}` in a name stands for the index of a block, `{j}` for that of a part of the block. Several
+    names on either side belong together through the layout.
     """
 
     foreign: str | tuple[str, ...]
@@ -47,7 +48,11 @@ class Rule:
 
 
 def fill(name: str, index: str | None) -> str:
-    return name if index is None else name.replace("{i}", index)
+    """A name with the index of its block, "3", or of its block and part, "3 1"."""
+    if index is None:
+        return name
+    block, _, part = index.partition(" ")
+    return name.replace("{i}", block).replace("{j}", part)
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,7 @@ class Published(NamedTuple):
         positions: its positions (N, D), from (rows, columns) of patches and the width, where they
             are not learned.
         class_token: whether it has one.
+        gated: whether its MLP is a SwiGLU.
     """
 
     name: str
@@ -133,6 +139,7 @@ class Published(NamedTuple):
     heads: int
     positions: Callable[[tuple[int, int], int], np.ndarray] | None = None
     class_token: bool = True
+    gated: bool = False
 
 
 Implied = tuple[BaseImageProcessor, str]
@@ -164,6 +171,12 @@ class Format:
         candidate: whether it is named in the error where no sign decides between formats.
         settings: fields of the config that networks in this format have, where they differ from
             the defaults of the family.
+        unsaid: fields that networks with such weights differ in and that the weights do not show,
+            from the shapes of the weights by canonical name; they are asked for where no file says
+            them.
+        classes: names of timm's classes whose networks have these names; a file whose
+            architecture is of another class is in another format. Empty for any.
+        stem: the same of networks with a stem before their patches.
         relative_resize: how relative positions of networks in this format are resampled.
         positions: positions (N, D) of networks whose files hold none, from (rows, columns) of
             patches and the width; None where files hold them or the family has none.
@@ -198,6 +211,9 @@ class Format:
     clues: tuple[Clue, ...] = ()
     candidate: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    unsaid: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
+    classes: tuple[str, ...] = ()
+    stem: Mapping[str, Any] = field(default_factory=dict)
     relative_resize: RelativeRule = "bilinear"
     positions: Callable[[tuple[int, int], int], np.ndarray] | None = None
     published: tuple[Published, ...] = ()
@@ -286,11 +302,17 @@ _INDEX = re.compile(r"(?<![^./_])(0|[1-9]\d{0,4})(?![^./])")
 
 
 def _lookup(table: Mapping[str, Rule], key: str) -> tuple[Rule, str | None] | None:
-    """The rule for a name, and the index that stands at its `{i}`."""
+    """The rule for a name, and the index that stands at its `{i}`, or both at `{i}` and `{j}`."""
     if key in table:
         return (table[key], None) if "{i}" not in key else None
-    for match in _INDEX.finditer(key):
+    matches = list(_INDEX.finditer(key))
+    for match in matches:
         rule = table.get(f"{key[: match.start()]}{{i}}{key[match.end() :]}")
         if rule is not None:
             return rule, match[1]
+    for first, second in itertools.combinations(matches, 2):
+        between = key[first.end() : second.start()]
+        rule = table.get(f"{key[: first.start()]}{{i}}{between}{{j}}{key[second.end() :]}")
+        if rule is not None:
+            return rule, f"{first[1]} {second[1]}"
     return None

@@ -18,6 +18,7 @@ from vit_common.config import ViTConfig
 from vit_common.errors import CheckpointError
 from vit_common.files.containers.tensor import Tensor
 from vit_common.images.processor import ViTImageProcessor
+from vit_convert.formats import stems
 from vit_convert.formats.format import Files, Format, Implied, Rule
 from vit_convert.layouts import HWIO, KEEP, TRANSPOSE, heads_apart
 
@@ -30,8 +31,8 @@ _POSEMBED = "Transformer/posembed_input/pos_embedding"
 _POSITIONS = "pos_embedding"
 _HYBRID = (
     (
-        r"(conv_root|gn_root|norm_root|block\d+)/.*",
-        "a ResNet before its patches (a hybrid of Google's, such as R50+ViT-B_16)",
+        r"(norm_root|block\d+/unit\d+/(a|b|c|gn_a|norm\w*))/.*",
+        "a ResNet of BiT's names before its patches",
     ),
 )
 _PARTS = (
@@ -177,14 +178,21 @@ _LINEN = ("LayerNorm_1", "MultiHeadDotProductAttention_0", "MlpBlock_0")
 def _tables(heads: int) -> tuple[Format, ...]:
     """The tables for networks of `heads` heads; reading needs none."""
 
-    def table(describes: str, place: str, names: tuple[str, ...], **more: Any) -> Format:
+    def table(
+        describes: str,
+        place: str,
+        names: tuple[str, ...],
+        stem: tuple[Rule, ...] = (),
+        **more: Any,
+    ) -> Format:
         return Format(
             name="google",
             describes=describes,
             files=Files(container="npz", suffix=".npz"),
-            rules=_rules(heads, place, *names),
+            rules=_rules(heads, place, *names) + stem,
             separator="/",
             settings=_SETTINGS,
+            stem={"stem_standardization": "deviation", "stem_norm_eps": 1e-6},
             imagenet=True,
             preprocessing=_preprocessing,
             loses=_loses,
@@ -198,6 +206,7 @@ def _tables(heads: int) -> tuple[Format, ...]:
             "google-research vision_transformer or AugReg",
             _POSEMBED,
             _OLD,
+            stems.GOOGLE,
             fits=lambda config, head: config.position_tokens != "patches",
             with_heads=lambda heads: _tables(heads)[0],
         ),
@@ -214,6 +223,7 @@ def _tables(heads: int) -> tuple[Format, ...]:
             "google-research vision_transformer, as its own training saves it",
             _POSEMBED,
             _LINEN,
+            stems.GOOGLE_LINEN,
             requires=(_POSEMBED,),
             written=False,
         ),

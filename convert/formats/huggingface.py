@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from vit_common.config import ViTConfig
 from vit_convert.formats.format import Files, Format, Rule
+from vit_convert.formats.stems import TRANSFORMERS
 from vit_convert.layouts import GATE_AND_UP, KEEP, TOKEN, VECTOR, Layout
 
 ATTENTION_POOLER_DENSE = (
@@ -31,6 +32,7 @@ _TOP = (
     "embeddings.position_embeddings",
     "embeddings.patch_embeddings.projection.weight",
     "embeddings.patch_embeddings.projection.bias",
+    "encoder.rope_frequencies",
     "pre_layernorm.weight",
     "pre_layernorm.bias",
     "layernorm.weight",
@@ -69,6 +71,13 @@ BLOCK = {
     "lambda_1": "lambda_1",
     "lambda_2": "lambda_2",
 }
+# what blocks of ViT's extensions have beside these, under the canonical names everywhere
+EXTENDED_BLOCK = (
+    "attention.attention.query_norm",
+    "attention.attention.key_norm",
+    "attention.output.layernorm",
+    "output.layernorm",
+)
 # canonical <-> DINOv2
 DINOV2_BLOCK = {
     "attention.attention.query": "attention.attention.query",
@@ -87,6 +96,19 @@ DINOV2_SWIGLU_BLOCK = {
     "intermediate.dense": "mlp.weights_in",
     "output.dense": "mlp.weights_out",
 }
+
+
+def stem_modules() -> tuple[str, ...]:
+    """Modules of a ResNet before the patches; `{i}` is the number of a block in its stage."""
+    return ("embeddings.stem.convolution", "embeddings.stem.norm") + tuple(
+        f"embeddings.stem.stage{stage}.{{i}}.{kind}{which}"
+        for stage in range(4)
+        for kind in ("conv", "norm")
+        for which in ("1", "2", "3", "_shortcut")
+    )
+
+
+STEM = stem_modules()
 
 # canonical <-> CLIP
 CLIP = ("clip_vision_model", "clip_text_model", "clip")
@@ -119,19 +141,29 @@ _NO_WEIGHTS = (
 )
 
 
-def _block(table: dict[str, str], start: str, but: tuple[str, ...] = ()) -> tuple[Rule, ...]:
+def _leaves(module: str) -> tuple[str, ...]:
+    leaves = ("weight", "bias") if "norm" in module.rpartition(".")[2] else ("weight",)
+    return tuple(f"{module}.{leaf}" for leaf in leaves)
+
+
+def _block(
+    table: dict[str, str], start: str, branch: str = "", but: tuple[str, ...] = ()
+) -> tuple[Rule, ...]:
+    """The rules of a block's parameters, or of those of a branch beside its first."""
     rules = []
     for ours, theirs in table.items():
         alone = ours.endswith(("lambda_1", "lambda_2", "_table"))
         for leaf in ("",) if alone else (".weight", ".bias"):
             if ours not in but:
-                rules.append(Rule(f"{start}{theirs}{leaf}", f"encoder.layer.{{i}}.{ours}{leaf}"))
+                name = f"encoder.layer.{{i}}.{branch}{ours}{leaf}"
+                rules.append(Rule(f"{start}{branch}{theirs}{leaf}", name))
     return tuple(rules)
 
 
 def _top(mask_token: Layout = KEEP, shared: str = f"encoder.{_TABLE}") -> tuple[Rule, ...]:
     return (
         *(Rule(name, name) for name in _TOP),
+        *(Rule(name, name) for module in STEM for name in _leaves(module)),
         Rule("embeddings.mask_token", "embeddings.mask_token", mask_token),
         Rule(shared, f"encoder.{_TABLE}"),
     )
@@ -167,6 +199,7 @@ def _clip() -> tuple[Rule, ...]:
 _V4 = "encoder.layer.{i}."
 _V5 = "layers.{i}."
 _SAME = {name: name for name in BLOCK}
+_EXTENDED = {**_SAME, **{name: name for name in EXTENDED_BLOCK}}
 _V5_DINOV2 = {**DINOV2_BLOCK, **{name: BLOCK[name] for name in list(BLOCK)[:3]}}
 _V5_DINOV2["attention.output.dense"] = "attention.o_proj"
 _V5_SWIGLU = tuple(
@@ -181,6 +214,7 @@ _V5_SWIGLU = tuple(
         Rule(f"{_V4}mlp.down_proj.{leaf}", f"{_V4}output.dense.{leaf}"),
     )
 )
+_BRANCH = "branch.{j}."
 V4_NAMES = "Hub torch layout, names of Transformers v4"
 V5_NAMES = "Hub torch layout, names of Transformers v5"
 _VIT, _BEIT, _DINOV2 = ("vit", "deit"), ("beit",), ("dinov2", "dinov2_with_registers")
@@ -235,7 +269,7 @@ def _format(families, rules, describes, written=True, **more) -> Format:
 
 
 FORMATS = (
-    _format(_VIT, _top() + _block(_SAME, _V4), V4_NAMES),
+    _format(_VIT, _top() + _block(_EXTENDED, _V4) + _block(_EXTENDED, _V4, _BRANCH), V4_NAMES),
     _format(_BEIT, _top() + _block(_SAME, _V4), V4_NAMES, only_with_prefix=BEIT_HEAD),
     _format(_DINOV2, _top(TOKEN) + _block(DINOV2_BLOCK, _V4), V4_NAMES, fits=plain),
     _format(_DINOV2, _top(TOKEN) + _block(DINOV2_SWIGLU_BLOCK, _V4), V4_NAMES, fits=gated),
@@ -248,6 +282,13 @@ FORMATS = (
     ),
     _format(_VIT, _top() + _block(BLOCK, _V5), V5_NAMES, False),
     _format(
+        ("vit",),
+        TRANSFORMERS + _top() + _block(_SAME, _V4),
+        "Hub ViTHybrid, names of Transformers v4",
+        False,
+        requires=("embeddings.patch_embeddings.backbone.bit.embedder.convolution.weight",),
+    ),
+    _format(
         _BEIT,
         _top(shared="shared_position_bias.relative_position_bias_table") + _block(BLOCK, _V5),
         V5_NAMES,
@@ -257,7 +298,9 @@ FORMATS = (
     _format(_DINOV2, _top(TOKEN) + _block(_V5_DINOV2, _V4), V5_NAMES, False),
     _format(
         _DINOV2,
-        _top(TOKEN) + _block(_V5_DINOV2, _V4, ("intermediate.dense", "output.dense")) + _V5_SWIGLU,
+        _top(TOKEN)
+        + _block(_V5_DINOV2, _V4, but=("intermediate.dense", "output.dense"))
+        + _V5_SWIGLU,
         V5_NAMES,
         False,
     ),

@@ -11,7 +11,12 @@ from vit_common.errors import ConfigError, InputError, ViTError, shown
 from vit_common.files.hub import AbsentFileError, find_file, split_hub_options
 from vit_common.files.texts import read_json
 from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor, ViTImageProcessor
-from vit_common.images.processors import BeitImageProcessor, BitImageProcessor, DeiTImageProcessor
+from vit_common.images.processors import (
+    BeitImageProcessor,
+    BitImageProcessor,
+    DeiTImageProcessor,
+    ViTHybridImageProcessor,
+)
 from vit_common.images.timm import processor_from_timm
 
 _CLASSES: dict[str, type[BaseImageProcessor]] = {
@@ -19,6 +24,7 @@ _CLASSES: dict[str, type[BaseImageProcessor]] = {
     "DeiTImageProcessor": DeiTImageProcessor,
     "BeitImageProcessor": BeitImageProcessor,
     "BitImageProcessor": BitImageProcessor,
+    "ViTHybridImageProcessor": ViTHybridImageProcessor,
 }
 
 # Source: `IMAGE_PROCESSOR_MAPPING_NAMES` of Transformers 4.57.6; DINOv2 with registers is not in
@@ -27,6 +33,7 @@ _CLASS_OF_MODEL: dict[str, type[BaseImageProcessor]] = {
     "vit": ViTImageProcessor,
     "vit_mae": ViTImageProcessor,
     "vit_msn": ViTImageProcessor,
+    "vit-hybrid": ViTHybridImageProcessor,
     "deit": DeiTImageProcessor,
     "beit": BeitImageProcessor,
     "data2vec-vision": BeitImageProcessor,

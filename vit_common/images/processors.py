@@ -141,6 +141,21 @@ class BitImageProcessor(BaseImageProcessor):
     _call_order = (*_CALL, "do_convert_rgb", *_RESULT)
 
 
+class ViTHybridImageProcessor(BitImageProcessor):
+    """Images to the `pixel_values` of a ViTHybrid: as `BitImageProcessor`, with means and
+    deviations of a half by default.
+
+    Raises:
+        InputError: a value is not what the option holds, or an unknown key would change pixels.
+    """
+
+    _defaults: ClassVar[dict[str, Any]] = {
+        **BitImageProcessor._defaults,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
 DeiTImageProcessorFast = DeiTImageProcessor
 BeitImageProcessorFast = BeitImageProcessor
 BitImageProcessorFast = BitImageProcessor

@@ -186,6 +186,11 @@ def targets() -> tuple[str, ...]:
     return ("cuda", "rocm") if backend == "gpu" else (backend,)
 
 
+def elsewhere() -> bool:
+    """Whether programs traced now are made for machines that are not asked: in `compiled_for`."""
+    return _compiled_for.get() is not None
+
+
 def needs_no_kernel(implementation: str) -> bool:
     """Whether a network traced now can do without a kernel that only its platform knows: it runs on
     one CPU, where the kernel is written in JAX's operations, or none was asked for."""

@@ -32,7 +32,7 @@ __all__ = ["explain", "make_optimizer", "schedule_of", "trainable_of"]
 Path = tuple[str, ...]
 
 _TOKENS = ("cls_token", "distillation_token", "mask_token", "register_tokens")
-_POSITIONS = ("position_embeddings", "relative_position_bias_table")
+_POSITIONS = ("position_embeddings", "relative_position_bias_table", "rope_frequencies")
 _HEADS = ("classifier", "cls_classifier", "distillation_classifier", "lm_head", "decoder")
 _HEAD = re.compile(rf"(^|/)({'|'.join(_HEADS)}|lm_layernorm)(/|$)")
 

@@ -123,9 +123,11 @@ def _run(
         if callable(part) and not isinstance(part, nn.Module):
             return part(x)
         if name.startswith("block"):
-            shared = getattr(model.base_model.encoder, "relative_position_bias", None)
+            encoder = model.base_model.encoder
+            shared = getattr(encoder, "relative_position_bias", None)
             bias = None if shared is None else shared(grid)
-            return first(part(x, None, bias, False, grid))
+            turn = encoder.rotations(grid, x)[int(name.split()[1])]
+            return first(part(x, None, bias, False, grid, turn))
         if name == "embeddings":
             return part(x, interpolate_pos_encoding=True)
         if name == "logits":

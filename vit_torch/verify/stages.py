@@ -20,6 +20,7 @@ from vit_torch.pretrained import ViTPreTrainedModel, to_numpy
 _STAGES = (
     (r"embeddings\.patch_embeddings", "patches"),
     (r"embeddings", "embeddings"),
+    (r"pre_layernorm", "norm before the blocks"),
     (r"encoder\.layer\.(\d+)\.attention", "block {} attention"),
     (r"encoder\.layer\.(\d+)\.output", "block {} MLP"),
     (r"encoder\.layer\.(\d+)", "block {}"),

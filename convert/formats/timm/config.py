@@ -12,39 +12,9 @@ from PIL.Image import Resampling
 from vit_common.config import OURS, ViTConfig
 from vit_common.errors import ConfigError
 from vit_common.presets import PRESETS
-from vit_convert.formats.timm_models import ACTIVATIONS, EPS, HEADS
-
-# Keyword of timm's model -> field here.
-_SAME = {
-    "num_heads": "num_attention_heads",
-    "img_size": "image_size",
-    "drop_path_rate": "drop_path_rate",
-}
-# Keywords that the weights show by themselves, or that change nothing in inference.
-_SHOWN = {
-    "embed_dim", "depth", "patch_size", "in_chans", "num_classes", "mlp_ratio", "qkv_bias",
-    "init_values", "class_token", "reg_tokens", "no_embed_class", "distilled", "drop_rate",
-    "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "dynamic_img_size",
-    "dynamic_img_pad", "weight_init", "fix_init", "strict_img_size", "fc_norm", "global_pool",
-    "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias", "final_norm",
-}  # fmt: skip
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "pre_norm": (False,),
-    "qk_norm": (False,),
-    "scale_attn_norm": (False,),
-    "scale_mlp_norm": (False,),
-    "use_rot_pos_emb": (False,),
-    "pos_embed": ("learn",),
-    "proj_bias": (True,),
-}
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_pytorch_tanh",
-    "quick_gelu": "quick_gelu",
-    "quickgelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
-}
+from vit_convert.formats import stems
+from vit_convert.formats.timm import arguments
+from vit_convert.formats.timm.models import HEADS
 
 LABELS = "timm's label_names"
 POOLING = "timm's global_pool"
@@ -83,7 +53,7 @@ def timm_config(config: ViTConfig, timm: Mapping[str, Any] | None, processor: An
     cfg = dict(table.get("pretrained_cfg") or {})
     cfg["input_size"] = [config.num_channels, height, width]
     cfg["num_classes"] = table["num_classes"]
-    cfg.setdefault("first_conv", "patch_embed.proj")
+    cfg.setdefault("first_conv", stems.timm_first_convolution(config))
     cfg.setdefault("classifier", ["head", "head_dist"] if config.use_distillation_token else "head")
     if processor is not None and timm is None:
         cfg.update(_transform(processor, height))
@@ -125,6 +95,8 @@ def _architecture(config: ViTConfig) -> tuple[str, dict[str, Any]]:
         "mlp_ratio": _ratio(config.intermediate_size, config.hidden_size),
         "qkv_bias": config.qkv_bias,
     }
+    if config.stem_type is not None:
+        name, args["patch_size"] = stems.TIMM_NAMES[config.stem_depths], config.projection_size
     if config.has_layer_scale:
         args["init_values"] = config.layer_scale_init_value
     if config.num_register_tokens:
@@ -172,8 +144,23 @@ def _transform(processor: Any, height: int) -> dict[str, Any]:
 # -- reading
 
 
-def read_timm_config(timm: Mapping[str, Any], note: Callable[..., None]) -> None:
+_SAME = {
+    "num_heads": "num_attention_heads",
+    "img_size": "image_size",
+    "drop_path_rate": "drop_path_rate",
+}
+"""Keyword of timm's model -> field here, of which the keyword is the value."""
+
+
+def read_timm_config(
+    timm: Mapping[str, Any], shapes: Mapping[str, Any], note: Callable[..., None]
+) -> None:
     """Note the fields of the configuration that timm's file says: `note(origin, field=value)`.
+
+    Args:
+        timm: the file.
+        shapes: of the weights beside it, by canonical name.
+        note: takes what says a field, and the field.
 
     Raises:
         ConfigError: it names a network, or has a keyword that changes one, not understood here.
@@ -183,42 +170,25 @@ def read_timm_config(timm: Mapping[str, Any], note: Callable[..., None]) -> None
         if part is not None and not isinstance(part, Mapping):
             raise ConfigError(f"timm's config.json: `{key}` must be a mapping; given {part!r}.")
     architecture = str(timm.get("architecture", ""))
-    if architecture not in HEADS:
-        # Other networks can have the same names: vit_base_patch16_rpn_224 has its norms elsewhere.
-        raise ConfigError(
-            f"timm's config.json: `architecture` is {architecture!r}, which is not one of the "
-            "networks known here: timm's ViT, DeiT and BEiT. If it computes the same as one of "
-            "them, read the weights from a folder without this config.json, and give what they do "
-            "not say as options."
-        )
-    activation = ACTIVATIONS.get(architecture, "gelu")
-    note(
-        f"timm's {architecture}",
-        hidden_act=activation,
-        layer_norm_eps=EPS.get(architecture, 1e-6),
-    )
     cfg, args = (timm.get(name) or {} for name in ("pretrained_cfg", "model_args"))
     size, given_size = cfg.get("input_size"), args.get("img_size", 1)
     if (size and not _whole(size, 3)) or not (_whole([given_size], 1) or _whole(given_size, 2)):
+        arguments.architecture(architecture)
         raise ConfigError(
             "timm's config.json: `input_size` must be three integers (channels, height, width), "
             f"and `img_size` one or two; given {size!r} and {given_size!r}."
         )
+    named, given = arguments.fields_of(architecture, args)
+    for origin, fields in ((f"timm's {architecture}", named), ("timm's model_args", given)):
+        if "encoder.layer.0.lambda_1" not in shapes or not fields.get("layer_scale_init_value"):
+            fields.pop("layer_scale_init_value", None)
+        note(origin, **fields)
     if size:
         note(TRANSFORM, image_size=size[1] if size[1] == size[2] else tuple(size[1:]))
-    odd = []
-    for key, value in args.items():
-        if key in _SAME:
-            note("timm's model_args", **{_SAME[key]: value})
-        elif key == "act_layer" and str(value) in _ACTIVATIONS:
-            note("timm's model_args", hidden_act=_ACTIVATIONS[str(value)])
-        elif key not in _SHOWN and value not in _PLAIN.get(key, ()):
-            odd.append(f"{key}={value!r}")
-    if odd:
-        raise ConfigError(
-            f"timm's config.json: `model_args` has {', '.join(odd)}, which changes the network and "
-            "is not supported; this model cannot be converted."
-        )
+    for keyword, field in _SAME.items():
+        if keyword in args:
+            note("timm's model_args", **{field: args[keyword]})
+    arguments.check_shown(args, shapes)
 
 
 def _whole(values: Any, count: int) -> bool:
@@ -243,9 +213,10 @@ def pooling_of(timm: Mapping[str, Any] | None) -> str | None:
     """
     table = timm or {}
     pool = table.get("global_pool") or (table.get("model_args") or {}).get("global_pool")
-    if pool is not None and pool not in ("avg", "token", ""):
+    if pool is not None and pool not in arguments.POOLINGS:
         raise ConfigError(
-            f"timm's config.json: `global_pool` must be 'token' or 'avg'; given {pool!r}."
+            "timm's config.json: `global_pool` must be one of "
+            f"{', '.join(map(repr, arguments.POOLINGS))}; given {pool!r}."
         )
     return pool
 

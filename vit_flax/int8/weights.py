@@ -7,6 +7,9 @@ section 3). Activations stay in the compute dtype: the layer multiplies them by 
 that dtype holds exactly (bfloat16 up to 256), and the sums by the factors. So nothing is
 calibrated, and the only error is the rounding of the weights.
 
+Or the layer quantises its inputs too, which takes the sums of the integers' columns as well: see
+`vit_flax.int8.layer`.
+
 Embeddings, norms, biases and heads stay as they are; together they are a few percent of the bytes
 (docs/memory.md has measurements).
 """
@@ -15,9 +18,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -27,63 +29,39 @@ from vit_common.errors import InputError
 SCALE = "kernel_scale"
 """Name of the factors, (out,), beside the "kernel" that they belong to."""
 
+SUMS = "kernel_sums"
+"""Name of the sums of a kernel's columns, (out,) in int32: the layer multiplies integers by
+integers if they are there."""
+
 _BLOCKS = re.compile(r"(?:.*/)?encoder/layer/(?:\d+|stacked)/.*/kernel")
-_LARGEST = 127
+LARGEST = 127
 
 
-class Dense(nn.Dense):
-    """`flax.linen.Dense` whose kernel may be 8-bit integers with `kernel_scale` beside it."""
-
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        if not self.has_variable("params", SCALE):
-            self._check_kernel()
-            return super().__call__(inputs)
-        dtype = self.dtype or inputs.dtype
-        kernel: jax.Array = self.get_variable("params", "kernel")  # (in, out)
-        scale: jax.Array = self.get_variable("params", SCALE)  # (out,)
-        # Sums are scaled before they are rounded to the dtype of the computation.
-        exact = jnp.promote_types(dtype, jnp.float32)
-        outputs = jax.lax.dot_general(
-            inputs.astype(dtype),
-            kernel.astype(dtype),
-            (((inputs.ndim - 1,), (0,)), ((), ())),
-            precision=self.precision,
-            preferred_element_type=exact,
-        )  # (..., out)
-        outputs = outputs * scale.astype(exact)
-        if self.use_bias:
-            outputs = outputs + self.get_variable("params", "bias").astype(exact)
-        return outputs.astype(dtype)
-
-    def _check_kernel(self) -> None:
-        """Raise InputError if the kernel is integers whose factors are missing."""
-        if self.has_variable("params", "kernel"):
-            kernel: jax.Array = self.get_variable("params", "kernel")
-            if jnp.issubdtype(kernel.dtype, jnp.integer):
-                raise InputError(
-                    f"`params`: {'/'.join(self.path)}/kernel is {kernel.dtype}; integers need "
-                    f"`{SCALE}` beside them, as `vit_flax.int8.quantize` makes it."
-                )
-
-
-def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
+def quantize(
+    params: Mapping[str, Any], activations: Literal["int8"] | None = None
+) -> dict[str, Any]:
     """A model's parameters with the kernels of its blocks as 8-bit integers.
 
     Models take them like any other parameters; they cannot be trained, saved, or quantized again.
 
     Args:
         params: nested dict of arrays; blocks may be stacked.
+        activations: "int8" quantises the inputs of these kernels too, each token by itself, and
+            multiplies integers by integers; None multiplies in the model's dtype.
 
     Returns:
-        A new tree, with `kernel_scale` beside each kernel that is int8 now, (out,) in float32;
-        other parameters are the same arrays.
+        A new tree, with `kernel_scale` beside each kernel that is int8 now, (out,) in float32, and
+        for `activations` "int8" `kernel_sums`, (out,) in int32; other parameters are the same
+        arrays.
 
     Raises:
         InputError: the parameters are quantized already, or hold no block.
 
     Example:
         >>> model.params = quantize(model.params)
+        >>> model.params = quantize(model.params, activations="int8")  # or this
     """
+    check_activations(activations, "int8")
     flat: dict[tuple[str, ...], Any] = {}
     found = False
     for path, array in flatten_dict(dict(params)).items():
@@ -91,6 +69,8 @@ def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"`params` are 8-bit integers already: there is {'/'.join(path)}.")
         if _BLOCKS.fullmatch("/".join(path)):
             flat[path], flat[*path[:-1], SCALE] = _quantize(array)
+            if activations is not None:
+                flat[*path[:-1], SUMS] = flat[path].sum(axis=-2, dtype=jnp.int32)
             found = True
         else:
             flat[path] = array
@@ -107,7 +87,7 @@ def _quantize(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(..., in, out) -> integers of that shape, factors (..., out). A column with a value that is
     not finite has a factor that is not."""
     kernel = kernel.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(kernel), axis=-2) / _LARGEST  # (..., out)
+    scale = jnp.max(jnp.abs(kernel), axis=-2) / LARGEST  # (..., out)
     # A column of zeros has any factor; 1 keeps it from being 0 / 0.
     scale = jnp.where(scale == 0.0, 1.0, scale)
     rounded = jnp.round(kernel / scale[..., None, :])
@@ -128,3 +108,14 @@ def check_weights(weights: Any) -> None:
     """Raise InputError unless `weights` is 'int8' or None."""
     if weights not in (None, "int8"):
         raise InputError(f"`weights` must be 'int8' or None; given {weights!r}.")
+
+
+def check_activations(activations: Any, weights: Any) -> None:
+    """Raise InputError unless `activations` is None, or 'int8' with weights of 'int8'."""
+    if activations not in (None, "int8"):
+        raise InputError(f"`activations` must be 'int8' or None; given {activations!r}.")
+    if activations is not None and weights is None:
+        raise InputError(
+            "`activations='int8'` needs weights in 8-bit integers to multiply by; add "
+            "`weights='int8'`."
+        )

@@ -12,8 +12,9 @@ from typing import Any
 from vit_common.config import ViTConfig
 from vit_common.images.options import HALF_TO_EVEN  # torchvision crops so
 from vit_common.images.processors import BitImageProcessor
+from vit_convert.formats import stems
 from vit_convert.formats.format import Clue, Files, Format, Implied, Rule
-from vit_convert.formats.timm_config import timm_config
+from vit_convert.formats.timm.config import timm_config
 from vit_convert.layouts import FUSED_QKV
 
 EMBEDDINGS = {
@@ -73,6 +74,7 @@ PLAIN = (
     + blocks(BLOCK)
     + qkv("weight", "bias")
     + SCALES
+    + stems.TIMM
 )
 RULES = PLAIN + dense("head", "classifier")
 DISTILLED = (
@@ -113,7 +115,11 @@ IMAGENET: dict[str, Any] = {
 
 REFUSES = (
     (
-        r"patch_embed\.(backbone|conv\d*|stem)\..*",
+        r"patch_embed\.backbone\.(conv1|bn1|layer\d|\d)\..*",
+        "a convolutional stem before its patches (a hybrid with batch norms)",
+    ),
+    (
+        r"patch_embed\.(conv\d*|stem)\..*",
         "a convolutional stem before its patches (a hybrid)",
     ),
     (r"patch_embed\.proj\.\d+\..*", "a convolutional stem before its patches"),
@@ -150,10 +156,11 @@ def cut_out(config: ViTConfig, name: str, enlarged: int | None = None) -> Implie
 def _cannot_hold(config: ViTConfig) -> str | None:
     if config.use_representation_layer:
         return "timm drops the layer before the classifier (pre-logits) when it loads"
-    return None
+    return stems.timm_cannot_hold(config)
 
 
 def _loses(config: ViTConfig, own_config: bool) -> Iterator[str]:
+    yield from stems.timm_loses(config)
     if config.use_swiglu_ffn and not own_config:
         yield (
             "timm's config.json cannot say that the MLP is a SwiGLU: give timm a model that has "
@@ -185,7 +192,14 @@ def _format(families: tuple[str, ...], rules, describes: str, **more: Any) -> Fo
 
 
 FORMATS = (
-    _format(("vit",), RULES, "timm state dict of a Vision Transformer"),
+    _format(("vit",), RULES, "timm state dict of a Vision Transformer", fits=stems.has_stages),
+    _format(
+        ("vit",),
+        stems.TIMM_ROOT + RULES,
+        "timm state dict of a Vision Transformer whose stem is one convolution",
+        requires=("patch_embed.backbone.conv.weight",),
+        fits=stems.has_root_alone,
+    ),
     _format(("deit",), DISTILLED, "timm state dict of a distilled DeiT", requires=("dist_token",)),
     _format(
         ("beit",),

@@ -1,0 +1,149 @@
+"""What projects call the ResNet before the patches of a hybrid.
+
+Sources: `timm/models/resnetv2.py` and `vision_transformer_hybrid.py` of timm 1.0.31;
+`vit_jax/models_resnet.py` and `models_vit.py` of google-research/vision_transformer;
+`models/bit/modeling_bit.py` and `models/deprecated/vit_hybrid` of Transformers 4.57.6.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vit_common.config import ViTConfig
+from vit_convert.formats.format import Rule
+from vit_convert.layouts import HWIO, KEEP, Layout
+
+STAGES = 4
+UNITS = 24
+"""Of Google's names, which count the blocks of a stage without a dot before the number; its largest
+ResNet, of 101 layers, has 23 in one stage."""
+
+_STEM = "embeddings.stem."
+_PARTS = ("1", "2", "3", "_shortcut")
+
+
+def _rules(module: str, ours: str) -> tuple[Rule, ...]:
+    leaves = ("weight", "bias") if "norm" in ours.rpartition(".")[2] else ("weight",)
+    return tuple(Rule(f"{module}.{leaf}", f"{ours}.{leaf}") for leaf in leaves)
+
+
+def _torch_rules(root: tuple[str, str], block: str, downsample: str) -> tuple[Rule, ...]:
+    rules = [*_rules(root[0], f"{_STEM}convolution"), *_rules(root[1], f"{_STEM}norm")]
+    for stage in range(STAGES):
+        for part in _PARTS:
+            for kind in ("conv", "norm"):
+                name = downsample.format(kind) if part == "_shortcut" else f"{kind}{part}"
+                theirs = f"{block.format(stage=stage)}.{name}"
+                rules += _rules(theirs, f"{_STEM}stage{stage}.{{i}}.{kind}{part}")
+    return tuple(rules)
+
+
+_TIMM = "patch_embed.backbone."
+TIMM = _torch_rules(
+    (f"{_TIMM}stem.conv", f"{_TIMM}stem.norm"),
+    _TIMM + "stages.{stage}.blocks.{{i}}",
+    "downsample.{}",
+)
+"""timm's names, where the ResNet has stages."""
+TIMM_ROOT = _rules(f"{_TIMM}conv", f"{_STEM}convolution") + _rules(f"{_TIMM}norm", f"{_STEM}norm")
+"""timm's names, where it is a root alone."""
+
+TRANSFORMERS = _torch_rules(
+    tuple(
+        f"embeddings.patch_embeddings.backbone.bit.embedder.{name}"
+        for name in ("convolution", "norm")
+    ),
+    "embeddings.patch_embeddings.backbone.bit.encoder.stages.{stage}.layers.{{i}}",
+    "downsample.{}",
+)
+"""The names of Transformers' ViTHybrid."""
+
+
+def has_stages(config: ViTConfig, head: object = None) -> bool:
+    """Whether it is no network whose stem is a root alone."""
+    return config.stem_type is None or bool(config.stem_depths)
+
+
+def has_root_alone(config: ViTConfig, head: object = None) -> bool:
+    """Whether it is one."""
+    return not has_stages(config)
+
+
+_CHANNELS = Layout(
+    "channels",
+    lambda arrays: [array.reshape(np.prod(array.shape, dtype=int)) for array in arrays],
+    lambda arrays: [array.reshape(1, 1, 1, -1) for array in arrays],
+    None,
+    1,
+)
+"""A vector of channels as (1, 1, 1, C), or as (C,), <-> (C,): Flax before linen had group norms of
+four axes, as the published files do."""
+
+
+def google_rules(norms: Layout = _CHANNELS) -> tuple[Rule, ...]:
+    """Google's names.
+
+    Args:
+        norms: layout of a norm's vectors.
+    """
+
+    def unit(conv: str, norm: str, ours: tuple[str, str]) -> list[Rule]:
+        rules = [Rule(f"{conv}/kernel", f"{_STEM}{ours[0]}.weight", HWIO)]
+        for theirs, leaf in (("scale", "weight"), ("bias", "bias")):
+            rules.append(Rule(f"{norm}/{theirs}", f"{_STEM}{ours[1]}.{leaf}", norms))
+        return rules
+
+    rules = unit("conv_root", "gn_root", ("convolution", "norm"))
+    for stage in range(STAGES):
+        for i in range(UNITS):
+            place = f"block{stage + 1}/unit{i + 1}/"
+            for part in _PARTS:
+                name = "_proj" if part == "_shortcut" else part
+                ours = tuple(f"stage{stage}.{i}.{kind}{part}" for kind in ("conv", "norm"))
+                rules += unit(f"{place}conv{name}", f"{place}gn{name}", ours)
+    return tuple(rules)
+
+
+GOOGLE = google_rules()
+GOOGLE_LINEN = google_rules(KEEP)
+
+TIMM_NAMES: dict[tuple[int, ...], str] = {
+    (3, 4, 9): "vit_base_r50_s16_224",
+    (3, 4, 6, 3): "vit_large_r50_s32_224",
+    (2, 2, 2, 2): "vit_base_r26_s32_224",
+    (): "vit_tiny_r_s16_p8_224",
+}
+"""Depths of a stem -> a network of timm that has it, for its `config.json`."""
+
+
+def timm_first_convolution(config: ViTConfig) -> str:
+    """What timm calls the first convolution of a network."""
+    if config.stem_type is None:
+        return "patch_embed.proj"
+    return f"patch_embed.backbone.{'stem.' if config.stem_depths else ''}conv"
+
+
+def timm_cannot_hold(config: ViTConfig) -> str | None:
+    """What keeps timm from building a hybrid, or None."""
+    if config.stem_type is None:
+        return None
+    if config.stem_depths not in TIMM_NAMES or config.stem_width != 64:
+        return (
+            "timm builds hybrids only with ResNets of "
+            f"{', '.join(map(str, TIMM_NAMES))} blocks and 64 channels after the first "
+            f"convolution; this one has {config.stem_depths} and {config.stem_width}"
+        )
+    return None
+
+
+def timm_loses(config: ViTConfig) -> list[str]:
+    """What timm computes otherwise."""
+    if config.stem_type is None:
+        return []
+    if config.stem_standardization == "variance" and config.stem_norm_eps == 1e-5:
+        return []
+    return [
+        "timm adds 1e-8 to the variance of the stem's kernels and 1e-5 to that of its norms, where "
+        "these weights were trained with other constants (Google: 1e-5 to the deviation, 1e-6): "
+        "its outputs differ slightly. vit_flax and vit_torch use those of the training."
+    ]
