@@ -136,7 +136,7 @@ def parameter_shapes(
         shapes["embeddings.position_embeddings"] = (1, positions, D)
     if config.stem_type is not None:
         shapes |= _stem_shapes(config)
-    projection = (D, config.stem_channels, *config.projection_size)
+    projection = (D, config.stem_channels, *config.patch_projection_size)
     shapes["embeddings.patch_embeddings.projection.weight"] = projection
     if config.use_patch_bias:
         shapes["embeddings.patch_embeddings.projection.bias"] = (D,)

@@ -59,7 +59,7 @@ class FlaxViTPatchEmbeddings(FlaxViTPart):
         self.projection = convolution(
             self,
             self.config.hidden_size,
-            self.config.projection_size,
+            self.config.patch_projection_size,
             use_bias=self.config.use_patch_bias,
         )
 

@@ -72,7 +72,7 @@ class ViTPatchEmbeddings(ViTPart):
             self,
             self.config.stem_channels,
             self.config.hidden_size,
-            self.config.projection_size,
+            self.config.patch_projection_size,
             use_bias=self.config.use_patch_bias,
         )
 
