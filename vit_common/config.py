@@ -122,6 +122,9 @@ class ViTConfig:
     """Whether the base network lies under `base_model_prefix` in every model, also in the one that
     has nothing on it."""
 
+    is_text: ClassVar[bool] = False
+    """Whether the network is one of texts."""
+
     keeps_pooler: ClassVar[bool] = False
     """Whether models with a head have the pooler's parameters even where the head does not look at
     it."""

@@ -58,6 +58,8 @@ class _Tower(FamilyConfig):
 
     whole_type: ClassVar[str]
     """`model_type` of the configuration that has both towers in it."""
+    stem: ClassVar[str]
+    """Prefix of the names of the family's classes."""
 
     qkv_bias = True
     hidden_dropout_prob = 0.0
@@ -83,6 +85,11 @@ class _Tower(FamilyConfig):
         return "vision_model"
 
     @classmethod
+    def class_stem(cls) -> str:
+        """Prefix of the names of the family's classes."""
+        return cls.stem
+
+    @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Any:
         """As `ViTConfig.from_dict`; of the configuration of both towers it takes this one's."""
         return super().from_dict(_tower_of(cls, config_dict), **overrides)
@@ -98,6 +105,7 @@ class _TextTower(_Tower):
     """What text towers have in common."""
 
     base_config_key = "text_config"
+    is_text = True
     drop_path_rate = 0.0
 
     max_position_embeddings: int
@@ -244,11 +252,7 @@ class _CLIPTower(_Tower):
     use_pre_norm = True
     use_patch_bias = False
     norm_after_pooling = True
-
-    @classmethod
-    def class_stem(cls) -> str:
-        """Prefix of the names of the family's classes."""
-        return "CLIP"
+    stem = "CLIP"
 
 
 class CLIPVisionConfig(
@@ -367,6 +371,7 @@ class _SiglipTower(_Tower):
     """What both towers of SigLIP have in common, and a `SiglipConfig` has with its image tower."""
 
     whole_type = "siglip"
+    stem = "Siglip"
     use_cls_token = False
 
     vision_use_head: bool
@@ -507,14 +512,12 @@ class Siglip2VisionConfig(
     extended_type = "siglip2_vision_model"
     base_config_key = "vision_config"
     whole_type = "siglip2"
+    stem = "Siglip2"
     any_image_size = True
 
     num_patches: int = 256  # type: ignore[assignment]
 
-    @property
-    def pooling(self) -> Pooling:  # type: ignore[override]
-        """What stands for the image."""
-        return "map" if self.vision_use_head else "mean"
+    pooling = SiglipVisionConfig.pooling
 
     @property
     def image_size(self) -> int | tuple[int, int]:  # type: ignore[override]
@@ -537,11 +540,6 @@ class Siglip2VisionConfig(
             )
         self.num_patches = rows * columns
 
-    @classmethod
-    def class_stem(cls) -> str:
-        """Prefix of the names of the family's classes."""
-        return "Siglip2"
-
 
 class Siglip2TextConfig(
     SiglipTextConfig, fields=fields_of("siglip2_text_model", order=_SIGLIP_TEXT)
@@ -558,6 +556,7 @@ class Siglip2TextConfig(
     model_type = "siglip2_text_model"
     extended_type = "siglip2_text_model"
     whole_type = "siglip2"
+    stem = "Siglip2"
 
 
 class Siglip2Config(
@@ -576,6 +575,7 @@ class Siglip2Config(
     model_type = "siglip2"
     extended_type = "siglip2"
     whole_type = "siglip2"
+    stem = "Siglip2"
     any_image_size = True
 
     sub_configs = {"text_config": Siglip2TextConfig, "vision_config": Siglip2VisionConfig}  # noqa: RUF012

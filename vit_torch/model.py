@@ -652,7 +652,8 @@ class ViTModule(ViTPart):
         if self.config.has_final_norm:
             self.layernorm = layer_norm(self)
         pooler = ViTAttentionPooler if self.config.pooler_type == "map" else ViTPooler
-        self.pooler = pooler(**options(self)) if add_pooling_layer else None
+        has_pooler = add_pooling_layer and self.config.pooler_type is not None
+        self.pooler = pooler(**options(self)) if has_pooler else None
 
     def forward(
         self,
