@@ -260,7 +260,7 @@ def _sizes(config: ViTConfig) -> dict[str, Any]:
     rows, columns = config.patch_height_width
     patch: Any = rows if rows == columns else [rows, columns]
     if config.stem_type is not None:
-        patch = list(config.projection_size)
+        patch = list(config.patch_projection_size)
     return {
         "img_size": list(config.image_height_width),
         "patch_size": patch,
