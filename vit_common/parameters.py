@@ -318,8 +318,8 @@ def _text_tower(config: Any, head: Head | None) -> Shapes:
         **_norm(config, "final_layernorm"),
     }
     if "projection_size" in config.fields:
-        shapes["head.weight"] = (config.patch_projection_size, D)
-        shapes["head.bias"] = (config.patch_projection_size,)
+        shapes["head.weight"] = (config.projection_size, D)
+        shapes["head.bias"] = (config.projection_size,)
     shapes = {f"{config.base_model_prefix}.{name}": shape for name, shape in shapes.items()}
     if head == "projection":
         shapes["text_projection.weight"] = (config.projection_dim, D)
