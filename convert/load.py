@@ -268,8 +268,7 @@ class _Fit:
         # To a model of texts alone, the image tower is what a text tower is to one of images.
         texts = all(name.startswith(("text_model.", "text_projection.")) for name in shapes)
         self.left: dict[str, Kind] = {
-            name: "task" if texts else kind_of(name, tensor, canonical=True)
-            for name, tensor in found.items()
+            name: "task" if texts else self._kind(name, tensor) for name, tensor in found.items()
         }
         unexplained = [name for name in source.unexplained if name not in by_itself]
         for name in unexplained:
@@ -280,6 +279,14 @@ class _Fit:
             **found,
             **{n: source.checkpoint[n] for n in unexplained},
         }
+
+    def _kind(self, name: str, tensor: Any) -> Kind:
+        """What a tensor with a name of the network here, which this model lacks, is part of."""
+        # A classifier that pools otherwise gives other numbers than one that pools by attention.
+        pools = name.startswith(("pooler.probe", "pooler.attention."))
+        if pools and self.source.config.pooler_type != "map":
+            return "network"
+        return kind_of(name, tensor, canonical=True)
 
     def _is_ignored(self, name: str) -> bool:
         return is_ignored(self.ignore, *self.names.get(name, (name,)))
@@ -296,7 +303,7 @@ class _Fit:
         network = [
             name
             for name in self.missing
-            if not unprefixed(name).startswith(HEAD_PARAMETERS)
+            if not self._is_of_a_task(unprefixed(name))
             and name not in self.mismatched
             and (name not in self.own or not self.tensors)
         ]
@@ -313,6 +320,12 @@ class _Fit:
             sorted(file for name in self.left for file in self.names.get(name, (name, name))[1:]),
             [(name, shape, tuple(self.shapes[name])) for name, shape in self.mismatched.items()],
         )
+
+    def _is_of_a_task(self, name: str) -> bool:
+        """Whether a checkpoint of the network may lack a parameter: a pooler, all or nothing."""
+        if name.startswith("pooler.") and self.source.config.pooler_type == "map":
+            return not any(unprefixed(other).startswith("pooler.") for other in self.tensors)
+        return name.startswith(HEAD_PARAMETERS)
 
     def _check_kinds(self) -> None:
         config = self.source.config
@@ -348,8 +361,9 @@ class _Fit:
             count, have = f"{len(over)} tensors", "have"
             if len(over) == 1:
                 count, have = "1 tensor", "has"
+            files = {name: self.names.get(name, (name, name))[-1] for name in over}
             over = [
-                f"{name} ({source.parts[name]})" if name in source.parts else name
+                f"{files[name]} ({source.parts[name]})" if name in source.parts else files[name]
                 for name in sorted(over)
             ]
             raise CheckpointError(

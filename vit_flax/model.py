@@ -59,7 +59,7 @@ class FlaxViTPatchEmbeddings(FlaxViTPart):
         self.projection = convolution(
             self,
             self.config.hidden_size,
-            self.config.projection_size,
+            self.config.patch_projection_size,
             use_bias=self.config.use_patch_bias,
         )
 
@@ -657,6 +657,11 @@ class FlaxViTModule(FlaxViTPart):
     add_pooling_layer: bool = True
     use_mask_token: bool = False
 
+    @property
+    def has_pooler(self) -> bool:
+        """Whether there is a pooler: networks without any have none to add."""
+        return self.add_pooling_layer and self.config.pooler_type is not None
+
     def setup(self):
         use_mask_token = self.use_mask_token or self.config.use_mask_token
         self.embeddings = FlaxViTEmbeddings(**options(self), use_mask_token=use_mask_token)
@@ -665,7 +670,7 @@ class FlaxViTModule(FlaxViTPart):
         self.encoder = FlaxViTEncoder(**options(self))
         if self.config.has_final_norm:
             self.layernorm = layer_norm(self)
-        if self.add_pooling_layer:
+        if self.has_pooler:
             by_attention = self.config.pooler_type == "map"
             pooler = FlaxViTAttentionPooler if by_attention else FlaxViTPooler
             self.pooler = pooler(**options(self))
@@ -721,7 +726,7 @@ class FlaxViTModule(FlaxViTPart):
         last_hidden_state = outputs.last_hidden_state  # (B, S, D)
         if self.config.has_final_norm:
             last_hidden_state = self.layernorm(last_hidden_state)
-        pooled = self.pooler(last_hidden_state) if self.add_pooling_layer else None
+        pooled = self.pooler(last_hidden_state) if self.has_pooler else None
         return finish(
             self.output_class,
             outputs,
