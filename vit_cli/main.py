@@ -28,6 +28,7 @@ _COMMANDS = {
     "train": "fine-tune a model on images of your own, or train one from nothing",
     "predict": "classify images",
     "features": "write image embeddings to a file",
+    "search": "find the images most like a photo in a file of features",
     "evaluate": "measure how good a classifier is on labelled images",
     "probe": "measure features with k-NN and logistic regression",
     "attention": "draw where a model looks in an image",
@@ -39,7 +40,10 @@ _COMMANDS = {
     "info": "show versions, devices and precision, or describe a model",
     "completion": "print what a shell needs to complete commands, options and file names",
 }
-_PLACES = {"completion": "vit_cli.completion"}  # those not in vit_cli.commands
+_PLACES = {  # those not in vit_cli.commands
+    "completion": "vit_cli.completion",
+    "search": "vit_cli.search.command",
+}
 _NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
 _EXIT_CODES = """exit codes:
   0    done
