@@ -167,6 +167,20 @@ MUTANTS = [
         f"{_STEMS}timm_in_both_twins[stages]",
     ),
     Mutant(
+        "GELU's derivative without the density",
+        "vit_flax/parts/gelu.py",
+        "below + x * (_DENSITY * jnp.exp(-0.5 * x * x))",
+        "below + x * (_DENSITY * jnp.exp(-0.25 * x * x))",
+        "tests/test_step_cost.py::test_gelu_and_its_derivatives_are_those_of_torch",
+    ),
+    Mutant(
+        "images and tokens as two axes in a CPU's products",
+        "vit_flax/cpu/rows.py",
+        'inputs.ndim <= 2 or targets() != ("cpu",)',
+        "inputs.ndim <= 3",
+        "tests/test_step_cost.py::test_gradients_of_kernels_copy_no_activation",
+    ),
+    Mutant(
         "offsets that are not on a logarithmic scale",
         "vit_common/positions.py",
         "np.sign(offsets) * np.log1p(np.abs(offsets))",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from vit_common.errors import InputError
 from vit_flax.cpu.half import array_dtype, half_product, operand_dtype
+from vit_flax.cpu.rows import by_rows
 from vit_flax.int8.product import integer_product
 from vit_flax.int8.weights import SCALE, SUMS
 
@@ -23,7 +24,7 @@ class Dense(nn.Dense):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         if not self.has_variable("params", SCALE):
             self._check_kernel()
-            return self._half(inputs)
+            return by_rows(self._half, inputs)
         dtype = self.dtype or inputs.dtype
         operands = operand_dtype(dtype) or dtype
         kernel: jax.Array = self.get_variable("params", "kernel")  # (in, out)

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from vit_common.config import ViTConfig
 from vit_flax.cpu.half import array_dtype
+from vit_flax.parts.gelu import gelu
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
