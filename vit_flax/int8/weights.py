@@ -61,7 +61,7 @@ def quantize(
         >>> model.params = quantize(model.params)
         >>> model.params = quantize(model.params, activations="int8")  # or this
     """
-    check_activations(activations)
+    check_activations(activations, "int8")
     flat: dict[tuple[str, ...], Any] = {}
     found = False
     for path, array in flatten_dict(dict(params)).items():
@@ -111,7 +111,12 @@ def check_weights(weights: Any) -> None:
         raise InputError(f"`weights` must be 'int8' or None; given {weights!r}.")
 
 
-def check_activations(activations: Any) -> None:
-    """Raise InputError unless `activations` is 'int8' or None."""
+def check_activations(activations: Any, weights: Any) -> None:
+    """Raise InputError unless `activations` is None, or 'int8' with weights of 'int8'."""
     if activations not in (None, "int8"):
         raise InputError(f"`activations` must be 'int8' or None; given {activations!r}.")
+    if activations is not None and weights is None:
+        raise InputError(
+            "`activations='int8'` needs weights in 8-bit integers to multiply by; add "
+            "`weights='int8'`."
+        )
