@@ -19,6 +19,7 @@ from vit_common.families import DeiTConfig
 from vit_common.files.hub import HUB_OPTIONS, split_hub_options
 from vit_common.parameters import HEAD_PARAMETERS
 from vit_convert.leftovers import (
+    ATTENTION_POOLING,
     CLASSIFIERS,
     Kind,
     check_patterns,
@@ -265,10 +266,12 @@ class _Fit:
             self.missing.append(name)
             if tensor is not None:
                 self.mismatched[name] = tuple(tensor.shape)
+        pooler = source.config.pooler_type
         # To a model of texts alone, the image tower is what a text tower is to one of images.
         texts = all(name.startswith(("text_model.", "text_projection.")) for name in shapes)
         self.left: dict[str, Kind] = {
-            name: "task" if texts else self._kind(name, tensor) for name, tensor in found.items()
+            name: "task" if texts else kind_of(name, tensor, canonical=True, pooler=pooler)
+            for name, tensor in found.items()
         }
         unexplained = [name for name in source.unexplained if name not in by_itself]
         for name in unexplained:
@@ -280,16 +283,12 @@ class _Fit:
             **{n: source.checkpoint[n] for n in unexplained},
         }
 
-    def _kind(self, name: str, tensor: Any) -> Kind:
-        """What a tensor with a name of the network here, which this model lacks, is part of."""
-        # A classifier that pools otherwise gives other numbers than one that pools by attention.
-        pools = name.startswith(("pooler.probe", "pooler.attention."))
-        if pools and self.source.config.pooler_type != "map":
-            return "network"
-        return kind_of(name, tensor, canonical=True)
-
     def _is_ignored(self, name: str) -> bool:
         return is_ignored(self.ignore, *self.names.get(name, (name,)))
+
+    def _in_file(self, name: str) -> str:
+        """What the file calls a tensor that is left over."""
+        return " and ".join(self.names.get(name, (name, name))[1:])
 
     def check(self) -> Loaded:
         """What fits; CheckpointError if the rest is not what the caller can want."""
@@ -300,10 +299,13 @@ class _Fit:
                 "made with, or in Python pass `ignore_mismatched_sizes=True` to draw these "
                 f"parameters anew:\n{self._mismatches()}"
             )
+        may_lack: tuple[str, ...] = HEAD_PARAMETERS
+        if any(unprefixed(name).startswith(ATTENTION_POOLING) for name in self.tensors):
+            may_lack = tuple(start for start in may_lack if start != "pooler.")
         network = [
             name
             for name in self.missing
-            if not self._is_of_a_task(unprefixed(name))
+            if not unprefixed(name).startswith(may_lack)
             and name not in self.mismatched
             and (name not in self.own or not self.tensors)
         ]
@@ -320,12 +322,6 @@ class _Fit:
             sorted(file for name in self.left for file in self.names.get(name, (name, name))[1:]),
             [(name, shape, tuple(self.shapes[name])) for name, shape in self.mismatched.items()],
         )
-
-    def _is_of_a_task(self, name: str) -> bool:
-        """Whether a checkpoint of the network may lack a parameter: a pooler, all or nothing."""
-        if name.startswith("pooler.") and self.source.config.pooler_type == "map":
-            return not any(unprefixed(other).startswith("pooler.") for other in self.tensors)
-        return name.startswith(HEAD_PARAMETERS)
 
     def _check_kinds(self) -> None:
         config = self.source.config
@@ -361,9 +357,8 @@ class _Fit:
             count, have = f"{len(over)} tensors", "have"
             if len(over) == 1:
                 count, have = "1 tensor", "has"
-            files = {name: self.names.get(name, (name, name))[-1] for name in over}
             over = [
-                f"{files[name]} ({source.parts[name]})" if name in source.parts else files[name]
+                f"{name} ({source.parts[name]})" if name in source.parts else self._in_file(name)
                 for name in sorted(over)
             ]
             raise CheckpointError(
