@@ -22,7 +22,7 @@ from vit_common.images.usual import USUAL
 from vit_common.parameters import class_name, parameter_shapes
 from vit_convert.formats import DEFAULT, FILES, check_format, table_for
 from vit_convert.infer import Note, infer_config
-from vit_convert.leftovers import check_patterns, is_ignored
+from vit_convert.leftovers import ATTENTION_POOLING, check_patterns, is_ignored
 from vit_convert.read import resample
 from vit_convert.report import Report
 from vit_convert.rules import Mapped, TensorLike, to_foreign, unprefixed
@@ -227,6 +227,9 @@ class Plan:
     def _why_left(self, name: str) -> str | None:
         if name == "embeddings.mask_token":
             return "a mask token, which a model with this head does not have"
+        by_attention = name.startswith(ATTENTION_POOLING)
+        if by_attention and self.config.pooler_type != "map":
+            return "given up by the caller" if self.given_up(name) else None
         if name.startswith("pooler.") and self.head is not None:
             return "a pooler, which the head of this model does not look at"
         heads = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.")

@@ -61,7 +61,7 @@ def quantize(
         >>> model.params = quantize(model.params)
         >>> model.params = quantize(model.params, activations="int8")  # or this
     """
-    check_activations(activations)
+    check_activations(activations, "int8")
     flat: dict[tuple[str, ...], Any] = {}
     found = False
     for path, array in flatten_dict(dict(params)).items():
@@ -84,8 +84,10 @@ def quantize(
 
 @jax.jit
 def _quantize(kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(..., in, out) -> integers of that shape, factors and sums (..., out). A column with a value that is
-    not finite has a factor that is not."""
+    """(..., in, out) -> integers of that shape, factors and sums (..., out).
+
+    A column with a value that is not finite has a factor that is not.
+    """
     kernel = kernel.astype(jnp.float32)
     scale = jnp.max(jnp.abs(kernel), axis=-2) / LARGEST  # (..., out)
     # A column of zeros has any factor; 1 keeps it from being 0 / 0.
@@ -111,7 +113,12 @@ def check_weights(weights: Any) -> None:
         raise InputError(f"`weights` must be 'int8' or None; given {weights!r}.")
 
 
-def check_activations(activations: Any) -> None:
-    """Raise InputError unless `activations` is 'int8' or None."""
+def check_activations(activations: Any, weights: Any) -> None:
+    """Raise InputError unless `activations` is None, or 'int8' with weights of 'int8'."""
     if activations not in (None, "int8"):
         raise InputError(f"`activations` must be 'int8' or None; given {activations!r}.")
+    if activations is not None and weights is None:
+        raise InputError(
+            "`activations='int8'` needs weights in 8-bit integers to multiply by; add "
+            "`weights='int8'`."
+        )

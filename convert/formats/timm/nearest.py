@@ -270,7 +270,7 @@ def _sizes(config: ViTConfig) -> dict[str, Any]:
     rows, columns = config.patch_height_width
     patch: Any = rows if rows == columns else [rows, columns]
     if config.stem_type is not None:
-        patch = list(config.projection_size)
+        patch = list(config.patch_projection_size)
     channels = {} if config.num_channels == 3 else {"in_chans": config.num_channels}
     return {
         **channels,
