@@ -97,7 +97,8 @@ def _architecture(config: ViTConfig) -> tuple[str, dict[str, Any]]:
         "qkv_bias": config.qkv_bias,
     }
     if config.stem_type is not None:
-        name, args["patch_size"] = stems.TIMM_NAMES[config.stem_depths], config.patch_projection_size
+        name = stems.TIMM_NAMES[config.stem_depths]
+        args["patch_size"] = config.patch_projection_size
     if config.has_layer_scale:
         args["init_values"] = config.layer_scale_init_value
     if config.num_register_tokens:
