@@ -50,6 +50,8 @@ if TYPE_CHECKING:
         DeiTFeatureExtractor,
         DeiTImageProcessor,
         DeiTImageProcessorFast,
+        SiglipImageProcessor,
+        SiglipImageProcessorFast,
     )
     from vit_flax.auto import (
         FLAX_MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -264,6 +266,8 @@ __all__ = [
     "Siglip2TextConfig",
     "Siglip2VisionConfig",
     "SiglipConfig",
+    "SiglipImageProcessor",
+    "SiglipImageProcessorFast",
     "SiglipTextConfig",
     "SiglipVisionConfig",
     "ViTConfig",

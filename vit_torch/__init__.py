@@ -40,6 +40,8 @@ from vit_common.images.processors import (
     DeiTFeatureExtractor,
     DeiTImageProcessor,
     DeiTImageProcessorFast,
+    SiglipImageProcessor,
+    SiglipImageProcessorFast,
 )
 from vit_torch.auto import (
     AutoModel,
@@ -183,6 +185,8 @@ __all__ = [
     "Siglip2VisionModel",
     "SiglipConfig",
     "SiglipForImageClassification",
+    "SiglipImageProcessor",
+    "SiglipImageProcessorFast",
     "SiglipModel",
     "SiglipOutput",
     "SiglipPreTrainedModel",
