@@ -44,9 +44,6 @@ METADATA_KEY = "vit_config"
 """Key of the metadata of a safetensors file under which it carries its configuration."""
 
 
-_TEXT_NORM, _SCALE = "text_model.final_layernorm.weight", "logit_scale"
-
-
 @dataclass
 class Source:
     """An opened checkpoint.
