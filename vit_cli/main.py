@@ -23,6 +23,7 @@ from vit_common.errors import DeviceError, ViTError
 _COMMANDS = {
     "train": "fine-tune a model on images of your own, or train one from nothing",
     "predict": "classify images",
+    "zeroshot": "classify images by texts, with a model of both such as CLIP",
     "features": "write image embeddings to a file",
     "evaluate": "measure how good a classifier is on labelled images",
     "probe": "measure features with k-NN and logistic regression",
