@@ -116,7 +116,7 @@ class _Network:
     def embeddings(self, image: np.ndarray) -> np.ndarray:
         """(C, H, W) -> (S, D)."""
         config = self.config
-        (rows, columns), (p, q) = config.grid_size, config.projection_size
+        (rows, columns), (p, q) = config.grid_size, config.patch_projection_size
         if config.stem_type is not None:
             image = self.stem(image)
         patches = image[:, : rows * p, : columns * q].reshape(-1, rows, p, columns, q)

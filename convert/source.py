@@ -23,6 +23,7 @@ from vit_common.images.auto import AutoImageProcessor
 from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor
 from vit_common.images.sizes import processor_at_size
 from vit_common.images.timm import processor_from_timm
+from vit_common.log import logger
 from vit_common.parameters import Head
 from vit_convert.adapters import (
     Adapter,
@@ -41,6 +42,9 @@ from vit_convert.rules import Format, Mapped, as_mapped
 
 METADATA_KEY = "vit_config"
 """Key of the metadata of a safetensors file under which it carries its configuration."""
+
+
+_TEXT_NORM, _SCALE = "text_model.final_layernorm.weight", "logit_scale"
 
 
 @dataclass
@@ -106,11 +110,14 @@ class Source:
         head = next((heads[name] for name in heads if name in found), None)
         if head is not None or not self.config.is_part:
             return head
-        # CLIP's: a tower that is left aside is not what the configuration is of.
-        if self.config.base_family == "clip":
-            both = {"text_model.final_layernorm.weight", "visual_projection.weight"} <= found.keys()
+        # CLIP's or SigLIP's: a tower that is left aside is not what the configuration is of.
+        if self.config.sub_configs:
+            beside = (
+                "visual_projection.weight" if "projection_dim" in self.config.fields else _SCALE
+            )
+            both = {_TEXT_NORM, beside} <= found.keys()
             return "towers" if both else None
-        own = "text" if self.config.base_family == "clip_text_model" else "visual"
+        own = "text" if self.config.is_text else "visual"
         return "projection" if f"{own}_projection.weight" in found else None
 
     @property
@@ -321,6 +328,10 @@ def open_source(
     except BaseException:
         checkpoint.close()
         raise
+    logger.debug(
+        "opened %s: format %s, family %s, %d tensors",
+        *(path, read.table.name, settled.model_type, len(read.mapped.tensors)),
+    )
     return Source(
         path=path,
         checkpoint=checkpoint,

@@ -43,9 +43,18 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, allow_abbrev=False, **options)
         self.checks: list[Callable[[Options], object]] = []
 
+    def add_quiet(self) -> None:
+        """--quiet, which every command has."""
+        self.add_argument(
+            "-q",
+            "--quiet",
+            action="store_true",
+            help="on standard error, only warnings and errors: no notes, no progress",
+        )
+
     def add_names(
         self, metavar: str, help: str, *, least: int, most: int | None, wanted: str
-    ) -> None:
+    ) -> argparse.Action:
         """Take names, `least` to `most` of them.
 
         Args:
@@ -53,7 +62,7 @@ class Parser(argparse.ArgumentParser):
             least, most: how many; None is any number.
             wanted: how many and what, in the error: "one image".
         """
-        self.add_argument("names", metavar=metavar, nargs="*", help=help)
+        action = self.add_argument("names", metavar=metavar, nargs="*", help=help)
 
         def check(options: Options) -> None:
             count = len(options.names)
@@ -62,6 +71,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"wanted {wanted}; given {given}" if most else f"name {wanted}")
 
         self.checks.append(check)
+        return action
 
     def parse(self, arguments: Sequence[str]) -> Options:
         """The options that are given; everything after `--` is a name.

@@ -54,6 +54,7 @@ __all__ = [
     "FIELDS",
     "FLOATS",
     "OURS",
+    "FamilyConfig",
     "Flags",
     "ViTConfig",
     "as_config",
@@ -65,7 +66,7 @@ __all__ = [
 CONFIG_NAME = "config.json"
 
 
-PoolerType = Literal["dense", "norm", "token", "map"]
+PoolerType = Literal["dense", "norm", "token", "map", None]
 
 
 class Flags(NamedTuple):
@@ -120,6 +121,9 @@ class ViTConfig:
     is_part: ClassVar[bool] = False
     """Whether the base network lies under `base_model_prefix` in every model, also in the one that
     has nothing on it."""
+
+    is_text: ClassVar[bool] = False
+    """Whether the network is one of texts."""
 
     keeps_pooler: ClassVar[bool] = False
     """Whether models with a head have the pooler's parameters even where the head does not look at
@@ -580,7 +584,7 @@ class ViTConfig:
         return 1 if self.stem_type is None else stem_stride(self.stem_depths)
 
     @property
-    def projection_size(self) -> tuple[int, int]:
+    def patch_projection_size(self) -> tuple[int, int]:
         """Size (height, width) of the patch projection: the patch's, over the stem's stride."""
         height, width = self.patch_height_width
         return height // self.stem_stride, width // self.stem_stride
@@ -950,6 +954,11 @@ def _describe(cls: type[ViTConfig]) -> None:
     ]
     unknown = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
     cls.__signature__ = inspect.Signature([*parameters, unknown])
+
+
+class FamilyConfig(ViTConfig):
+    """Base of the other families: what `ViTConfig` has as fields and a family has not is fixed, at
+    the field's default unless the family says otherwise, or has another name."""
 
 
 _FAMILIES: dict[str, type[ViTConfig]] = {

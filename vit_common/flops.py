@@ -35,7 +35,7 @@ def multiply_adds(
     token = 2 * D * D + 2 * S * D + (3 if config.use_swiglu_ffn else 2) * D * inner
     branches = config.num_parallel_branches
     block = branches * (S * token + 2 * S * D * D)
-    p, q = config.projection_size
+    p, q = config.patch_projection_size
     total = N * p * q * config.stem_channels * D + config.num_hidden_layers * block
     total += _stem(config, H, W)
     if front_tokens is not None and config.num_hidden_layers:

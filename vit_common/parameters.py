@@ -20,7 +20,7 @@ Shapes = dict[str, tuple[int, ...]]
 Head = Literal["classifier", "teacher", "decoder", "tokens", "projection", "towers"]
 """Head on the base network: one classifier; DeiT's two, on the class and the distillation token; a
 decoder back to pixels; BEiT's prediction of visual tokens; CLIP's projection of one tower, or both
-towers with theirs."""
+towers of CLIP or SigLIP."""
 
 _CLASSES: dict[Head | None, str] = {
     None: "Model",
@@ -31,14 +31,13 @@ _CLASSES: dict[Head | None, str] = {
     "projection": "ModelWithProjection",
     "towers": "Model",
 }
-_TOWERS = {"clip_text_model": "Text"}
 
 
 def class_name(config: ViTConfig, head: Head | None) -> str:
     """Name of the PyTorch class of a network with that head; that of JAX begins with "Flax"."""
     tower = ""
     if config.is_part and head in (None, "projection"):
-        tower = _TOWERS.get(config.base_family, "Vision")
+        tower = "Text" if config.is_text else "Vision"
     return config.class_stem() + tower + _CLASSES[head]
 
 
@@ -76,6 +75,7 @@ HEAD_PARAMETERS = (
     "text_projection.",
     "text_model.",
     "logit_scale",
+    "logit_bias",
 )
 """Starts of (unprefixed) names that a checkpoint of the same network may lack or have in excess:
 they belong to a task, so they are drawn anew, or left aside, where everything else must fit."""
@@ -92,6 +92,7 @@ TOP_PARAMETERS = (
     "text_projection.",
     "text_model.",
     "logit_scale",
+    "logit_bias",
 )
 """Starts of the names that stand beside the base network, not in it."""
 
@@ -117,7 +118,7 @@ def parameter_shapes(
     Returns:
         Shapes in PyTorch's layouts: dense weights (out, in), the patch projection (D, C, P, P).
     """
-    if config.base_family == "clip_text_model":
+    if config.is_text:
         return _text_tower(config, head)
     if head == "towers":
         return _towers(config)
@@ -136,7 +137,7 @@ def parameter_shapes(
         shapes["embeddings.position_embeddings"] = (1, positions, D)
     if config.stem_type is not None:
         shapes |= _stem_shapes(config)
-    projection = (D, config.stem_channels, *config.projection_size)
+    projection = (D, config.stem_channels, *config.patch_projection_size)
     shapes["embeddings.patch_embeddings.projection.weight"] = projection
     if config.use_patch_bias:
         shapes["embeddings.patch_embeddings.projection.bias"] = (D,)
@@ -307,8 +308,8 @@ def _attention_pooler(config: ViTConfig) -> Shapes:
     return shapes
 
 
-def _text_tower(config: ViTConfig, head: Head | None) -> Shapes:
-    """The text tower of a CLIP, whose blocks are those of an image's."""
+def _text_tower(config: Any, head: Head | None) -> Shapes:
+    """The text tower of a CLIP or SigLIP, whose blocks are those of an image's."""
     D = config.hidden_size
     shapes: Shapes = {
         "embeddings.token_embedding.weight": (config.vocab_size, D),
@@ -316,6 +317,9 @@ def _text_tower(config: ViTConfig, head: Head | None) -> Shapes:
         **_blocks(config),
         **_norm(config, "final_layernorm"),
     }
+    if "projection_size" in config.fields:
+        shapes["head.weight"] = (config.projection_size, D)
+        shapes["head.bias"] = (config.projection_size,)
     shapes = {f"{config.base_model_prefix}.{name}": shape for name, shape in shapes.items()}
     if head == "projection":
         shapes["text_projection.weight"] = (config.projection_dim, D)
@@ -323,11 +327,14 @@ def _text_tower(config: ViTConfig, head: Head | None) -> Shapes:
 
 
 def _towers(config: Any) -> Shapes:
-    """Both towers of a CLIP, their projections, and the scale of the similarities."""
+    """Both towers of a CLIP or SigLIP, CLIP's projections, and the scale of the similarities, which
+    in SigLIP has a bias."""
     vision, text = config.vision_config, config.text_config
+    shapes = {**parameter_shapes(vision), **_text_tower(text, None)}
+    if "projection_dim" not in config.fields:
+        return {**shapes, "logit_scale": (1,), "logit_bias": (1,)}
     return {
-        **parameter_shapes(vision),
-        **_text_tower(text, None),
+        **shapes,
         "visual_projection.weight": (config.projection_dim, vision.hidden_size),
         "text_projection.weight": (config.projection_dim, text.hidden_size),
         "logit_scale": (),

@@ -97,7 +97,9 @@ _TABLE = [(re.compile(rf"({_FAMILIES}/)?{name}"), spec) for name, spec in _NETWO
     (re.compile(rf"({_HEADS}|decoder/0)/bias"), _WHOLE),
     (re.compile(r"lm_layernorm/(scale|bias)"), _WHOLE),
     (re.compile(r"(visual|text)_projection/kernel"), PartitionSpec(FSDP)),
-    (re.compile(r"logit_scale"), _WHOLE),
+    (re.compile(r"logit_(scale|bias)"), _WHOLE),
+    (re.compile(r"text_model/head/kernel"), PartitionSpec(FSDP)),
+    (re.compile(r"text_model/head/bias"), _WHOLE),
 ]
 
 

@@ -72,7 +72,7 @@ class ViTPatchEmbeddings(ViTPart):
             self,
             self.config.stem_channels,
             self.config.hidden_size,
-            self.config.projection_size,
+            self.config.patch_projection_size,
             use_bias=self.config.use_patch_bias,
         )
 
@@ -652,7 +652,8 @@ class ViTModule(ViTPart):
         if self.config.has_final_norm:
             self.layernorm = layer_norm(self)
         pooler = ViTAttentionPooler if self.config.pooler_type == "map" else ViTPooler
-        self.pooler = pooler(**options(self)) if add_pooling_layer else None
+        has_pooler = add_pooling_layer and self.config.pooler_type is not None
+        self.pooler = pooler(**options(self)) if has_pooler else None
 
     def forward(
         self,

@@ -21,6 +21,7 @@ from vit_common.images.predictions import are_many, default_image_processor
 from vit_common.images.processor import BaseImageProcessor
 from vit_convert.source import Source, find_processor
 from vit_flax.auto import FlaxAutoImageModel, FlaxAutoModelForImageClassification
+from vit_flax.cpu.half import held_params
 from vit_flax.inference import maps as attention_maps
 from vit_flax.inference.engine import Engine
 from vit_flax.inference.preparer import Preparer, prepare_all, usual_workers
@@ -108,6 +109,7 @@ class ImageEncoder:
         devices = make_mesh(mesh, config)
         params = model.network_params
         params = params if devices is None else place(params, devices)
+        params = held_params(params, model.dtype)
         shape, dtype = self.preparer.shape, self.preparer.dtype
         self.engine = Engine(params, config, shape, dtype, devices)
         share = 2 if self.engine.platform == "cpu" else 1  # a network on the CPU needs cores too

@@ -84,8 +84,10 @@ def quantize(
 
 @jax.jit
 def _quantize(kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(..., in, out) -> integers of that shape, factors and sums (..., out). A column with a value that is
-    not finite has a factor that is not."""
+    """(..., in, out) -> integers of that shape, factors and sums (..., out).
+
+    A column with a value that is not finite has a factor that is not.
+    """
     kernel = kernel.astype(jnp.float32)
     scale = jnp.max(jnp.abs(kernel), axis=-2) / LARGEST  # (..., out)
     # A column of zeros has any factor; 1 keeps it from being 0 / 0.

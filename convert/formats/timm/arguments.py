@@ -158,8 +158,8 @@ def fields_of(name: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict
             f"timm's config.json: `model_args` has {', '.join(odd)}, which changes the network and "
             "is not supported; this model cannot be converted."
         )
-    named = _fields(row.cls, row.arguments)
-    with_given = _fields(row.cls, {**row.arguments, **given})
+    named = fields_of_class(row.cls, row.arguments)
+    with_given = fields_of_class(row.cls, {**row.arguments, **given})
     return named, {key: value for key, value in with_given.items() if named.get(key) != value}
 
 
@@ -170,7 +170,7 @@ def _understood(keyword: str, value: Any) -> bool:
     return keyword in _TAKEN and value in _ALLOWED.get(spelled, (value,))
 
 
-def _fields(cls: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def fields_of_class(cls: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that arguments of a class mean, those of its defaults included."""
     args = {_SPELLED.get(keyword, keyword): value for keyword, value in arguments.items()}
     norm = args.get("norm_layer") or "layernorm"
@@ -195,6 +195,8 @@ def _fields(cls: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         fields["use_patch_bias"] = not args.get("pre_norm", False)
         after = args.get("use_post_transformer_norm")
         fields["use_final_norm"] = after is not False or args.get("fc_norm") is not False
+    if args.get("pos_embed", "learn") in ("none", ""):
+        fields["use_absolute_position_embeddings"] = False
     fields["layer_scale_init_value"] = float(args.get("init_values") or 0.0)
     kind = args.get("rope_type", "cat" if cls == "Eva" else None)
     rotates = args.get("use_rot_pos_emb", False) if cls == "Eva" else bool(kind)

@@ -6,8 +6,10 @@ own names or lacks that of the key, or three; a gated MLP's first layer is one, 
 
 from __future__ import annotations
 
+from vit_common.config import ViTConfig
 from vit_convert.formats.format import Rule
 from vit_convert.formats.timm.models import ARCHITECTURES
+from vit_convert.formats.timm.nearest import class_of
 from vit_convert.formats.timm.pool import ATTENTION_POOL
 from vit_convert.layouts import FUSED_QKV, GATE_AND_UP, KEEP, Layout
 
@@ -71,6 +73,26 @@ SIGNS = (
     r"blocks\.\d+\.(gamma_1|attn\.q_bias|attn\.q_proj\.weight|mlp\.fc1_g\.weight)",
 )
 """Names that timm's `VisionTransformer` has not."""
+
+
+def fits(config: ViTConfig, head: object = None) -> bool:
+    """Whether a network is written with these names."""
+    return class_of(config) == "Eva"
+
+
+def rules_for(config: ViTConfig) -> tuple[Rule, ...]:
+    """The rules that write a network: query, key and value as one layer; and the first layer of a
+    gated MLP as two where a norm follows it, as timm has it.
+
+    Args:
+        config: the network.
+    """
+    left = [f"{_BLOCK}attn.{x}_proj.{leaf}" for x in "qkv" for leaf in ("weight", "bias")]
+    if not config.has_key_bias:
+        left.append(f"{_BLOCK}attn.qkv.bias")
+    if not (config.use_swiglu_ffn and config.use_mlp_norm):
+        left += [f"{_BLOCK}mlp.fc1_{part}.{leaf}" for part in "gx" for leaf in ("weight", "bias")]
+    return tuple(rule for rule in RULES if rule.foreign_names[0] not in left)
 
 
 def named(architecture: str) -> bool:
