@@ -27,6 +27,7 @@ from vit_common.log import NAME as LOGGER
 _COMMANDS = {
     "train": "fine-tune a model on images of your own, or train one from nothing",
     "predict": "classify images",
+    "zeroshot": "classify images by texts, with a model of both such as CLIP",
     "features": "write image embeddings to a file",
     "search": "find the images most like a photo in a file of features",
     "evaluate": "measure how good a classifier is on labelled images",
