@@ -32,6 +32,7 @@ _COMMANDS = {
     "search": "find the images most like a photo in a file of features",
     "evaluate": "measure how good a classifier is on labelled images",
     "probe": "measure features with k-NN and logistic regression",
+    "serve": "serve a model over HTTP, with a page to try it on",
     "attention": "draw where a model looks in an image",
     "convert": "convert a checkpoint to another format",
     "export": "write a model as a program for JAX or ONNX",
@@ -44,6 +45,7 @@ _COMMANDS = {
 _PLACES = {  # those not in vit_cli.commands
     "completion": "vit_cli.completion",
     "search": "vit_cli.search.command",
+    "serve": "vit_cli.serve.command",
 }
 _NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
 _EXIT_CODES = """exit codes:
