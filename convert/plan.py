@@ -443,6 +443,8 @@ def _cast(name: str, tensor: TensorLike, dtype: np.dtype) -> TensorLike:
 def _unlike_vit(config: ViTConfig) -> str | None:
     """What makes a network another than a plain ViT though its parameters have the same names, or
     are fewer; None for a plain one."""
+    if config.has_layer_scale and not config.use_mlp_layer_scale:
+        return "its MLPs have no factors (`use_mlp_layer_scale` is False)"
     if config.rope_type:
         return "its queries and keys are rotated by their positions (`rope_type`)"
     if config.pool_prefix_tokens:

@@ -50,6 +50,7 @@ REPRESENTED_BY = {
     "test_losses_and_their_gradients_against_the_torch_reference": 3,
     "test_outputs_and_gradients_under_the_same_masks": 3,
     "test_stochastic_depth": 3,
+    "test_timm_builds_what_is_written_for_it": 4,
     "test_the_flax_modules_parameters": 3,
     "test_timm_directly_and_converted": 10,
     "test_transformers_flax_reads_what_we_write": 2,

@@ -376,7 +376,7 @@ class FlaxViTBranch(FlaxViTPart):
         if self.config.has_layer_scale:
             D, value = self.config.hidden_size, self.config.layer_scale_init_value
             add_parameter(self, "lambda_1", (D,), value)
-            if not parallel:
+            if self.config.has_mlp_layer_scale:
                 add_parameter(self, "lambda_2", (D,), value)
 
     def attend(
@@ -399,7 +399,7 @@ class FlaxViTBranch(FlaxViTPart):
         output = self.output(self.intermediate(normed), deterministic)
         if post_norm:
             output = self.layernorm_after(output)
-        if self.config.has_layer_scale:
+        if self.config.has_mlp_layer_scale:
             output = output * self.lambda_2.astype(self.array_dtype)
         return self.drop_path(output, rate, deterministic)
 

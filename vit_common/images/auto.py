@@ -16,6 +16,7 @@ from vit_common.images.processors import (
     BitImageProcessor,
     CLIPImageProcessor,
     DeiTImageProcessor,
+    SiglipImageProcessor,
     ViTHybridImageProcessor,
 )
 from vit_common.images.timm import processor_from_timm
@@ -26,6 +27,7 @@ _CLASSES: dict[str, type[BaseImageProcessor]] = {
     "BeitImageProcessor": BeitImageProcessor,
     "BitImageProcessor": BitImageProcessor,
     "CLIPImageProcessor": CLIPImageProcessor,
+    "SiglipImageProcessor": SiglipImageProcessor,
     "ViTHybridImageProcessor": ViTHybridImageProcessor,
 }
 
@@ -44,6 +46,8 @@ _CLASS_OF_MODEL: dict[str, type[BaseImageProcessor]] = {
     "dinov2_with_registers": BitImageProcessor,
     "clip": CLIPImageProcessor,
     "clip_vision_model": CLIPImageProcessor,
+    "siglip": SiglipImageProcessor,
+    "siglip_vision_model": SiglipImageProcessor,
 }
 
 

@@ -1,9 +1,10 @@
-"""The image processors of ViT's relatives: DeiT, BEiT, DINOv2 and CLIP.
+"""The image processors of ViT's relatives: DeiT, BEiT, DINOv2, CLIP and SigLIP.
 
 Each is `BaseImageProcessor` with the defaults, and the order of arguments, of the class of that
-name in Transformers 4.57.6 (`models/deit`, `models/beit`, `models/bit` and `models/clip`; DINOv2
-repositories name the processor of BiT), which works on PIL and numpy; its pixels are the same to
-the bit. The options are those of `ViTImageProcessor`; all of these crop as well.
+name in Transformers 4.57.6 (`models/deit`, `models/beit`, `models/bit`, `models/clip` and
+`models/siglip`; DINOv2 repositories name the processor of BiT), which works on PIL and numpy; its
+pixels are the same to the bit. The options are those of `ViTImageProcessor`; all but SigLIP's crop
+as well.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ __all__ = [
     "DeiTFeatureExtractor",
     "DeiTImageProcessor",
     "DeiTImageProcessorFast",
+    "SiglipImageProcessor",
+    "SiglipImageProcessorFast",
 ]
 
 # In the order of the constructors, as `_CALL` is in that of the calls.
@@ -177,7 +180,26 @@ class ViTHybridImageProcessor(BitImageProcessor):
     }
 
 
+class SiglipImageProcessor(BaseImageProcessor):
+    """Images to the `pixel_values` of a SigLIP, and of a SigLIP 2 of one image size: resize to
+    224 x 224 with the bicubic filter.
+
+    Raises:
+        InputError: a value is not what the option holds, or an unknown key would change pixels.
+    """
+
+    _defaults: ClassVar[dict[str, Any]] = {
+        **BaseImageProcessor._defaults,
+        "resample": Resampling.BICUBIC,
+    }
+    _call_order = (
+        *("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize"),
+        *("image_mean", "image_std", *_RESULT, "do_convert_rgb"),
+    )
+
+
 DeiTImageProcessorFast = DeiTImageProcessor
 BeitImageProcessorFast = BeitImageProcessor
 BitImageProcessorFast = BitImageProcessor
 CLIPImageProcessorFast = CLIPImageProcessor
+SiglipImageProcessorFast = SiglipImageProcessor

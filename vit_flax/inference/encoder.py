@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,6 @@ class Work(NamedTuple):
 Pool = Literal["auto", "cls", "mean"] | None
 """How tokens become one vector: see `vit_common.features`."""
 
-_OWN = ("workers", "normalize_on_device", "fast_decode")  # options of the constructor
-
 
 class ImageEncoder:
     """Features and attention of images, from any network, with or without a classifier.
@@ -81,6 +79,9 @@ class ImageEncoder:
         >>> encode.run(encode.prepare(["a.jpg", "b.jpg"])).shape
         (2, 384)
     """
+
+    _OWN: ClassVar[tuple[str, ...]] = ("workers", "normalize_on_device", "fast_decode")
+    """Options of the constructor."""
 
     def __init__(
         self,
@@ -153,7 +154,7 @@ class ImageEncoder:
         """
         check_weights(weights)
         check_activations(activations, weights)
-        own = {name: options.pop(name) for name in _OWN if name in options}
+        own = {name: options.pop(name) for name in cls._OWN if name in options}
         fields = [name for name in options if name in FIELDS]
         given = options.get("config")
         if given is not None and not isinstance(given, (str, os.PathLike)) and fields:
@@ -165,6 +166,7 @@ class ImageEncoder:
         with source:
             config = source.config
             cls._check_source(source)
+            own = cls._arguments(source, own)
             processor = find_processor(source)
             devices = make_mesh(mesh, config)
             if devices is not None:
@@ -192,6 +194,11 @@ class ImageEncoder:
     @classmethod
     def _check_source(cls, source: Source) -> None:
         """Raise CheckpointError if a checkpoint lacks what this class needs."""
+
+    @classmethod
+    def _arguments(cls, source: Source, own: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the constructor, with those that the files hold."""
+        return own
 
     @classmethod
     def _load_model(cls, source: Source, **options: Any) -> Any:

@@ -166,7 +166,6 @@ REFUSES = (
         r"blocks\.\d+\.attn\.rel_pos_[hw]",
         "windows and decomposed relative positions (SAM's encoder)",
     ),
-    (r"embeds\.pos_embed_[xy]", "positions as sums of a row's and a column's (factorized)"),
     (
         r"patch_embed\.backbone\.(conv1|bn1|layer\d|\d)\..*",
         "a convolutional stem before its patches (a hybrid with batch norms)",
@@ -347,6 +346,15 @@ FORMATS = (
         ignored=BEIT_IGNORED,
         relative_resize="geometric",
         named=lambda architecture: not eva.named(architecture),
+    ),
+    _format(
+        ("vit",),
+        eva.GROUPED,
+        "timm state dict of a network whose heads share those of key and value",
+        requires=eva.GROUPED_SIGNS,
+        settings={"position_resize": "bicubic_antialias"},
+        unsaid=lambda shapes: ("rope_type", "layer_norm_eps"),
+        written=False,
     ),
     _format(
         ("vit",),
