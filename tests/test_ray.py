@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,6 +221,8 @@ def test_images_are_found(tmp_path):
 
 # -- with Ray
 
+RAYS_OWN = pytest.mark.filterwarnings("ignore")  # processes it leaves to end by themselves, ...
+
 
 @pytest.fixture(name="ray", scope="module")
 def ray_fixture():
@@ -235,6 +238,7 @@ def rows_of(output) -> dict[str, dict]:
     return {row["file"]: row for row in rows}
 
 
+@RAYS_OWN
 @pytest.mark.slow
 def test_the_command_gives_what_it_gives_without_ray(ray, tmp_path, capsys, monkeypatch, wanted):
     monkeypatch.chdir(tmp_path)
@@ -262,6 +266,7 @@ def test_the_command_gives_what_it_gives_without_ray(ray, tmp_path, capsys, monk
     assert not os.path.exists("new")
 
 
+@RAYS_OWN
 @pytest.mark.slow
 def test_an_actor_that_is_killed_comes_back(ray, tmp_path, wanted):
     """Its batches are done again: every image is in the output exactly once."""
@@ -303,3 +308,15 @@ def test_an_actor_that_is_killed_comes_back(ray, tmp_path, wanted):
     assert rows.keys() == set(files)
     for i, name in enumerate(files):
         np.testing.assert_allclose(rows[name]["features"], wanted[i % len(NAMES)], atol=2e-6)
+
+
+@RAYS_OWN
+@pytest.mark.slow
+def test_the_example_runs(ray, tmp_path):
+    script = Path(__file__).parents[1] / "examples/ray_features.py"
+    arguments = [str(embedded_checkpoint() / "images"), "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("12 rows with the columns path, features, error\n")

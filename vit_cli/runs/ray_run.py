@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,9 +126,15 @@ def _ray() -> Any:
 @contextlib.contextmanager
 def _cluster(ray: Any, address: str | None) -> Iterator[None]:
     """Ray, joined or started on this machine alone; its errors become ours."""
-    joined = {"address": address}
+    joined: dict[str, Any] = {"address": address}
     if address is None:
         joined = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Ray to itself; those of the model are in the actors
+        yield from _connected(ray, address, joined)
+
+
+def _connected(ray: Any, address: str | None, joined: dict[str, Any]) -> Iterator[None]:
     try:
         with _nothing_printed():
             ray.init(**joined, log_to_driver=False, logging_level="error", configure_logging=True)

@@ -215,11 +215,13 @@ class ImageFeatures(_OnImages):
                 f"`store_dtype` must be 'float32' or 'float16'; given {store_dtype!r}."
             )
         self.store_dtype = np.dtype(store_dtype)
-        self._how = {"output": "features", "layers": layers, "pool": pool}
+        self._layers, self._pool = layers, pool
         super().__init__(model, **options)
 
     def _run(self, pixels: np.ndarray) -> np.ndarray:
-        return self.encoder.run(pixels, batch_size=self.batch_size, **self._how)
+        return self.encoder.run(
+            pixels, "features", layers=self._layers, pool=self._pool, batch_size=self.batch_size
+        )
 
     def _columns(self, rows: np.ndarray, errors: list[str | None]) -> dict[str, Any]:
         import pyarrow as pa
