@@ -68,6 +68,11 @@ def run(options: Options) -> int:
 
     stream = StreamOptions.of(options)
     pool = None if options.pool == "none" else options.pool
+    if options.on == "ray":
+        from vit_cli.runs.ray_run import run_on_ray
+
+        how = {"layers": options.layers, "pool": pool, "store_dtype": options.store_dtype}
+        return run_on_ray(options, stream, "ImageFeatures", how)
 
     def begin(files: list[str]) -> Work:
         encoder = load_for_stream("ImageEncoder", stream, files)
