@@ -48,6 +48,35 @@ TIMM = _torch_rules(
 TIMM_ROOT = _rules(f"{_TIMM}conv", f"{_STEM}convolution") + _rules(f"{_TIMM}norm", f"{_STEM}norm")
 """timm's names, where it is a root alone."""
 
+
+def _biased(module: str, ours: str) -> tuple[Rule, ...]:
+    return tuple(Rule(f"{module}.{leaf}", f"{ours}.{leaf}") for leaf in ("weight", "bias"))
+
+
+_BLOCK_OF_VITAMIN = {
+    "pre_norm": "norm",
+    "conv1_1x1": "conv1",
+    "conv2_kxk": "conv2",
+    "conv3_1x1": "conv3",
+    "shortcut.expand": "conv_shortcut",
+}
+VITAMIN = (
+    *_biased(f"{_TIMM}stem.conv1", f"{_STEM}convolution"),
+    *_biased(f"{_TIMM}stem.norm1", f"{_STEM}norm"),
+    *_biased(f"{_TIMM}stem.conv2", f"{_STEM}convolution2"),
+    *_biased(f"{_TIMM}pool.norm", f"{_STEM}norm_out"),
+    *_biased(f"{_TIMM}pool.proj", "embeddings.patch_embeddings.projection"),
+    *(
+        rule
+        for stage in range(STAGES)
+        for theirs, ours in _BLOCK_OF_VITAMIN.items()
+        for rule in _biased(
+            f"{_TIMM}stages.{stage}.{{i}}.{theirs}", f"{_STEM}stage{stage}.{{i}}.{ours}"
+        )
+    ),
+)
+"""timm's names of the MBConv blocks before a ViTamin's own."""
+
 TRANSFORMERS = _torch_rules(
     (
         "embeddings.patch_embeddings.backbone.bit.embedder.convolution",
@@ -116,8 +145,19 @@ TIMM_NAMES: dict[tuple[int, ...], str] = {
 """Depths of a stem -> a network of timm that has it, for its `config.json`."""
 
 
+VITAMINS: dict[tuple[int, int], str] = {
+    (64, 384): "vitamin_small_224",
+    (128, 768): "vitamin_base_224",
+    (160, 1024): "vitamin_large_224",
+    (192, 1152): "vitamin_xlarge_256",
+}
+"""Width of a stem and of the blocks -> a ViTamin of timm that has them."""
+
+
 def timm_first_convolution(config: ViTConfig) -> str:
     """What timm calls the first convolution of a network."""
+    if config.stem_type == "mbconv":
+        return "patch_embed.backbone.stem.conv1"
     if config.stem_type is None:
         return "patch_embed.proj"
     return f"patch_embed.backbone.{'stem.' if config.stem_depths else ''}conv"
@@ -127,6 +167,10 @@ def timm_cannot_hold(config: ViTConfig) -> str | None:
     """What keeps timm from building a hybrid, or None."""
     if config.stem_type is None:
         return None
+    if config.stem_type == "mbconv":
+        if (config.stem_width, config.hidden_size) in VITAMINS and config.stem_depths == (2, 4):
+            return None
+        return "timm builds ViTamins of the published widths only"
     if config.stem_depths not in TIMM_NAMES or config.stem_width != 64:
         return (
             "timm builds hybrids only with ResNets of "
@@ -138,7 +182,7 @@ def timm_cannot_hold(config: ViTConfig) -> str | None:
 
 def timm_loses(config: ViTConfig) -> list[str]:
     """What timm computes otherwise."""
-    if config.stem_type is None:
+    if config.stem_type in (None, "mbconv"):
         return []
     if config.stem_standardization == "variance" and config.stem_norm_eps == 1e-5:
         return []
