@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from vit_common.config import ViTConfig
-from vit_common.config_fields import STEM_GROUPS
+from vit_common.config_fields import STEM_GROUPS, STEM_KERNELS
 from vit_common.errors import ConfigError
 from vit_common.positions import relative_position_index, rotary_angles, rotary_coordinates
 from vit_convert.rules import TensorLike
@@ -128,15 +128,25 @@ class _Network:
             image = self.mbconv_stem(image)
             x = self.padded(image, name, 2).reshape(config.hidden_size, -1).T
             return self.with_front(x)
-        if config.stem_type is not None:
+        if config.stem_type == "convolutions":
+            for stem, size in zip(("convolution", "convolution2"), STEM_KERNELS, strict=True):
+                places = image.shape[1] // size, image.shape[2] // size
+                x = self.of_patches(image, places, (size, size), f"embeddings.stem.{stem}")
+                image = _ACTIVATIONS["gelu"](x).T.reshape(-1, *places)
+        elif config.stem_type is not None:
             image = self.stem(image)
+        return self.with_front(self.of_patches(image, (rows, columns), (p, q), name))
+
+    def of_patches(
+        self, image: np.ndarray, grid: tuple[int, int], size: tuple[int, int], name: str
+    ) -> np.ndarray:
+        """(C, H, W) -> (N, out): a kernel over patches that neither overlap nor leave gaps."""
+        (rows, columns), (p, q) = grid, size
         patches = image[:, : rows * p, : columns * q].reshape(-1, rows, p, columns, q)
         patches = patches.transpose(1, 3, 0, 2, 4).reshape(rows * columns, -1)
-        kernel = self.weight(f"{name}.weight").reshape(config.hidden_size, -1)
-        x = patches @ kernel.T
-        if config.use_patch_bias:
-            x = x + self.weight(f"{name}.bias")
-        return self.with_front(x)
+        kernel = self.weight(f"{name}.weight")
+        x = patches @ kernel.reshape(len(kernel), -1).T
+        return x + self.weight(f"{name}.bias") if f"{name}.bias" in self.tensors else x
 
     def with_front(self, x: np.ndarray) -> np.ndarray:
         """(N, D) -> (S, D): positions, and the tokens in front."""

@@ -277,7 +277,9 @@ def _stem(shapes: Mapping[str, tuple[int, ...]], note: Any) -> None:
     if blocks != {(i, j) for i, depth in enumerate(depths) for j in range(depth)}:
         raise CheckpointError("blocks of the stem are missing.")
     width, C = shapes[_STEM][:2]
-    kind = "mbconv" if "embeddings.stem.convolution2.weight" in shapes else "resnetv2"
+    second = "embeddings.stem.convolution2.weight" in shapes
+    normed = "embeddings.stem.norm.weight" in shapes
+    kind = ("mbconv" if normed else "convolutions") if second else "resnetv2"
     note("names", stem_type=kind)
     note("shapes", stem_depths=depths, stem_width=width, num_channels=C)
     _, _, *size = shapes["embeddings.patch_embeddings.projection.weight"]

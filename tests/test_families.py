@@ -752,6 +752,12 @@ EXTENSIONS: dict[str, dict[str, Any]] = {
         "gate_act": "gelu",
         "use_mlp_input_norm": True,
     },
+    "convolutions before the patches": {
+        "image_size": (32, 16),
+        "patch_size": 8,
+        "stem_type": "convolutions",
+        "stem_width": 32,
+    },
     "a ResNet before the patches": {
         "stem_type": "resnetv2",
         "stem_depths": (1,),

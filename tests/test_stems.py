@@ -160,6 +160,58 @@ def test_vitamin_in_both_twins(tmp_path):
         convert(tmp_path / "hub", tmp_path / "back", to="timm")
 
 
+def mobileclip() -> Any:
+    """timm's MobileCLIP, narrow, as `vit_base_mci_224` is built."""
+    backbone = timm.models.vision_transformer_hybrid.ConvStem(
+        channels=(32, 32, 16),
+        stride=(4, 2, 2),
+        kernel_size=(4, 2, 2),
+        padding=0,
+        act_layer=torch.nn.GELU,
+    )
+    model = timm.models.VisionTransformer(
+        **SIZES,
+        img_size=(32, 48),
+        patch_size=1,
+        dynamic_img_size=True,
+        no_embed_class=True,
+        embed_layer=partial(timm.layers.HybridEmbed, backbone=backbone, proj=False),
+    )
+    randomise(model)
+    with torch.no_grad():
+        for name, value in model.named_buffers():
+            if name.endswith("running_mean"):
+                value.normal_()
+            elif name.endswith("running_var"):
+                value.uniform_(0.2, 2.0)
+    return model.double().eval()
+
+
+def test_mobileclip_in_both_twins(tmp_path):
+    """Its batch norms are folded into its convolutions; timm's are not."""
+    peer = mobileclip()
+    source = saved(peer, tmp_path / "timm")
+    known = {"num_attention_heads": 2, "image_size": (32, 48)}
+    for size, bound in (((32, 48), 1e-12), ((48, 32), RESIZED)):
+        x = pixels(size)
+        with torch.no_grad():
+            want = peer(torch.tensor(x)).numpy()
+        assert_close(run_torch(source, x, **known), want, bound)
+    x = pixels((32, 48))
+    want = run_torch(source, x, **known)
+    with jax.enable_x64(True):
+        model = load_flax(source, dtype=jnp.float64, param_dtype=jnp.float64, **known)
+        assert_close(np.asarray(model(x).logits), want, 1e-12)
+    assert model.config.stem_type == "convolutions"
+    report = convert(source, tmp_path / "flax", to="flax", overrides=known)
+    assert report.verification is not None
+    assert len(report.ignored) == 2  # counters of the batch norms
+    convert(tmp_path / "flax", tmp_path / "hub")
+    assert_close(run_torch(tmp_path / "hub", x), want, 1e-12)
+    with pytest.raises(InputError, match="batch norms, which are folded here"):
+        convert(tmp_path / "hub", tmp_path / "back", to="timm")
+
+
 @pytest.mark.parametrize(
     "name", ["vitamin_small_224", pytest.param("vitamin_large_336", marks=pytest.mark.slow)]
 )

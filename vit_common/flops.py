@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vit_common.config import ViTConfig
-from vit_common.config_fields import STEM_NARROWING, STEM_WIDENING
+from vit_common.config_fields import STEM_KERNELS, STEM_NARROWING, STEM_WIDENING
 from vit_common.parameters import Head
 
 
@@ -61,6 +61,13 @@ def _stem(config: ViTConfig, height: int, width: int) -> int:
     """Multiply-adds of the network before the patch projection."""
     if config.stem_type is None:
         return 0
+    if config.stem_type == "convolutions":
+        places, inputs, total = height * width, config.num_channels, 0
+        for size in STEM_KERNELS:
+            places //= size**2
+            total += places * size**2 * inputs * config.stem_width
+            inputs = config.stem_width
+        return total
     height, width = -(-height // 2), -(-width // 2)
     if config.stem_type == "mbconv":
         return _mbconv(config, height, width)

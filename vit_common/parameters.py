@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from vit_common.config import ViTConfig
-from vit_common.config_fields import STEM_NARROWING, STEM_WIDENING
+from vit_common.config_fields import STEM_KERNELS, STEM_NARROWING, STEM_WIDENING
 from vit_common.positions import relative_distances
 
 Shapes = dict[str, tuple[int, ...]]
@@ -273,6 +273,14 @@ def _stem_shapes(config: ViTConfig) -> Shapes:
     """The parameters of the network before the patch projection."""
     if config.stem_type == "mbconv":
         return _mbconv_shapes(config)
+    if config.stem_type == "convolutions":
+        (first, second), width = STEM_KERNELS, config.stem_width
+        return {
+            "embeddings.stem.convolution.weight": (width, config.num_channels, first, first),
+            "embeddings.stem.convolution.bias": (width,),
+            "embeddings.stem.convolution2.weight": (width, width, second, second),
+            "embeddings.stem.convolution2.bias": (width,),
+        }
     shapes: Shapes = {}
 
     def add(module: str, number: str, inputs: int, features: int, size: int = 1) -> None:

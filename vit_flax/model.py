@@ -50,8 +50,15 @@ from vit_flax.parts.mbconv import FlaxViTMBConvStem, padded_convolution
 from vit_flax.parts.part import FlaxViTPart, activation, options
 from vit_flax.parts.relative import FlaxViTRelativePositionMLP
 from vit_flax.parts.rotary import rotate, rotation
-from vit_flax.parts.stems import FlaxViTStem
+from vit_flax.parts.stems import FlaxViTConvolutionStem, FlaxViTStem
 from vit_flax.stacked import make_blocks, scan_blocks
+
+STEMS: dict[str, type[FlaxViTPart]] = {
+    "resnetv2": FlaxViTStem,
+    "mbconv": FlaxViTMBConvStem,
+    "convolutions": FlaxViTConvolutionStem,
+}
+"""`stem_type` -> the network before the patches."""
 
 
 class FlaxViTPatchEmbeddings(FlaxViTPart):
@@ -90,8 +97,7 @@ class FlaxViTEmbeddings(FlaxViTPart):
             positions = config.num_prefix_positions + config.num_patches
             add_parameter(self, "position_embeddings", (1, positions, D), "normal")
         if config.stem_type is not None:
-            stem = FlaxViTMBConvStem if config.stem_type == "mbconv" else FlaxViTStem
-            self.stem = stem(**options(self))
+            self.stem = STEMS[config.stem_type](**options(self))
         self.patch_embeddings = FlaxViTPatchEmbeddings(**options(self))
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 

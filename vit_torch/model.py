@@ -51,7 +51,14 @@ from vit_torch.parts.mbconv import ViTMBConvStem, padded_convolution
 from vit_torch.parts.part import ViTPart, activation, options
 from vit_torch.parts.relative import ViTRelativePositionMLP
 from vit_torch.parts.rotary import Rotation, rotate, rotation
-from vit_torch.parts.stems import ViTStem
+from vit_torch.parts.stems import ViTConvolutionStem, ViTStem
+
+STEMS: dict[str, type[ViTPart]] = {
+    "resnetv2": ViTStem,
+    "mbconv": ViTMBConvStem,
+    "convolutions": ViTConvolutionStem,
+}
+"""`stem_type` -> the network before the patches."""
 
 
 class ViTPatchEmbeddings(ViTPart):
@@ -102,8 +109,7 @@ class ViTEmbeddings(ViTPart):
             positions = config.num_prefix_positions + config.num_patches
             add_parameter(self, "position_embeddings", (1, positions, D), "normal")
         if config.stem_type is not None:
-            stem = ViTMBConvStem if config.stem_type == "mbconv" else ViTStem
-            self.stem = stem(**options(self))
+            self.stem = STEMS[config.stem_type](**options(self))
         self.patch_embeddings = ViTPatchEmbeddings(**options(self))
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from vit_common.config import ViTConfig
 from vit_convert.formats.format import Rule
-from vit_convert.layouts import HWIO, KEEP, Layout
+from vit_convert.layouts import HWIO, KEEP, Arrays, Layout
 
 STAGES = 4
 UNITS = 24
@@ -154,6 +154,41 @@ VITAMINS: dict[tuple[int, int], str] = {
 """Width of a stem and of the blocks -> a ViTamin of timm that has them."""
 
 
+def _folded(arrays: Arrays) -> Arrays:
+    kernel, *norm = arrays
+    scale, bias, mean, variance = (array.astype(np.float64) for array in norm)
+    factor = scale / np.sqrt(variance + _BATCH_EPS)
+    wide = kernel * factor.reshape(-1, *(1 for _ in kernel.shape[1:]))
+    return [wide.astype(kernel.dtype), (bias - mean * factor).astype(kernel.dtype)]
+
+
+def _kept(arrays: Arrays) -> Arrays:
+    raise ValueError("batch norms that were folded into convolutions are not taken out again")
+
+
+_BATCH_EPS = 1e-5
+FOLDED = Layout("a convolution and its batch norm", _folded, _kept)
+"""A kernel (out, in, k, k), and the scale, bias, mean and variance (out,) of the norm after it ->
+a kernel and a bias that compute the same."""
+
+MOBILECLIP = (
+    *(
+        Rule(
+            (
+                f"{_TIMM}{i}.conv.weight",
+                *(f"{_TIMM}{i}.bn.{n}" for n in ("weight", "bias", "running_mean", "running_var")),
+            ),
+            (f"{_STEM}{ours}.weight", f"{_STEM}{ours}.bias"),
+            FOLDED,
+        )
+        for i, ours in enumerate(("convolution", "convolution2"))
+    ),
+    *_biased(f"{_TIMM}2.conv", "embeddings.patch_embeddings.projection"),
+)
+"""timm's names of the two convolutions of a MobileCLIP, and of the third, the patch projection."""
+COUNTERS = ((r".*\.num_batches_tracked", "a counter of the training of a batch norm"),)
+
+
 def timm_first_convolution(config: ViTConfig) -> str:
     """What timm calls the first convolution of a network."""
     if config.stem_type == "mbconv":
@@ -167,6 +202,8 @@ def timm_cannot_hold(config: ViTConfig) -> str | None:
     """What keeps timm from building a hybrid, or None."""
     if config.stem_type is None:
         return None
+    if config.stem_type == "convolutions":
+        return "timm's convolutions before the patches have batch norms, which are folded here"
     if config.stem_type == "mbconv":
         if (config.stem_width, config.hidden_size) in VITAMINS and config.stem_depths == (2, 4):
             return None
@@ -182,7 +219,7 @@ def timm_cannot_hold(config: ViTConfig) -> str | None:
 
 def timm_loses(config: ViTConfig) -> list[str]:
     """What timm computes otherwise."""
-    if config.stem_type in (None, "mbconv"):
+    if config.stem_type != "resnetv2":
         return []
     if config.stem_standardization == "variance" and config.stem_norm_eps == 1e-5:
         return []

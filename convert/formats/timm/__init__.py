@@ -174,13 +174,12 @@ IMAGENET: dict[str, Any] = {
 """Means and deviations of ImageNet's channels, which most projects subtract and divide by."""
 
 REFUSES = (
-    (r"patch_embed\.backbone\.\d\.conv\..*", "a convolutional stem before its blocks (MobileCLIP)"),
     (
         r"blocks\.\d+\.attn\.rel_pos_[hw]",
         "windows and decomposed relative positions (SAM's encoder)",
     ),
     (
-        r"patch_embed\.backbone\.(conv1|bn1|layer\d|\d)\..*",
+        r"patch_embed\.backbone\.(conv1|bn1|layer\d|\d\.\d)\..*",
         "a convolutional stem before its patches (a hybrid with batch norms)",
     ),
     (
@@ -300,6 +299,16 @@ FORMATS = (
         requires=("patch_embed.backbone.conv.weight",),
         fits=stems.has_root_alone,
         parts=(),
+    ),
+    _format(
+        ("vit",),
+        stems.MOBILECLIP
+        + tuple(rule for rule in OWN if "projection" not in rule.canonical_names[0]),
+        "timm state dict of a MobileCLIP",
+        requires=("patch_embed.backbone.2.conv.weight",),
+        ignored=stems.COUNTERS,
+        parts=(),
+        written=False,
     ),
     _format(
         ("vit",),

@@ -99,7 +99,6 @@ _TAKEN = {
 
 # (keyword, value) of a name -> what its network has that none here has.
 _UNKNOWN = {
-    ("embed_layer", "ConvStem"): "a convolutional stem before its blocks (MobileCLIP)",
     ("embed_layer", "FeatureListNet"): "a ResNet-D before its patches (a hybrid)",
 }
 _UNKNOWN_CLASSES = {
