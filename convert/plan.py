@@ -445,6 +445,8 @@ def _unlike_vit(config: ViTConfig) -> str | None:
     are fewer; None for a plain one."""
     if config.has_layer_scale and not config.use_mlp_layer_scale:
         return "its MLPs have no factors (`use_mlp_layer_scale` is False)"
+    if config.use_swiglu_ffn and config.gate_act != "silu":
+        return f"its MLPs have another gate (`gate_act` is {config.gate_act!r})"
     if config.rope_type:
         return "its queries and keys are rotated by their positions (`rope_type`)"
     if config.pool_prefix_tokens:

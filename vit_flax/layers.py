@@ -232,6 +232,7 @@ class Convolution(nn.Conv):
                 window_strides=self.strides,
                 padding=self.padding,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=self.feature_group_count,
                 precision=self.precision,
             )
         return outputs + self._parameter("bias") if self.use_bias else outputs
