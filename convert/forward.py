@@ -299,7 +299,10 @@ class _Network:
         return x
 
     def scaled(self, x: np.ndarray, name: str) -> np.ndarray:
-        return x * self.weight(name) if self.config.has_layer_scale else x
+        has = self.config.has_layer_scale
+        if name.endswith("lambda_2"):
+            has = self.config.has_mlp_layer_scale
+        return x * self.weight(name) if has else x
 
     def run(self, image: np.ndarray) -> np.ndarray:
         config = self.config

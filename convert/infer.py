@@ -446,7 +446,7 @@ def _pooling(shapes, family: str, timm: Any, note: Any) -> None:
         return
     if family != "vit":
         return
-    if any(name.startswith(("pooler.probe", "pooler.attention.")) for name in shapes):
+    if "pooler.probe" in shapes:
         note("names (attention pooling)", pooling="map")
         inner = shapes.get("pooler.intermediate.dense.weight", (None,))[0]
         if inner != shapes.get("encoder.layer.0.output.dense.weight", (0, inner))[1]:

@@ -23,6 +23,7 @@ from vit_common.images.auto import AutoImageProcessor
 from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor
 from vit_common.images.sizes import processor_at_size
 from vit_common.images.timm import processor_from_timm
+from vit_common.log import logger
 from vit_common.parameters import Head
 from vit_convert.adapters import (
     Adapter,
@@ -323,6 +324,10 @@ def open_source(
     except BaseException:
         checkpoint.close()
         raise
+    logger.debug(
+        "opened %s: format %s, family %s, %d tensors",
+        *(path, read.table.name, settled.model_type, len(read.mapped.tensors)),
+    )
     return Source(
         path=path,
         checkpoint=checkpoint,

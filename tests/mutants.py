@@ -101,7 +101,44 @@ TURNED = f"{_ROTARY}both_twins_rotate_as_timm_does"
 
 _STEMS = "tests/test_stems.py::test_hybrids_of_"
 _CLIP = "tests/test_clip.py::test_"
+_NNX = "tests/test_nnx.py::test_"
+_RAY = "tests/test_ray.py::test_"
 MUTANTS = [
+    Mutant(
+        "Ray: a batch of fewer images is compiled anew",
+        "vit_flax/inference/ray_data.py",
+        "pixels = self._blank.copy()",
+        "pixels = self._blank[: len(images)].copy()",
+        f"{_RAY}features_of_names_bytes_and_arrays",
+    ),
+    Mutant(
+        "Ray: the images after a bad one move up",
+        "vit_flax/inference/ray_data.py",
+        "for i, row, fault in zip(good, made, faults, strict=True)",
+        "for i, row, fault in zip(range(len(good)), made, faults, strict=True)",
+        f"{_RAY}bad_images_are_rows_with_an_error",
+    ),
+    Mutant(
+        "an NNX model in training mode drops nothing",
+        "vit_flax/nnx/model.py",
+        "train = any(not part.deterministic for part in parts)",
+        "train = False",
+        f"{_NNX}dropout_follows_the_mode_and_the_rngs",
+    ),
+    Mutant(
+        "NNX: the module in the place of a part is not called",
+        "vit_flax/nnx/parts.py",
+        "return getattr(part, name)(*args, **kwargs)",
+        "return run(*args, **kwargs)",
+        f"{_NNX}a_head_of_another_kind",
+    ),
+    Mutant(
+        "NNX: what the linen model does not know is taken",
+        "vit_flax/nnx/model.py",
+        "for path in flat if path not in known]",
+        "for path in flat if path not in flat]",
+        f"{_NNX}what_does_not_fit_is_refused",
+    ),
     Mutant(
         "a text's tokens attend to those after them",
         "vit_flax/families/clip.py",
@@ -143,6 +180,20 @@ MUTANTS = [
         "stride=2 if self.stage > 0 and i == 0 else 1",
         "stride=2 if self.stage == 1 or i == 0 else 1",
         f"{_STEMS}timm_in_both_twins[stages]",
+    ),
+    Mutant(
+        "GELU's derivative without the density",
+        "vit_flax/parts/gelu.py",
+        "below + x * (_DENSITY * jnp.exp(-0.5 * x * x))",
+        "below + x * (_DENSITY * jnp.exp(-0.25 * x * x))",
+        "tests/test_step_cost.py::test_gelu_and_its_derivatives_are_those_of_torch",
+    ),
+    Mutant(
+        "images and tokens as two axes in a CPU's products",
+        "vit_flax/cpu/rows.py",
+        'inputs.ndim <= 2 or targets() != ("cpu",)',
+        "inputs.ndim <= 3",
+        "tests/test_step_cost.py::test_gradients_of_kernels_copy_no_activation",
     ),
     Mutant(
         "offsets that are not on a logarithmic scale",

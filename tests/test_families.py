@@ -707,6 +707,7 @@ EXTENSIONS: dict[str, dict[str, Any]] = {
     "norm after the mean": {"pooling": "mean", "norm_after_pooling": True},
     "pre-logits": {"use_representation_layer": True, "pooler_output_size": 20},
     "gated": {"use_swiglu_ffn": True},
+    "layer scale of attention": {"layer_scale_init_value": 0.1, "use_mlp_layer_scale": False},
     "axial rotary": {"rope_type": "axial", "rope_grid_size": (3, 5), "rope_grid_offset": 1.0},
     "DINOv3's rotary": {
         "rope_type": "dinov3",

@@ -378,7 +378,7 @@ def test_import_needs_numpy_alone():
 
 @pytest.mark.parametrize("rule", ["bicubic ", "nearest", "", None, 3, ["bicubic"]])
 def test_unknown_rule_is_refused(rule):
-    message = r"`rule` must be one of 'bicubic', .*'bicubic_align_corners'; given "
+    message = r"`rule` must be one of 'bicubic', .*'bicubic_align_corners'.*; given "
     with pytest.raises(ConfigError, match=message):
         resize_matrix(rule, 14, 24)
     with pytest.raises(ConfigError, match=message):

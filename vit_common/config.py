@@ -186,6 +186,7 @@ class ViTConfig:
     use_key_bias: bool | None
     use_attention_norm: bool
     use_mlp_norm: bool
+    use_mlp_layer_scale: bool
     block_type: BlockType
     num_parallel_branches: int
     proj_bias: bool
@@ -515,8 +516,15 @@ class ViTConfig:
 
     @property
     def has_layer_scale(self) -> bool:
-        """Whether both residual branches are multiplied by learned factors, one per channel."""
+        """Whether residual branches are multiplied by learned factors, one per channel: both, or
+        attention's alone, see `has_mlp_layer_scale`."""
         return self.layer_scale_init_value > 0
+
+    @property
+    def has_mlp_layer_scale(self) -> bool:
+        """Whether the MLP's branch is multiplied by factors of its own."""
+        own = self.use_mlp_layer_scale and self.block_type != "parallel"
+        return self.has_layer_scale and own
 
     @property
     def drop_path_rates(self) -> tuple[float, ...]:

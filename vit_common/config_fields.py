@@ -551,6 +551,12 @@ ROWS: dict[str, Field] = {
         BEIT,
         beit=0.1,
     ),
+    "use_mlp_layer_scale": _extension(
+        True,
+        _boolean,
+        "whether the MLP's branch has such factors too; without them only attention's has (Sapiens "
+        "2)",
+    ),
     "layerscale_value": Field(
         1.0,
         _fraction,

@@ -243,8 +243,8 @@ def _blocks(config: ViTConfig) -> Shapes:
             shapes |= _norm(config, f"{layer}.layernorm_after")
         if config.has_layer_scale:
             shapes[f"{layer}.lambda_1"] = (D,)
-            if not parallel:
-                shapes[f"{layer}.lambda_2"] = (D,)
+        if config.has_mlp_layer_scale:
+            shapes[f"{layer}.lambda_2"] = (D,)
     return shapes
 
 

@@ -298,7 +298,7 @@ _HOMES = (
     "vit_flax.stacked",
     "vit_flax.params",
 )
-_MODULES = ("attention", "auto", "families", "model", "outputs", "pretrained")
+_MODULES = ("attention", "auto", "families", "model", "nnx", "outputs", "pretrained")
 
 
 def __getattr__(name: str) -> Any:

@@ -397,7 +397,7 @@ class ViTBranch(ViTPart):
         if self.config.has_layer_scale:
             D, value = self.config.hidden_size, self.config.layer_scale_init_value
             add_parameter(self, "lambda_1", (D,), value)
-            if not parallel:
+            if self.config.has_mlp_layer_scale:
                 add_parameter(self, "lambda_2", (D,), value)
 
     def attend(self, hidden_states, **inputs):
@@ -418,7 +418,7 @@ class ViTBranch(ViTPart):
         output = self.output(self.intermediate(normed))
         if post_norm:
             output = self.layernorm_after(output)
-        if self.config.has_layer_scale:
+        if self.config.has_mlp_layer_scale:
             output = output * self.lambda_2
         return self.drop_path(output)
 

@@ -85,6 +85,11 @@ def run(options: Options) -> int:
     stream = StreamOptions.of(options)
     pool = options.pool or _usual_pool(stream)
     pool = None if pool == "none" else pool
+    if options.on == "ray":
+        from vit_cli.runs.ray_run import run_on_ray
+
+        how = {"layers": options.layers, "pool": pool, "store_dtype": options.store_dtype}
+        return run_on_ray(options, stream, "ImageFeatures", how)
 
     def begin(files: list[str]) -> Work:
         encoder = load_for_stream("ImageEncoder", stream, files)

@@ -83,7 +83,7 @@ class FlaxCLIPVisionModelWithProjectionModule(FlaxViTPart):
             FlaxCLIPVisionModelOutput,
             outputs,
             flags,
-            image_embeds=self.visual_projection(outputs.pooler_output),
+            image_embeds=self.rounded(self.visual_projection(outputs.pooler_output)),
             last_hidden_state=outputs.last_hidden_state,
         )
 
@@ -164,7 +164,7 @@ class FlaxCLIPTextModelWithProjectionModule(FlaxViTPart):
             FlaxCLIPTextModelOutput,
             outputs,
             flags,
-            text_embeds=self.text_projection(outputs.pooler_output),
+            text_embeds=self.rounded(self.text_projection(outputs.pooler_output)),
             last_hidden_state=outputs.last_hidden_state,
         )
 

@@ -21,7 +21,7 @@ from vit_common.checks import Interpolate, check_rank, check_token_ids, check_to
 from vit_common.config import ViTConfig
 from vit_common.errors import InputError
 from vit_flax.arguments import as_array, check_key, values_of
-from vit_flax.attention import targets
+from vit_flax.cpu.half import traced_for
 from vit_flax.layers import dense, initializer, layer_norm
 from vit_flax.model import (
     FlaxViTEncoder,
@@ -127,7 +127,7 @@ class FlaxTextEmbeddings(FlaxViTPart):
             return nn.Embed(
                 rows,
                 self.config.hidden_size,
-                dtype=self.dtype,
+                dtype=self.array_dtype,
                 param_dtype=self.param_dtype,
                 embedding_init=initializer(self.config.initializer_range),
             )
@@ -176,10 +176,10 @@ class FlaxTextNetwork(FlaxViTPart):
         last_hidden_state = self.final_layernorm(outputs.last_hidden_state)  # (B, S, D)
         return finish(
             FlaxBaseModelOutputWithPooling,
-            outputs,
+            self.rounded(outputs),
             flags,
-            last_hidden_state=last_hidden_state,
-            pooler_output=self.pool(last_hidden_state, input_ids),
+            last_hidden_state=self.rounded(last_hidden_state),
+            pooler_output=self.rounded(self.pool(last_hidden_state, input_ids)),
         )
 
     def pool(self, last_hidden_state, input_ids):
@@ -200,7 +200,7 @@ class FlaxTextNetwork(FlaxViTPart):
             attends = given if attends is None else attends & given
         if attends is None:
             return None
-        return jnp.where(attends, 0.0, jnp.finfo(self.dtype).min).astype(self.dtype)
+        return jnp.where(attends, 0.0, jnp.finfo(self.array_dtype).min).astype(self.array_dtype)
 
 
 class FlaxTextTowerModule(FlaxViTPart):
@@ -315,10 +315,10 @@ class FlaxTwoTowersModule(FlaxViTPart):
         logits_per_text = self.scaled(product)
         output = self.output_class(
             loss=self.loss(logits_per_text) if return_loss else None,
-            logits_per_image=logits_per_text.T,
-            logits_per_text=logits_per_text,
-            text_embeds=text_embeds,
-            image_embeds=image_embeds,
+            logits_per_image=self.rounded(logits_per_text.T),
+            logits_per_text=self.rounded(logits_per_text),
+            text_embeds=self.rounded(text_embeds),
+            image_embeds=self.rounded(image_embeds),
             text_model_output=text,
             vision_model_output=vision,
         )
@@ -329,14 +329,14 @@ class FlaxTwoTowersModule(FlaxViTPart):
         outputs = self.vision_model(
             pixel_values, deterministic, return_dict=True, interpolate_pos_encoding=interpolate
         )
-        return self.project_image(outputs.pooler_output)
+        return self.rounded(self.project_image(outputs.pooler_output))
 
     def text_features(self, input_ids, attention_mask, position_ids, deterministic: bool = True):
         """The projected pooled output of texts, (texts, P)."""
         outputs = self.text_model(
             input_ids, attention_mask, position_ids, deterministic, return_dict=True
         )
-        return self.project_text(outputs.pooler_output)
+        return self.rounded(self.project_text(outputs.pooler_output))
 
 
 def unit(embeds):
@@ -479,7 +479,7 @@ class WithText(TransformersTree):
             method,
             not train,
             tuple(static.items()),
-            targets(),  # a program for another platform is traced anew
+            traced_for(),  # a program for another platform is traced anew
         )
 
     def _forward(self) -> Any:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from vit_common.errors import InputError
-from vit_flax.cpu.half import half_product, operand_dtype
+from vit_flax.cpu.half import array_dtype, half_product, operand_dtype
+from vit_flax.cpu.rows import by_rows
 from vit_flax.int8.product import integer_product
 from vit_flax.int8.weights import SCALE, SUMS
 
@@ -23,8 +24,9 @@ class Dense(nn.Dense):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         if not self.has_variable("params", SCALE):
             self._check_kernel()
-            return self._half(inputs)
+            return by_rows(self._half, inputs)
         dtype = self.dtype or inputs.dtype
+        operands = operand_dtype(dtype) or dtype
         kernel: jax.Array = self.get_variable("params", "kernel")  # (in, out)
         scale: jax.Array = self.get_variable("params", SCALE)  # (out,)
         # Sums are scaled before they are rounded to the dtype of the computation.
@@ -33,14 +35,14 @@ class Dense(nn.Dense):
             sums: jax.Array = self.get_variable("params", SUMS)  # (out,)
             outputs = quantized_product(inputs, kernel, scale, sums).astype(exact)
         else:
-            outputs = float_product(inputs.astype(dtype), kernel, scale, self.precision)
+            outputs = float_product(inputs.astype(operands), kernel, scale, self.precision)
         if self.use_bias:
             outputs = outputs + self.get_variable("params", "bias").astype(exact)
-        return outputs.astype(dtype)
+        return outputs.astype(array_dtype(dtype))
 
     def _half(self, inputs: jax.Array) -> jax.Array:
-        """The layer in floating point; in half precision on a CPU, the sums and the bias are added
-        in float32 and rounded once."""
+        """The layer in floating point; in half precision on a CPU, by the policy of `vit_flax.cpu`:
+        what it returns is float32."""
         dtype = self.dtype or inputs.dtype
         if self.is_initializing() or operand_dtype(dtype) is None:
             return super().__call__(inputs)
@@ -48,8 +50,8 @@ class Dense(nn.Dense):
         outputs = half_product(inputs, kernel, dtype, self.precision)  # (..., out)
         if self.use_bias:
             bias: jax.Array = self.get_variable("params", "bias")
-            outputs = outputs + bias.astype(dtype).astype(jnp.float32)
-        return outputs.astype(dtype)
+            outputs = outputs + bias.astype(jnp.float32)
+        return outputs
 
     def _check_kernel(self) -> None:
         """Raise InputError if the kernel is integers whose factors are missing."""
@@ -71,6 +73,9 @@ def float_product(
     """Inputs (..., in) in floating point by a kernel (in, out) of integers, times the factors
     (out,): (..., out), in float32 or wider."""
     exact = jnp.promote_types(inputs.dtype, jnp.float32)
+    if operand_dtype(inputs.dtype) is not None:
+        kernel = kernel.astype(inputs.dtype)
+        return half_product(inputs, kernel, inputs.dtype) * scale.astype(exact)
     outputs = jax.lax.dot_general(
         inputs,
         kernel.astype(inputs.dtype),

@@ -41,7 +41,7 @@ class FlaxViTStandardizedConv(FlaxViTPart):
             kernel = kernel * jax.lax.rsqrt(variance + 1e-8)
         return jax.lax.conv_general_dilated(
             hidden_states,
-            kernel.astype(self.dtype),
+            kernel.astype(self.array_dtype),
             window_strides=(self.stride, self.stride),
             padding="SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -62,7 +62,7 @@ class FlaxViTGroupNorm(FlaxViTPart):
         x = x - x.mean((1, 2, 4), keepdims=True)
         variance = jnp.square(x).mean((1, 2, 4), keepdims=True)
         x = x * jax.lax.rsqrt(variance + self.config.stem_norm_eps)
-        return (x.reshape(B, H, W, C) * scale + bias).astype(self.dtype)
+        return (x.reshape(B, H, W, C) * scale + bias).astype(self.array_dtype)
 
 
 class FlaxViTBottleneck(FlaxViTPart):

@@ -1,0 +1,75 @@
+"""What a training step computes and keeps: GELU's derivative, and the gradients of kernels."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from networks import make_config
+
+from vit_flax import FlaxViTForImageClassification
+from vit_flax.attention import compiled_for
+from vit_flax.parts.gelu import gelu
+
+
+@pytest.fixture(autouse=True)
+def no_jet(monkeypatch):
+    """Another test of the same process may have imported it, by way of jax2onnx."""
+    monkeypatch.delitem(sys.modules, "jax.experimental.jet", raising=False)
+
+
+def test_gelu_and_its_derivatives_are_those_of_torch():
+    def reference(x):
+        return torch.nn.functional.gelu(x).sum()
+
+    with jax.enable_x64(True):
+        for dtype, bound in ((np.float64, 1e-14), (np.float32, 5e-7)):
+            x = np.concatenate((np.linspace(-12, 12, 481), [-1e4, 1e4])).astype(dtype)
+            wanted = torch.tensor(x, requires_grad=True)
+            reference(wanted).backward()
+            values, tangents = jax.jvp(gelu, (jnp.asarray(x),), (jnp.ones_like(x),))
+            np.testing.assert_array_equal(values, jax.nn.gelu(x, approximate=False))
+            gradient = jax.grad(lambda x: gelu(x).sum())(jnp.asarray(x))
+            for found in (tangents, gradient):
+                assert found.dtype == dtype
+                np.testing.assert_allclose(found, wanted.grad.numpy(), atol=bound)
+        x = np.linspace(-3, 3, 7)
+        second = torch.autograd.functional.hessian(reference, torch.tensor(x)).numpy()
+        np.testing.assert_allclose(
+            jax.hessian(lambda x: gelu(x).sum())(jnp.asarray(x)), second, atol=1e-14
+        )
+
+
+def test_gelu_keeps_one_array_for_its_derivative():
+    _, backward = jax.vjp(gelu, jnp.ones((3, 5)))
+    assert [leaf.shape for leaf in jax.tree.leaves(backward) if leaf.ndim] == [(3, 5)]
+
+
+def gradient_of(platform):
+    """The gradient of a network of one block, as it is lowered for a platform."""
+    config = make_config(num_hidden_layers=1, hidden_act="relu")
+    model = FlaxViTForImageClassification(config, _do_init=False)
+
+    def loss(params, pixels):
+        return model.module.apply({"params": params}, pixels, True).logits.sum()
+
+    pixels = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    with compiled_for(platform):
+        return jax.jit(jax.grad(loss)).trace(model.params_shape_tree, pixels)
+
+
+def test_gradients_of_kernels_copy_no_activation():
+    """With images and tokens as two axes, XLA's CPU compiler transposes 6 of them in a block."""
+    lowered = gradient_of("cpu").lower()
+    rows = 2 * (16 + 1)
+    text = lowered.compile().as_text()
+    assert re.findall(rf"= f32\[(?:48|96),{rows}\]\S* (?:copy|transpose|fusion)\(", text) == []
+    # Other programs are as they were: images and tokens stay two axes.
+    other = gradient_of("tpu").lower(lowering_platforms=("tpu",)).as_text()
+    assert f"tensor<{rows}x48xf32>" in lowered.as_text()
+    assert f"tensor<{rows}x" not in other
