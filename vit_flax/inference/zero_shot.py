@@ -18,7 +18,7 @@ from vit_common.flops import forward_flops
 from vit_common.images.processor import BaseImageProcessor
 from vit_convert.source import Source
 from vit_flax.auto import FlaxAutoModel
-from vit_flax.families.clip import unit
+from vit_flax.families.towers import unit
 from vit_flax.inference.classifier import PROBABILITIES, ImageClassifier
 from vit_flax.inference.encoder import Work
 from vit_flax.sharding import replicated
