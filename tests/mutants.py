@@ -145,6 +145,13 @@ MUTANTS = [
         f"{_STEMS}timm_in_both_twins[stages]",
     ),
     Mutant(
+        "adapters on the first layer of each MLP alone",
+        "vit_flax/training/lora.py",
+        r"(?:intermediate|output)\.dense\.weight$",
+        r"(?:intermediate)\.dense\.weight$",
+        "tests/test_lora.py::test_both_layers_of_each_mlp",
+    ),
+    Mutant(
         "GELU's derivative without the density",
         "vit_flax/parts/gelu.py",
         "below + x * (_DENSITY * jnp.exp(-0.5 * x * x))",
