@@ -7,6 +7,7 @@ can be, the result is a view: nothing is copied until a framework takes the arra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -121,6 +122,26 @@ GATE_AND_UP = Layout(
     "gate and up", lambda arrays: [np.concatenate(arrays)], lambda arrays: np.split(arrays[0], 2)
 )
 """The two halves of a SwiGLU's first layer, each (I, ...) <-> one array (2 I, ...)."""
+
+
+def _square_patches(arrays: Arrays) -> Arrays:
+    (width, size) = arrays[0].shape
+    for channels in (3, 1):  # 3 P^2 is never a square
+        side = math.isqrt(size // channels)
+        if side * side * channels == size:
+            patches = arrays[0].reshape(width, side, side, channels)
+            return [patches.swapaxes(1, 3).swapaxes(2, 3)]
+    raise ValueError(f"{size} numbers are no square patch of three channels or one")
+
+
+PATCHES = Layout(
+    "patches, channels last",
+    _square_patches,
+    _each(lambda x: x.swapaxes(2, 3).swapaxes(1, 3).reshape(x.shape[0], -1)),
+    2,
+    4,
+)
+"""Dense weight (D, P P C) for flattened patches <-> convolution weight (D, C, P, P)."""
 
 
 def heads_apart(heads: int) -> tuple[Layout, Layout, Layout]:

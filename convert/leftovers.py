@@ -20,7 +20,7 @@ model has been looked for, is of one of these kinds:
 
 What may be missing of a file is the head (a checkpoint of the base network into a model with a
 head, as Transformers has it), the pooler and the mask token: drawn anew, and named. Anything else
-is drawn only with `allow_missing=True`.
+is drawn only with `allow_missing=True`; pooling by attention is missing as a whole or not at all.
 """  # noqa: E501  # a table
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from vit_common.config import FLOATS
+from vit_common.config import FLOATS, PoolerType
 from vit_common.errors import InputError
 from vit_common.parameters import HEAD_PARAMETERS
 from vit_convert.rules import unprefixed
@@ -39,6 +39,9 @@ Kind = Literal["buffer", "task", "head", "network"]
 
 CLASSIFIERS = ("classifier.", "cls_classifier.", "distillation_classifier.")
 """Starts of the names of classifiers."""
+
+ATTENTION_POOLING = ("pooler.probe", "pooler.attention.", "pooler.intermediate.", "pooler.output.")
+"""Starts of the names of pooling by attention."""
 
 # A part of a name that says that what is under it stands on the network: what people call a head.
 _HEAD = re.compile(
@@ -54,7 +57,14 @@ _NETWORK = re.compile(
 )
 
 
-def kind_of(name: str, tensor: Any, *, canonical: bool = False, outside: bool = False) -> Kind:
+def kind_of(
+    name: str,
+    tensor: Any,
+    *,
+    canonical: bool = False,
+    outside: bool = False,
+    pooler: PoolerType | None = None,
+) -> Kind:
     """What a tensor is that no parameter of the model was filled from.
 
     Args:
@@ -62,9 +72,12 @@ def kind_of(name: str, tensor: Any, *, canonical: bool = False, outside: bool = 
         tensor: with `shape` and `dtype`.
         canonical: whether the name is one of `parameter_shapes`.
         outside: whether it lies beside the network, not under the prefix that the network has.
+        pooler: the pooler of the model's configuration.
     """
     if canonical:
         bare = unprefixed(name)
+        if pooler != "map" and bare.startswith(ATTENTION_POOLING):
+            return "network"  # no layer on top of a token, but another way to pool
         if bare.startswith(CLASSIFIERS):
             return "head"
         return "task" if bare.startswith(HEAD_PARAMETERS) else "network"

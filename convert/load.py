@@ -19,6 +19,7 @@ from vit_common.families import DeiTConfig
 from vit_common.files.hub import HUB_OPTIONS, split_hub_options
 from vit_common.parameters import HEAD_PARAMETERS
 from vit_convert.leftovers import (
+    ATTENTION_POOLING,
     CLASSIFIERS,
     Kind,
     check_patterns,
@@ -209,8 +210,8 @@ def load_parameters(
     settings = source.table.settings
     odd = {field: value for field, value in settings.items() if getattr(config, field) != value}
     # A configuration beside the weights knows better than their format.
-    if source.timm is not None:  # its name of the network says the norms' epsilon
-        odd.pop("layer_norm_eps", None)
+    if source.timm is not None:  # its name of the network says these
+        odd = {n: v for n, v in odd.items() if n not in ("layer_norm_eps", "position_resize")}
     if odd and not source.described:
         warn(
             f"{model} from {path}: networks in {source.table.name} layout have "
@@ -265,10 +266,11 @@ class _Fit:
             self.missing.append(name)
             if tensor is not None:
                 self.mismatched[name] = tuple(tensor.shape)
+        pooler = source.config.pooler_type
         # To a model of texts alone, the image tower is what a text tower is to one of images.
         texts = all(name.startswith(("text_model.", "text_projection.")) for name in shapes)
         self.left: dict[str, Kind] = {
-            name: "task" if texts else kind_of(name, tensor, canonical=True)
+            name: "task" if texts else kind_of(name, tensor, canonical=True, pooler=pooler)
             for name, tensor in found.items()
         }
         unexplained = [name for name in source.unexplained if name not in by_itself]
@@ -284,6 +286,10 @@ class _Fit:
     def _is_ignored(self, name: str) -> bool:
         return is_ignored(self.ignore, *self.names.get(name, (name,)))
 
+    def _in_file(self, name: str) -> str:
+        """What the file calls a tensor that is left over."""
+        return " and ".join(self.names.get(name, (name, name))[1:])
+
     def check(self) -> Loaded:
         """What fits; CheckpointError if the rest is not what the caller can want."""
         self._check_kinds()
@@ -293,10 +299,13 @@ class _Fit:
                 "made with, or in Python pass `ignore_mismatched_sizes=True` to draw these "
                 f"parameters anew:\n{self._mismatches()}"
             )
+        may_lack: tuple[str, ...] = HEAD_PARAMETERS
+        if any(unprefixed(name).startswith(ATTENTION_POOLING) for name in self.tensors):
+            may_lack = tuple(start for start in may_lack if start != "pooler.")
         network = [
             name
             for name in self.missing
-            if not unprefixed(name).startswith(HEAD_PARAMETERS)
+            if not unprefixed(name).startswith(may_lack)
             and name not in self.mismatched
             and (name not in self.own or not self.tensors)
         ]
@@ -349,7 +358,7 @@ class _Fit:
             if len(over) == 1:
                 count, have = "1 tensor", "has"
             over = [
-                f"{name} ({source.parts[name]})" if name in source.parts else name
+                f"{name} ({source.parts[name]})" if name in source.parts else self._in_file(name)
                 for name in sorted(over)
             ]
             raise CheckpointError(

@@ -22,7 +22,7 @@ from vit_common.images.usual import USUAL
 from vit_common.parameters import class_name, parameter_shapes
 from vit_convert.formats import DEFAULT, FILES, check_format, table_for
 from vit_convert.infer import Note, infer_config
-from vit_convert.leftovers import check_patterns, is_ignored
+from vit_convert.leftovers import ATTENTION_POOLING, check_patterns, is_ignored
 from vit_convert.read import resample
 from vit_convert.report import Report
 from vit_convert.rules import Mapped, TensorLike, to_foreign, unprefixed
@@ -127,9 +127,7 @@ class Plan:
         joined = self.head == "classifier" and self.config.pooling == "cls_mean"
         if joined and self.config.base_family == "vit" and not self.table.prefixed:
             why = "its classifier looks at the class token and the mean of the patches together"
-        if self.config.base_family == "vit" and self.config.rope_type and not self.table.prefixed:
-            why = "its queries and keys are rotated by their positions (`rope_type`)"
-        if self.config.base_family == "vit" and not self.table.prefixed and self.to != "timm":
+        if self.config.base_family == "vit" and not (self.table.prefixed or self.table.structured):
             why = why or _unlike_vit(self.config)
         if why:
             raise InputError(f"the format {self.to!r} cannot hold this network: {why}.")
@@ -229,6 +227,9 @@ class Plan:
     def _why_left(self, name: str) -> str | None:
         if name == "embeddings.mask_token":
             return "a mask token, which a model with this head does not have"
+        by_attention = name.startswith(ATTENTION_POOLING)
+        if by_attention and self.config.pooler_type != "map":
+            return "given up by the caller" if self.given_up(name) else None
         if name.startswith("pooler.") and self.head is not None:
             return "a pooler, which the head of this model does not look at"
         heads = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.")
@@ -386,7 +387,7 @@ class Plan:
         if found is not None:
             beside[PROCESSOR_NAME] = found.to_json_string()
             report.preprocessing = origin
-        elif self.config.num_channels == 3:
+        elif not self.config.is_text and self.config.num_channels == 3:
             report.warnings.append(
                 "nothing in the source says how images are prepared, so no "
                 f"{PROCESSOR_NAME} is written, and commands will use mean and deviation 0.5. "
@@ -442,6 +443,14 @@ def _cast(name: str, tensor: TensorLike, dtype: np.dtype) -> TensorLike:
 def _unlike_vit(config: ViTConfig) -> str | None:
     """What makes a network another than a plain ViT though its parameters have the same names, or
     are fewer; None for a plain one."""
+    if config.has_layer_scale and not config.use_mlp_layer_scale:
+        return "its MLPs have no factors (`use_mlp_layer_scale` is False)"
+    if config.use_swiglu_ffn and config.gate_act != "silu":
+        return f"its MLPs have another gate (`gate_act` is {config.gate_act!r})"
+    if config.rope_type:
+        return "its queries and keys are rotated by their positions (`rope_type`)"
+    if config.pool_prefix_tokens:
+        return "its classifier looks at all tokens (`pool_prefix_tokens`)"
     if config.block_type != "pre_norm":
         return f"its blocks are of another kind (`block_type` is {config.block_type!r})"
     if config.norm_type != "layernorm":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,8 +13,8 @@ from typing import Any, ClassVar, Literal
 
 from vit_common.checks import check_keywords
 from vit_common.config import CONFIG_NAME, ViTConfig
-from vit_common.errors import CheckpointError, InputError
-from vit_common.files.cards import ModelCard
+from vit_common.errors import CheckpointError, InputError, some
+from vit_common.files.cards import CARD_NAME, ModelCard, rendered, write_card
 from vit_common.files.checkpoint import make_directory, save_checkpoint
 from vit_common.files.hub import PUSH_OPTIONS, push_if_asked
 from vit_common.versions import PACKAGE
@@ -21,6 +23,7 @@ from vit_convert.rules import TensorLike, to_foreign
 
 # Keywords of Transformers 4.57.6 without effect here: files are always written by this project and
 # through a temporary folder.
+_SHOWN = 20  # classes in a model card
 _WITHOUT_EFFECT = ("save_function", "use_temp_dir", "variant", "save_peft_format")
 
 SaveFormat = Literal["hub", "flax", "flax-safetensors"]
@@ -120,8 +123,9 @@ class Savable:
         upload: Mapping[str, Any],
         own: Iterable[str] = (),
     ) -> None:
-        """Write the weights and `config.json`; upload them where `push_to_hub` of `upload`, which
-        holds the other keywords of `save_pretrained`, asks for it. `own` as `save_parameters`."""
+        """Write the weights, `config.json` and, where there is none, a card; upload them where
+        `push_to_hub` of `upload`, which holds the other keywords of `save_pretrained`, asks for it.
+        `own` as `save_parameters`."""
         written = save_parameters(
             directory,
             self.config,
@@ -131,14 +135,24 @@ class Savable:
             max_shard_size=max_shard_size,
             own=own,
         )
+        directory = Path(directory)
+        if not os.path.lexists(directory / CARD_NAME):
+            write_card(directory / CARD_NAME, self._local_card(directory))
+        # The card is not among the files: a repository keeps its own.
         names = [path.name for path in written]
-        push_if_asked(Path(directory), dict(upload), files=names, card=self._model_card())
+        push_if_asked(directory, dict(upload), files=names, card=self._model_card())
 
-    def _model_card(self) -> ModelCard:
-        """The card that an upload gives to a repository without one."""
+    def _local_card(self, directory: Path) -> ModelCard:
+        """The card that a directory without one gets."""
+        card = self._model_card()
+        return card._replace(text=card.text.replace("{repo}", directory.resolve().name))
+
+    def _model_card(self, *, origin: bool = True) -> ModelCard:
+        """The card of a repository or directory without one: architecture, sizes, classes, how to
+        load it, and with `origin` where the weights were loaded from."""
         config, own_class = self.config, type(self)
         name = own_class.__name__.removeprefix("Flax")
-        is_ours = own_class.__module__.split(".")[0] in ("vit_flax", "vit_torch")
+        is_ours = self._is_ours
         # Transformers' `pipeline` refuses repositories that name another library.
         theirs = is_ours and not config.is_extended
         metadata = {"library_name": "transformers" if theirs else PACKAGE}
@@ -151,8 +165,16 @@ class Savable:
         text = (
             f"\n# {{repo}}\n\n`{name}` of the family `{config.model_type}`: "
             f"{config.num_hidden_layers} layers of hidden size {config.hidden_size}, {inputs}."
-            "\n\n## How to load it\n"
+            f"\n{self._details()}"
         )
+        place = getattr(self, "name_or_path", "") if origin else ""
+        if place:
+            here = os.path.exists(place)
+            shown = Path(place).resolve().name if here else place  # nothing of this machine
+            text += f"\nThe weights were loaded from `{shown}`; they may have been changed since.\n"
+            if not here and re.fullmatch(r"[\w.-]+/[\w.-]+", place):
+                metadata["base_model"] = place
+        text += "\n## How to load it\n"
         if is_ours:
             text += "".join(
                 f"\nWith {title}:\n\n```python\nfrom {package} import {prefix}{name}\n\n"
@@ -166,8 +188,33 @@ class Savable:
             text += f'\n```python\nmodel = {own_class.__name__}.from_pretrained("{{repo}}")\n```\n'
         return ModelCard(metadata, text, tags=(PACKAGE,), added=self.model_tags or ())
 
+    def _details(self) -> str:
+        """The sizes and the classes of the network, as a list in Markdown."""
+        config, head = self.config, getattr(self, "head", None)
+        rows = [f"attention heads: {config.num_attention_heads}"]
+        rows.append(f"width of the MLP: {config.intermediate_size}")
+        if "max_position_embeddings" not in config.fields:
+            rows.append("patches: {} x {} pixels".format(*config.patch_height_width))
+        if self._is_ours:  # a class of the user's own may have parts that are not known here
+            shapes = self._canonical_shapes()  # type: ignore[attr-defined]
+            rows.append(f"parameters: {sum(map(math.prod, shapes.values())):,}")
+        if head in ("classifier", "teacher"):
+            labels = [str(label) for label in config.id2label.values()]
+            if labels == [f"LABEL_{i}" for i in range(len(labels))]:
+                rows.append(f"classes: {len(labels)}, without names")
+            else:
+                listed = some([f"`{' '.join(label.split())}`" for label in labels], _SHOWN)
+                rows.append(f"classes: {len(labels)}: {listed}")
+        return "\n" + "".join(f"- {row}\n" for row in rows)
+
+    @property
+    def _is_ours(self) -> bool:
+        """Whether the class is one of this project."""
+        return type(self).__module__.split(".")[0] in ("vit_flax", "vit_torch")
+
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Write `config.json` and the weights into a directory."""
+        """Write `config.json`, the weights and, where there is none, a model card (README.md) into
+        a directory."""
         raise NotImplementedError
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
@@ -197,6 +244,11 @@ class Savable:
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory, **saving)
             options = {**kwargs, "push_to_hub": True, "repo_id": repo_id}
+            made = Path(directory) / CARD_NAME
+            if made.is_file() and made.read_text("utf-8") == rendered(
+                self._local_card(Path(directory))
+            ):
+                made.unlink()  # the repository may have one of its own; and it names the repository
             return str(push_if_asked(Path(directory), options, card=self._model_card()))
 
 

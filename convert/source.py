@@ -23,6 +23,7 @@ from vit_common.images.auto import AutoImageProcessor
 from vit_common.images.processor import PROCESSOR_NAME, BaseImageProcessor
 from vit_common.images.sizes import processor_at_size
 from vit_common.images.timm import processor_from_timm
+from vit_common.log import logger
 from vit_common.parameters import Head
 from vit_convert.adapters import (
     Adapter,
@@ -106,11 +107,13 @@ class Source:
         head = next((heads[name] for name in heads if name in found), None)
         if head is not None or not self.config.is_part:
             return head
-        # CLIP's: a tower that is left aside is not what the configuration is of.
-        if self.config.base_family == "clip":
-            both = {"text_model.final_layernorm.weight", "visual_projection.weight"} <= found.keys()
+        # CLIP's or SigLIP's: a tower that is left aside is not what the configuration is of.
+        if self.config.sub_configs:
+            projects = "projection_dim" in self.config.fields
+            beside = "visual_projection.weight" if projects else "logit_scale"
+            both = {"text_model.final_layernorm.weight", beside} <= found.keys()
             return "towers" if both else None
-        own = "text" if self.config.base_family == "clip_text_model" else "visual"
+        own = "text" if self.config.is_text else "visual"
         return "projection" if f"{own}_projection.weight" in found else None
 
     @property
@@ -321,6 +324,10 @@ def open_source(
     except BaseException:
         checkpoint.close()
         raise
+    logger.debug(
+        "opened %s: format %s, family %s, %d tensors",
+        *(path, read.table.name, settled.model_type, len(read.mapped.tensors)),
+    )
     return Source(
         path=path,
         checkpoint=checkpoint,
@@ -537,6 +544,8 @@ def find_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
     Raises:
         ConfigError: the file is refused. MissingFileError: it cannot be reached.
     """
+    if source.config.is_text:
+        return None
     size = source.config.image_height_width
     trained = size if source.trained is None else source.trained.image_height_width
     places = (source.adapter_files, source.files)

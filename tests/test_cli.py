@@ -27,7 +27,7 @@ from networks import flax_twin, make_config, random_weights
 from safetensors.numpy import load_file
 
 import vit_cli.commands.predict
-from vit_cli.main import main
+from vit_cli.main import _COMMANDS, main
 from vit_cli.runtime import float32_products
 from vit_cli.terminal.messages import one_line, printable, say
 from vit_cli.terminal.progress import Progress
@@ -99,6 +99,8 @@ COMMANDS = ["predict", "features", "attention", "convert", "export", "bench"] + 
     "inspect",
     "verify",
     "info",
+    "search",
+    "completion",
 ]
 
 
@@ -176,8 +178,7 @@ def test_output_that_cannot_be_written():
     [
         (
             ["nope"],
-            "no such command: nope; wanted one of train, predict, features, evaluate, probe, "
-            "attention, convert, export, bench, inspect, verify, info; see `vit --help`",
+            f"no such command: nope; wanted one of {', '.join(_COMMANDS)}; see `vit --help`",
         ),
         (["--nope"], "no such option: --nope; see `vit --help`"),
         (["predict"], "name at least one image or folder; see `vit predict --help`"),

@@ -180,12 +180,12 @@ def test_timm_pickles_without_a_config(tmp_path):
 
 
 REFUSED = {
-    "parallel blocks": ("vit_small_patch16_18x2_224", {"depth": 1}, ("blocks.0.attns.0",)),
-    "layer scale on attention alone": (
-        "vit_base_patch16_sapiens2",
-        {"num_kv_heads": 4},
-        ("vit_base_patch16_sapiens2",),
+    "rotary positions of three axes": (
+        "vit_base_patch16_rope_224",
+        {"rope_type": "mrope", "rope_mrope_section": (2, 2, 2), "rope_grid_indexing": "ij"},
+        ("rope_type='mrope'",),
     ),
+    "windows": ("samvit_base_patch16", {"global_attn_indexes": (1,)}, ("windows",)),
 }
 
 ELSEWHERE = {

@@ -488,8 +488,8 @@ def test_members_that_are_something_else(exported, tmp_path):
     for program in (b"", b"nonsense" * 50):
         with pytest.raises(CheckpointError, match=said):
             load(rewritten(exported, path, program__bin=program))
-    table = b'{"image_processor_type": "CLIPImageProcessor"}'
-    with pytest.raises(CheckpointError, match=r"preprocessor_config.json.*CLIPImageProcessor"):
+    table = b'{"image_processor_type": "LevitImageProcessor"}'
+    with pytest.raises(CheckpointError, match=r"preprocessor_config.json.*LevitImageProcessor"):
         load(rewritten(exported, path, preprocessor_config__json=table))
     with pytest.raises(CheckpointError, match=r"not valid metadata.json"):
         load(rewritten(exported, path, metadata__json=b"{"))

@@ -156,7 +156,7 @@ def test_the_model_card_of_an_upload(hub, tmp_path, framework, way):  # noqa: F8
         names: dict = {}
         exec(code, names)
         assert type(names["model"]) is twin
-    assert not (tmp_path / "README.md").exists()
+    assert (tmp_path / "README.md").exists() == (way == "save_pretrained")
     mine = b"---\nlicense: mit\ntags:\n- cats\n---\n# Mine\n"
     repository.commit({"README.md": mine})
     push(model, use_auth_token="hf_write")

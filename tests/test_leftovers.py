@@ -325,3 +325,21 @@ def test_attention_pooling_of_timm(tmp_path):
         path, ignore=[r"attn_pool\..*", r"(fc_norm|head)\..*"], add_pooling_layer=False, **options
     )
     np.testing.assert_allclose(run(twin)[0], wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("cls", CLASSIFIERS[1::2])
+def test_pooling_by_attention_is_missing_as_a_whole_or_not_at_all(tmp_path, cls):
+    """Half of it drawn at random is no network that anyone trained."""
+    model = vit_torch.ViTForImageClassification(make_config(pooling="map"))
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+
+    def written(kept):
+        tensors = {name: tensor for name, tensor in state.items() if kept(name)}
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+
+    written(lambda name: "pooler.attention.key" not in name)
+    refused(cls, tmp_path, "pooler.attention.key.weight", "missing", "allow_missing=True")
+    written(lambda name: "pooler" not in name)
+    with pytest.warns(UserWarning, match=r"newly initialized.*pooler\.probe"):
+        cls.from_pretrained(tmp_path)

@@ -55,6 +55,7 @@ INTERPOLATE = {
     "bicubic": {"mode": "bicubic", "align_corners": False},
     "bicubic_antialias": {"mode": "bicubic", "align_corners": False, "antialias": True},
     "bilinear": {"mode": "bilinear", "align_corners": False, "antialias": False},
+    "bilinear_antialias": {"mode": "bilinear", "align_corners": False, "antialias": True},
     "bilinear_align_corners": {"mode": "bilinear", "align_corners": True},
     "bicubic_align_corners": {"mode": "bicubic", "align_corners": True},
 }
@@ -62,7 +63,7 @@ INTERPOLATE = {
 
 def reference(rule: str, grid: np.ndarray, target: tuple[int, int]) -> np.ndarray:
     """torch's answer for a float64 grid (h, w, D), as (H, W, D)."""
-    if rule == "bicubic_antialias" and target[0] > 1 and target[1] == 1:
+    if rule.endswith("_antialias") and target[0] > 1 and target[1] == 1:
         # torch 2.13 repeats one row in an output of width 1, but has no trouble with height 1;
         # test_antialias_to_width_one shows which of the two is right.
         return reference(rule, grid.transpose(1, 0, 2), target[::-1]).transpose(1, 0, 2)
@@ -118,6 +119,7 @@ def test_bilinear_align_corners_equals_scipy_zoom():
     [
         ("bicubic", "cubic-pytorch", False),
         ("bicubic_antialias", "cubic", True),
+        ("bilinear_antialias", "linear", True),
         ("bilinear", "linear", False),
     ],
 )
@@ -151,10 +153,12 @@ def test_rows_sum_to_one(rule, source, target):
 @pytest.mark.parametrize(("rule", "other"), list(itertools.permutations(RULES, 2)))
 @pytest.mark.parametrize(("source", "target"), [(14, 24), (37, 16)])
 def test_no_rule_passes_for_another(rule, other, source, target):
+    if source < target and {rule, other} == {"bilinear", "bilinear_antialias"}:
+        return  # they differ in shrinking alone
     difference = np.abs(
         resize_matrix(rule, source, target) - reference_matrix(other, source, target)
     ).max()
-    assert difference > 0.05  # the closest two, "bicubic" with and without antialias: 0.063
+    assert difference > 0.04  # the closest two, "bicubic_antialias" and "bilinear_antialias": 0.049
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -374,7 +378,7 @@ def test_import_needs_numpy_alone():
 
 @pytest.mark.parametrize("rule", ["bicubic ", "nearest", "", None, 3, ["bicubic"]])
 def test_unknown_rule_is_refused(rule):
-    message = r"`rule` must be one of 'bicubic', .*'bicubic_align_corners'; given "
+    message = r"`rule` must be one of 'bicubic', .*'bicubic_align_corners'.*; given "
     with pytest.raises(ConfigError, match=message):
         resize_matrix(rule, 14, 24)
     with pytest.raises(ConfigError, match=message):

@@ -246,7 +246,7 @@ def test_evas_own_files(name, prefix, tmp_path):
         vit_torch.AutoModel.from_pretrained(tmp_path / "eva.pt")
 
 
-@pytest.mark.parametrize("to", ["timm", "dino", "torchvision"])
+@pytest.mark.parametrize("to", ["dino", "torchvision"])
 def test_formats_that_would_not_rotate_are_refused(to, tmp_path):
     config = ViTConfig(**SMALL | KINDS["axial"][0])
     torch_twin(TORCH, config, random_weights(config, "classifier")).save_pretrained(

@@ -8,24 +8,31 @@ answer at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 
 from vit_cli.options import Parser, did_you_mean, pixels_limited
 from vit_cli.terminal.exit_codes import DONE
 from vit_cli.terminal.guard import guarded, prepare_streams
 from vit_cli.terminal.interrupt import exits_at_once
-from vit_cli.terminal.messages import show_warning
+from vit_cli.terminal.messages import logged, quietly, show_warning
 from vit_common.errors import DeviceError, ViTError
+from vit_common.log import NAME as LOGGER
 
 _COMMANDS = {
     "train": "fine-tune a model on images of your own, or train one from nothing",
     "predict": "classify images",
+    "zeroshot": "classify images by texts, with a model of both such as CLIP",
     "features": "write image embeddings to a file",
+    "search": "find the images most like a photo in a file of features",
     "evaluate": "measure how good a classifier is on labelled images",
     "probe": "measure features with k-NN and logistic regression",
+    "serve": "serve a model over HTTP, with a page to try it on",
     "attention": "draw where a model looks in an image",
     "convert": "convert a checkpoint to another format",
     "export": "write a model as a program for JAX or ONNX",
@@ -33,7 +40,14 @@ _COMMANDS = {
     "inspect": "show what a weights file holds",
     "verify": "compare twins or checkpoints, stage by stage",
     "info": "show versions, devices and precision, or describe a model",
+    "completion": "print what a shell needs to complete commands, options and file names",
 }
+_PLACES = {  # those not in vit_cli.commands
+    "completion": "vit_cli.completion",
+    "search": "vit_cli.search.command",
+    "serve": "vit_cli.serve.command",
+}
+_NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
 _EXIT_CODES = """exit codes:
   0    done
   1    some images could not be read, or `vit verify` found a difference out of bounds
@@ -53,8 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, one of `vit_cli.terminal.exit_codes`.
     """
+    if arguments is None and "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
+        from vit_cli.completion import complete
+
+        complete(_COMMANDS, _command)
     prepare_streams()
-    with exits_at_once(), warnings.catch_warnings():
+    with exits_at_once(), warnings.catch_warnings(), logged(LOGGER):
         warnings.showwarning = show_warning
         return guarded(lambda: _parse(sys.argv[1:] if arguments is None else arguments)())
 
@@ -68,16 +86,16 @@ def _parse(arguments: Sequence[str]) -> Callable[[], int]:
     try:
         if not arguments or arguments[0] not in _COMMANDS:
             return _top(arguments)
-        command = importlib.import_module(f"vit_cli.commands.{arguments[0]}")
-        parser = Parser(f"vit {arguments[0]}")
+        command, parser = _command(arguments[0]), Parser(f"vit {arguments[0]}")
         command.add_options(parser)
+        parser.add_quiet()
         options = parser.parse(arguments[1:])
     except SystemExit:  # how argparse ends after it has printed the help
         return lambda: DONE
 
     def run() -> int:
         try:
-            with pixels_limited(options):
+            with pixels_limited(options), quietly(options.quiet), _without_bars(options.quiet):
                 return command.run(options)
         except Exception as error:
             out_of_memory = _out_of_memory(parser, error)
@@ -86,6 +104,26 @@ def _parse(arguments: Sequence[str]) -> Callable[[], int]:
             raise out_of_memory from error
 
     return run
+
+
+def _command(name: str) -> ModuleType:
+    """The module of a command."""
+    return importlib.import_module(_PLACES.get(name, f"vit_cli.commands.{name}"))
+
+
+@contextlib.contextmanager
+def _without_bars(quiet: bool) -> Iterator[None]:
+    """With --quiet, downloads from the Hub show no progress either."""
+    before = os.environ.get(_NO_BARS)
+    if quiet:
+        os.environ[_NO_BARS] = "1"  # read when huggingface_hub is imported
+    try:
+        yield
+    finally:
+        if quiet and before is None:
+            os.environ.pop(_NO_BARS, None)
+        elif quiet and before is not None:
+            os.environ[_NO_BARS] = before
 
 
 def _out_of_memory(parser: Parser, error: Exception) -> DeviceError | None:

@@ -43,9 +43,18 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, allow_abbrev=False, **options)
         self.checks: list[Callable[[Options], object]] = []
 
+    def add_quiet(self) -> None:
+        """--quiet, which every command has."""
+        self.add_argument(
+            "-q",
+            "--quiet",
+            action="store_true",
+            help="on standard error, only warnings and errors: no notes, no progress",
+        )
+
     def add_names(
         self, metavar: str, help: str, *, least: int, most: int | None, wanted: str
-    ) -> None:
+    ) -> argparse.Action:
         """Take names, `least` to `most` of them.
 
         Args:
@@ -53,7 +62,7 @@ class Parser(argparse.ArgumentParser):
             least, most: how many; None is any number.
             wanted: how many and what, in the error: "one image".
         """
-        self.add_argument("names", metavar=metavar, nargs="*", help=help)
+        action = self.add_argument("names", metavar=metavar, nargs="*", help=help)
 
         def check(options: Options) -> None:
             count = len(options.names)
@@ -62,6 +71,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"wanted {wanted}; given {given}" if most else f"name {wanted}")
 
         self.checks.append(check)
+        return action
 
     def parse(self, arguments: Sequence[str]) -> Options:
         """The options that are given; everything after `--` is a name.
@@ -435,7 +445,77 @@ def add_stream(parser: Parser, same: str) -> None:
         "(default: 1)",
     )
     add_hosts(parser)
+    add_ray(parser)
     add_reading(parser)
+
+
+def _resource(text: str) -> tuple[str, float]:
+    name, equals, count = text.partition("=")
+    try:
+        number = float(count)
+    except ValueError:
+        number = 0.0
+    if not (name and equals and 0 < number < float("inf")):
+        raise argparse.ArgumentTypeError(f"must be NAME=N; given {text!r}")
+    return name, number
+
+
+def _amount(text: str) -> float:
+    return _resource(f"x={text}")[1]
+
+
+def add_ray(parser: Parser) -> None:
+    """--on ray and what it takes."""
+    group = parser.add_argument_group(
+        "a Ray cluster",
+        "The output is then a folder of Parquet files; images may be behind URIs that pyarrow "
+        "opens (s3://..., gs://...), or named by a table.",
+    )
+    group.add_argument("--on", choices=("ray",), help="run on a cluster of Ray")
+    group.add_argument(
+        "--ray-address",
+        metavar="A",
+        help="cluster to join: auto, HOST:PORT or ray://HOST:PORT (default: start one on this "
+        "machine)",
+    )
+    group.add_argument(
+        "--actors",
+        metavar="N",
+        type=positive,
+        help="copies of the model (default: one for each GPU, or for each machine)",
+    )
+    group.add_argument(
+        "--actor-cpus", metavar="N", type=_amount, help="cores of the machine that each one gets"
+    )
+    group.add_argument("--actor-gpus", metavar="N", type=_amount, help="GPUs that each one gets")
+    group.add_argument(
+        "--actor-resource",
+        metavar="NAME=N",
+        type=_resource,
+        action="append",
+        default=[],
+        help="another resource that each one gets, such as TPU=4; may be repeated",
+    )
+    group.add_argument("--image-column", metavar="NAME", help="column of a table with the images")
+
+    def check(options: Options) -> None:
+        own = ("ray_address", "actors", "actor_cpus", "actor_gpus", "actor_resource")
+        named = [name for name in (*own, "image_column") if getattr(options, name)]
+        if options.on is None:
+            if named:
+                parser.error(f"--{named[0].replace('_', '-')} is for --on ray")
+            return
+        if options.output is None:
+            parser.error("--on ray writes a folder of Parquet files; name it with --output DIR")
+        others = ("coordinator", "distributed", "shard", "resume", "devices", "json")
+        if given := [name for name in others if getattr(options, name, None)]:
+            parser.error(
+                f"--{given[0]} does not go with --on ray, which shares the work out itself"
+            )
+        if options.model_parallel > 1:
+            parser.error("--model-parallel does not go with --on ray")
+
+    parser.checks.append(check)
 
 
 def add_hosts(parser: Parser) -> None:

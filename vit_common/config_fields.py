@@ -100,6 +100,13 @@ def _side(name: str, value: Any) -> int | tuple[int, int]:
     raise refusal(name, f"at most {_MOST}", value)
 
 
+def _square(name: str, value: Any) -> int:
+    count = integer(1)(name, value)
+    if math.isqrt(count) ** 2 != count:
+        raise refusal(name, "the square of an integer", value)
+    return count
+
+
 def _number(wanted: str, inside: Callable[[float], bool]) -> Check:
     def check(name: str, value: Any) -> float:
         if isinstance(value, (bool, np.bool_)) or not isinstance(
@@ -228,15 +235,25 @@ STEM_NARROWING = 4
 """By how much its blocks are narrower inside."""
 
 
-def stem_stride(depths: Sequence[int]) -> int:
+STEM_KERNELS = (4, 2)
+"""Sides of the kernels of convolutions before the patches, which neither overlap nor leave gaps."""
+STEM_WIDENING = 4
+"""By how much MBConv blocks before the patches are wider inside."""
+
+
+def stem_stride(depths: Sequence[int], kind: str | None = "resnetv2") -> int:
     """Pixels of the image, down and across, for one after a stem with stages of so many blocks."""
+    if kind == "convolutions":
+        return math.prod(STEM_KERNELS)
+    if kind == "mbconv":
+        return 2 * 2 ** len(depths)
     return 4 * 2 ** max(len(depths) - 1, 0)
 
 
 PositionTokens = Literal["all", "cls", "patches"]
 AttentionType = Literal["softmax", "differential"]
 RelativePositionType = Literal["table", "mlp"]
-StemType = Literal["resnetv2"]
+StemType = Literal["resnetv2", "mbconv", "convolutions"]
 StemStandardization = Literal["variance", "deviation"]
 Pooling = Literal["cls", "mean", "cls_mean", "map"]
 NormType = Literal["layernorm", "rmsnorm"]
@@ -244,14 +261,20 @@ BlockType = Literal["pre_norm", "post_norm", "parallel"]
 
 VIT, DEIT, BEIT, DINOV2, REGISTERS = "vit", "deit", "beit", "dinov2", "dinov2_with_registers"
 CLIP, CLIP_VISION, CLIP_TEXT = "clip", "clip_vision_model", "clip_text_model"
+SIGLIP, SIGLIP_VISION, SIGLIP_TEXT = "siglip", "siglip_vision_model", "siglip_text_model"
+SIGLIP2, SIGLIP2_VISION, SIGLIP2_TEXT = "siglip2", "siglip2_vision_model", "siglip2_text_model"
 DINOV3 = "dinov3_vit"
 _DINOS = (DINOV2, REGISTERS)
 _VITS = (VIT, DEIT)
 _CLIP_TOWERS = (CLIP_VISION, CLIP_TEXT)
+_SIGLIP_IMAGES, _SIGLIP_TEXTS = (SIGLIP_VISION, SIGLIP2_VISION), (SIGLIP_TEXT, SIGLIP2_TEXT)
+_TEXTS = (CLIP_TEXT, *_SIGLIP_TEXTS)
+_PAIRED = (*_CLIP_TOWERS, *_SIGLIP_IMAGES, *_SIGLIP_TEXTS)
+_WHOLE = (CLIP, SIGLIP, SIGLIP2)
 _OLDER = (VIT, DEIT, BEIT, *_DINOS)  # those with a dropout rate of the hidden states
-_TOWERS = (*_OLDER, DINOV3, *_CLIP_TOWERS)
-_IMAGES = (*_OLDER, DINOV3, CLIP_VISION)
-_ALL = (*_TOWERS, CLIP)
+_TOWERS = (*_OLDER, DINOV3, *_PAIRED)
+_IMAGES = (*_OLDER, DINOV3, CLIP_VISION, *_SIGLIP_IMAGES)
+_ALL = (*_TOWERS, *_WHOLE)
 
 
 class Field(NamedTuple):
@@ -289,7 +312,7 @@ def _everywhere(default: Any, check: Check, doc: str) -> Field:
 
 
 def _token_id(default: int, what: str) -> Field:
-    return Field(default, _optional(integer(0)), f"id of the token that {what}", (CLIP_TEXT,))
+    return Field(default, _optional(integer(0)), f"id of the token that {what}", _TEXTS)
 
 
 def _part_of(name: str, value: Any) -> Any:
@@ -301,18 +324,18 @@ def _part_of(name: str, value: Any) -> Any:
 
 ROWS: dict[str, Field] = {
     "text_config": Field(
-        None, _part_of, "the text tower's `CLIPTextConfig`, or a mapping of its fields", (CLIP,)
+        None, _part_of, "the text tower's configuration, or a mapping of its fields", _WHOLE
     ),
     "vision_config": Field(
-        None, _part_of, "the image tower's `CLIPVisionConfig`, or a mapping of its fields", (CLIP,)
+        None, _part_of, "the image tower's configuration, or a mapping of its fields", _WHOLE
     ),
     "vocab_size": Field(
         8192,
         _size,
-        "number of visual tokens that masked image modelling predicts; in CLIP's text tower, of "
-        "tokens of the text",
-        (BEIT, CLIP_TEXT),
-        {CLIP_TEXT: 49408},
+        "number of visual tokens that masked image modelling predicts; in a text tower, of tokens "
+        "of the text",
+        (BEIT, *_TEXTS),
+        {CLIP_TEXT: 49408, **dict.fromkeys(_SIGLIP_TEXTS, 32000)},
     ),
     "hidden_size": Field(
         768, _size, "width D of the residual stream", defaults={CLIP_TEXT: 512, DINOV3: 384}
@@ -325,7 +348,7 @@ ROWS: dict[str, Field] = {
         3072,
         _size,
         "width I of the MLP",
-        (*_VITS, BEIT, DINOV3, *_CLIP_TOWERS),
+        (*_VITS, BEIT, DINOV3, *_PAIRED),
         {CLIP_TEXT: 2048, DINOV3: 1536},
     ),
     "projection_dim": Field(
@@ -335,7 +358,14 @@ ROWS: dict[str, Field] = {
         (*_CLIP_TOWERS, CLIP),
     ),
     "max_position_embeddings": Field(
-        77, integer(1, _MOST_TOKENS), "largest number of tokens of a text", (CLIP_TEXT,)
+        77,
+        integer(1, _MOST_TOKENS),
+        "largest number of tokens of a text",
+        _TEXTS,
+        dict.fromkeys(_SIGLIP_TEXTS, 64),
+    ),
+    "projection_size": Field(
+        None, _optional(_size), "width of a text's output; None means `hidden_size`", _SIGLIP_TEXTS
     ),
     "mlp_ratio": Field(
         4,
@@ -349,7 +379,10 @@ ROWS: dict[str, Field] = {
         _activation,
         'activation of the MLP, one of `ACTIVATIONS` or a callable: "gelu" is the exact (erf) '
         'one, "gelu_new" and "gelu_pytorch_tanh" the tanh approximation',
-        defaults={CLIP_VISION: "quick_gelu", CLIP_TEXT: "quick_gelu"},
+        defaults={
+            **dict.fromkeys(_CLIP_TOWERS, "quick_gelu"),
+            **dict.fromkeys((*_SIGLIP_IMAGES, *_SIGLIP_TEXTS), "gelu_pytorch_tanh"),
+        },
     ),
     "hidden_dropout_prob": Field(
         0.0, _rate, "dropout rate after the embeddings, the attention output and the MLP", _OLDER
@@ -358,12 +391,13 @@ ROWS: dict[str, Field] = {
         0.0, _rate, "dropout rate of the attention probabilities", _OLDER
     ),
     "attention_dropout": Field(
-        0.0, _rate, "dropout rate of the attention probabilities", (*_CLIP_TOWERS, DINOV3)
+        0.0, _rate, "dropout rate of the attention probabilities", (*_PAIRED, DINOV3)
     ),
     "initializer_range": Field(
         0.02,
         _fraction,
         "standard deviation of the truncated normal that draws new weights",
+        if_set=(*_SIGLIP_IMAGES, *_SIGLIP_TEXTS),
     ),
     "initializer_factor": Field(
         1.0, _fraction, "as in Transformers, which scales new weights by it; unused", _CLIP_TOWERS
@@ -384,11 +418,20 @@ ROWS: dict[str, Field] = {
     "layer_norm_eps": Field(
         1e-12,
         _fraction,
-        "epsilon of every layer norm (Hub ViT 1e-12; timm, Google and DINOv2 1e-6)",
-        defaults={DINOV2: 1e-6, REGISTERS: 1e-6, CLIP_VISION: 1e-5, CLIP_TEXT: 1e-5, DINOV3: 1e-5},
+        "epsilon of every layer norm (Hub ViT 1e-12; timm, Google, DINOv2 and SigLIP 1e-6)",
+        defaults={
+            **dict.fromkeys((*_DINOS, *_SIGLIP_IMAGES, *_SIGLIP_TEXTS), 1e-6),
+            **dict.fromkeys((*_CLIP_TOWERS, DINOV3), 1e-5),
+        },
     ),
     "image_size": Field(
-        224, _side, "side of the square input in pixels, or (height, width)", _IMAGES
+        224,
+        _side,
+        "side of the square input in pixels, or (height, width)",
+        (*_OLDER, DINOV3, CLIP_VISION, SIGLIP_VISION),
+    ),
+    "num_patches": Field(
+        256, _square, "number of position embeddings: those of a square grid", (SIGLIP2_VISION,)
     ),
     "patch_size": Field(
         16,
@@ -518,6 +561,20 @@ ROWS: dict[str, Field] = {
         BEIT,
         beit=0.1,
     ),
+    "gate_act": _extension(
+        "silu", _activation, "activation of the gate of a gated MLP (`use_swiglu_ffn`)"
+    ),
+    "use_mlp_input_norm": _extension(
+        False,
+        _boolean,
+        "whether the MLP normalises its input by itself too, after the block's own norm (ViTamin)",
+    ),
+    "use_mlp_layer_scale": _extension(
+        True,
+        _boolean,
+        "whether the MLP's branch has such factors too; without them only attention's has (Sapiens "
+        "2)",
+    ),
     "layerscale_value": Field(
         1.0,
         _fraction,
@@ -531,7 +588,7 @@ ROWS: dict[str, Field] = {
         "evenly from zero at the first; in DINOv2 the same for every block",
         _IMAGES,
         {BEIT: 0.1},
-        if_set=(*_VITS, CLIP_VISION),
+        if_set=(*_VITS, CLIP_VISION, *_SIGLIP_IMAGES),
     ),
     "use_mean_pooling": Field(
         True,
@@ -569,8 +626,10 @@ ROWS: dict[str, Field] = {
         None,
         _optional(_choice(get_args(StemType))),
         'network before the patch projection: None, or "resnetv2", the ResNet of a hybrid '
-        "(Dosovitskiy et al. 2021, arXiv:2010.11929); `patch_size` stays the side of a patch in "
-        "pixels of the image",
+        '(Dosovitskiy et al. 2021, arXiv:2010.11929), "mbconv", the inverted bottlenecks of a '
+        'ViTamin (Chen et al. 2024, arXiv:2404.02132), whose patches overlap, or "convolutions", '
+        "the two of a MobileCLIP (Vasu et al. 2024, arXiv:2311.17049); `patch_size` stays the side "
+        "of a patch in pixels of the image",
     ),
     "stem_depths": _extension(
         (),
@@ -631,6 +690,13 @@ ROWS: dict[str, Field] = {
         "whether the tokens are normalised before the first block (Radford et al. 2021, "
         "arXiv:2103.00020)",
     ),
+    "vision_use_head": Field(
+        True,
+        _boolean,
+        "whether there is attention pooling at the end of the image tower",
+        _SIGLIP_IMAGES,
+        if_set=_SIGLIP_IMAGES,
+    ),
     "use_final_norm": _extension(
         True,
         _boolean,
@@ -688,7 +754,10 @@ ROWS: dict[str, Field] = {
         _choice((*get_args(ResizeRule), *get_args(NaFlexRule))),
         "how position embeddings are resampled to another grid; the families differ, see "
         "`vit_common.positions.resize_matrix`",
-    )._replace(families=_TOWERS, defaults={REGISTERS: "bicubic_antialias"}),
+    )._replace(
+        families=_TOWERS,
+        defaults={REGISTERS: "bicubic_antialias", SIGLIP2_VISION: "bilinear_antialias"},
+    ),
     "output_hidden_states": _everywhere(
         False, _boolean, "whether calls return the hidden states unless told otherwise"
     ),

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from vit_common.config import PoolerType, ViTConfig, config_classes, without_timm
+from vit_common.config import FamilyConfig, PoolerType, ViTConfig, config_classes, without_timm
 from vit_common.config_fields import Pooling, PositionTokens, fields_of
 from vit_common.errors import ConfigError, shown
+from vit_common.towers import (
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    Siglip2Config,
+    Siglip2TextConfig,
+    Siglip2VisionConfig,
+    SiglipConfig,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+    refuse_changes,
+)
 
 __all__ = [
     "CONFIG_CLASSES",
@@ -25,13 +36,14 @@ __all__ = [
     "Dinov2WithRegistersConfig",
     "Dinov3ViTConfig",
     "FamilyConfig",
+    "Siglip2Config",
+    "Siglip2TextConfig",
+    "Siglip2VisionConfig",
+    "SiglipConfig",
+    "SiglipTextConfig",
+    "SiglipVisionConfig",
     "config_class",
 ]
-
-
-class FamilyConfig(ViTConfig):
-    """Base of the other families: what `ViTConfig` has as fields and a family has not is fixed, at
-    the field's default unless the family says otherwise, or has another name."""
 
 
 class DeiTConfig(FamilyConfig, fields=fields_of("deit")):
@@ -274,299 +286,6 @@ class DINOv3ViTConfig(
 Dinov3ViTConfig = DINOv3ViTConfig
 
 
-class _CLIPTower(FamilyConfig):
-    """What both towers of CLIP have in common, and a `CLIPConfig` has with its image tower."""
-
-    use_pre_norm = True
-    use_patch_bias = False
-    norm_after_pooling = True
-    qkv_bias = True
-    hidden_dropout_prob = 0.0
-    is_part = True
-    keeps_pooler = True
-    classifier_has_pooler = False
-
-    attention_dropout: float
-
-    @property
-    def attention_probs_dropout_prob(self) -> float:  # type: ignore[override]
-        """Dropout rate of the attention probabilities."""
-        return self.attention_dropout
-
-    @property
-    def pooler_output_size(self) -> int:  # type: ignore[override]
-        """Width of the pooled output."""
-        return self.hidden_size
-
-    @property
-    def base_model_prefix(self) -> str:
-        """Name of the network inside every model of it; the prefix of its weights' names."""
-        return "vision_model"
-
-    @classmethod
-    def class_stem(cls) -> str:
-        """Prefix of the names of the family's classes."""
-        return "CLIP"
-
-
-class CLIPVisionConfig(
-    _CLIPTower,
-    fields=fields_of(
-        "clip_vision_model",
-        order=(
-            "hidden_size",
-            "intermediate_size",
-            "projection_dim",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_channels",
-            "image_size",
-            "patch_size",
-            "hidden_act",
-            "layer_norm_eps",
-            "attention_dropout",
-            "initializer_range",
-            "initializer_factor",
-        ),
-    ),
-):
-    """The image tower of CLIP (Radford et al. 2021, arXiv:2103.00020): a norm before the first
-    block, no bias in the patch projection; the pooled output is the class token through a norm.
-
-    Args:
-        {fields}
-        **kwargs: `num_labels` and unknown keys, as for `ViTConfig`.
-
-    Source: `models/clip/configuration_clip.py` of Transformers 4.57.6.
-    """
-
-    model_type = "clip_vision_model"
-    extended_type = "clip_vision_model"
-    base_config_key = "vision_config"
-
-    @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Any:
-        """As `ViTConfig.from_dict`; of a whole CLIP's configuration it takes the image tower's."""
-        return super().from_dict(_tower_of(cls, config_dict), **overrides)
-
-    @classmethod
-    def from_related(cls, config: ViTConfig) -> ViTConfig | None:
-        """The image tower of a whole CLIP's configuration."""
-        return config._tower("vision_config") if isinstance(config, CLIPConfig) else None
-
-
-class CLIPTextConfig(
-    _CLIPTower,
-    fields=fields_of(
-        "clip_text_model",
-        order=(
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "projection_dim",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "max_position_embeddings",
-            "hidden_act",
-            "layer_norm_eps",
-            "attention_dropout",
-            "initializer_range",
-            "initializer_factor",
-            "pad_token_id",
-            "bos_token_id",
-            "eos_token_id",
-        ),
-    ),
-):
-    """The text tower of CLIP (Radford et al. 2021, arXiv:2103.00020): the same blocks, in which a
-    token attends to itself and those before it.
-
-    Args:
-        {fields}
-        **kwargs: unknown keys, as for `ViTConfig`.
-
-    Source: `models/clip/configuration_clip.py` of Transformers 4.57.6.
-    """
-
-    model_type = "clip_text_model"
-    extended_type = "clip_text_model"
-    base_config_key = "text_config"
-
-    drop_path_rate = 0.0
-
-    max_position_embeddings: int
-    projection_dim: int
-    eos_token_id: int | None
-
-    @property
-    def base_model_prefix(self) -> str:
-        """Name of the network inside every model of it; the prefix of its weights' names."""
-        return "text_model"
-
-    def validate(self) -> None:
-        """Check the rules that tie fields together.
-
-        Raises:
-            ConfigError: `hidden_size` is not a multiple of `num_attention_heads`.
-        """
-        self._check_heads()
-
-    @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Any:
-        """As `ViTConfig.from_dict`; of a whole CLIP's configuration it takes the text tower's."""
-        return super().from_dict(_tower_of(cls, config_dict), **overrides)
-
-    @classmethod
-    def from_related(cls, config: ViTConfig) -> ViTConfig | None:
-        """The text tower of a whole CLIP's configuration."""
-        return config._tower("text_config") if isinstance(config, CLIPConfig) else None
-
-
-def _tower_of(cls: type[_CLIPTower], table: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a whole CLIP's configuration for one tower; any other table as it is."""
-    if not isinstance(table, Mapping) or table.get("model_type") != "clip":
-        return table
-    key = cls.base_config_key
-    part = _joined(cls, table.get(key), table.get(f"{key}_dict"))
-    name = {"_name_or_path": table["_name_or_path"]} if "_name_or_path" in table else {}
-    return {**part, **name}
-
-
-def _joined(cls: type[_CLIPTower], part: Any, legacy: Any) -> dict[str, Any]:
-    """The fields of a tower, as mappings say them; those of older files' second mapping win, its
-    defaults too, as in Transformers."""
-    tables = []
-    for name, table in ((cls.base_config_key, part), (f"{cls.base_config_key}_dict", legacy)):
-        table = table.to_dict() if hasattr(table, "to_dict") else table
-        if table is not None and not isinstance(table, Mapping):
-            raise ConfigError(
-                f"config: `{name}` must be a mapping of fields; given {shown(table)}."
-            )
-        tables.append(dict(table or {}))
-    part, legacy = tables
-    if legacy:
-        part.update(cls.from_dict({**legacy, "model_type": cls.model_type}).to_dict())
-    _refuse_changes(part)
-    kind = part.pop("model_type", "")
-    if kind not in ("", None, cls.model_type, "clip"):
-        raise ConfigError(
-            f"config: `model_type` of `{cls.base_config_key}` must be {cls.model_type!r}; given "
-            f"{shown(kind)}."
-        )
-    return {**part, "model_type": cls.model_type}
-
-
-class CLIPConfig(
-    _CLIPTower,
-    fields=fields_of(
-        "clip", order=("text_config", "vision_config", "projection_dim", "logit_scale_init_value")
-    ),
-):
-    """A whole CLIP (Radford et al. 2021, arXiv:2103.00020), or its image tower with a classifier.
-
-    What it has no field for is read from `vision_config`, and set there: `config.hidden_size` is
-    that of the image tower.
-
-    Args:
-        {fields}
-        **kwargs: `num_labels` and unknown keys, as for `ViTConfig`; fields of `CLIPVisionConfig`
-            are set in `vision_config`.
-
-    Source: `models/clip/configuration_clip.py` of Transformers 4.57.6.
-
-    Example:
-        >>> config = CLIPConfig(vision_config={"patch_size": 16}, projection_dim=640)
-        >>> config.vision_config.num_patches, config.text_config.vocab_size
-        (196, 49408)
-    """
-
-    model_type = "clip"
-    extended_type = "clip"
-
-    vision_config: CLIPVisionConfig
-    text_config: CLIPTextConfig
-    projection_dim: int
-    logit_scale_init_value: float
-
-    pooling: Pooling = "mean"
-    sub_configs = {"text_config": CLIPTextConfig, "vision_config": CLIPVisionConfig}  # noqa: RUF012
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        names = list(type(self).fields)
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        for key, cls in self.sub_configs.items():
-            given, legacy = kwargs.get(key), kwargs.pop(f"{key}_dict", None)
-            if not isinstance(given, cls) or legacy is not None:
-                kwargs[key] = cls.from_dict(_joined(cls, given, legacy))
-        inner = {
-            name: kwargs.pop(name)
-            for name in [*kwargs]
-            if name in CLIPVisionConfig.fields and name not in names
-        }
-        for name, value in inner.items():
-            setattr(kwargs["vision_config"], name, value)
-        super().__init__(**kwargs)
-
-    @classmethod
-    def from_text_vision_configs(
-        cls, text_config: CLIPTextConfig, vision_config: CLIPVisionConfig, **kwargs: Any
-    ) -> CLIPConfig:
-        """A configuration of two towers, as Transformers makes it."""
-        return cls(text_config=text_config, vision_config=vision_config, **kwargs)
-
-    @classmethod
-    def from_related(cls, config: ViTConfig) -> ViTConfig | None:
-        """A configuration of an image tower's, with its labels."""
-        if not isinstance(config, CLIPVisionConfig):
-            return None
-        own = {name: getattr(config, name) for name in cls.fields if name in config.fields}
-        made = cls(vision_config=config, **own)
-        object.__setattr__(made, "_name_or_path", config._name_or_path)
-        made._attn_implementation = config._attn_implementation
-        return made
-
-    def _tower(self, key: str) -> Any:
-        """A copy of a tower's configuration, for a model of that tower alone."""
-        tower = copy.copy(getattr(self, key))
-        tower.name_or_path = self.name_or_path
-        tower._attn_implementation = self._attn_implementation
-        return tower
-
-    def __getattr__(self, name: str) -> Any:
-        if name in CLIPVisionConfig.fields and "vision_config" in vars(self):
-            return getattr(self.vision_config, name)
-        return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in CLIPVisionConfig.fields and name not in self.fields:
-            setattr(self.vision_config, name, value)
-            return
-        cls = self.sub_configs.get(name)
-        if cls is not None and not isinstance(value, cls):
-            value = cls.from_dict(_joined(cls, value, None))
-        super().__setattr__(name, value)
-
-    def validate(self) -> None:
-        """Check the rules that tie fields together.
-
-        Raises:
-            ConfigError: a tower's configuration cannot be built.
-        """
-        self.vision_config.validate()
-        self.text_config.validate()
-
-    def to_dict(self) -> dict[str, Any]:
-        """As `ViTConfig.to_dict`, the towers' configurations as mappings."""
-        table = super().to_dict()
-        for key in self.sub_configs:
-            table[key] = getattr(self, key).to_dict()
-        return table
-
-    def get_text_config(self, *args: Any, **kwargs: Any) -> ViTConfig:
-        """The text tower's."""
-        return self.text_config
-
-
 CONFIG_CLASSES = config_classes()
 """`model_type` -> class."""
 
@@ -586,23 +305,6 @@ _MAE_ONLY = (
     "mask_ratio",
     "norm_pix_loss",
 )
-
-# Keys of configurations that change what the network computes, in families that have no such field;
-# the values that leave it as it is.
-_CHANGES_NETWORK: dict[str, tuple[Any, ...]] = {
-    "position_embedding_type": (None, "absolute"),
-    "add_cross_attention": (False,),
-    "is_decoder": (False,),
-    "pruned_heads": ({}, None),
-    "use_qk_norm": (False, None),
-    "qk_norm": (False, None),
-    "qk_layernorm": (False, None),
-    "rope_theta": (None,),
-    "rope_scaling": (None,),
-    "use_pre_norm": (False, None),
-    "norm_type": (None, "layernorm", "layer_norm"),
-}
-
 
 # What the configuration of a ViTHybrid's ResNet must be, after Transformers' defaults.
 _RESNET: dict[str, Any] = {
@@ -695,20 +397,6 @@ def _without_backbone(table: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refuse_changes(table: Mapping[str, Any]) -> None:
-    """Raise ConfigError if a key of a file changes the network in a way that is not known here."""
-    odd = [
-        f"{key}={shown(table[key])}"
-        for key, harmless in _CHANGES_NETWORK.items()
-        if key in table and table[key] not in harmless and not _has_field(table, key)
-    ]
-    if odd:
-        raise ConfigError(
-            f"config: {', '.join(odd)} changes what the network computes, which no network "
-            "here can do; this model cannot be used."
-        )
-
-
 def config_class(model_type: Any) -> type[ViTConfig]:
     """The class of a `model_type`; ConfigError if there is none here."""
     if not isinstance(model_type, str) or model_type not in CONFIG_CLASSES:
@@ -717,15 +405,6 @@ def config_class(model_type: Any) -> type[ViTConfig]:
             f"{shown(model_type)}."
         )
     return CONFIG_CLASSES[model_type]
-
-
-def _has_field(table: Mapping[str, Any], name: str) -> bool:
-    """Whether a file's family has a field of that name, and the file means that field by it: of
-    those that Transformers lacks only a file of our own kind can."""
-    model_type = table.get("model_type")
-    cls = CONFIG_CLASSES.get(model_type) if isinstance(model_type, str) else None
-    row = cls.fields.get(name) if cls else None
-    return bool(row and cls and (not row.if_set or model_type == cls.extended_type))
 
 
 class AutoConfig:
@@ -790,7 +469,7 @@ class AutoConfig:
         if not isinstance(config_dict, Mapping):
             raise ConfigError(f"config: expected a mapping of fields; given {shown(config_dict)}.")
         table = without_timm(config_dict)
-        _refuse_changes(table)
+        refuse_changes(table)
         if table.get("model_type") == "vit_mae":
             table = {key: value for key, value in table.items() if key not in _MAE_ONLY}
             table.update(model_type=ViTConfig.model_type, architectures=None)

@@ -271,6 +271,16 @@ class CLIPOutput(ModelOutput):
 
 
 @dataclass(eq=False)
+class SiglipOutput(CLIPOutput):
+    """As `CLIPOutput`; the logits are those of each pair by itself, for a sigmoid."""
+
+
+@dataclass(eq=False)
+class Siglip2Output(SiglipOutput):
+    """As `SiglipOutput`."""
+
+
+@dataclass(eq=False)
 class MaskedImageModelingOutput(ModelOutput):
     """`loss` () if a mask was given; `reconstruction` (B, C, H, W); the rest as
     `BaseModelOutput`."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from vit_common.config import ViTConfig
-from vit_common.config_fields import STEM_NARROWING
+from vit_common.config_fields import STEM_KERNELS, STEM_NARROWING, STEM_WIDENING
 from vit_common.positions import relative_distances
 
 Shapes = dict[str, tuple[int, ...]]
@@ -20,7 +20,7 @@ Shapes = dict[str, tuple[int, ...]]
 Head = Literal["classifier", "teacher", "decoder", "tokens", "projection", "towers"]
 """Head on the base network: one classifier; DeiT's two, on the class and the distillation token; a
 decoder back to pixels; BEiT's prediction of visual tokens; CLIP's projection of one tower, or both
-towers with theirs."""
+towers of CLIP or SigLIP."""
 
 _CLASSES: dict[Head | None, str] = {
     None: "Model",
@@ -31,14 +31,13 @@ _CLASSES: dict[Head | None, str] = {
     "projection": "ModelWithProjection",
     "towers": "Model",
 }
-_TOWERS = {"clip_text_model": "Text"}
 
 
 def class_name(config: ViTConfig, head: Head | None) -> str:
     """Name of the PyTorch class of a network with that head; that of JAX begins with "Flax"."""
     tower = ""
     if config.is_part and head in (None, "projection"):
-        tower = _TOWERS.get(config.base_family, "Vision")
+        tower = "Text" if config.is_text else "Vision"
     return config.class_stem() + tower + _CLASSES[head]
 
 
@@ -76,6 +75,7 @@ HEAD_PARAMETERS = (
     "text_projection.",
     "text_model.",
     "logit_scale",
+    "logit_bias",
 )
 """Starts of (unprefixed) names that a checkpoint of the same network may lack or have in excess:
 they belong to a task, so they are drawn anew, or left aside, where everything else must fit."""
@@ -92,6 +92,7 @@ TOP_PARAMETERS = (
     "text_projection.",
     "text_model.",
     "logit_scale",
+    "logit_bias",
 )
 """Starts of the names that stand beside the base network, not in it."""
 
@@ -117,7 +118,7 @@ def parameter_shapes(
     Returns:
         Shapes in PyTorch's layouts: dense weights (out, in), the patch projection (D, C, P, P).
     """
-    if config.base_family == "clip_text_model":
+    if config.is_text:
         return _text_tower(config, head)
     if head == "towers":
         return _towers(config)
@@ -136,7 +137,7 @@ def parameter_shapes(
         shapes["embeddings.position_embeddings"] = (1, positions, D)
     if config.stem_type is not None:
         shapes |= _stem_shapes(config)
-    projection = (D, config.stem_channels, *config.projection_size)
+    projection = (D, config.stem_channels, *config.patch_kernel_size)
     shapes["embeddings.patch_embeddings.projection.weight"] = projection
     if config.use_patch_bias:
         shapes["embeddings.patch_embeddings.projection.bias"] = (D,)
@@ -231,6 +232,8 @@ def _blocks(config: ViTConfig) -> Shapes:
         shapes[f"{layer}.intermediate.dense.weight"] = (first, D)
         if config.mlp_bias:
             shapes[f"{layer}.intermediate.dense.bias"] = (first,)
+        if config.use_mlp_input_norm:
+            shapes |= _norm(config, f"{layer}.intermediate.layernorm")
         if config.use_mlp_norm:
             shapes |= _norm(config, f"{layer}.output.layernorm", inner)
         shapes[f"{layer}.output.dense.weight"] = (D, inner)
@@ -242,8 +245,8 @@ def _blocks(config: ViTConfig) -> Shapes:
             shapes |= _norm(config, f"{layer}.layernorm_after")
         if config.has_layer_scale:
             shapes[f"{layer}.lambda_1"] = (D,)
-            if not parallel:
-                shapes[f"{layer}.lambda_2"] = (D,)
+        if config.has_mlp_layer_scale:
+            shapes[f"{layer}.lambda_2"] = (D,)
     return shapes
 
 
@@ -267,7 +270,17 @@ def _relative(config: ViTConfig, module: str) -> Shapes:
 
 
 def _stem_shapes(config: ViTConfig) -> Shapes:
-    """The parameters of a ResNet before the patch projection."""
+    """The parameters of the network before the patch projection."""
+    if config.stem_type == "mbconv":
+        return _mbconv_shapes(config)
+    if config.stem_type == "convolutions":
+        (first, second), width = STEM_KERNELS, config.stem_width
+        return {
+            "embeddings.stem.convolution.weight": (width, config.num_channels, first, first),
+            "embeddings.stem.convolution.bias": (width,),
+            "embeddings.stem.convolution2.weight": (width, width, second, second),
+            "embeddings.stem.convolution2.bias": (width,),
+        }
     shapes: Shapes = {}
 
     def add(module: str, number: str, inputs: int, features: int, size: int = 1) -> None:
@@ -291,6 +304,37 @@ def _stem_shapes(config: ViTConfig) -> Shapes:
     return shapes
 
 
+def _mbconv_shapes(config: ViTConfig) -> Shapes:
+    """The parameters of MBConv blocks before the patch projection."""
+    shapes: Shapes = {}
+
+    def convolution(name: str, features: int, inputs: int, size: int = 1) -> None:
+        shapes[f"embeddings.stem.{name}.weight"] = (features, inputs, size, size)
+        shapes[f"embeddings.stem.{name}.bias"] = (features,)
+
+    def norm(name: str, features: int) -> None:
+        for leaf in ("weight", "bias"):
+            shapes[f"embeddings.stem.{name}.{leaf}"] = (features,)
+
+    width = inputs = config.stem_width
+    convolution("convolution", width, config.num_channels, 3)
+    norm("norm", width)
+    convolution("convolution2", width, width, 3)
+    for i, features in enumerate(config.stem_widths):
+        inner = STEM_WIDENING * features
+        for j in range(config.stem_depths[i]):
+            block = f"stage{i}.{j}"
+            if inputs != features:
+                convolution(f"{block}.conv_shortcut", features, inputs)
+            norm(f"{block}.norm", inputs)
+            convolution(f"{block}.conv1", inner, inputs)
+            convolution(f"{block}.conv2", inner, 1, 3)  # of each channel by itself
+            convolution(f"{block}.conv3", features, inner)
+            inputs = features
+    norm("norm_out", inputs)
+    return shapes
+
+
 def _attention_pooler(config: ViTConfig) -> Shapes:
     D, inner = config.hidden_size, config.pooler_inner
     shapes: Shapes = {"pooler.probe": (1, 1, D)}
@@ -307,8 +351,8 @@ def _attention_pooler(config: ViTConfig) -> Shapes:
     return shapes
 
 
-def _text_tower(config: ViTConfig, head: Head | None) -> Shapes:
-    """The text tower of a CLIP, whose blocks are those of an image's."""
+def _text_tower(config: Any, head: Head | None) -> Shapes:
+    """The text tower of a CLIP or SigLIP, whose blocks are those of an image's."""
     D = config.hidden_size
     shapes: Shapes = {
         "embeddings.token_embedding.weight": (config.vocab_size, D),
@@ -316,6 +360,9 @@ def _text_tower(config: ViTConfig, head: Head | None) -> Shapes:
         **_blocks(config),
         **_norm(config, "final_layernorm"),
     }
+    if "projection_size" in config.fields:
+        shapes["head.weight"] = (config.projection_size, D)
+        shapes["head.bias"] = (config.projection_size,)
     shapes = {f"{config.base_model_prefix}.{name}": shape for name, shape in shapes.items()}
     if head == "projection":
         shapes["text_projection.weight"] = (config.projection_dim, D)
@@ -323,11 +370,14 @@ def _text_tower(config: ViTConfig, head: Head | None) -> Shapes:
 
 
 def _towers(config: Any) -> Shapes:
-    """Both towers of a CLIP, their projections, and the scale of the similarities."""
+    """Both towers of a CLIP or SigLIP, CLIP's projections, and the scale of the similarities, which
+    in SigLIP has a bias."""
     vision, text = config.vision_config, config.text_config
+    shapes = {**parameter_shapes(vision), **_text_tower(text, None)}
+    if "projection_dim" not in config.fields:
+        return {**shapes, "logit_scale": (1,), "logit_bias": (1,)}
     return {
-        **parameter_shapes(vision),
-        **_text_tower(text, None),
+        **shapes,
         "visual_projection.weight": (config.projection_dim, vision.hidden_size),
         "text_projection.weight": (config.projection_dim, text.hidden_size),
         "logit_scale": (),

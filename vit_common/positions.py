@@ -21,6 +21,7 @@ ResizeRule = Literal[
     "bicubic",
     "bicubic_antialias",
     "bilinear",
+    "bilinear_antialias",
     "bilinear_align_corners",
     "bicubic_offset",
     "bicubic_align_corners",
@@ -33,6 +34,8 @@ ResizeRule = Literal[
   (`layers/pos_embed.py`, `resample_abs_pos_embed`) and DINOv2 with registers.
 - "bilinear": half-pixel centres, no antialias. timm reading a Google `.npz`
   (`models/vision_transformer.py`, `_load_weights`).
+- "bilinear_antialias": half-pixel centres, the kernel widened when shrinking. SigLIP 2 of any
+  size (`models/siglip2/modeling_siglip2.py` of Transformers) and timm's NaFlexVit.
 - "bilinear_align_corners": corner points stay where they are. google-research vision_transformer
   (`vit_jax/checkpoint.py`) and big_vision (`models/vit.py`, `resample_posemb`), through
   `scipy.ndimage.zoom(order=1)`.
@@ -44,14 +47,12 @@ ResizeRule = Literal[
 """
 
 NaFlexRule = Literal[
-    "bilinear_antialias",
     "bicubic_antialias_square",
     "bilinear_square",
     "bilinear_align_corners_square",
 ]
 """More rules, of timm's NaFlexVit (`models/naflexvit.py`).
 
-- "bilinear_antialias": as "bilinear", the kernel widened when shrinking.
 - "..._square": to a square of the longer side of the grid, of which the grid is the upper left
   part, so that the proportions of an image do not stretch the positions.
 """

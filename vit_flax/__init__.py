@@ -23,6 +23,12 @@ if TYPE_CHECKING:
         Dinov2WithRegistersConfig,
         DINOv3ViTConfig,
         Dinov3ViTConfig,
+        Siglip2Config,
+        Siglip2TextConfig,
+        Siglip2VisionConfig,
+        SiglipConfig,
+        SiglipTextConfig,
+        SiglipVisionConfig,
     )
     from vit_common.images.auto import AutoFeatureExtractor, AutoImageProcessor
     from vit_common.images.pictures import load_image
@@ -44,6 +50,9 @@ if TYPE_CHECKING:
         DeiTFeatureExtractor,
         DeiTImageProcessor,
         DeiTImageProcessorFast,
+        DINOv3ViTImageProcessorFast,
+        SiglipImageProcessor,
+        SiglipImageProcessorFast,
     )
     from vit_flax.auto import (
         FLAX_MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -93,6 +102,24 @@ if TYPE_CHECKING:
         FlaxDinov3ViTModel,
         FlaxDINOv3ViTPreTrainedModel,
         FlaxDinov3ViTPreTrainedModel,
+        FlaxSiglip2ForImageClassification,
+        FlaxSiglip2Model,
+        FlaxSiglip2Module,
+        FlaxSiglip2PreTrainedModel,
+        FlaxSiglip2TextModel,
+        FlaxSiglip2VisionModel,
+        FlaxSiglip2VisionPreTrainedModel,
+        FlaxSiglipForImageClassification,
+        FlaxSiglipForImageClassificationModule,
+        FlaxSiglipModel,
+        FlaxSiglipModule,
+        FlaxSiglipPreTrainedModel,
+        FlaxSiglipTextModel,
+        FlaxSiglipTextModule,
+        FlaxSiglipTextPreTrainedModel,
+        FlaxSiglipVisionModel,
+        FlaxSiglipVisionModule,
+        FlaxSiglipVisionPreTrainedModel,
     )
     from vit_flax.model import (
         FlaxBeitForMaskedImageModelingModule,
@@ -112,6 +139,8 @@ if TYPE_CHECKING:
         FlaxMaskedImageModelingOutput,
         FlaxMaskedLMOutput,
         FlaxSequenceClassifierOutput,
+        FlaxSiglip2Output,
+        FlaxSiglipOutput,
     )
     from vit_flax.params import from_transformers_tree, to_transformers_tree
     from vit_flax.pretrained import (
@@ -144,6 +173,7 @@ __all__ = [
     "CLIPTextConfig",
     "CLIPVisionConfig",
     "DINOv3ViTConfig",
+    "DINOv3ViTImageProcessorFast",
     "DeiTConfig",
     "DeiTFeatureExtractor",
     "DeiTImageProcessor",
@@ -207,6 +237,26 @@ __all__ = [
     "FlaxMaskedLMOutput",
     "FlaxPreTrainedModel",
     "FlaxSequenceClassifierOutput",
+    "FlaxSiglip2ForImageClassification",
+    "FlaxSiglip2Model",
+    "FlaxSiglip2Module",
+    "FlaxSiglip2Output",
+    "FlaxSiglip2PreTrainedModel",
+    "FlaxSiglip2TextModel",
+    "FlaxSiglip2VisionModel",
+    "FlaxSiglip2VisionPreTrainedModel",
+    "FlaxSiglipForImageClassification",
+    "FlaxSiglipForImageClassificationModule",
+    "FlaxSiglipModel",
+    "FlaxSiglipModule",
+    "FlaxSiglipOutput",
+    "FlaxSiglipPreTrainedModel",
+    "FlaxSiglipTextModel",
+    "FlaxSiglipTextModule",
+    "FlaxSiglipTextPreTrainedModel",
+    "FlaxSiglipVisionModel",
+    "FlaxSiglipVisionModule",
+    "FlaxSiglipVisionPreTrainedModel",
     "FlaxViTForImageClassification",
     "FlaxViTForImageClassificationModule",
     "FlaxViTForMaskedImageModeling",
@@ -214,6 +264,14 @@ __all__ = [
     "FlaxViTModel",
     "FlaxViTModule",
     "FlaxViTPreTrainedModel",
+    "Siglip2Config",
+    "Siglip2TextConfig",
+    "Siglip2VisionConfig",
+    "SiglipConfig",
+    "SiglipImageProcessor",
+    "SiglipImageProcessorFast",
+    "SiglipTextConfig",
+    "SiglipVisionConfig",
     "ViTConfig",
     "ViTFeatureExtractor",
     "ViTImageProcessor",
@@ -240,7 +298,7 @@ _HOMES = (
     "vit_flax.stacked",
     "vit_flax.params",
 )
-_MODULES = ("attention", "auto", "families", "model", "outputs", "pretrained")
+_MODULES = ("attention", "auto", "families", "model", "nnx", "outputs", "pretrained")
 
 
 def __getattr__(name: str) -> Any:

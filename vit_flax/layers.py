@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from vit_flax.attention import targets
+from vit_flax.cpu.half import half_product, operand_dtype
 from vit_flax.int8 import Dense
 
 if TYPE_CHECKING:
@@ -207,11 +208,51 @@ def dense(part: FlaxViTPart, features: int, use_bias: bool = True) -> Dense:
         features,
         use_bias=use_bias,
         dtype=part.dtype,
+        result_dtype=part.array_dtype,
         param_dtype=part.param_dtype,
         precision=part.precision,
         kernel_init=initializer(part.config.initializer_range),
         bias_init=nn.initializers.zeros,
     )
+
+
+class Convolution(nn.Conv):
+    """`flax.linen.Conv`; in half precision on a CPU, by the policy of `vit_flax.cpu`, and then its
+    result is float32."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        dtype = self.dtype or inputs.dtype
+        operands = operand_dtype(dtype)
+        if operands is None:
+            return super().__call__(inputs)
+        if self.is_initializing():
+            return super().__call__(inputs).astype(jnp.float32)
+        if operands == jnp.bfloat16 and tuple(self.kernel_size) == tuple(self.strides):
+            outputs = self._of_patches(inputs, dtype)
+        else:  # XLA's library has no such convolution of bfloat16
+            outputs = jax.lax.conv_general_dilated(
+                inputs.astype(jnp.float32),
+                self._parameter("kernel"),
+                window_strides=self.strides,
+                padding=self.padding,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=self.feature_group_count,
+                precision=self.precision,
+            )
+        return outputs + self._parameter("bias") if self.use_bias else outputs
+
+    def _of_patches(self, inputs: jax.Array, dtype: Any) -> jax.Array:
+        """Where patches neither overlap nor leave gaps: one product."""
+        (B, H, W, C), (h, w) = inputs.shape, self.kernel_size
+        rows, columns = H // h, W // w
+        patches = inputs[:, : rows * h, : columns * w].reshape(B, rows, h, columns, w, C)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(B, rows, columns, h * w * C)
+        kernel = self._parameter("kernel").reshape(h * w * C, self.features)
+        return half_product(patches, kernel, dtype, self.precision)
+
+    def _parameter(self, name: str) -> jax.Array:
+        value: jax.Array = self.get_variable("params", name)
+        return value.astype(jnp.float32)
 
 
 def convolution(
@@ -221,7 +262,7 @@ def convolution(
     use_bias: bool = True,
     name: str | None = None,
 ) -> nn.Conv:
-    return nn.Conv(
+    return Convolution(
         features,
         kernel_size=size,
         strides=size,
@@ -241,7 +282,7 @@ def layer_norm(part: FlaxViTPart) -> LayerNorm | RMSNorm:
     cls = RMSNorm if part.config.norm_type == "rmsnorm" else LayerNorm
     return cls(
         epsilon=part.config.layer_norm_eps,
-        dtype=part.dtype,
+        dtype=part.array_dtype,
         param_dtype=part.param_dtype,
     )
 

@@ -34,6 +34,7 @@ from vit_common.config import ViTConfig
 from vit_common.errors import InputError
 from vit_common.positions import relative_distances, relative_position_index, resize_matrices
 from vit_flax.attention import attention, needs_no_kernel
+from vit_flax.cpu.half import as_operand
 from vit_flax.layers import add_parameter, convolution, dense, layer_norm, row_major
 from vit_flax.outputs import (
     FlaxBaseModelOutput,
@@ -45,23 +46,31 @@ from vit_flax.outputs import (
 )
 from vit_flax.parts.attention_pool import FlaxViTAttentionPooler
 from vit_flax.parts.differential import FlaxViTDifferentialAttention
+from vit_flax.parts.mbconv import FlaxViTMBConvStem, padded_convolution
 from vit_flax.parts.part import FlaxViTPart, activation, options
 from vit_flax.parts.relative import FlaxViTRelativePositionMLP
 from vit_flax.parts.rotary import rotate, rotation
-from vit_flax.parts.stems import FlaxViTStem
+from vit_flax.parts.stems import FlaxViTConvolutionStem, FlaxViTStem
 from vit_flax.stacked import make_blocks, scan_blocks
+
+STEMS: dict[str, type[FlaxViTPart]] = {
+    "resnetv2": FlaxViTStem,
+    "mbconv": FlaxViTMBConvStem,
+    "convolutions": FlaxViTConvolutionStem,
+}
+"""`stem_type` -> the network before the patches."""
 
 
 class FlaxViTPatchEmbeddings(FlaxViTPart):
     """Cuts the image into patches and projects each to width D."""
 
     def setup(self):
-        self.projection = convolution(
-            self,
-            self.config.hidden_size,
-            self.config.projection_size,
-            use_bias=self.config.use_patch_bias,
-        )
+        D = self.config.hidden_size
+        if self.config.stem_type == "mbconv":  # its patches overlap
+            self.projection = padded_convolution(self, D, stride=2)
+        else:
+            size, use_bias = self.config.patch_projection_size, self.config.use_patch_bias
+            self.projection = convolution(self, D, size, use_bias=use_bias)
 
     def __call__(self, pixel_values):
         embeddings = self.projection(pixel_values)  # (B, H/P, W/P, D); with a stem, of its output
@@ -88,7 +97,7 @@ class FlaxViTEmbeddings(FlaxViTPart):
             positions = config.num_prefix_positions + config.num_patches
             add_parameter(self, "position_embeddings", (1, positions, D), "normal")
         if config.stem_type is not None:
-            self.stem = FlaxViTStem(**options(self))
+            self.stem = STEMS[config.stem_type](**options(self))
         self.patch_embeddings = FlaxViTPatchEmbeddings(**options(self))
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
@@ -110,7 +119,7 @@ class FlaxViTEmbeddings(FlaxViTPart):
         B, H, W, C = pixel_values.shape
         grid = check_image(C, H, W, self.config, interpolate=interpolate_pos_encoding)
 
-        pixel_values = pixel_values.astype(self.dtype)
+        pixel_values = pixel_values.astype(self.array_dtype)
         if self.config.stem_type is not None:
             P = self.config.patch_height_width
             pixel_values = self.stem(pixel_values[:, : grid[0] * P[0], : grid[1] * P[1]])
@@ -122,12 +131,12 @@ class FlaxViTEmbeddings(FlaxViTPart):
                     "`use_mask_token=True`."
                 )
             check_mask(bool_masked_pos.shape, B, grid[0] * grid[1])
-            mask = bool_masked_pos[:, :, None].astype(self.dtype)  # (B, N, 1)
-            embeddings = embeddings * (1.0 - mask) + self.mask_token.astype(self.dtype) * mask
+            mask = bool_masked_pos[:, :, None].astype(self.array_dtype)  # (B, N, 1)
+            embeddings = embeddings * (1.0 - mask) + self.mask_token.astype(self.array_dtype) * mask
 
         D, k = self.config.hidden_size, self.config.num_prefix_positions
         prefix = [
-            jnp.broadcast_to(token.astype(self.dtype), (B, token.shape[1], D))
+            jnp.broadcast_to(token.astype(self.array_dtype), (B, token.shape[1], D))
             for token in self.tokens
         ]
         front = jnp.concatenate((*prefix, embeddings[:, :0]), axis=1)  # (B, T, D)
@@ -144,7 +153,7 @@ class FlaxViTEmbeddings(FlaxViTPart):
         front of them have one."""
         positions: Any = self.position_embeddings
         if grid == self.config.grid_size:
-            return positions.astype(self.dtype)
+            return positions.astype(self.array_dtype)
         exact = jnp.promote_types(positions.dtype, jnp.float32)
         rows, columns = resize_matrices(self.config.position_resize, self.config.grid_size, grid)
         positions = positions.astype(exact)
@@ -158,7 +167,7 @@ class FlaxViTEmbeddings(FlaxViTPart):
             precision="highest",
         )
         table = table.reshape(1, grid[0] * grid[1], self.config.hidden_size)  # (1, N, D)
-        return jnp.concatenate((positions[:, :k], table), axis=1).astype(self.dtype)
+        return jnp.concatenate((positions[:, :k], table), axis=1).astype(self.array_dtype)
 
 
 class FlaxViTRelativePositionBias(FlaxViTPart):
@@ -242,6 +251,7 @@ class FlaxViTSelfAttention(FlaxViTPart):
         if rotation is not None:
             query = rotate(query, rotation, self.config.rope_rotate_half)
             key = rotate(key, rotation, self.config.rope_rotate_half)
+        query, key, value = (as_operand(x, self.dtype) for x in (query, key, value))
         attend = attention
         if self.config.attention_type == "differential":
             attend = partial(self.differential, share=share)
@@ -319,9 +329,13 @@ class FlaxViTIntermediate(FlaxViTPart):
     def setup(self):
         width = self.config.intermediate_size
         features = 2 * width if self.config.use_swiglu_ffn else width
+        if self.config.use_mlp_input_norm:
+            self.layernorm = layer_norm(self)
         self.dense = dense(self, features, use_bias=self.config.mlp_bias)
 
     def __call__(self, hidden_states):
+        if self.config.use_mlp_input_norm:
+            hidden_states = self.layernorm(hidden_states)
         hidden_states = self.dense(hidden_states)  # (B, S, I), or (B, S, 2 I)
         if self.config.use_swiglu_ffn:
             gate, hidden_states = jnp.split(hidden_states, 2, axis=-1)
@@ -374,7 +388,7 @@ class FlaxViTBranch(FlaxViTPart):
         if self.config.has_layer_scale:
             D, value = self.config.hidden_size, self.config.layer_scale_init_value
             add_parameter(self, "lambda_1", (D,), value)
-            if not parallel:
+            if self.config.has_mlp_layer_scale:
                 add_parameter(self, "lambda_2", (D,), value)
 
     def attend(
@@ -387,7 +401,7 @@ class FlaxViTBranch(FlaxViTPart):
         if post_norm:
             output = self.layernorm_before(output)
         if self.config.has_layer_scale:
-            output = output * self.lambda_1.astype(self.dtype)
+            output = output * self.lambda_1.astype(self.array_dtype)
         return self.drop_path(output, rate, deterministic), probabilities
 
     def transform(self, hidden_states, deterministic: bool, rate=None):
@@ -397,8 +411,8 @@ class FlaxViTBranch(FlaxViTPart):
         output = self.output(self.intermediate(normed), deterministic)
         if post_norm:
             output = self.layernorm_after(output)
-        if self.config.has_layer_scale:
-            output = output * self.lambda_2.astype(self.dtype)
+        if self.config.has_mlp_layer_scale:
+            output = output * self.lambda_2.astype(self.array_dtype)
         return self.drop_path(output, rate, deterministic)
 
     def attend_and_transform(
@@ -410,7 +424,7 @@ class FlaxViTBranch(FlaxViTPart):
         normed = normed[:, : self.front_tokens]
         output = output + self.output(self.intermediate(normed), deterministic)
         if self.config.has_layer_scale:
-            output = output * self.lambda_1.astype(self.dtype)
+            output = output * self.lambda_1.astype(self.array_dtype)
         return self.drop_path(output, rate, deterministic), probabilities
 
 
@@ -518,7 +532,7 @@ class FlaxViTLayerCollection(FlaxViTPart):
 
         shares = None
         if self.config.attention_type == "differential":
-            exact = jnp.promote_types(self.dtype, jnp.float32)
+            exact = jnp.promote_types(self.array_dtype, jnp.float32)
             shares = jnp.asarray(self.config.differential_shares, exact)
         rates = self.config.drop_path_rates
         owned = (head_mask, rotation if mixed else None, shares)
@@ -583,7 +597,7 @@ class FlaxViTEncoder(FlaxViTPart):
         turn = None
         if self.config.rope_type is not None:
             learned = getattr(self, "rope_frequencies", None)
-            turn = rotation(self.config, grid or self.config.grid_size, self.dtype, learned)
+            turn = rotation(self.config, grid or self.config.grid_size, self.array_dtype, learned)
         return self.layer(
             hidden_states,
             deterministic,
@@ -657,6 +671,11 @@ class FlaxViTModule(FlaxViTPart):
     add_pooling_layer: bool = True
     use_mask_token: bool = False
 
+    @property
+    def has_pooler(self) -> bool:
+        """Whether there is a pooler: networks without any have none to add."""
+        return self.add_pooling_layer and self.config.pooler_type is not None
+
     def setup(self):
         use_mask_token = self.use_mask_token or self.config.use_mask_token
         self.embeddings = FlaxViTEmbeddings(**options(self), use_mask_token=use_mask_token)
@@ -665,7 +684,7 @@ class FlaxViTModule(FlaxViTPart):
         self.encoder = FlaxViTEncoder(**options(self))
         if self.config.has_final_norm:
             self.layernorm = layer_norm(self)
-        if self.add_pooling_layer:
+        if self.has_pooler:
             by_attention = self.config.pooler_type == "map"
             pooler = FlaxViTAttentionPooler if by_attention else FlaxViTPooler
             self.pooler = pooler(**options(self))
@@ -721,13 +740,13 @@ class FlaxViTModule(FlaxViTPart):
         last_hidden_state = outputs.last_hidden_state  # (B, S, D)
         if self.config.has_final_norm:
             last_hidden_state = self.layernorm(last_hidden_state)
-        pooled = self.pooler(last_hidden_state) if self.add_pooling_layer else None
+        pooled = self.pooler(last_hidden_state) if self.has_pooler else None
         return finish(
             self.output_class,
-            outputs,
+            self.rounded(outputs),
             flags,
-            last_hidden_state=last_hidden_state,
-            pooler_output=pooled,
+            last_hidden_state=self.rounded(last_hidden_state),
+            pooler_output=self.rounded(pooled),
         )
 
 
@@ -795,7 +814,9 @@ class FlaxViTForImageClassificationModule(FlaxViTPart):
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, self.config)
-        return finish(FlaxSequenceClassifierOutput, outputs, flags, loss=loss, logits=logits)
+        return finish(
+            FlaxSequenceClassifierOutput, outputs, flags, loss=loss, logits=self.rounded(logits)
+        )
 
 
 def classifier_input(outputs, config: ViTConfig):
@@ -878,9 +899,9 @@ class FlaxDeiTForImageClassificationWithTeacherModule(FlaxViTPart):
             FlaxDeiTForImageClassificationWithTeacherOutput,
             outputs,
             flags,
-            logits=(cls_logits + distillation_logits) / 2,
-            cls_logits=cls_logits,
-            distillation_logits=distillation_logits,
+            logits=self.rounded((cls_logits + distillation_logits) / 2),
+            cls_logits=self.rounded(cls_logits),
+            distillation_logits=self.rounded(distillation_logits),
         )
 
 
@@ -931,6 +952,7 @@ class FlaxBeitForMaskedImageModelingModule(FlaxViTPart):
         loss = None
         if labels is not None:
             loss = visual_token_loss(logits, labels, bool_masked_pos)
+        logits = self.rounded(logits)
         return finish(FlaxMaskedLMOutput, outputs, flags, loss=loss, logits=logits)
 
 
@@ -1017,7 +1039,11 @@ class FlaxViTForMaskedImageModelingModule(FlaxViTPart):
             mask = mask.repeat(P[0], axis=1).repeat(P[1], axis=2)[:, None]  # (B, 1, H, W)
             loss = masked_reconstruction_loss(target, reconstruction, mask, self.config)
         return finish(
-            FlaxMaskedImageModelingOutput, outputs, flags, loss=loss, reconstruction=reconstruction
+            FlaxMaskedImageModelingOutput,
+            outputs,
+            flags,
+            loss=loss,
+            reconstruction=self.rounded(reconstruction),
         )
 
 

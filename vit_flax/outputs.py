@@ -38,6 +38,14 @@ class FlaxCLIPOutput(common.CLIPOutput):
     __doc__ = common.CLIPOutput.__doc__
 
 
+class FlaxSiglipOutput(common.SiglipOutput):
+    __doc__ = common.SiglipOutput.__doc__
+
+
+class FlaxSiglip2Output(common.Siglip2Output):
+    __doc__ = common.Siglip2Output.__doc__
+
+
 class FlaxMaskedImageModelingOutput(common.MaskedImageModelingOutput):
     __doc__ = common.MaskedImageModelingOutput.__doc__
 
@@ -82,6 +90,8 @@ for _class in (
     FlaxCLIPVisionModelOutput,
     FlaxCLIPTextModelOutput,
     FlaxCLIPOutput,
+    FlaxSiglipOutput,
+    FlaxSiglip2Output,
     FlaxMaskedImageModelingOutput,
     FlaxDeiTForImageClassificationWithTeacherOutput,
     FlaxMaskedLMOutput,

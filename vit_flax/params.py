@@ -2,9 +2,9 @@
 
 In memory all families here have ViT's names; Transformers' Flax models of DINOv2 and of BEiT's
 masked image modelling have others (`norm1`, `mlp.fc1`, `layer_scale1.lambda1`, a `layernorm` for
-`lm_layernorm`). CLIP's models show theirs (`params`), and take both. A tree is turned by its paths
-alone, so anything with the same names can be turned: gradients, moments of an optimizer, traced
-arrays.
+`lm_layernorm`). CLIP's and SigLIP's models show theirs (`params`), and take both. A tree is turned
+by its paths alone, so anything with the same names can be turned: gradients, moments of an
+optimizer, traced arrays.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ _HEADS: dict[str, tuple[Head | None, ...]] = {
     "clip_vision_model": (None, "projection"),
     "clip_text_model": (None, "projection"),
     "clip": ("towers", "classifier"),
+    "siglip": ("towers", "classifier"),
+    "siglip2": ("towers", "classifier"),
 }
 
 

@@ -48,7 +48,8 @@ from vit_flax.arguments import (
     float_dtype,
     values_of,
 )
-from vit_flax.attention import check_implementation, targets
+from vit_flax.attention import check_implementation
+from vit_flax.cpu.half import traced_for
 from vit_flax.int8 import check_activations, check_weights, quantize
 from vit_flax.layers import frequencies
 from vit_flax.model import (
@@ -503,7 +504,7 @@ class FlaxPreTrainedModel(Loadable, Savable):
             not train,
             self.config.resolve_flags(*flags),
             interpolate or False,
-            targets(),  # a program for another platform is traced anew
+            traced_for(),  # a program for another platform is traced anew
         )
 
     # -- files

@@ -50,7 +50,7 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embeddings/(cls_token|distillation_token|mask_token|register_tokens)", _WHOLE),
     (r"embeddings/position_embeddings", _WIDTH),
     (r"embeddings/stem/.*conv\w*/kernel", PartitionSpec(None, None, None, FSDP)),
-    (r"embeddings/stem/.*norm\w*/(scale|bias)", _WHOLE),
+    (r"embeddings/stem/.*(conv|norm)\w*/(scale|bias)", _WHOLE),
     (
         r"embeddings/patch_embeddings/projection/kernel",  # (P, P, C, D)
         PartitionSpec(None, None, None, FSDP),
@@ -97,7 +97,9 @@ _TABLE = [(re.compile(rf"({_FAMILIES}/)?{name}"), spec) for name, spec in _NETWO
     (re.compile(rf"({_HEADS}|decoder/0)/bias"), _WHOLE),
     (re.compile(r"lm_layernorm/(scale|bias)"), _WHOLE),
     (re.compile(r"(visual|text)_projection/kernel"), PartitionSpec(FSDP)),
-    (re.compile(r"logit_scale"), _WHOLE),
+    (re.compile(r"logit_(scale|bias)"), _WHOLE),
+    (re.compile(r"text_model/head/kernel"), PartitionSpec(FSDP)),
+    (re.compile(r"text_model/head/bias"), _WHOLE),
 ]
 
 

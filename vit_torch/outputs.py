@@ -18,6 +18,8 @@ from vit_common.outputs import (
     MaskedImageModelingOutput,
     MaskedLMOutput,
     ModelOutput,
+    Siglip2Output,
+    SiglipOutput,
     field_names,
 )
 
@@ -31,6 +33,8 @@ __all__ = [
     "ImageClassifierOutput",
     "MaskedImageModelingOutput",
     "MaskedLMOutput",
+    "Siglip2Output",
+    "SiglipOutput",
 ]
 
 
@@ -58,5 +62,7 @@ for _class in (
     ImageClassifierOutput,
     MaskedImageModelingOutput,
     MaskedLMOutput,
+    Siglip2Output,
+    SiglipOutput,
 ):
     _register(_class)

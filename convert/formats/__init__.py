@@ -101,7 +101,7 @@ def table_for(name: str, config: ViTConfig, head: Head | None = None) -> Format:
             f"{config.model_type!r}."
         )
     chosen = next((t for t in fitting if t.fits is None or t.fits(config, head)), fitting[0])
-    return chosen if chosen.with_heads is None else chosen.with_heads(config.num_attention_heads)
+    return chosen if chosen.for_writing is None else chosen.for_writing(chosen, config)
 
 
 __all__ = [

@@ -21,6 +21,9 @@ from vit_convert.formats.huggingface import (
     DINOV2_SWIGLU_BLOCK,
     EXTENDED_BLOCK,
     RELATIVE_MLP,
+    SIGLIP,
+    SIGLIP2,
+    SIGLIP_TOP,
     STEM,
     extended,
     gated,
@@ -59,6 +62,13 @@ _ALONE = (
     *DIFFERENTIAL,
 )  # fmt: skip
 """What names of parameters end with that are no leaves of a module."""
+
+
+SIGLIP_POOLER = {
+    f"head.attention.{name[0]}_proj": f"pooler.attention.{name}"
+    for name in ("query", "key", "value")
+}
+"""Name in the tree -> canonical name, of what SigLIP's own files have in one array."""
 
 
 def _leaves(theirs: str, ours: str, separator: str) -> list[Rule]:
@@ -102,7 +112,7 @@ def text_rules(block: dict[str, str], separator: str, start: str, norm: str) -> 
         start: of the names of a block in the tree, with `{i}` for its index.
         norm: name of the last norm in the tree.
     """
-    rules = [Rule("logit_scale", "logit_scale")]
+    rules = [Rule(name, name) for name in ("logit_scale", "logit_bias")]
     for name in ("token_embedding", "position_embedding"):
         ours = f"text_model.embeddings.{name}"
         rules.append(Rule(f"{ours}.embedding".replace(".", separator), f"{ours}.weight"))
@@ -111,13 +121,17 @@ def text_rules(block: dict[str, str], separator: str, start: str, norm: str) -> 
             f"text_model.{start}{theirs}", f"text_model.encoder.layer.{{i}}.{ours}", separator
         )
     rules += _leaves(f"text_model.{norm}", "text_model.final_layernorm", separator)
+    rules += _leaves("text_model.head", "text_model.head", separator)
     return tuple(rules)
 
 
 TREE = Format(
     name="tree",
     describes="parameter tree of vit_flax joined by '/'",
-    families=("vit", "deit", "beit", "dinov2", "dinov2_with_registers", "dinov3_vit", *CLIP),
+    families=(
+        *("vit", "deit", "beit", "dinov2", "dinov2_with_registers", "dinov3_vit"),
+        *(*CLIP, *SIGLIP, *SIGLIP2),
+    ),
     rules=_rules(_SAME, "/") + text_rules(_SAME, "/", "encoder.layer.{i}.", "final_layernorm"),
     separator="/",
     prefixed=True,
@@ -142,15 +156,19 @@ def _formats(name: str, separator: str, describes: str, files: Files) -> tuple[F
             **more,
         )
 
-    clip = [
-        Rule("embeddings.class_embedding", "embeddings.cls_token", VECTOR),
-        Rule("embeddings.position_embedding.embedding", "embeddings.position_embeddings", TOKEN),
-    ]
-    for theirs, ours in CLIP_TOP.items():
-        clip += _leaves(theirs, ours, ".")
-    for ours, theirs in CLIP_BLOCK.items():
-        clip += _leaves(f"encoder.layers.{{i}}.{theirs}", f"encoder.layer.{{i}}.{ours}", ".")
-    clip = [replace(rule, foreign=str(rule.foreign).replace(".", separator)) for rule in clip]
+    def towers(top: dict[str, str], *more: Rule) -> tuple[Rule, ...]:
+        place = ("embeddings.position_embedding.embedding", "embeddings.position_embeddings")
+        rules = [*more, Rule(*place, TOKEN)]
+        for theirs, ours in top.items():
+            rules += _leaves(theirs, ours, ".")
+        for ours, theirs in CLIP_BLOCK.items():
+            rules += _leaves(f"encoder.layers.{{i}}.{theirs}", f"encoder.layer.{{i}}.{ours}", ".")
+        rules = [replace(rule, foreign=str(rule.foreign).replace(".", separator)) for rule in rules]
+        text = text_rules(CLIP_BLOCK, separator, "encoder.layers.{i}.", "final_layer_norm")
+        return (*rules, *text)
+
+    token = Rule("embeddings.class_embedding", "embeddings.cls_token", VECTOR)
+    siglip = towers(SIGLIP_TOP | SIGLIP_POOLER, Rule("head.probe", "pooler.probe"))
     beit = tuple((a.replace(".", separator), b.replace(".", separator)) for a, b in BEIT_HEAD)
     dinov2 = ("dinov2", "dinov2_with_registers")
     return (
@@ -158,13 +176,9 @@ def _formats(name: str, separator: str, describes: str, files: Files) -> tuple[F
         table(("beit",), _rules(_SAME, separator), only_with_prefix=beit),
         table(dinov2, _rules(DINOV2_BLOCK, separator, TOKEN), fits=plain),
         table(dinov2, _rules(DINOV2_SWIGLU_BLOCK, separator, TOKEN), fits=gated),
-        table(
-            CLIP,
-            (
-                *clip,
-                *text_rules(CLIP_BLOCK, separator, "encoder.layers.{i}.", "final_layer_norm"),
-            ),
-        ),
+        table(CLIP, towers(CLIP_TOP, token)),
+        table(SIGLIP, siglip),
+        table(SIGLIP2, siglip),
     )
 
 

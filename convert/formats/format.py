@@ -190,7 +190,10 @@ class Format:
             any file.
         written: whether files in this format can be written.
         fits: whether it is this table that writes a network with a head, where several could.
-        with_heads: the same table for writing networks of that many attention heads.
+        for_writing: the table, as a function of itself, for writing that network, where rows depend
+            on what it is.
+        structured: whether the format's own `config.json` says how blocks are put together, and
+            whether they rotate.
         cannot_hold: what keeps the format's own library from loading a network, or None.
         loses: what its own library does not take from the files; one line each. The second
             argument says whether the format's own `config.json` is kept.
@@ -227,7 +230,8 @@ class Format:
     signs: tuple[str, ...] = ()
     written: bool = True
     fits: Callable[[ViTConfig, Head | None], bool] | None = None
-    with_heads: Callable[[int], Format] | None = None
+    for_writing: Callable[[Format, ViTConfig], Format] | None = None
+    structured: bool = False
     cannot_hold: Callable[[ViTConfig], str | None] | None = None
     loses: Callable[[ViTConfig, bool], Iterable[str]] | None = None
     describes: str = ""

@@ -215,7 +215,7 @@ def _tables(heads: int) -> tuple[Format, ...]:
             _OLD,
             stems.GOOGLE,
             fits=lambda config, head: not _is_big_visions(config),
-            with_heads=lambda heads: _tables(heads)[0],
+            for_writing=lambda table, config: _tables(config.num_attention_heads)[0],
         ),
         table(
             "google-research big_vision",
@@ -224,7 +224,7 @@ def _tables(heads: int) -> tuple[Format, ...]:
             root="params/",
             requires=(_POSITIONS,),
             fits=lambda config, head: _is_big_visions(config),
-            with_heads=lambda heads: _tables(heads)[1],
+            for_writing=lambda table, config: _tables(config.num_attention_heads)[1],
         ),
         table(
             "google-research vision_transformer, as its own training saves it",

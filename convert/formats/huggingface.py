@@ -2,8 +2,8 @@
 
 The canonical names are those of v4's ViT, DeiT and BEiT; DINOv2's blocks differ.
 
-Sources: `models/{vit,deit,beit,dinov2,dinov2_with_registers,dinov3_vit,vit_mae}/modeling_*.py` of
-Transformers 4.57.6 and 5.23.
+Sources: `models/{vit,deit,beit,dinov2,dinov2_with_registers,dinov3_vit,vit_mae,clip,siglip,
+siglip2}/modeling_*.py` of Transformers 4.57.6 and 5.23.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from vit_common.config import ViTConfig
 from vit_common.parameters import DIFFERENTIAL
 from vit_convert.formats.format import Files, Format, Rule
 from vit_convert.formats.stems import TRANSFORMERS
-from vit_convert.layouts import GATE_AND_UP, KEEP, TOKEN, VECTOR, Layout
+from vit_convert.layouts import FUSED_QKV, GATE_AND_UP, KEEP, PATCHES, TOKEN, VECTOR, Layout
 
 ATTENTION_POOLER_DENSE = (
     "pooler.attention.query",
@@ -82,6 +82,7 @@ EXTENDED_BLOCK = (
     "attention.attention.query_norm",
     "attention.attention.key_norm",
     "attention.output.layernorm",
+    "intermediate.layernorm",
     "output.layernorm",
     *(f"attention.attention.{name}" for name in RELATIVE_MLP),
     *(f"attention.attention.differential.{name}" for name in (*DIFFERENTIAL, "norm")),
@@ -107,19 +108,25 @@ DINOV2_SWIGLU_BLOCK = {
 
 
 def stem_modules() -> tuple[str, ...]:
-    """Modules of a ResNet before the patches; `{i}` is the number of a block in its stage."""
-    return ("embeddings.stem.convolution", "embeddings.stem.norm") + tuple(
-        f"embeddings.stem.stage{stage}.{{i}}.{kind}{which}"
+    """Modules of the network before the patches; `{i}` is the number of a block in its stage."""
+    outside = ("convolution", "norm", "convolution2", "norm_out")
+    return tuple(f"embeddings.stem.{module}" for module in outside) + tuple(
+        f"embeddings.stem.stage{stage}.{{i}}.{module}"
         for stage in range(4)
-        for kind in ("conv", "norm")
-        for which in ("1", "2", "3", "_shortcut")
+        for module in (
+            *(f"{kind}{which}" for kind in ("conv", "norm") for which in (*"123", "_shortcut")),
+            "norm",
+        )
     )
 
 
 STEM = stem_modules()
+_LEAVES = ("weight", "bias")
 
-# canonical <-> CLIP
 CLIP = ("clip_vision_model", "clip_text_model", "clip")
+SIGLIP = ("siglip_vision_model", "siglip_text_model", "siglip")
+SIGLIP2 = ("siglip2_vision_model", "siglip2_text_model", "siglip2")
+# canonical <-> CLIP and SigLIP
 CLIP_BLOCK = {
     "attention.attention.query": "self_attn.q_proj",
     "attention.attention.key": "self_attn.k_proj",
@@ -140,6 +147,17 @@ CLIP_TOP = {
 }
 """CLIP's name -> canonical name, of the modules outside the blocks."""
 
+SIGLIP_TOP = {
+    "embeddings.patch_embedding": "embeddings.patch_embeddings.projection",
+    "post_layernorm": "layernorm",
+    "head.attention.out_proj": "pooler.attention.output.dense",
+    "head.layernorm": "pooler.layernorm",
+    "head.mlp.fc1": "pooler.intermediate.dense",
+    "head.mlp.fc2": "pooler.output.dense",
+    "classifier": "classifier",
+}
+"""SigLIP's name -> canonical name, of the modules outside the blocks."""
+
 DINOV3_BLOCK = {
     "attention.attention.query": "attention.q_proj",
     "attention.attention.key": "attention.k_proj",
@@ -156,6 +174,7 @@ DINOV3_BLOCK = {
 BEIT_HEAD = (("layernorm.", "lm_layernorm."),)
 """BEiT's head for masked image modelling calls its norm as the network under it calls its own."""
 
+_INDICES = ((r"(text_model\.)?embeddings\.position_ids", "an index, no weight"),)
 _NO_WEIGHTS = (
     (r".*relative_position_index", "an index computed from the grid, no weight"),
     (r"embeddings\.position_ids", "an index, no weight"),
@@ -163,8 +182,7 @@ _NO_WEIGHTS = (
 
 
 def _leaves(module: str) -> tuple[str, ...]:
-    leaves = ("weight", "bias") if "norm" in module.rpartition(".")[2] else ("weight",)
-    return tuple(f"{module}.{leaf}" for leaf in leaves)
+    return tuple(f"{module}.{leaf}" for leaf in _LEAVES)
 
 
 def _block(
@@ -191,31 +209,70 @@ def _top(mask_token: Layout = KEEP, shared: str = f"encoder.{_TABLE}") -> tuple[
     )
 
 
-def _clip() -> tuple[Rule, ...]:
-    """Both towers of CLIP; the image's names are prefixed in files."""
-    text = "text_model."
-    rules = [
-        Rule("embeddings.class_embedding", "embeddings.cls_token", VECTOR),
-        Rule("embeddings.position_embedding.weight", "embeddings.position_embeddings", TOKEN),
-        Rule("logit_scale", "logit_scale"),
+_TEXT = "text_model."
+
+
+def _tower_blocks(start: str, ours: str) -> list[Rule]:
+    """The blocks of a tower, whose names begin with `start`, and the canonical ones with `ours`."""
+    return [
+        Rule(
+            f"{start}encoder.layers.{{i}}.{theirs}.{leaf}",
+            f"{ours}encoder.layer.{{i}}.{canonical}.{leaf}",
+        )
+        for canonical, theirs in CLIP_BLOCK.items()
+        for leaf in _LEAVES
     ]
-    for theirs, ours in CLIP_TOP.items():
-        rules += [Rule(f"{theirs}.{leaf}", f"{ours}.{leaf}") for leaf in ("weight", "bias")]
-    for start in ("", text):
-        for ours, theirs in CLIP_BLOCK.items():
-            for leaf in ("weight", "bias"):
-                rules.append(
-                    Rule(
-                        f"{start}encoder.layers.{{i}}.{theirs}.{leaf}",
-                        f"{start}encoder.layer.{{i}}.{ours}.{leaf}",
-                    )
-                )
+
+
+def _text_tower(start: str = _TEXT) -> list[Rule]:
+    """A text tower, whose names begin with `start`."""
+    rules = _tower_blocks(start, _TEXT)
     for name in ("token_embedding", "position_embedding"):
-        name = f"{text}embeddings.{name}.weight"
-        rules.append(Rule(name, name))
-    for leaf in ("weight", "bias"):
-        rules.append(Rule(f"{text}final_layer_norm.{leaf}", f"{text}final_layernorm.{leaf}"))
-    return tuple(rules)
+        name = f"embeddings.{name}.weight"
+        rules.append(Rule(f"{start}{name}", f"{_TEXT}{name}"))
+    for leaf in _LEAVES:
+        rules.append(Rule(f"{start}final_layer_norm.{leaf}", f"{_TEXT}final_layernorm.{leaf}"))
+    return rules
+
+
+def _text_head(start: str = _TEXT) -> list[Rule]:
+    """SigLIP's projection of a text."""
+    return [Rule(f"{start}head.{leaf}", f"{_TEXT}head.{leaf}") for leaf in _LEAVES]
+
+
+def _both_towers(top: dict[str, str]) -> list[Rule]:
+    """Both towers; the image's names are prefixed in files."""
+    place = ("embeddings.position_embedding.weight", "embeddings.position_embeddings")
+    rules = [Rule(*place, TOKEN), Rule("logit_scale", "logit_scale")]
+    for theirs, ours in top.items():
+        rules += [Rule(f"{theirs}.{leaf}", f"{ours}.{leaf}") for leaf in _LEAVES]
+    return [*rules, *_tower_blocks("", ""), *_text_tower()]
+
+
+def _clip() -> tuple[Rule, ...]:
+    token = Rule("embeddings.class_embedding", "embeddings.cls_token", VECTOR)
+    return (token, *_both_towers(CLIP_TOP))
+
+
+def _siglip(patches: Layout = KEEP) -> tuple[Rule, ...]:
+    """Both towers of SigLIP; query, key and value of the pooling are in one array."""
+    projection = "embeddings.patch_embeddings.projection.weight"
+    fused = [
+        Rule(
+            f"head.attention.in_proj_{leaf}",
+            tuple(f"pooler.attention.{name}.{leaf}" for name in ("query", "key", "value")),
+            FUSED_QKV,
+        )
+        for leaf in _LEAVES
+    ]
+    return (
+        Rule("embeddings.patch_embedding.weight", projection, patches),
+        *fused,
+        Rule("head.probe", "pooler.probe"),
+        Rule("logit_bias", "logit_bias"),
+        *_both_towers(SIGLIP_TOP),
+        *_text_head(),
+    )
 
 
 def _dinov3(start: str, gated: bool) -> tuple[Rule, ...]:
@@ -324,8 +381,28 @@ FORMATS = (
         CLIP,
         _clip(),
         "Hub torch layout of CLIP",
-        ignored=((r"(text_model\.)?embeddings\.position_ids", "an index, no weight"),),
+        ignored=_INDICES,
         lacks=("embeddings.patch_embedding.bias",),  # SigLIP's
+    ),
+    *(
+        _format(
+            families,
+            _siglip(patches),
+            f"Hub torch layout of {name}",
+            ignored=_INDICES,
+            lacks=("embeddings.class_embedding",),  # CLIP's
+        )
+        for families, patches, name in (
+            (SIGLIP, KEEP, "SigLIP"),
+            (SIGLIP2, PATCHES, "SigLIP 2 of any size"),
+        )
+    ),
+    _format(
+        tuple(f"{name}_text_model" for name in ("clip", "siglip", "siglip2")),
+        (*_text_tower(""), *_text_head("")),
+        "Hub torch layout of a text tower, names of Transformers v5",
+        False,
+        requires=("embeddings.token_embedding.weight",),
     ),
     _format(_VIT, _top() + _block(BLOCK, _V5), V5_NAMES, False),
     _format(

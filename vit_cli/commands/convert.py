@@ -16,7 +16,7 @@ from vit_common.files.labels import read_labels
 # As `vit_convert.formats` has them; repeated here so that `--help` need not load it.
 _WRITTEN = (
     "hub", "flax", "flax-safetensors", "timm", "deit", "dino", "beit", "dinov2", "dinov3",
-    "torchvision", "google",
+    "open_clip", "torchvision", "google",
 )  # fmt: skip
 _BIG = 200_000_000
 """Bytes from which there is a progress bar."""

@@ -3,9 +3,32 @@ several faults, one line for each of them."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import logging
+import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import TextIO
+
+_ALWAYS = ("warning", "error")  # kinds that --quiet leaves
+_quiet = contextvars.ContextVar("quiet", default=False)
+
+
+def is_quiet() -> bool:
+    """Whether only warnings and errors are said, and no progress is shown."""
+    return _quiet.get()
+
+
+@contextlib.contextmanager
+def quietly(quiet: bool = True) -> Iterator[None]:
+    """Say only warnings and errors for as long as the block runs."""
+    token = _quiet.set(quiet)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
 
 
 def printable(text: str) -> str:
@@ -55,7 +78,10 @@ def tidy(text: str) -> str:
 
 def say(kind: str, text: str = "") -> None:
     """Write `vit: kind: text` to standard error, with each fault of several on a line of its own.
-    Spaces in names stay as they are, and what is not printable is escaped."""
+    Spaces in names stay as they are, and what is not printable is escaped. With --quiet, only
+    warnings and errors are written."""
+    if is_quiet() and not (text and kind in _ALWAYS):
+        return
     first, *others = map(printable, parts(text or kind))
     start = f"vit: {kind}: " if text else "vit: "
     sys.stderr.write("".join([f"{start}{first}\n", *(f"  {line}\n" for line in others)]))
@@ -72,3 +98,26 @@ def show_warning(
 ) -> None:
     """What `warnings.showwarning` is while the command runs."""
     say("warning", tidy(str(message)))
+
+
+class _Said(logging.Handler):
+    """Says what is logged."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.levelname.lower(), tidy(record.getMessage()))
+
+
+@contextlib.contextmanager
+def logged(name: str, least: str = "WARNING") -> Iterator[None]:
+    """Say what a logger is given, of this level and above; with VIT_DEBUG set everything."""
+    logger, handler = logging.getLogger(name), _Said()
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if os.environ.get("VIT_DEBUG") else least)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]

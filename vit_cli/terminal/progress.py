@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vit_cli.terminal.messages import say, tidy
+from vit_cli.terminal.messages import is_quiet, say, tidy
 
 FEW = 8
 """Images up to which there is no bar."""
@@ -43,7 +43,8 @@ class Progress:
         self._bar: Any = None
         self._lock = threading.RLock()
         self._kept: Any = None
-        self._show = show and sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
+        self._show = show and not is_quiet() and sys.stderr.isatty()
+        self._show = self._show and importlib.util.find_spec("rich") is not None
         self._what, self._few, self._in_bytes = what, few, in_bytes
         self._detailed = detailed
         if total is not None:

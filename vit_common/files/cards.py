@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,10 +54,7 @@ class ModelCard(NamedTuple):
         with tempfile.TemporaryDirectory() as directory:
             if not exists:
                 path = Path(directory) / CARD_NAME
-                path.write_text(self.text.replace("{repo}", repo), encoding="utf-8")
-                tags = [*dict.fromkeys((*self.tags, *self.added))]
-                _save(path, {**self.metadata, **({"tags": tags} if tags else {})})
-                return path.read_bytes()
+                return rendered(self._replace(text=self.text.replace("{repo}", repo))).encode()
             path = Path(
                 api.hf_hub_download(repo, CARD_NAME, revision=revision, local_dir=directory)
             )
@@ -68,12 +67,32 @@ def write_card(path: str | os.PathLike, card: ModelCard) -> None:
     Raises:
         MissingFileError: it cannot be written.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        made = Path(directory) / CARD_NAME
-        made.write_text(card.text, encoding="utf-8")
-        tags = [*dict.fromkeys((*card.tags, *card.added))]
-        _save(made, {**card.metadata, **({"tags": tags} if tags else {})})
-        write_text(path, made.read_text(encoding="utf-8"))
+    write_text(path, rendered(card))
+
+
+def rendered(card: ModelCard) -> str:
+    """A new card as it is in a file: front matter in YAML, then the text.
+
+    Not by huggingface_hub, whose import takes half a second, with every model that is saved.
+    """
+    tags = [*dict.fromkeys((*card.tags, *card.added))]
+    lines = ["---"]
+    for key, value in {**card.metadata, **({"tags": tags} if tags else {})}.items():
+        if isinstance(value, str):
+            lines.append(f"{key}: {_scalar(value)}")
+        else:
+            lines += [f"{key}:", *(f"- {_scalar(each)}" for each in value)]
+    return "\n".join([*lines, "---", card.text])
+
+
+_PLAIN = re.compile(r"[A-Za-z][\w./-]*", re.ASCII)
+_NO_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
+
+
+def _scalar(text: str) -> str:
+    """A text in YAML, in quotes where it could be read as something else."""
+    plain = _PLAIN.fullmatch(text) and text.lower() not in _NO_TEXT
+    return text if plain else json.dumps(text)
 
 
 def _with_tags(path: Path, added: Sequence[str], repo: str) -> bytes | None:

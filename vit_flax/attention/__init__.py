@@ -17,14 +17,13 @@ from vit_flax.attention.choice import (
     Choice,
     check_implementation,
     choose,
-    compiled_for,
     needs_no_kernel,
-    targets,
 )
 from vit_flax.attention.cpu import attention_cpu_inline
 from vit_flax.attention.cudnn import CUDNN_HEAD, cudnn_missing
 from vit_flax.attention.eager import attention_probabilities, eager
 from vit_flax.attention.primitive import HEAD_AXES, alike, attention_p
+from vit_flax.cpu.targets import compiled_for, targets
 
 __all__ = [
     "CUDNN_HEAD",
@@ -88,11 +87,7 @@ def attention(
         precision = tuple(precision)
     operands = alike(query, key, value, *(() if bias is None else (bias,)))
     if inline and implementation in ("auto", "cpu"):
-        from vit_flax.cpu.half import operand_dtype
-
-        dtype = operand_dtype(query.dtype) or query.dtype
-        operands = [x.astype(dtype) if x.dtype == query.dtype else x for x in operands]
-        context = attention_cpu_inline(*operands, precision=precision).astype(query.dtype)
+        context = attention_cpu_inline(*operands, precision=precision)
     else:
         context = attention_p.bind(*operands, implementation=implementation, precision=precision)
     if not output_attentions:

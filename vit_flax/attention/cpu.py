@@ -12,6 +12,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from vit_flax.cpu.half import array_dtype, half_product, operand_dtype
+
 _MOST_SCORES = 8 * 2**20  # numbers, 32 MB of float32: what a processor's cache may hold
 
 
@@ -30,7 +32,8 @@ def attention_cpu(
     """
     B, S, A, width = query.shape
     statistics = jnp.promote_types(query.dtype, jnp.float32)
-    product = partial(jnp.matmul, precision=precision, preferred_element_type=statistics)
+    between = array_dtype(value.dtype)
+    product = partial(_product, precision=precision)
     query = query * jnp.asarray(width**-0.5, query.dtype)
     if bias is not None:
         bias = jnp.broadcast_to(bias, (B, A, S, S)).reshape(B * A, S, S)
@@ -45,7 +48,7 @@ def attention_cpu(
             scores = scores + bias[0].astype(statistics)
         largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
         exponentials = jnp.exp(scores - largest)
-        context = product(exponentials.astype(value.dtype), value)  # (n, S, D/A)
+        context = product(exponentials.astype(between), value)  # (n, S, D/A)
         total = exponentials.sum(axis=-1, keepdims=True)  # (n, S, 1)
         return (context / total).astype(value.dtype)
 
@@ -57,6 +60,15 @@ def attention_cpu(
         parts = tuple(x.reshape(groups, B * A // groups, *x.shape[1:]) for x in operands)
         context = jax.lax.map(some, parts)
     return context.reshape(B, A, S, width).transpose(0, 2, 1, 3)
+
+
+def _product(x: jax.Array, y: jax.Array, *, precision: jax.lax.PrecisionLike) -> jax.Array:
+    """(n, a, b) by (n, b, c), in float32 or wider."""
+    if operand_dtype(y.dtype) is not None:
+        dimensions = (((2,), (1,)), ((0,), (0,)))
+        return half_product(x, y, y.dtype, precision, dimensions)
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    return jnp.matmul(x, y, precision=precision, preferred_element_type=wide)
 
 
 @partial(jax.jit, static_argnames="precision")  # traced once for all blocks

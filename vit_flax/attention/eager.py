@@ -7,6 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from vit_flax.cpu.half import half_product, operand_dtype
+
 
 def eager(
     query: jax.Array,
@@ -23,7 +25,12 @@ def eager(
         probabilities = dropout(probabilities)
     if head_mask is not None:
         probabilities = probabilities * head_mask.astype(probabilities.dtype)
-    context = jnp.einsum("baqk,bkad->bqad", probabilities, value, precision=precision)
+    if operand_dtype(value.dtype) is not None:
+        dimensions = (((3,), (1,)), ((0, 1), (0, 2)))
+        context = half_product(probabilities, value, value.dtype, precision, dimensions)
+        context = context.transpose(0, 2, 1, 3).astype(value.dtype)  # (B, S, A, D/A)
+    else:
+        context = jnp.einsum("baqk,bkad->bqad", probabilities, value, precision=precision)
     return context, probabilities
 
 
@@ -34,7 +41,11 @@ def attention_probabilities(
     # The query is scaled, not the scores: the same number, S / (D/A) times fewer products, and
     # float16 scores do not overflow.
     query = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
-    scores = jnp.einsum("bqad,bkad->baqk", query, key, precision=precision)  # (B, A, S, S)
+    if operand_dtype(key.dtype) is not None:
+        dimensions = (((3,), (3,)), ((0, 2), (0, 2)))
+        scores = half_product(query, key, key.dtype, precision, dimensions)
+    else:
+        scores = jnp.einsum("bqad,bkad->baqk", query, key, precision=precision)  # (B, A, S, S)
     statistics = jnp.promote_types(scores.dtype, jnp.float32)
     scores = scores.astype(statistics)
     if bias is not None:

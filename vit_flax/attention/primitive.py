@@ -20,9 +20,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, PartitionSpec
 
-from vit_flax.attention.choice import PLATFORMS, choose, kernel_precision
+from vit_flax.attention.choice import choose, kernel_precision
 from vit_flax.attention.cudnn import attention_cudnn, cudnn_missing
 from vit_flax.attention.eager import eager
+from vit_flax.cpu.targets import PLATFORMS
 
 # Private names. Without the first, JAX does not tell the lowering over which mesh a program's
 # arguments are split, and programs for several devices get the eager kernel; without the second, a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from vit_common.config import ViTConfig
 from vit_common.errors import DeviceError
+from vit_common.log import logger
 from vit_flax.last_words import is_out_of_memory
 from vit_flax.sharding import DATA, batch_sharding, batch_spec
 
@@ -132,7 +134,10 @@ class Engine:
                 )
             pixel_values = jax.ShapeDtypeStruct((size, *self.shape), self.dtype, sharding=sharding)
             lowered = jax.jit(program).lower(self.params, pixel_values)
+            start = time.perf_counter()
             self._compiled[work, size] = lowered.compile()
+            seconds = time.perf_counter() - start
+            logger.debug("compiled %s for %d images at once in %.1f s", work, size, seconds)
         return self._compiled[work, size]
 
     def _micro_batched(self, run: Program, size: int) -> Program:

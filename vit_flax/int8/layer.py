@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,13 +21,19 @@ class Dense(nn.Dense):
     """`flax.linen.Dense` whose kernel may be 8-bit integers, with `kernel_scale` beside it.
 
     With `kernel_sums` beside them, the inputs are quantised too and integers are multiplied.
+
+    Attributes:
+        result_dtype: dtype of the result; None means `dtype`.
     """
+
+    result_dtype: Any = None
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         if not self.has_variable("params", SCALE):
             self._check_kernel()
             return by_rows(self._half, inputs)
         dtype = self.dtype or inputs.dtype
+        operands = operand_dtype(dtype) or dtype
         kernel: jax.Array = self.get_variable("params", "kernel")  # (in, out)
         scale: jax.Array = self.get_variable("params", SCALE)  # (out,)
         # Sums are scaled before they are rounded to the dtype of the computation.
@@ -34,23 +42,23 @@ class Dense(nn.Dense):
             sums: jax.Array = self.get_variable("params", SUMS)  # (out,)
             outputs = quantized_product(inputs, kernel, scale, sums).astype(exact)
         else:
-            outputs = float_product(inputs.astype(dtype), kernel, scale, self.precision)
+            outputs = float_product(inputs.astype(operands), kernel, scale, self.precision)
         if self.use_bias:
             outputs = outputs + self.get_variable("params", "bias").astype(exact)
-        return outputs.astype(dtype)
+        return outputs.astype(self.result_dtype or dtype)
 
     def _half(self, inputs: jax.Array) -> jax.Array:
-        """The layer in floating point; in half precision on a CPU, the sums and the bias are added
-        in float32 and rounded once."""
+        """The layer in floating point; in half precision on a CPU, by the policy of
+        `vit_flax.cpu`."""
         dtype = self.dtype or inputs.dtype
         if self.is_initializing() or operand_dtype(dtype) is None:
-            return super().__call__(inputs)
+            return super().__call__(inputs).astype(self.result_dtype or dtype)
         kernel: jax.Array = self.get_variable("params", "kernel")  # (in, out)
         outputs = half_product(inputs, kernel, dtype, self.precision)  # (..., out)
         if self.use_bias:
             bias: jax.Array = self.get_variable("params", "bias")
-            outputs = outputs + bias.astype(dtype).astype(jnp.float32)
-        return outputs.astype(dtype)
+            outputs = outputs + bias.astype(jnp.float32)
+        return outputs.astype(self.result_dtype or dtype)
 
     def _check_kernel(self) -> None:
         """Raise InputError if the kernel is integers whose factors are missing."""
@@ -72,6 +80,9 @@ def float_product(
     """Inputs (..., in) in floating point by a kernel (in, out) of integers, times the factors
     (out,): (..., out), in float32 or wider."""
     exact = jnp.promote_types(inputs.dtype, jnp.float32)
+    if operand_dtype(inputs.dtype) is not None:
+        kernel = kernel.astype(inputs.dtype)
+        return half_product(inputs, kernel, inputs.dtype) * scale.astype(exact)
     outputs = jax.lax.dot_general(
         inputs,
         kernel.astype(inputs.dtype),

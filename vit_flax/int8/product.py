@@ -25,8 +25,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.lax import dot_general_p
 
-from vit_flax.attention.choice import elsewhere
 from vit_flax.cpu.flags import processor_flags
+from vit_flax.cpu.targets import elsewhere
 
 Kind = Literal["int8", "uint8", "float32"]
 _OFFSET = 128  # from int8 to uint8

@@ -62,7 +62,7 @@ class FlaxViTAttentionPooler(FlaxViTPart):
     def __call__(self, hidden_states):
         """(B, S, D) -> (B, D)."""
         tokens = hidden_states[:, self.config.first_pooled_token :]
-        pooled = self.attention(self.probe.astype(self.dtype), tokens)  # (B, 1, D)
+        pooled = self.attention(self.probe.astype(self.array_dtype), tokens)  # (B, 1, D)
         inner = self.intermediate(self.layernorm(pooled))  # (B, 1, I)
         pooled = pooled + self.output(activation(self.config.hidden_act)(inner))
         return pooled[:, 0]

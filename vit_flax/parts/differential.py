@@ -26,7 +26,7 @@ class FlaxViTDifferentialAttention(FlaxViTPart):
     def setup(self):
         for name in ("q1", "k1", "q2", "k2"):
             add_parameter(self, f"lambda_{name}", (self.config.head_dim // 2,), "normal")
-        self.norm = RMSNorm(epsilon=EPS, dtype=self.dtype, param_dtype=self.param_dtype)
+        self.norm = RMSNorm(epsilon=EPS, dtype=self.array_dtype, param_dtype=self.param_dtype)
 
     def __call__(self, query, key, value, share, *, bias=None, head_mask=None, **options):
         """The context (B, F, A, D/A), and the differences of the maps (B, A, F, S) if asked for.
@@ -40,13 +40,13 @@ class FlaxViTDifferentialAttention(FlaxViTPart):
             **options: as `attention` takes them.
         """
         (B, F, A, width), S = query.shape, key.shape[1]
-        exact = jnp.promote_types(self.dtype, jnp.float32)
+        exact = jnp.promote_types(self.array_dtype, jnp.float32)
         q1, k1, q2, k2 = (
             getattr(self, f"lambda_{name}").astype(exact) for name in ("q1", "k1", "q2", "k2")
         )
         share = jnp.asarray(share, exact)
         full = jnp.exp(jnp.sum(q1 * k1)) - jnp.exp(jnp.sum(q2 * k2)) + share
-        full = full.astype(self.dtype)
+        full = full.astype(self.array_dtype)
         context, maps = attention(
             query.reshape(B, F, 2 * A, width // 2),
             key.reshape(B, S, 2 * A, width // 2),
@@ -56,7 +56,7 @@ class FlaxViTDifferentialAttention(FlaxViTPart):
             **options,
         )
         x = context[:, :, 0::2] - full * context[:, :, 1::2]  # (B, F, A, D/A)
-        x = self.norm(x) * (1 - share).astype(self.dtype)
+        x = self.norm(x) * (1 - share).astype(self.array_dtype)
         return x, None if maps is None else maps[:, 0::2] - full * maps[:, 1::2]
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_common.config import ViTConfig
+from vit_flax.cpu.half import array_dtype
 from vit_flax.parts.gelu import gelu
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -47,7 +48,7 @@ class FlaxViTPart(nn.Module):
 
     Attributes:
         config: the sizes.
-        dtype: compute dtype, also that of the residual stream.
+        dtype: compute dtype; `array_dtype` is that of the residual stream.
         param_dtype: dtype of new parameters.
         precision: precision of every matrix product; None means JAX's default for the device.
         attn_implementation: the attention kernel, see `vit_flax.attention`.
@@ -65,6 +66,18 @@ class FlaxViTPart(nn.Module):
     scan_layers: bool = False
     remat_policy: str = "nothing_saveable"
     front_tokens: int | None = None
+
+    @property
+    def array_dtype(self) -> Any:
+        """The dtype of arrays between products: `dtype`, but float32 for half precision on a CPU
+        (see `vit_flax.cpu`)."""
+        return array_dtype(self.dtype)
+
+    def rounded(self, results: Any) -> Any:
+        """Arrays that the network returns, rounded from `array_dtype` to `dtype`."""
+        if self.array_dtype == self.dtype:
+            return results
+        return jax.tree.map(lambda x: x.astype(self.dtype), results)
 
 
 def options(part: FlaxViTPart) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def write_result(plan: Plan, run: Run, step: int, *, name: str, adapters: Any = 
         base = os.path.abspath(name) if os.path.exists(name) else name
         plan.adapter.save(run.folder, jax.tree.map(np.asarray, adapters), base=base)
     plan.processor.save_pretrained(run.folder)
-    card = run.model._model_card()
+    card = run.model._model_card(origin=False)
     card = card._replace(
         metadata={**card.metadata, **_base(name)},
         text=card.text.replace("# {repo}", f"# {run.folder.resolve().name}").replace(

@@ -7,6 +7,7 @@ projects differ in are settings that no weight shows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from vit_common.config import ViTConfig
@@ -15,12 +16,11 @@ from vit_common.images.processors import BitImageProcessor
 from vit_common.parameters import DIFFERENTIAL as DIFFERENTIAL_NAMES
 from vit_convert.formats import stems
 from vit_convert.formats.format import Clue, Files, Format, Implied, Rule
-from vit_convert.formats.timm import blocks as other_blocks
-from vit_convert.formats.timm import eva, naflex, parallel
+from vit_convert.formats.timm import eva, naflex, nearest, parallel
 from vit_convert.formats.timm.arguments import EPS
 from vit_convert.formats.timm.config import timm_config
 from vit_convert.formats.timm.pool import ATTENTION_POOL
-from vit_convert.layouts import FUSED_QKV, KEEP, TRANSPOSE
+from vit_convert.layouts import FUSED_QKV, GATE_AND_UP, KEEP, TRANSPOSE
 
 EMBEDDINGS = {
     "cls_token": "embeddings.cls_token",
@@ -120,6 +120,23 @@ _OUTSIDE = (
 _NAFLEX = naflex.RULES + tuple(
     rule for rule in OWN if rule.canonical not in [other.canonical for other in naflex.RULES]
 )
+_VITAMIN = (
+    stems.VITAMIN
+    + tuple(rule for rule in _OUTSIDE if "projection" not in rule.canonical_names[0])
+    + blocks({theirs: ours for theirs, ours in BLOCK.items() if not theirs.startswith("mlp")})
+    + blocks({"mlp.norm": "intermediate.layernorm", "mlp.w2": "output.dense"})
+    + blocks({n: INNER_NORMS[n] for n in ("attn.q_norm", "attn.k_norm", "attn.norm")})
+    + qkv("weight", "bias")
+    + SCALES
+    + tuple(
+        Rule(
+            (f"blocks.{{i}}.mlp.w0.{leaf}", f"blocks.{{i}}.mlp.w1.{leaf}"),
+            f"{LAYER}intermediate.dense.{leaf}",
+            GATE_AND_UP,
+        )
+        for leaf in ("weight", "bias")
+    )
+)
 DISTILLED = (
     PLAIN
     + dense("head", "cls_classifier")
@@ -158,17 +175,11 @@ IMAGENET: dict[str, Any] = {
 
 REFUSES = (
     (
-        r"patch_embed\.backbone\.stem\.(conv1|norm1|conv2)\..*",
-        "MBConv stages before its blocks (ViTamin)",
-    ),
-    (r"patch_embed\.backbone\.\d\.conv\..*", "a convolutional stem before its blocks (MobileCLIP)"),
-    (
         r"blocks\.\d+\.attn\.rel_pos_[hw]",
         "windows and decomposed relative positions (SAM's encoder)",
     ),
-    (r"embeds\.pos_embed_[xy]", "positions as sums of a row's and a column's (factorized)"),
     (
-        r"patch_embed\.backbone\.(conv1|bn1|layer\d|\d)\..*",
+        r"patch_embed\.backbone\.(conv1|bn1|layer\d|\d\.\d)\..*",
         "a convolutional stem before its patches (a hybrid with batch norms)",
     ),
     (
@@ -205,32 +216,26 @@ def cut_out(config: ViTConfig, name: str, enlarged: int | None = None) -> Implie
     return processor, f"the published evaluation of {name}"
 
 
-def _cannot_hold(config: ViTConfig) -> str | None:
-    if config.use_representation_layer:
-        return "timm drops the layer before the classifier (pre-logits) when it loads"
-    if config.pooling == "map":
-        own = (config.pooler_heads, config.pooler_inner)
-        if own != (config.num_attention_heads, config.intermediate_size):
-            return "timm's VisionTransformer has attention pooling of its blocks' heads and width"
-        if config.block_type == "parallel" or config.num_parallel_branches > 1:
-            return "its blocks are parallel and it has attention pooling, which is read here alone"
-    if config.has_relative_mlp:
-        both = config.use_relative_position_bias and config.use_shared_relative_position_bias
-        if config.use_absolute_position_embeddings or config.num_register_tokens or both:
-            return (
-                "timm has relative positions by an MLP only in networks without absolute positions "
-                "and registers, of each block or shared by all"
-            )
-    return other_blocks.cannot_hold(config) or stems.timm_cannot_hold(config)
-
-
 def _loses(config: ViTConfig, own_config: bool) -> Iterator[str]:
     yield from stems.timm_loses(config)
-    if config.use_swiglu_ffn and not own_config:
-        yield (
-            "timm's config.json cannot say that the MLP is a SwiGLU: give timm a model that has "
-            "one, such as vit_giant_patch14_dinov2, the sizes."
-        )
+
+
+def _is_vitamin(config: ViTConfig, head: object = None) -> bool:
+    return config.stem_type == "mbconv"
+
+
+def _is_plain(config: ViTConfig, head: object = None) -> bool:
+    """Whether blocks have timm's usual names."""
+    if _is_vitamin(config):
+        return False
+    parallel_ = config.block_type == "parallel" or config.num_parallel_branches > 1
+    return stems.has_stages(config) and not parallel_ and not eva.fits(config)
+
+
+def _for_writing(table: Format, config: ViTConfig) -> Format:
+    """The norm of attention pooling has the canonical name of `fc_norm`; what is first is
+    written."""
+    return table if config.pooling != "map" else replace(table, rules=ATTENTION_POOL + table.rules)
 
 
 def _format(families: tuple[str, ...], rules, describes: str, **more: Any) -> Format:
@@ -248,11 +253,13 @@ def _format(families: tuple[str, ...], rules, describes: str, **more: Any) -> Fo
         ),
         candidate=True,
         refuses=REFUSES,
-        cannot_hold=_cannot_hold,
+        cannot_hold=nearest.why_not,
+        structured=True,
         loses=_loses,
         **{
             "parts": PARTS,
             "settings": _SETTINGS,
+            "for_writing": _for_writing,
             **more,
         },
     )
@@ -267,11 +274,11 @@ def _unsaid(shapes: Mapping[str, Any]) -> tuple[str, ...]:
 FORMATS = (
     _format(
         ("vit",),
-        # The norm of the pooling has the canonical name of `fc_norm`; what is first is written.
+        # The norm of the pooling has the canonical name of `fc_norm`; the first rule names it.
         ATTENTION_POOL + OWN,
         "timm state dict of a Vision Transformer with attention pooling",
         requires=("attn_pool.latent", "patch_embed.proj.weight"),
-        fits=lambda config, head: config.pooling == "map",
+        fits=lambda config, head: config.pooling == "map" and _is_plain(config),
         parts=(),
         unsaid=_unsaid,
         named=lambda architecture: not eva.named(architecture),
@@ -280,17 +287,38 @@ FORMATS = (
         ("vit",),
         OWN,
         "timm state dict of a Vision Transformer",
-        fits=stems.has_stages,
+        fits=_is_plain,
         parts=(),
         unsaid=_unsaid,
         named=lambda architecture: not eva.named(architecture),
     ),
     _format(
         ("vit",),
-        stems.TIMM_ROOT + RULES,
+        stems.TIMM_ROOT + OWN,
         "timm state dict of a Vision Transformer whose stem is one convolution",
         requires=("patch_embed.backbone.conv.weight",),
         fits=stems.has_root_alone,
+        parts=(),
+    ),
+    _format(
+        ("vit",),
+        stems.MOBILECLIP
+        + tuple(rule for rule in OWN if "projection" not in rule.canonical_names[0]),
+        "timm state dict of a MobileCLIP",
+        requires=("patch_embed.backbone.2.conv.weight",),
+        ignored=stems.COUNTERS,
+        parts=(),
+        written=False,
+    ),
+    _format(
+        ("vit",),
+        _VITAMIN,
+        "timm state dict of a ViTamin",
+        requires=("patch_embed.backbone.pool.proj.weight",),
+        fits=_is_vitamin,
+        parts=(),
+        stem={"stem_norm_eps": 1e-6},
+        settings={**_SETTINGS, "gate_act": "gelu"},
     ),
     *(
         _format(
@@ -359,6 +387,15 @@ FORMATS = (
     ),
     _format(
         ("vit",),
+        eva.GROUPED,
+        "timm state dict of a network whose heads share those of key and value",
+        requires=eva.GROUPED_SIGNS,
+        settings={"position_resize": "bicubic_antialias"},
+        unsaid=lambda shapes: ("rope_type", "layer_norm_eps"),
+        written=False,
+    ),
+    _format(
+        ("vit",),
         eva.RULES,
         "timm state dict of an EVA, a DINOv3 or another with rotary positions",
         ignored=BEIT_IGNORED,
@@ -366,6 +403,9 @@ FORMATS = (
         signs=eva.SIGNS,
         settings={"position_resize": "bicubic_antialias"},
         unsaid=lambda shapes: ("rope_type", "layer_norm_eps"),
-        written=False,
+        fits=eva.fits,
+        for_writing=lambda table, config: _for_writing(
+            replace(table, rules=eva.rules_for(config)), config
+        ),
     ),
 )

@@ -19,6 +19,10 @@ ACTIVATIONS = {
     "quickgelu": "quick_gelu",
     "relu": "relu",
     "silu": "silu",
+    "swish": "silu",
+    "selu": "selu",
+    "tanh": "tanh",
+    "sigmoid": "sigmoid",
 }
 """timm's name of an activation -> `hidden_act`."""
 
@@ -35,7 +39,7 @@ _SHOWN = {
     "rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords", "num_heads", "img_size",
     "drop_path_rate", "embed_proj_type", "patchify_channels_last", "use_key_only_attn_mask",
     "enable_patch_interpolator", "pos_embed_grid_size", "attn_pool_mlp_ratio", "attn_type",
-    "swiglu_mlp", "cache_dir", "use_naflex", "rel_pos_dim", "shared_rel_pos",
+    "swiglu_mlp", "num_kv_heads", "cache_dir", "use_naflex", "rel_pos_dim", "shared_rel_pos",
 }  # fmt: skip
 
 # timm's classes spell the same thing differently: keyword of a class -> that of VisionTransformer.
@@ -68,14 +72,13 @@ _ROTARY = {"cat": "axial", "axial": "axial", "dinov3": "dinov3", "mixed": "mixed
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "proj_bias": (True,),
     "use_rot_pos_emb": (True, False),
-    "pos_embed": ("learn", "learned", "none", ""),
+    "pos_embed": ("learn", "learned", "factorized", "none", ""),
     "embed_norm_layer": (None,),
     "input_norm_layer": (None,),
     "attn_layer": ("", "attn", "Attention", "diff", None),
     "mlp_layer": ("Mlp", "GluMlp", None),
     "gated": (False,),
-    "attn_only_layer_scale": (False,),
-    "num_kv_heads": (None,),
+    "attn_only_layer_scale": (True, False),
     "rope_mrope_section": (None,),
     "global_pool": POOLINGS,
     "rope_type": (*_ROTARY, "none", "", None),
@@ -96,11 +99,7 @@ _TAKEN = {
 
 # (keyword, value) of a name -> what its network has that none here has.
 _UNKNOWN = {
-    ("embed_layer", "MbConvStages"): "MBConv stages before its blocks (ViTamin)",
-    ("embed_layer", "ConvStem"): "a convolutional stem before its blocks (MobileCLIP)",
     ("embed_layer", "FeatureListNet"): "a ResNet-D before its patches (a hybrid)",
-    ("attn_only_layer_scale", True): "layer scale on the attention alone (Sapiens 2)",
-    ("pos_embed", "factorized"): "positions as sums of a row's and a column's (factorized)",
 }
 _UNKNOWN_CLASSES = {
     "VisionTransformerSAM": "windows and decomposed relative positions (SAM's encoder)",
@@ -158,8 +157,8 @@ def fields_of(name: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict
             f"timm's config.json: `model_args` has {', '.join(odd)}, which changes the network and "
             "is not supported; this model cannot be converted."
         )
-    named = _fields(row.cls, row.arguments)
-    with_given = _fields(row.cls, {**row.arguments, **given})
+    named = fields_of_class(row.cls, row.arguments)
+    with_given = fields_of_class(row.cls, {**row.arguments, **given})
     return named, {key: value for key, value in with_given.items() if named.get(key) != value}
 
 
@@ -170,7 +169,7 @@ def _understood(keyword: str, value: Any) -> bool:
     return keyword in _TAKEN and value in _ALLOWED.get(spelled, (value,))
 
 
-def _fields(cls: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def fields_of_class(cls: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that arguments of a class mean, those of its defaults included."""
     args = {_SPELLED.get(keyword, keyword): value for keyword, value in arguments.items()}
     norm = args.get("norm_layer") or "layernorm"
@@ -184,9 +183,12 @@ def _fields(cls: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         "rope_type": None,
         "use_final_norm": bool(args.get("final_norm", True)),
     }
-    if args.get("mlp_layer") == "GluMlp":
+    if args.get("mlp_layer") == "GeGluMlp":
+        fields |= {"gate_act": "gelu", "use_mlp_input_norm": True}
+    if args.get("mlp_layer") in ("GluMlp", "GeGluMlp"):
         fields["hidden_act"] = "gelu"  # the gate's is silu, and no other function is there
     if cls == "Eva":
+        fields["use_mlp_layer_scale"] = not args.get("attn_only_layer_scale", False)
         fields["pool_prefix_tokens"] = args.get("global_pool") == "map"
         if args.get("use_post_norm"):
             fields["block_type"] = "post_norm"
@@ -195,6 +197,8 @@ def _fields(cls: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         fields["use_patch_bias"] = not args.get("pre_norm", False)
         after = args.get("use_post_transformer_norm")
         fields["use_final_norm"] = after is not False or args.get("fc_norm") is not False
+    if args.get("pos_embed", "learn") in ("none", ""):
+        fields["use_absolute_position_embeddings"] = False
     fields["layer_scale_init_value"] = float(args.get("init_values") or 0.0)
     kind = args.get("rope_type", "cat" if cls == "Eva" else None)
     rotates = args.get("use_rot_pos_emb", False) if cls == "Eva" else bool(kind)
@@ -222,6 +226,8 @@ def _grid(reference: Any) -> Any:
 
 def _resize_rule(args: Mapping[str, Any]) -> str:
     """How a NaFlexVit resamples its positions."""
+    if args.get("pos_embed") == "factorized":  # of rows and of columns, which add up
+        return "bilinear_square" if args.get("pos_embed_ar_preserving", False) else "bilinear"
     rule = args.get("pos_embed_interp_mode", "bicubic")
     if args.get("pos_embed_align_corners", False):
         rule += "_align_corners"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,10 +10,9 @@ from PIL.Image import Resampling
 
 from vit_common.config import OURS, ViTConfig
 from vit_common.errors import ConfigError
-from vit_common.presets import PRESETS
 from vit_convert.formats import stems
-from vit_convert.formats.timm import arguments, blocks
-from vit_convert.formats.timm.models import HEADS
+from vit_convert.formats.timm import arguments, nearest
+from vit_convert.formats.timm.models import ARCHITECTURES, HEADS
 
 LABELS = "timm's label_names"
 POOLING = "timm's global_pool"
@@ -28,8 +26,6 @@ _OF_WRAPPER = (
     "transformers_version",
 )  # fmt: skip
 
-_FAMILIES = {"vit": "vit", "deit": "deit", "beit": "beit"}
-
 
 def timm_config(config: ViTConfig, timm: Mapping[str, Any] | None, processor: Any) -> str:
     """The text of timm's `config.json` for a network.
@@ -42,13 +38,16 @@ def timm_config(config: ViTConfig, timm: Mapping[str, Any] | None, processor: An
     height, width = config.image_height_width
     table = {name: value for name, value in (timm or {}).items() if name not in _OF_WRAPPER}
     args = dict(table.get("model_args") or {})
-    if timm is None:
-        table["architecture"], args = _architecture(config)
-    elif "img_size" in args or (cfg_size(table) not in (None, (height, width))):
+    row = ARCHITECTURES.get(str(table.get("architecture")))
+    if row is None or row.cls != nearest.class_of(config):
+        table["architecture"], args = nearest.architecture(config)
+    elif row.cls == "Eva":
+        args = nearest.for_eva(config, args)
+    if (row is not None and "img_size" in args) or (cfg_size(table) not in (None, (height, width))):
         args["img_size"] = [height, width]
     table["num_classes"] = config.num_labels if "For" in str(config.architectures) else 0
     table["num_features"] = config.hidden_size
-    table["global_pool"] = _POOLS.get(config.pooling, "token")
+    table["global_pool"] = nearest.pooling(config)
     if args:
         table["model_args"] = args
     cfg = dict(table.get("pretrained_cfg") or {})
@@ -70,97 +69,6 @@ def cfg_size(table: Mapping[str, Any]) -> tuple[int, int] | None:
     """(height, width) that timm's `pretrained_cfg` names."""
     size = (table.get("pretrained_cfg") or {}).get("input_size")
     return None if not size else (size[1], size[2])
-
-
-def _architecture(config: ViTConfig) -> tuple[str, dict[str, Any]]:
-    """The nearest of timm's names, and the arguments that make it this network."""
-    rows, columns = config.patch_height_width
-    patch: Any = rows if rows == columns else [rows, columns]
-    family = _FAMILIES.get(config.base_family, "vit")
-    sizes = (
-        config.hidden_size,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.intermediate_size,
-    )
-    named = {tuple(row[:4]): name for name, row in PRESETS.items()}
-    middle = "_distilled" if family == "deit" else ""
-    names = [f"{family}_{size}{middle}_patch16_224" for size in (named.get(sizes), "base")]
-    name = next(each for each in names if each in HEADS)
-    args: dict[str, Any] = {
-        "img_size": list(config.image_height_width),
-        "patch_size": patch,
-        "embed_dim": config.hidden_size,
-        "depth": config.num_hidden_layers,
-        "num_heads": config.num_attention_heads,
-        "mlp_ratio": _ratio(config.intermediate_size, config.hidden_size),
-        "qkv_bias": config.qkv_bias,
-    }
-    if config.stem_type is not None:
-        name, args["patch_size"] = stems.TIMM_NAMES[config.stem_depths], config.projection_size
-    if config.has_layer_scale:
-        args["init_values"] = config.layer_scale_init_value
-    if config.num_register_tokens:
-        args["reg_tokens"] = config.num_register_tokens
-    if config.position_tokens != "all":
-        args["no_embed_class"] = True
-    if not config.use_cls_token:
-        args["class_token"] = False
-    activation = {"gelu": None, "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
-    act = activation.get(str(config.hidden_act), str(config.hidden_act))
-    if act:
-        args["act_layer"] = act
-    if config.pooling == "mean":
-        args["global_pool"] = "avg"
-        args["fc_norm"] = config.norm_after_pooling
-    if config.pooling == "map":
-        args["global_pool"] = "map"
-    if config.pool_prefix_tokens:
-        args["pool_include_prefix"] = True
-    if family == "beit":
-        args.pop("fc_norm", None)
-        args["global_pool"] = "avg" if config.pooling == "mean" else "token"
-        args["use_abs_pos_emb"] = config.use_absolute_position_embeddings
-        args["use_rel_pos_bias"] = config.use_relative_position_bias
-        args["use_shared_rel_pos_bias"] = config.use_shared_relative_position_bias
-    for keyword, value in (
-        ("pre_norm", config.use_pre_norm),
-        ("qk_norm", config.use_qk_norm),
-        ("scale_attn_norm", config.use_attention_norm),
-        ("scale_mlp_norm", config.use_mlp_norm),
-    ):
-        if value:
-            args[keyword] = True
-    if not config.use_final_norm:
-        args["final_norm"] = False
-    if config.norm_type == "rmsnorm":
-        args["norm_layer"] = "rmsnorm"
-    if other := blocks.timm_name(config):
-        name = other
-        args["class_token"] = config.use_cls_token
-        args["no_embed_class"] = config.position_tokens != "all"
-        args["pre_norm"] = config.use_pre_norm
-        args["global_pool"] = "avg" if config.pooling == "mean" else "token"
-        args["fc_norm"] = config.norm_after_pooling
-        args["init_values"] = config.layer_scale_init_value or None
-    if config.attention_type == "differential":
-        args["attn_layer"] = "diff"
-    if config.has_relative_mlp:
-        post_norm = "rpn_" if config.block_type == "post_norm" else ""
-        name = f"vit_relpos_small_patch16_{post_norm}224"
-        args["class_token"] = config.use_cls_token
-        args["global_pool"] = "avg" if config.pooling == "mean" else "token"
-        args["fc_norm"] = config.norm_after_pooling
-        args["init_values"] = config.layer_scale_init_value or None
-        args["rel_pos_dim"] = config.relative_position_width
-        args["shared_rel_pos"] = config.use_shared_relative_position_bias
-    return name, args
-
-
-def _ratio(inner: int, width: int) -> float:
-    """The ratio from which timm, which cuts off, derives that width of the MLP."""
-    ratio = inner / width
-    return ratio if int(width * ratio) == inner else math.nextafter(ratio, math.inf)
 
 
 def _transform(processor: Any, height: int) -> dict[str, Any]:

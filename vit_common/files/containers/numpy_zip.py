@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
@@ -166,12 +166,71 @@ def _load_row(
     start: int,
     native: np.dtype,
     shape: tuple[int, ...],
-    index: int,
+    index: int | slice,
 ) -> np.ndarray:
-    """One entry of the first axis of an array that is not compressed."""
+    """One entry of the first axis of an array that is not compressed, or several in a row."""
     size = math.prod(shape[1:]) * native.itemsize
     data = data_offset(file, info) + start
+    if isinstance(index, slice):
+        first, last, _ = index.indices(shape[0])
+        return file.array(data + first * size, native, (max(0, last - first), *shape[1:]))
     return file.array(data + index * size, native, shape[1:])
+
+
+class Texts(Sequence[str]):
+    """An array of texts that stays in the file: one is read when it is asked for.
+
+    Args:
+        count: how many there are.
+        itemsize: bytes of each, 4 for a character.
+        load: `count` bytes from a place in the array.
+    """
+
+    def __init__(self, count: int, itemsize: int, load: Callable[[int, int], bytes]) -> None:
+        self._count, self._itemsize, self._load = count, itemsize, load
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        if not -self._count <= index < self._count:
+            raise IndexError(index)
+        data = self._load(index % self._count * self._itemsize, self._itemsize)
+        return data.decode("utf-32-le", "surrogatepass").rstrip("\0")
+
+
+def texts(file: DataFile) -> dict[str, Texts]:
+    """The arrays of texts in an archive, of one axis or none; those that are stored as they are
+    stay in the file.
+
+    Raises:
+        CheckpointError: the archive is corrupt, or a text is not Unicode.
+    """
+    archive = file.resources.enter_context(open_zip(file))
+    found: dict[str, Texts] = {}
+    for info in archive.infolist():
+        name = info.filename.removesuffix(".npy")
+        _check_sizes(file, info)
+        with archive.open(info) as stream:
+            dtype, _, shape, start = _header(file, name, stream)
+            if dtype.kind != "U" or len(shape) > 1 or dtype.byteorder == ">":
+                continue
+            count, itemsize = math.prod(shape), dtype.itemsize
+            if start + count * itemsize != info.file_size:
+                raise file.fail(f"array {name!r} is not as long as the archive states.")
+            if info.compress_type == zipfile.ZIP_STORED:
+                begin = data_offset(file, info) + start
+                load = lambda place, size, begin=begin: file.read(begin + place, size)  # noqa: E731
+            else:
+                try:
+                    data = stream.read()
+                except Exception as error:  # as in _load
+                    raise file.fail(f"array {name!r} cannot be read ({reason(error)}).") from error
+                load = lambda place, size, data=data: data[place : place + size]  # noqa: E731
+        found[name] = Texts(count, itemsize, load)
+    return found
 
 
 def holds(dtype: np.dtype) -> bool:

@@ -70,7 +70,7 @@ class Tensor:
         shape: tuple[int, ...],
         dtype: np.dtype,
         load: Callable[[], np.ndarray],
-        load_row: Callable[[int], np.ndarray] | None = None,
+        load_row: Callable[[int | slice], np.ndarray] | None = None,
         load_part: Callable[[Index], np.ndarray] | None = None,
     ) -> None:
         self.name = name
@@ -104,6 +104,14 @@ class Tensor:
         if self._load_part is not None and self.nbytes > _FEW_BYTES:
             return self._load_part(index)
         return self._load()[index]
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """`read()[start:stop]`: entries of the first axis, and only they are read where the
+        container allows it (`read_part` of a small array reads it whole)."""
+        rows = slice(start, stop)
+        if self._load_part is not None:
+            return self._load_part((rows, *[slice(None)] * (len(self.shape) - 1)))
+        return self._load()[rows] if self._load_row is None else self._load_row(rows)
 
     def row(self, index: int, name: str) -> Tensor:
         """Entry `index` of the first axis, as a tensor of that name.

@@ -1,0 +1,1 @@
+"""`vit search`: the images of a file of features that are most like a photo."""
