@@ -32,6 +32,8 @@ TPU_ATTENTION, STACKING = "vit_flax/attention/tpu.py", "vit_flax/stacked.py"
 # -- the tests, each of which takes seconds
 
 _PARITY, _FAMILIES = "tests/test_parity.py::test_", "tests/test_families.py::test_"
+_NEAREST = "tests/test_timm_nearest.py::test_"
+_VITAMIN = "tests/test_stems.py::test_vitamin_in_both_twins"
 _TRAINING = "tests/test_training_parity.py::test_outputs_and_gradients_under_the_same_masks"
 STAGES = f"{_PARITY}heads_of_the_twins_agree[float64-plain-classifier]"
 DECODER = f"{_PARITY}heads_of_the_twins_agree[float64-wide image-decoder]"
@@ -180,6 +182,48 @@ MUTANTS = [
         "stride=2 if self.stage > 0 and i == 0 else 1",
         "stride=2 if self.stage == 1 or i == 0 else 1",
         f"{_STEMS}timm_in_both_twins[stages]",
+    ),
+    Mutant(
+        "the border counted in the mean of an MBConv's shortcut",
+        "vit_torch/parts/mbconv.py",
+        "padding=1, count_include_pad=False",
+        "padding=1, count_include_pad=True",
+        _VITAMIN,
+    ),
+    Mutant(
+        "no norm after the MBConv blocks",
+        "vit_flax/parts/mbconv.py",
+        'return channel_norm(self, "norm_out")(x)',
+        'return x + 0 * channel_norm(self, "norm_out")(x)',
+        _VITAMIN,
+    ),
+    Mutant(
+        "ViTamin's MLP without its own norm",
+        "vit_flax/model.py",
+        "if self.config.use_mlp_input_norm:\n            hidden_states",
+        "if False:\n            hidden_states",
+        _VITAMIN,
+    ),
+    Mutant(
+        "heads of key and value repeated one after the other",
+        "convert/formats/timm/eva.py",
+        "np.repeat(heads, groups, axis=0)",
+        "np.concatenate([heads] * groups)",
+        f"{_NEAREST}heads_that_share_those_of_key_and_value",
+    ),
+    Mutant(
+        "layer scale on the MLP that has none",
+        "convert/formats/timm/nearest.py",
+        '"attn_only_layer_scale": config.has_layer_scale and not config.use_mlp_layer_scale',
+        '"attn_only_layer_scale": False',
+        f"{_NEAREST}timm_builds_what_is_written_for_it[rotary positions, registers, gated]",
+    ),
+    Mutant(
+        "grey images written for timm as colour",
+        "convert/formats/timm/nearest.py",
+        "{} if config.num_channels == 3",
+        "{} if config.num_channels",
+        f"{_NEAREST}timm_builds_what_is_written_for_it[branches, differential]",
     ),
     Mutant(
         "GELU's derivative without the density",

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from kinds import SIZES
 from networks import CONFIGS, SMALL, flax_twin, images, random_weights
 
 import vit_flax
@@ -85,14 +87,7 @@ def public_models() -> list[Case]:
 MODELS = {case.name: case for case in public_models()}
 KINDS = {
     **{f"vit, {name}": Case("FlaxViTModel", {**SMALL, **more}) for name, more in CONFIGS.items()},
-    "rotary, learned": Case(
-        "FlaxViTModel", {**TINY, "rope_type": "mixed", "use_absolute_position_embeddings": False}
-    ),
-    "differential": Case("FlaxViTModel", {**TINY, "attention_type": "differential"}),
-    "stem": Case("FlaxViTModel", {**TINY, "patch_size": 16, "image_size": 32,
-                                  "stem_type": "resnetv2", "stem_depths": (1,)}),
-    "branches": Case("FlaxViTModel", {**TINY, "num_parallel_branches": 3}),
-    "attention pooling": Case("FlaxViTModel", {**TINY, "pooler_type": "map"}),
+    **{name: Case("FlaxViTModel", {**SIZES, **more}) for name, more in kinds.KINDS.items()},
     "scanned": Case("FlaxViTModel", TINY, {"scan_layers": True}),
     "scanned CLIP": Case("FlaxCLIPModel", CLIP, {"scan_layers": True}),
     "checkpointed": Case("FlaxViTModel", {**TINY, "gradient_checkpointing": True}),
@@ -376,7 +371,7 @@ def test_clips_other_methods(x):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["checkpointed", "scanned", "branches"])
+@pytest.mark.parametrize("name", ["checkpointed", "scanned", "two branches"])
 def test_other_modules_inside_lifted_blocks(name, x):
     linen = linen_of(KINDS[name], jnp.float32)
     model = from_linen(linen, rngs=nnx.Rngs(0))
