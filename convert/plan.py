@@ -387,7 +387,7 @@ class Plan:
         if found is not None:
             beside[PROCESSOR_NAME] = found.to_json_string()
             report.preprocessing = origin
-        elif self.config.num_channels == 3:
+        elif not self.config.is_text and self.config.num_channels == 3:
             report.warnings.append(
                 "nothing in the source says how images are prepared, so no "
                 f"{PROCESSOR_NAME} is written, and commands will use mean and deviation 0.5. "

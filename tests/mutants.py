@@ -104,7 +104,22 @@ TURNED = f"{_ROTARY}both_twins_rotate_as_timm_does"
 _STEMS = "tests/test_stems.py::test_hybrids_of_"
 _CLIP = "tests/test_clip.py::test_"
 _NNX = "tests/test_nnx.py::test_"
+_RAY = "tests/test_ray.py::test_"
 MUTANTS = [
+    Mutant(
+        "Ray: a batch of fewer images is compiled anew",
+        "vit_flax/inference/ray_data.py",
+        "pixels = self._blank.copy()",
+        "pixels = self._blank[: len(images)].copy()",
+        f"{_RAY}features_of_names_bytes_and_arrays",
+    ),
+    Mutant(
+        "Ray: the images after a bad one move up",
+        "vit_flax/inference/ray_data.py",
+        "for i, row, fault in zip(good, made, faults, strict=True)",
+        "for i, row, fault in zip(range(len(good)), made, faults, strict=True)",
+        f"{_RAY}bad_images_are_rows_with_an_error",
+    ),
     Mutant(
         "an NNX model in training mode drops nothing",
         "vit_flax/nnx/model.py",
@@ -169,6 +184,11 @@ MUTANTS = [
         f"{_STEMS}timm_in_both_twins[stages]",
     ),
     Mutant(
+        "adapters on the first layer of each MLP alone",
+        "vit_flax/training/lora.py",
+        r"(?:intermediate|output)\.dense\.weight$",
+        r"(?:intermediate)\.dense\.weight$",
+        "tests/test_lora.py::test_both_layers_of_each_mlp",
         "the border counted in the mean of an MBConv's shortcut",
         "vit_torch/parts/mbconv.py",
         "padding=1, count_include_pad=False",

@@ -125,6 +125,9 @@ class ViTConfig:
     is_text: ClassVar[bool] = False
     """Whether the network is one of texts."""
 
+    settable: ClassVar[tuple[str, ...]] = ()
+    """Names of sizes that follow from fields and that a caller may give instead of those."""
+
     keeps_pooler: ClassVar[bool] = False
     """Whether models with a head have the pooler's parameters even where the head does not look at
     it."""
@@ -250,6 +253,7 @@ class ViTConfig:
             kwargs["dtype"] = torch_dtype
 
         num_labels = kwargs.pop("num_labels", None)
+        instead = {name: kwargs.pop(name) for name in self.settable if name in kwargs}
         for name, row in self.fields.items():
             if name not in ("id2label", "label2id"):
                 setattr(self, name, kwargs.pop(name, row.default))
@@ -262,6 +266,8 @@ class ViTConfig:
         object.__setattr__(self, "_ignored", {})
         for name, value in kwargs.items():
             self._set_unknown(name, value)
+        for name, value in instead.items():
+            setattr(self, name, value)
         self.validate()
 
     def _set_unknown(self, name: str, value: Any) -> None:
@@ -781,9 +787,9 @@ class ViTConfig:
             name: table.pop(name)
             for name in [*table]
             if name not in ("model_type", *cls.fields, *overrides)
-            and isinstance(getattr(cls, name, None), (bool, int, float, str))
+            and (name in cls.settable or isinstance(getattr(cls, name, None), _PLAIN))
         }
-        known = {*cls.fields, *table, *INHERITED, *_KNOWN}
+        known = {*cls.keywords(), *table, *INHERITED, *_KNOWN}
         unused = {k: v for k, v in overrides.items() if k not in known} if return_unused else {}
         used = {k: v for k, v in overrides.items() if k not in unused}
         if "num_labels" in used and used["num_labels"] is None:
@@ -806,6 +812,11 @@ class ViTConfig:
             check_depth(name, value)
             config._ignored[name] = value
         return (config, unused) if return_unused else config
+
+    @classmethod
+    def keywords(cls) -> tuple[str, ...]:
+        """Names of the keywords that a configuration is made of."""
+        return (*cls.fields, *cls.settable)
 
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike) -> Any:
@@ -919,6 +930,8 @@ class ViTConfig:
 # Attributes that are about this process; `_ignored` holds keys of a file that the family has no use
 # for, which are written back.
 _RUNTIME = ("_name_or_path", "_attn_implementation", "_commit_hash", "_ignored")
+
+_PLAIN = (bool, int, float, str)
 
 # Keywords of `from_dict` that are no fields.
 _KNOWN = (
