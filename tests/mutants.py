@@ -210,6 +210,13 @@ MUTANTS = [
         _VITAMIN,
     ),
     Mutant(
+        "a batch norm folded without its mean",
+        "convert/formats/stems.py",
+        "(bias - mean * factor)",
+        "(bias - mean)",
+        "tests/test_stems.py::test_stems_with_batch_norms_in_both_twins",
+    ),
+    Mutant(
         "heads of key and value repeated one after the other",
         "convert/formats/timm/eva.py",
         "np.repeat(heads, groups, axis=0)",
