@@ -89,7 +89,9 @@ _THEN_ELSEWHERE = (
     ),
 )
 
-_HEAD_BESIDE = re.compile(r"(.*?)((?:head|head_dist|fc_norm)\.(?:weight|bias))")
+_HEAD_BESIDE = re.compile(
+    r"(.*?)((?:head|head_dist|fc_norm)\.(?:weight|bias)|layers/dense(?:_1)?/vars/[01])"
+)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,12 @@ containers, jimm's and keras-hub's. Each is written by the names that the librar
 
 from __future__ import annotations
 
+import json
+import sys
+
 import numpy as np
 import pytest
+import torch
 from flax import serialization
 from flax.traverse_util import unflatten_dict
 from peers import FLOAT64, assert_close, pixels, run_torch
@@ -12,6 +16,7 @@ from test_convert_google import google_forward, google_weights
 
 import vit_torch
 from vit_common.config import ViTConfig
+from vit_common.errors import CheckpointError
 from vit_convert.convert import convert
 
 
@@ -105,3 +110,86 @@ def test_jimm_writes_the_hubs_files_and_the_numbers_of_the_tokens(tmp_path):
         save_file(weights, place / "model.safetensors", {"format": "pt"})
         _, info = cls.from_pretrained(place, output_loading_info=True)
         assert not info["unexpected_keys"]
+
+
+KERAS = {
+    "embedding": "vi_t_patching_and_embedding/patch_embedding",
+    "Transformer/encoder_norm": "vi_t_encoder/layer_norm",
+    "LayerNorm_0": "layer_norm_1",
+    "LayerNorm_2": "layer_norm_2",
+    "MultiHeadDotProductAttention_1/query": "mha/query_dense",
+    "MultiHeadDotProductAttention_1/key": "mha/key_dense",
+    "MultiHeadDotProductAttention_1/value": "mha/value_dense",
+    "MultiHeadDotProductAttention_1/out": "mha/output_dense",
+    "MlpBlock_3/Dense_0": "mlp/dense_1",
+    "MlpBlock_3/Dense_1": "mlp/dense_2",
+}
+LEAVES = {"kernel": 0, "scale": 0, "bias": 1}
+
+
+def keras_names(weights, backbone):
+    """By the paths that `save_weights` of keras-hub 0.32 gives the layers of its ViT."""
+    named = {}
+    for name, value in weights.items():
+        *path, leaf = name.split("/")
+        module = "/".join(path)
+        if name == "cls":
+            named[f"{backbone}layers/vi_t_patching_and_embedding/vars/0"] = value
+        elif leaf == "pos_embedding":
+            place = "layers/vi_t_patching_and_embedding/position_embedding/vars/0"
+            named[backbone + place] = value[0]
+        elif module in ("head", "pre_logits"):
+            last = "pre_logits/kernel" in weights and module == "head"
+            named[f"layers/dense{'_1' * last}/vars/{LEAVES[leaf]}"] = value
+        elif module.startswith("Transformer/encoderblock_"):
+            number, inner = path[1].removeprefix("encoderblock_"), "/".join(path[2:])
+            block = "vi_t_encoder_block" + (f"_{number}" if number != "0" else "")
+            place = f"layers/vi_t_encoder/encoder_layers/{block}/{KERAS[inner]}"
+            named[f"{backbone}{place}/vars/{LEAVES[leaf]}"] = value
+        else:
+            named[f"{backbone}layers/{KERAS[module]}/vars/{LEAVES[leaf]}"] = value
+    return named
+
+
+@pytest.mark.parametrize("kind", ["classifier", "pre_logits", "preset"])
+def test_keras_hub(kind, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    weights = google_weights(pre_logits=40 if kind == "pre_logits" else None)
+    named = keras_names(weights, "" if kind == "preset" else "layers/vi_t_backbone/")
+    path = tmp_path / "model.weights.h5"
+    with h5py.File(path, "w") as file:
+        for name, value in named.items():
+            if kind != "preset" or not name.startswith("layers/dense"):
+                file[name] = np.asarray(value, np.float32)
+        file["optimizer/vars/0"] = np.int32(3)
+    x = pixels()
+    tanh = {"hidden_act": "gelu_pytorch_tanh"}  # as in the forward pass below; Keras's is exact
+    if kind == "preset":  # its classifier is in a file of its own
+        sizes = {"image_shape": [32, 32, 3], "layer_norm_epsilon": 1e-6, "num_heads": 3}
+        table = {"module": "keras_hub.src.models.vit.vit_backbone", "class_name": "ViTBackbone"}
+        table |= {"config": sizes, "registered_name": "keras_hub>ViTBackbone"}
+        (tmp_path / "config.json").write_text(json.dumps(table))
+        read = vit_torch.ViTModel.from_pretrained(tmp_path, add_pooling_layer=False)
+        assert (read.config.image_size, read.config.layer_norm_eps) == (32, 1e-6)
+        assert read.config.hidden_act == "gelu"
+        model = vit_torch.ViTModel.from_pretrained(tmp_path, add_pooling_layer=False, **tanh)
+        weights["head/kernel"], weights["head/bias"] = np.eye(48), np.zeros(48)
+        found = model.double()(torch.tensor(x)).last_hidden_state[:, 0].detach().numpy()
+    else:
+        with pytest.raises(CheckpointError, match="`layer_norm_eps` is not in these weights"):
+            convert(path, tmp_path / "hub")
+        given = {"layer_norm_eps": 1e-6}
+        report = convert(path, tmp_path / "hub", overrides={**given, **tanh})
+        assert report.format_from == "keras-hub"
+        found = run_torch(tmp_path / "hub", x)
+        exact = vit_torch.AutoModelForImageClassification.from_pretrained(path, **given)
+        assert (exact.config.hidden_act, exact.config.num_attention_heads) == ("gelu", 3)
+    want = google_forward(weights, x.transpose(0, 2, 3, 1), big_vision=False, pool="tok")
+    assert_close(found, want, FLOAT64)
+
+
+def test_h5py_is_named_where_it_is_not_installed(tmp_path, monkeypatch):
+    (tmp_path / "a.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(CheckpointError, match=r"h5py is needed.*pip install h5py"):
+        convert(tmp_path / "a.h5", tmp_path / "hub")
