@@ -185,6 +185,11 @@ MUTANTS = [
         f"{_STEMS}timm_in_both_twins[stages]",
     ),
     Mutant(
+        "adapters on the first layer of each MLP alone",
+        "vit_flax/training/lora.py",
+        r"(?:intermediate|output)\.dense\.weight$",
+        r"(?:intermediate)\.dense\.weight$",
+        "tests/test_lora.py::test_both_layers_of_each_mlp",
         "the border counted in the mean of an MBConv's shortcut",
         "vit_torch/parts/mbconv.py",
         "padding=1, count_include_pad=False",

@@ -157,7 +157,8 @@ VITAMINS: dict[tuple[int, int], str] = {
 def _folded(arrays: Arrays) -> Arrays:
     kernel, *norm = arrays
     scale, bias, mean, variance = (array.astype(np.float64) for array in norm)
-    factor = scale / np.sqrt(variance + _BATCH_EPS)
+    with np.errstate(invalid="ignore"):  # a variance below zero gives what is no number
+        factor = scale / np.sqrt(variance + _BATCH_EPS)
     wide = kernel * factor.reshape(-1, *(1 for _ in kernel.shape[1:]))
     return [wide.astype(kernel.dtype), (bias - mean * factor).astype(kernel.dtype)]
 
