@@ -544,6 +544,8 @@ def find_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
     Raises:
         ConfigError: the file is refused. MissingFileError: it cannot be reached.
     """
+    if source.config.is_text:
+        return None
     size = source.config.image_height_width
     trained = size if source.trained is None else source.trained.image_height_width
     places = (source.adapter_files, source.files)

@@ -26,6 +26,7 @@ os.environ.setdefault("VIT_COMPILATION_CACHE", "")
 # test -> how many of its cases run each time; `make test-slow` runs them all. What the others of
 # these have in common with the first is most of what they show, and together they are a minute.
 REPRESENTED_BY = {
+    "test_a_name": 1,
     "test_against_the_flax_reference_through_its_files": 3,
     "test_both_twins_and_the_numpy_network_are_timms": 4,
     "test_a_run_goes_on_to_the_bit_and_a_bad_image_is_named_once": 1,

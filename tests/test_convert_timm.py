@@ -185,7 +185,7 @@ REFUSED = {
         {"rope_type": "mrope", "rope_mrope_section": (2, 2, 2), "rope_grid_indexing": "ij"},
         ("rope_type='mrope'",),
     ),
-    "windows": ("samvit_base_patch16", {"global_attn_indexes": (1,)}, ("samvit_base_patch16",)),
+    "windows": ("samvit_base_patch16", {"global_attn_indexes": (1,)}, ("windows",)),
 }
 
 ELSEWHERE = {

@@ -743,6 +743,21 @@ EXTENSIONS: dict[str, dict[str, Any]] = {
         "relative_position_width": 12,
     },
     "differential attention": {"attention_type": "differential"},
+    "MBConv before the patches": {
+        "patch_size": 8,
+        "stem_type": "mbconv",
+        "stem_depths": (1,),
+        "stem_width": 32,
+        "use_swiglu_ffn": True,
+        "gate_act": "gelu",
+        "use_mlp_input_norm": True,
+    },
+    "convolutions before the patches": {
+        "image_size": (32, 16),
+        "patch_size": 8,
+        "stem_type": "convolutions",
+        "stem_width": 32,
+    },
     "a ResNet before the patches": {
         "stem_type": "resnetv2",
         "stem_depths": (1,),

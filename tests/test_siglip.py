@@ -24,6 +24,8 @@ import vit_torch
 from vit_common.config import AutoConfig
 from vit_common.errors import ConfigError, InputError
 from vit_common.families import SiglipVisionConfig
+from vit_common.parameters import parameter_shapes
+from vit_common.presets import preset
 
 VISION = {
     "hidden_size": 24,
@@ -432,6 +434,33 @@ def test_a_vit_of_another_network_is_no_siglip(tmp_path):
     ):
         config = vit_flax.ViTConfig(**VISION, image_size=16, use_cls_token=False, **change)
         assert SiglipVisionConfig.from_related(config) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "millions"),
+    [
+        ("siglip-base", 224, 92.88),
+        ("siglip-base", 384, 93.18),
+        ("siglip-large", 256, 315.96),
+        ("siglip-so400m", 224, 427.68),
+        ("siglip-so400m", 378, 428.23),
+    ],
+)
+def test_presets_have_the_published_numbers_of_parameters(name, image_size, millions):
+    """`image_mparams` of `docs/model_profile.csv` of mlfoundations/open_clip."""
+    shapes = parameter_shapes(preset(name, image_size=image_size))
+    count = sum(int(np.prod(shape)) for shape in shapes.values())
+    assert count / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_whole_models_have_the_published_numbers_of_parameters():
+    config = vit_flax.SiglipConfig()
+    count = vit_flax.FlaxSiglipModel(config, _do_init=False).num_parameters()
+    assert count / 1e6 == pytest.approx(203.16, abs=0.005)  # google/siglip-base-patch16-224
+    model = vit_flax.FlaxSiglipForImageClassification(
+        preset("siglip-base", num_labels=10), _do_init=False
+    )
+    assert model.num_parameters() == 92_884_224 + 7_690
 
 
 def test_pixels_are_those_of_transformers(tmp_path):

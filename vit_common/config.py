@@ -187,6 +187,8 @@ class ViTConfig:
     use_attention_norm: bool
     use_mlp_norm: bool
     use_mlp_layer_scale: bool
+    use_mlp_input_norm: bool
+    gate_act: str | Callable
     block_type: BlockType
     num_parallel_branches: int
     proj_bias: bool
@@ -403,6 +405,15 @@ class ViTConfig:
             )
         sides = (*self.patch_height_width, *self.image_height_width)
         stride = self.stem_stride
+        if self.stem_type == "mbconv" and self.patch_height_width != (2 * stride, 2 * stride):
+            raise ConfigError(
+                f"config: `patch_size` must be {2 * stride} after {len(self.stem_depths)} stages "
+                f"of MBConv blocks; given {self.patch_size!r}."
+            )
+        if self.stem_type == "mbconv" and not self.use_patch_bias:
+            raise ConfigError(
+                "config: `use_patch_bias` must be True after MBConv blocks (`stem_type`)."
+            )
         for side, patch in zip(sides, self.patch_height_width * 2, strict=True):
             if side % stride or side % patch:
                 raise ConfigError(
@@ -472,11 +483,6 @@ class ViTConfig:
     def has_value_bias(self) -> bool:
         """Whether the value has a bias."""
         return self.qkv_bias
-
-    @property
-    def gate_act(self) -> str | Callable:
-        """Activation of the gate of a SwiGLU."""
-        return "silu"
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -582,7 +588,7 @@ class ViTConfig:
     @property
     def stem_widths(self) -> tuple[int, ...]:
         """Number of channels after each stage of the stem."""
-        first = STEM_NARROWING * self.stem_width
+        first = self.stem_width * (1 if self.stem_type == "mbconv" else STEM_NARROWING)
         return tuple(first * 2**i for i in range(len(self.stem_depths)))
 
     @property
@@ -595,13 +601,21 @@ class ViTConfig:
     @property
     def stem_stride(self) -> int:
         """Pixels of the image, down and across, for one of what the patch projection takes."""
-        return 1 if self.stem_type is None else stem_stride(self.stem_depths)
+        return 1 if self.stem_type is None else stem_stride(self.stem_depths, self.stem_type)
 
     @property
     def patch_projection_size(self) -> tuple[int, int]:
         """Size (height, width) of the patch projection: the patch's, over the stem's stride."""
         height, width = self.patch_height_width
         return height // self.stem_stride, width // self.stem_stride
+
+    @property
+    def patch_kernel_size(self) -> tuple[int, int]:
+        """Size (height, width) of the kernel of the patch projection: that of a patch, or after
+        MBConv blocks one more, as patches overlap."""
+        height, width = self.patch_projection_size
+        more = int(self.stem_type == "mbconv")
+        return height + more, width + more
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -678,7 +692,7 @@ class ViTConfig:
         for name, value in vars(self).items():
             if name in _RUNTIME:
                 continue
-            if name in ("hidden_act", "pooler_act") and not isinstance(value, str):
+            if name in ("hidden_act", "pooler_act", "gate_act") and not isinstance(value, str):
                 raise refusal(name, "the name of an activation, to be written to a file", value)
             row = self.fields.get(name)
             if row is not None and row.if_set and value == row.default:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vit_common.config import ViTConfig
-from vit_common.config_fields import STEM_NARROWING
+from vit_common.config_fields import STEM_KERNELS, STEM_NARROWING, STEM_WIDENING
 from vit_common.parameters import Head
 
 
@@ -37,7 +37,7 @@ def multiply_adds(
     N = (H // P[0]) * (W // P[1])
     S = config.num_prefix_tokens + N
     token, block = _block(config, S)
-    p, q = config.patch_projection_size
+    p, q = config.patch_kernel_size
     total = N * p * q * config.stem_channels * D + config.num_hidden_layers * block
     total += _stem(config, H, W)
     if front_tokens is not None and config.num_hidden_layers:
@@ -93,10 +93,19 @@ def _text(config: Any, head: Head | None) -> int:
 
 
 def _stem(config: ViTConfig, height: int, width: int) -> int:
-    """Multiply-adds of a ResNet before the patch projection."""
+    """Multiply-adds of the network before the patch projection."""
     if config.stem_type is None:
         return 0
+    if config.stem_type == "convolutions":
+        places, inputs, total = height * width, config.num_channels, 0
+        for size in STEM_KERNELS:
+            places //= size**2
+            total += places * size**2 * inputs * config.stem_width
+            inputs = config.stem_width
+        return total
     height, width = -(-height // 2), -(-width // 2)
+    if config.stem_type == "mbconv":
+        return _mbconv(config, height, width)
     total = height * width * 49 * config.num_channels * config.stem_width
     height, width = -(-height // 2), -(-width // 2)
     inputs = config.stem_width
@@ -110,6 +119,24 @@ def _stem(config: ViTConfig, height: int, width: int) -> int:
             total += before * inputs * inner + after * inner * (9 * inner + features)
             if j == 0:
                 total += after * inputs * features
+            inputs = features
+    return total
+
+
+def _mbconv(config: ViTConfig, height: int, width: int) -> int:
+    """Multiply-adds of MBConv blocks, and of the two convolutions before them; (height, width) are
+    what the first leaves of the image."""
+    inputs = config.stem_width
+    total = height * width * 9 * inputs * (config.num_channels + inputs)
+    for i, features in enumerate(config.stem_widths):
+        inner = STEM_WIDENING * features
+        for j in range(config.stem_depths[i]):
+            total += height * width * inputs * inner
+            if j == 0:
+                height, width = -(-height // 2), -(-width // 2)
+            if inputs != features:
+                total += height * width * inputs * features
+            total += height * width * inner * (9 + features)
             inputs = features
     return total
 

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         DeiTFeatureExtractor,
         DeiTImageProcessor,
         DeiTImageProcessorFast,
+        DINOv3ViTImageProcessorFast,
         SiglipImageProcessor,
         SiglipImageProcessorFast,
     )
@@ -172,6 +173,7 @@ __all__ = [
     "CLIPTextConfig",
     "CLIPVisionConfig",
     "DINOv3ViTConfig",
+    "DINOv3ViTImageProcessorFast",
     "DeiTConfig",
     "DeiTFeatureExtractor",
     "DeiTImageProcessor",

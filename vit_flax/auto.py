@@ -67,7 +67,7 @@ class FlaxAutoImageModel(AutoModelBase):
     images and texts its image tower. (Not a class of Transformers.)"""
 
     classes: ClassVar = {
-        **FlaxAutoModel.classes,
+        **{name: cls for name, cls in FlaxAutoModel.classes.items() if "_text_" not in name},
         "clip": FlaxCLIPVisionModel,
         "siglip": FlaxSiglipVisionModel,
         "siglip2": FlaxSiglip2VisionModel,

@@ -40,6 +40,7 @@ from vit_common.images.processors import (
     DeiTFeatureExtractor,
     DeiTImageProcessor,
     DeiTImageProcessorFast,
+    DINOv3ViTImageProcessorFast,
     SiglipImageProcessor,
     SiglipImageProcessorFast,
 )
@@ -147,6 +148,7 @@ __all__ = [
     "CLIPVisionModelWithProjection",
     "DINOv3ViTConfig",
     "DINOv3ViTForImageClassification",
+    "DINOv3ViTImageProcessorFast",
     "DINOv3ViTModel",
     "DINOv3ViTPreTrainedModel",
     "DeiTConfig",

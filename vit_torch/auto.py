@@ -61,7 +61,7 @@ class AutoImageModel(AutoModelBase):
     images and texts its image tower. (Not a class of Transformers.)"""
 
     classes: ClassVar = {
-        **AutoModel.classes,
+        **{name: cls for name, cls in AutoModel.classes.items() if "_text_" not in name},
         "clip": CLIPVisionModel,
         "siglip": SiglipVisionModel,
         "siglip2": Siglip2VisionModel,

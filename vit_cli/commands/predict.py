@@ -50,6 +50,10 @@ def run(options: Options) -> int:
     from vit_cli.runs.prediction_file import Journal
 
     stream = StreamOptions.of(options)
+    if options.on == "ray":
+        from vit_cli.runs.ray_run import run_on_ray
+
+        return run_on_ray(options, stream, "ImagePredictions", {"top_k": options.top_k})
 
     def begin(files: list[str]) -> Work:
         classifier = load_for_stream("ImageClassifier", stream, files)

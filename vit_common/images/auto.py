@@ -16,6 +16,7 @@ from vit_common.images.processors import (
     BitImageProcessor,
     CLIPImageProcessor,
     DeiTImageProcessor,
+    DINOv3ViTImageProcessorFast,
     SiglipImageProcessor,
     ViTHybridImageProcessor,
 )
@@ -27,6 +28,7 @@ _CLASSES: dict[str, type[BaseImageProcessor]] = {
     "BeitImageProcessor": BeitImageProcessor,
     "BitImageProcessor": BitImageProcessor,
     "CLIPImageProcessor": CLIPImageProcessor,
+    "DINOv3ViTImageProcessor": DINOv3ViTImageProcessorFast,
     "SiglipImageProcessor": SiglipImageProcessor,
     "ViTHybridImageProcessor": ViTHybridImageProcessor,
 }
@@ -46,6 +48,7 @@ _CLASS_OF_MODEL: dict[str, type[BaseImageProcessor]] = {
     "dinov2_with_registers": BitImageProcessor,
     "clip": CLIPImageProcessor,
     "clip_vision_model": CLIPImageProcessor,
+    "dinov3_vit": DINOv3ViTImageProcessorFast,
     "siglip": SiglipImageProcessor,
     "siglip_vision_model": SiglipImageProcessor,
 }

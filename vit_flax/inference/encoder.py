@@ -109,7 +109,8 @@ class ImageEncoder:
         devices = make_mesh(mesh, config)
         params = model.network_params
         params = params if devices is None else place(params, devices)
-        params = held_params(params, model.dtype)
+        if model.param_dtype == jnp.float32:  # no other dtype was asked for
+            params = held_params(params, model.dtype)
         shape, dtype = self.preparer.shape, self.preparer.dtype
         self.engine = Engine(params, config, shape, dtype, devices)
         share = 2 if self.engine.platform == "cpu" else 1  # a network on the CPU needs cores too

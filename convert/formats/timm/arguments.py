@@ -99,8 +99,6 @@ _TAKEN = {
 
 # (keyword, value) of a name -> what its network has that none here has.
 _UNKNOWN = {
-    ("embed_layer", "MbConvStages"): "MBConv stages before its blocks (ViTamin)",
-    ("embed_layer", "ConvStem"): "a convolutional stem before its blocks (MobileCLIP)",
     ("embed_layer", "FeatureListNet"): "a ResNet-D before its patches (a hybrid)",
 }
 _UNKNOWN_CLASSES = {
@@ -185,7 +183,9 @@ def fields_of_class(cls: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         "rope_type": None,
         "use_final_norm": bool(args.get("final_norm", True)),
     }
-    if args.get("mlp_layer") == "GluMlp":
+    if args.get("mlp_layer") == "GeGluMlp":
+        fields |= {"gate_act": "gelu", "use_mlp_input_norm": True}
+    if args.get("mlp_layer") in ("GluMlp", "GeGluMlp"):
         fields["hidden_act"] = "gelu"  # the gate's is silu, and no other function is there
     if cls == "Eva":
         fields["use_mlp_layer_scale"] = not args.get("attn_only_layer_scale", False)

@@ -71,6 +71,9 @@ def _not_any(config: ViTConfig) -> str | None:
     """What no class of timm can hold."""
     biased = config.has_query_bias, config.has_key_bias, config.has_value_bias
     parallel = config.block_type == "parallel"
+    vitamin = config.stem_type == "mbconv"
+    gated = config.use_swiglu_ffn
+    its_mlp = gated and config.gate_act == "gelu" and config.use_mlp_input_norm
     inside = config.use_attention_norm or config.use_mlp_norm or config.use_swiglu_ffn
     return _first(
         (
@@ -94,6 +97,22 @@ def _not_any(config: ViTConfig) -> str | None:
                 not config.mlp_bias or config.proj_bias == _fused_outputs(config),
                 "timm's projections and MLPs have biases, one for both in parallel blocks of "
                 "differential attention",
+            ),
+            (
+                vitamin and not (its_mlp and config.norm_type == "layernorm"),
+                "timm's ViTamins have MLPs gated by a GELU, with a norm of their own before them",
+            ),
+            (
+                vitamin and (parallel or config.block_type == "post_norm"),
+                "timm's ViTamins have norms before attention and MLP",
+            ),
+            (
+                not vitamin and gated and config.gate_act not in ("silu", "swish"),
+                "timm's MLPs are gated by a SiLU, but for those of ViTamins",
+            ),
+            (
+                not vitamin and config.use_mlp_input_norm,
+                "timm's MLPs have no second norm before them, but for those of ViTamins",
             ),
             (
                 config.block_type == "post_norm" and config.has_layer_scale,
@@ -205,6 +224,8 @@ def architecture(config: ViTConfig) -> tuple[str, dict[str, Any]]:
 
 def _name(config: ViTConfig, cls: str) -> str | None:
     """The name with all that no argument can say, of the nearest sizes."""
+    if config.stem_type == "mbconv":
+        return stems.VITAMINS.get((config.stem_width, config.hidden_size))
     if config.stem_type is not None:
         return stems.TIMM_NAMES.get(config.stem_depths)
     rows = {name: row for name, row in ARCHITECTURES.items() if row.cls == cls}
@@ -269,7 +290,9 @@ def _activation(config: ViTConfig) -> str:
 def _sizes(config: ViTConfig) -> dict[str, Any]:
     rows, columns = config.patch_height_width
     patch: Any = rows if rows == columns else [rows, columns]
-    if config.stem_type is not None:
+    if config.stem_type == "mbconv":
+        patch = 1
+    elif config.stem_type is not None:
         patch = list(config.patch_projection_size)
     channels = {} if config.num_channels == 3 else {"in_chans": config.num_channels}
     return {
@@ -299,7 +322,9 @@ def _of_vit(config: ViTConfig) -> dict[str, Any]:
         "global_pool": pooling(config),
         "fc_norm": config.norm_after_pooling,
     }
-    if config.use_swiglu_ffn:
+    if config.stem_type == "mbconv":  # its class of MLPs has the halves apart
+        args["act_layer"] = "gelu"
+    elif config.use_swiglu_ffn:
         args["act_layer"] = "silu"
         args["mlp_ratio"] = ratio(2 * config.intermediate_size, config.hidden_size)
     if config.base_family == "deit":
