@@ -33,8 +33,9 @@ _TRIPS = re.compile(r'known_trip_count[^}]*?"n":"(\d+)"')
 _OPERATION = re.compile(r'op_name="([^"]*)"')
 _OWN = re.compile(rf'op_name="[^"]*/({"|".join(sorted(NEEDED, key=len, reverse=True))})/[^"]*"')
 _STATED = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
-_RESAMPLING = "Hh,Ww,"
-"""In the name of the only float32 products that are meant: positions, resampled (`model.py`)."""
+_POSITIONS = ("Hh,Ww,", "/relative_position_bias/")
+"""In the names of the only float32 products that are meant, which no image is part of: positions,
+resampled (`model.py`), and biases computed from offsets (`parts/relative.py`)."""
 
 
 class _Array(NamedTuple):
@@ -190,7 +191,7 @@ def _positions(
 
 def float32_products(hlo: str) -> list[str]:
     """Names of the matrix products and convolutions of an optimized module that have a float32 (or
-    float64) operand, those that resample positions left out."""
+    float64) operand, those of positions left out."""
     arrays = _arrays(hlo)
     found = []
     for instructions in _parse(hlo)[0].values():
@@ -199,7 +200,7 @@ def float32_products(hlo: str) -> list[str]:
                 continue
             name = _OPERATION.search(each.rest)
             wide = any(operand.dtype in ("f32", "f64") for operand in _operands(each, arrays))
-            if wide and not (name and _RESAMPLING in name[1]):
+            if wide and not (name and any(part in name[1] for part in _POSITIONS)):
                 found.append(name[1] if name else each.name)
     return found
 
