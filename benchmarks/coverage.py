@@ -146,7 +146,8 @@ def build(timm: Any, name: str) -> Any:
     if kind == "VisionTransformerSAM":
         given["global_attn_indexes"] = (1,)
     if kind == "NaFlexVit":
-        given["pos_embed_grid_size"] = (4, 5)
+        factorized = known.get("pos_embed") == "factorized"
+        given["pos_embed_grid_size"] = (4, 4) if factorized else (4, 5)
     per_block = known.get("num_kv_heads")
     if isinstance(per_block, (tuple, list)):  # both kinds of blocks, where there are two
         given["num_kv_heads"] = (per_block[0], per_block[len(per_block) // 2])
@@ -177,7 +178,7 @@ def pixels(model: Any, name: str) -> Any:
 
     if hasattr(model, "embeds"):  # NaFlex: positions keep the axes of their grid
         positions = model.embeds.pos_embed
-        grid = (4, 5) if positions is None else positions.shape[1:3]
+        grid = (4, 4) if positions is None else positions.shape[1:3]
         size = [count * side for count, side in zip(grid, model.embeds.patch_size, strict=True)]
     else:
         size = model.patch_embed.img_size

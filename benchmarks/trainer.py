@@ -1,13 +1,16 @@
 """One network in training, in a process of its own, told by lines on standard input what to run.
 
 Started by `training.py`. A line is `losses N`: the losses of N steps from the first weights;
-`step`: seconds by the clock and of the processor, over all cores, of one step; or `memory`: the
-largest resident size so far in megabytes.
+`step`: seconds by the clock and of the processor, over all cores, of one step; or `memory`: in
+megabytes, the largest resident size so far, that during one more step, and how much of the latter
+is files (the libraries' own code).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import json
 import os
 import resource
@@ -145,6 +148,22 @@ def timm(
     return on_torch(lambda: timm_network(folder), dtype, compiled, pixels, labels)
 
 
+def memory(run: Callable[[], Any]) -> dict[str, float]:
+    """Megabytes: the largest so far, that of a step, and the files in it. What is free is given
+    back to the system first, such as what compiling took."""
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the largest resident size begins anew
+    float(run())
+    lines = Path("/proc/self/status").read_text().splitlines()
+    status = dict(line.split(":", 1) for line in lines)
+    step, *files = (
+        int(status[name].split()[0]) / 1024 for name in ("VmHWM", "RssFile", "RssShmem")
+    )
+    return {"process": round(largest), "step": round(step), "files": round(sum(files))}
+
+
 KINDS: dict[str, Callable[..., Begin]] = {
     "vit_flax": vit_flax,
     "Transformers FlaxViT": transformers_flax,
@@ -179,7 +198,7 @@ def main() -> None:
                 float(run())
                 answer = [time.perf_counter() - start[0], time.process_time() - start[1]]
             elif what == "memory":
-                answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+                answer = memory(run or begin())
             print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -8,7 +8,8 @@ batch. The losses of the first steps are compared before anything is timed; then
 step each a round. `tiny` is DeiT-Tiny's size. Seconds are those of the clock and, fairer on a
 machine that does other things too, those of the processor over all cores; torch's threads wait
 busily, and that counts in the latter. In bfloat16 the parameters are float32 in all of them (torch
-by autocast). Writes `results/training-MODEL-DTYPE-MACHINE.json`.
+by autocast). The memory is the largest resident size during a step, less the files that are mapped
+into it (the libraries' code). Writes `results/training-MODEL-DTYPE-MACHINE.json`.
 """
 
 from __future__ import annotations
@@ -67,14 +68,15 @@ def main() -> None:
                 seconds, cpu = contender.ask("step")
                 wall[contender.name].append(seconds)
                 processor[contender.name].append(cpu)
-        memory = {c.name: round(c.ask("memory")) for c in contenders}
+        memory = {c.name: c.ask("memory") for c in contenders}
         for contender in contenders:
             contender.close()
     print(f"{arguments.model}, batch {arguments.batch}, {arguments.dtype}")
     for name in wall:
         print(
             f"  {name:30} {spread(wall[name])['median']:7.3f} s by the clock, "
-            f"{spread(processor[name])['median']:7.3f} s of the processor, {memory[name]:5d} MB; "
+            f"{spread(processor[name])['median']:7.3f} s of the processor, "
+            f"{memory[name]['step'] - memory[name]['files']:5d} MB in a step; "
             f"it / vit_flax {ratio(wall[OURS], wall[name])['median']:.2f} and "
             f"{ratio(processor[OURS], processor[name])['median']:.2f}"
         )
@@ -90,7 +92,7 @@ def main() -> None:
             "largest_difference_of_a_loss": differences,
             "seconds_of_a_step": {name: spread(samples) for name, samples in wall.items()},
             "processor_seconds_of_a_step": {n: spread(s) for n, s in processor.items()},
-            "peak_resident_mb": memory,
+            "resident_mb": memory,
             "ratios": {
                 f"{name} / {OURS}": {
                     "clock": ratio(wall[OURS], wall[name]),

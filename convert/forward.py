@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from vit_common.config import ViTConfig
-from vit_common.config_fields import STEM_GROUPS
+from vit_common.config_fields import STEM_GROUPS, STEM_KERNELS
 from vit_common.errors import ConfigError
 from vit_common.positions import relative_position_index, rotary_angles, rotary_coordinates
 from vit_convert.rules import TensorLike
@@ -82,6 +82,12 @@ def _windows(x: np.ndarray, size: int, stride: int, border: float) -> np.ndarray
     return windows[:, ::stride, ::stride]
 
 
+def _three_by_three(x: np.ndarray) -> np.ndarray:
+    """(C, H, W) -> (C, H/2, W/2, 3, 3): windows around every second pixel, zeros beyond."""
+    x = np.pad(x, ((0, 0), (1, 1), (1, 1)))
+    return np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))[:, ::2, ::2]
+
+
 class _Network:
     """The weights by canonical name, read one by one, with what every layer needs."""
 
@@ -117,15 +123,34 @@ class _Network:
         """(C, H, W) -> (S, D)."""
         config = self.config
         (rows, columns), (p, q) = config.grid_size, config.patch_projection_size
-        if config.stem_type is not None:
+        name = "embeddings.patch_embeddings.projection"
+        if config.stem_type == "mbconv":
+            image = self.mbconv_stem(image)
+            x = self.padded(image, name, 2).reshape(config.hidden_size, -1).T
+            return self.with_front(x)
+        if config.stem_type == "convolutions":
+            for stem, size in zip(("convolution", "convolution2"), STEM_KERNELS, strict=True):
+                places = image.shape[1] // size, image.shape[2] // size
+                x = self.of_patches(image, places, (size, size), f"embeddings.stem.{stem}")
+                image = _ACTIVATIONS["gelu"](x).T.reshape(-1, *places)
+        elif config.stem_type is not None:
             image = self.stem(image)
+        return self.with_front(self.of_patches(image, (rows, columns), (p, q), name))
+
+    def of_patches(
+        self, image: np.ndarray, grid: tuple[int, int], size: tuple[int, int], name: str
+    ) -> np.ndarray:
+        """(C, H, W) -> (N, out): a kernel over patches that neither overlap nor leave gaps."""
+        (rows, columns), (p, q) = grid, size
         patches = image[:, : rows * p, : columns * q].reshape(-1, rows, p, columns, q)
         patches = patches.transpose(1, 3, 0, 2, 4).reshape(rows * columns, -1)
-        name = "embeddings.patch_embeddings.projection"
-        kernel = self.weight(f"{name}.weight").reshape(config.hidden_size, -1)
-        x = patches @ kernel.T
-        if config.use_patch_bias:
-            x = x + self.weight(f"{name}.bias")
+        kernel = self.weight(f"{name}.weight")
+        x = patches @ kernel.reshape(len(kernel), -1).T
+        return x + self.weight(f"{name}.bias") if f"{name}.bias" in self.tensors else x
+
+    def with_front(self, x: np.ndarray) -> np.ndarray:
+        """(N, D) -> (S, D): positions, and the tokens in front."""
+        config = self.config
         names = ("cls_token", "distillation_token", "register_tokens")
         found = [f"embeddings.{n}" for n in names if f"embeddings.{n}" in self.tensors]
         front = np.concatenate([x[:0], *(self.weight(name)[0] for name in found)])
@@ -158,6 +183,45 @@ class _Network:
         scaled = (centred / deviation).reshape(x.shape)
         weight, bias = (self.weight(f"{name}.{leaf}")[:, None, None] for leaf in ("weight", "bias"))
         return scaled * weight + bias
+
+    def padded(self, x: np.ndarray, name: str, stride: int = 1) -> np.ndarray:
+        """(C, H, W) -> (out, H/stride, W/stride): a kernel at each place, over one pixel of zeros
+        beyond the border where it is larger than a pixel."""
+        kernel = self.weight(f"{name}.weight")
+        size = kernel.shape[-1]
+        around = size // 2
+        x = np.pad(x, ((0, 0), (around, around), (around, around)))
+        windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), axis=(1, 2))
+        windows = windows[:, ::stride, ::stride]
+        each = kernel.shape[1] == 1 and len(x) == len(kernel)  # each channel by itself
+        rule = "chw,cyxhw->cyx" if each else "ochw,cyxhw->oyx"
+        out = np.einsum(rule, kernel[:, 0] if each else kernel, windows, optimize=True)
+        return out + self.weight(f"{name}.bias")[:, None, None]
+
+    def channel_norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        """(C, H, W) -> the same: each pixel by itself."""
+        centred = x - x.mean(axis=0)
+        scaled = centred / np.sqrt(np.mean(centred**2, axis=0) + self.config.stem_norm_eps)
+        weight, bias = (self.weight(f"{name}.{leaf}")[:, None, None] for leaf in ("weight", "bias"))
+        return scaled * weight + bias
+
+    def mbconv_stem(self, image: np.ndarray) -> np.ndarray:
+        """(C, H, W) -> (stem_channels, H/s, W/s): the inverted bottlenecks of a ViTamin."""
+        name, gelu = "embeddings.stem", _ACTIVATIONS["gelu"]
+        x = self.channel_norm(self.padded(image, f"{name}.convolution", 2), f"{name}.norm")
+        x = self.padded(gelu(x), f"{name}.convolution2")
+        for i, depth in enumerate(self.config.stem_depths):
+            for j in range(depth):
+                block, stride, shortcut = f"{name}.stage{i}.{j}", 2 if j == 0 else 1, x
+                if stride == 2:
+                    sums = _three_by_three(shortcut).sum(axis=(3, 4))
+                    shortcut = sums / _three_by_three(np.ones_like(shortcut)).sum(axis=(3, 4))
+                if f"{block}.conv_shortcut.weight" in self.tensors:
+                    shortcut = self.padded(shortcut, f"{block}.conv_shortcut")
+                x = gelu(self.padded(self.channel_norm(x, f"{block}.norm"), f"{block}.conv1"))
+                x = gelu(self.padded(x, f"{block}.conv2", stride))
+                x = self.padded(x, f"{block}.conv3") + shortcut
+        return self.channel_norm(x, f"{name}.norm_out")
 
     def stem(self, image: np.ndarray) -> np.ndarray:
         """(C, H, W) -> (stem_channels, H/s, W/s): the ResNet of a hybrid."""
@@ -268,6 +332,8 @@ class _Network:
         return self.dense(context, f"{layer}.attention.output.dense")
 
     def mlp(self, x: np.ndarray, layer: str) -> np.ndarray:
+        if self.config.use_mlp_input_norm:
+            x = self.norm(x, f"{layer}.intermediate.layernorm")
         x = self.dense(x, f"{layer}.intermediate.dense")
         if self.config.use_swiglu_ffn:
             gate, x = np.split(x, 2, axis=-1)
@@ -299,7 +365,10 @@ class _Network:
         return x
 
     def scaled(self, x: np.ndarray, name: str) -> np.ndarray:
-        return x * self.weight(name) if self.config.has_layer_scale else x
+        has = self.config.has_layer_scale
+        if name.endswith("lambda_2"):
+            has = self.config.has_mlp_layer_scale
+        return x * self.weight(name) if has else x
 
     def run(self, image: np.ndarray) -> np.ndarray:
         config = self.config

@@ -180,7 +180,7 @@ def _rank(name: str) -> int:
     if name == "logit_scale":
         return 0
     if name.startswith("embeddings.stem."):
-        return 1 if "norm" in name.split(".")[-2] else 4
+        return 1 if name.endswith(".bias") or "norm" in name.split(".")[-2] else 4
     if (name.startswith("embeddings.") and "projection" not in name) or name == "pooler.probe":
         return 3
     vector = name.endswith((".bias", "lambda_1", "lambda_2")) or "norm" in name.split(".")[-2]
@@ -277,10 +277,15 @@ def _stem(shapes: Mapping[str, tuple[int, ...]], note: Any) -> None:
     if blocks != {(i, j) for i, depth in enumerate(depths) for j in range(depth)}:
         raise CheckpointError("blocks of the stem are missing.")
     width, C = shapes[_STEM][:2]
-    note("names", stem_type="resnetv2")
+    second = "embeddings.stem.convolution2.weight" in shapes
+    normed = "embeddings.stem.norm.weight" in shapes
+    kind = ("mbconv" if normed else "convolutions") if second else "resnetv2"
+    note("names", stem_type=kind)
     note("shapes", stem_depths=depths, stem_width=width, num_channels=C)
     _, _, *size = shapes["embeddings.patch_embeddings.projection.weight"]
-    height, width = (side * stem_stride(depths) for side in size)
+    if kind == "mbconv":  # its kernel is one pixel larger than its stride
+        size = [side - 1 for side in size]
+    height, width = (side * stem_stride(depths, kind) for side in size)
     note("shapes", patch_size=_sides(height, width))
 
 
@@ -306,6 +311,7 @@ def _structure(shapes: Mapping[str, Any]) -> dict[str, Any]:
         ("use_qk_norm", f"{layer}.attention.attention.query_norm.weight"),
         ("use_attention_norm", f"{layer}.attention.output.layernorm.weight"),
         ("use_mlp_norm", f"{layer}.output.layernorm.weight"),
+        ("use_mlp_input_norm", f"{layer}.intermediate.layernorm.weight"),
     ):
         if name in shapes:
             fields[field] = True

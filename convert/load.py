@@ -210,8 +210,8 @@ def load_parameters(
     settings = source.table.settings
     odd = {field: value for field, value in settings.items() if getattr(config, field) != value}
     # A configuration beside the weights knows better than their format.
-    if source.timm is not None:  # its name of the network says the norms' epsilon
-        odd.pop("layer_norm_eps", None)
+    if source.timm is not None:  # its name of the network says these
+        odd = {n: v for n, v in odd.items() if n not in ("layer_norm_eps", "position_resize")}
     if odd and not source.described:
         warn(
             f"{model} from {path}: networks in {source.table.name} layout have "

@@ -387,7 +387,7 @@ class Plan:
         if found is not None:
             beside[PROCESSOR_NAME] = found.to_json_string()
             report.preprocessing = origin
-        elif self.config.num_channels == 3:
+        elif not self.config.is_text and self.config.num_channels == 3:
             report.warnings.append(
                 "nothing in the source says how images are prepared, so no "
                 f"{PROCESSOR_NAME} is written, and commands will use mean and deviation 0.5. "
@@ -443,6 +443,10 @@ def _cast(name: str, tensor: TensorLike, dtype: np.dtype) -> TensorLike:
 def _unlike_vit(config: ViTConfig) -> str | None:
     """What makes a network another than a plain ViT though its parameters have the same names, or
     are fewer; None for a plain one."""
+    if config.has_layer_scale and not config.use_mlp_layer_scale:
+        return "its MLPs have no factors (`use_mlp_layer_scale` is False)"
+    if config.use_swiglu_ffn and config.gate_act != "silu":
+        return f"its MLPs have another gate (`gate_act` is {config.gate_act!r})"
     if config.rope_type:
         return "its queries and keys are rotated by their positions (`rope_type`)"
     if config.pool_prefix_tokens:

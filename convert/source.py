@@ -44,9 +44,6 @@ METADATA_KEY = "vit_config"
 """Key of the metadata of a safetensors file under which it carries its configuration."""
 
 
-_TEXT_NORM, _SCALE = "text_model.final_layernorm.weight", "logit_scale"
-
-
 @dataclass
 class Source:
     """An opened checkpoint.
@@ -112,10 +109,9 @@ class Source:
             return head
         # CLIP's or SigLIP's: a tower that is left aside is not what the configuration is of.
         if self.config.sub_configs:
-            beside = (
-                "visual_projection.weight" if "projection_dim" in self.config.fields else _SCALE
-            )
-            both = {_TEXT_NORM, beside} <= found.keys()
+            projects = "projection_dim" in self.config.fields
+            beside = "visual_projection.weight" if projects else "logit_scale"
+            both = {"text_model.final_layernorm.weight", beside} <= found.keys()
             return "towers" if both else None
         own = "text" if self.config.is_text else "visual"
         return "projection" if f"{own}_projection.weight" in found else None
@@ -548,6 +544,8 @@ def find_processor(source: Source) -> tuple[BaseImageProcessor, str] | None:
     Raises:
         ConfigError: the file is refused. MissingFileError: it cannot be reached.
     """
+    if source.config.is_text:
+        return None
     size = source.config.image_height_width
     trained = size if source.trained is None else source.trained.image_height_width
     places = (source.adapter_files, source.files)

@@ -26,6 +26,7 @@ os.environ.setdefault("VIT_COMPILATION_CACHE", "")
 # test -> how many of its cases run each time; `make test-slow` runs them all. What the others of
 # these have in common with the first is most of what they show, and together they are a minute.
 REPRESENTED_BY = {
+    "test_a_name": 1,
     "test_against_the_flax_reference_through_its_files": 3,
     "test_both_twins_and_the_numpy_network_are_timms": 4,
     "test_a_run_goes_on_to_the_bit_and_a_bad_image_is_named_once": 1,
@@ -50,6 +51,7 @@ REPRESENTED_BY = {
     "test_losses_and_their_gradients_against_the_torch_reference": 3,
     "test_outputs_and_gradients_under_the_same_masks": 3,
     "test_stochastic_depth": 3,
+    "test_timm_builds_what_is_written_for_it": 4,
     "test_the_flax_modules_parameters": 3,
     "test_timm_directly_and_converted": 10,
     "test_transformers_flax_reads_what_we_write": 2,

@@ -32,6 +32,8 @@ TPU_ATTENTION, STACKING = "vit_flax/attention/tpu.py", "vit_flax/stacked.py"
 # -- the tests, each of which takes seconds
 
 _PARITY, _FAMILIES = "tests/test_parity.py::test_", "tests/test_families.py::test_"
+_NEAREST = "tests/test_timm_nearest.py::test_"
+_VITAMIN = "tests/test_stems.py::test_vitamin_in_both_twins"
 _TRAINING = "tests/test_training_parity.py::test_outputs_and_gradients_under_the_same_masks"
 STAGES = f"{_PARITY}heads_of_the_twins_agree[float64-plain-classifier]"
 DECODER = f"{_PARITY}heads_of_the_twins_agree[float64-wide image-decoder]"
@@ -102,7 +104,22 @@ TURNED = f"{_ROTARY}both_twins_rotate_as_timm_does"
 _STEMS = "tests/test_stems.py::test_hybrids_of_"
 _CLIP = "tests/test_clip.py::test_"
 _NNX = "tests/test_nnx.py::test_"
+_RAY = "tests/test_ray.py::test_"
 MUTANTS = [
+    Mutant(
+        "Ray: a batch of fewer images is compiled anew",
+        "vit_flax/inference/ray_data.py",
+        "pixels = self._blank.copy()",
+        "pixels = self._blank[: len(images)].copy()",
+        f"{_RAY}features_of_names_bytes_and_arrays",
+    ),
+    Mutant(
+        "Ray: the images after a bad one move up",
+        "vit_flax/inference/ray_data.py",
+        "for i, row, fault in zip(good, made, faults, strict=True)",
+        "for i, row, fault in zip(range(len(good)), made, faults, strict=True)",
+        f"{_RAY}bad_images_are_rows_with_an_error",
+    ),
     Mutant(
         "an NNX model in training mode drops nothing",
         "vit_flax/nnx/model.py",
@@ -165,6 +182,53 @@ MUTANTS = [
         "stride=2 if self.stage > 0 and i == 0 else 1",
         "stride=2 if self.stage == 1 or i == 0 else 1",
         f"{_STEMS}timm_in_both_twins[stages]",
+    ),
+    Mutant(
+        "adapters on the first layer of each MLP alone",
+        "vit_flax/training/lora.py",
+        r"(?:intermediate|output)\.dense\.weight$",
+        r"(?:intermediate)\.dense\.weight$",
+        "tests/test_lora.py::test_both_layers_of_each_mlp",
+        "the border counted in the mean of an MBConv's shortcut",
+        "vit_torch/parts/mbconv.py",
+        "padding=1, count_include_pad=False",
+        "padding=1, count_include_pad=True",
+        _VITAMIN,
+    ),
+    Mutant(
+        "no norm after the MBConv blocks",
+        "vit_flax/parts/mbconv.py",
+        'return channel_norm(self, "norm_out")(x)',
+        'return x + 0 * channel_norm(self, "norm_out")(x)',
+        _VITAMIN,
+    ),
+    Mutant(
+        "ViTamin's MLP without its own norm",
+        "vit_flax/model.py",
+        "if self.config.use_mlp_input_norm:\n            hidden_states",
+        "if False:\n            hidden_states",
+        _VITAMIN,
+    ),
+    Mutant(
+        "heads of key and value repeated one after the other",
+        "convert/formats/timm/eva.py",
+        "np.repeat(heads, groups, axis=0)",
+        "np.concatenate([heads] * groups)",
+        f"{_NEAREST}heads_that_share_those_of_key_and_value",
+    ),
+    Mutant(
+        "layer scale on the MLP that has none",
+        "convert/formats/timm/nearest.py",
+        '"attn_only_layer_scale": config.has_layer_scale and not config.use_mlp_layer_scale',
+        '"attn_only_layer_scale": False',
+        f"{_NEAREST}timm_builds_what_is_written_for_it[rotary positions, registers, gated]",
+    ),
+    Mutant(
+        "grey images written for timm as colour",
+        "convert/formats/timm/nearest.py",
+        "{} if config.num_channels == 3",
+        "{} if config.num_channels",
+        f"{_NEAREST}timm_builds_what_is_written_for_it[branches, differential]",
     ),
     Mutant(
         "GELU's derivative without the density",

@@ -731,6 +731,8 @@ def test_the_mapping_of_names_to_classes():
         "clip",
         "clip_vision_model",
         "clip_text_model",
+        *("siglip", "siglip_vision_model", "siglip_text_model"),
+        *("siglip2", "siglip2_vision_model", "siglip2_text_model"),
     }
     assert vit_torch.BeitConfig is CONFIG_MAPPING["beit"]
 

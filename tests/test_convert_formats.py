@@ -141,6 +141,8 @@ def holds(name: str, fields: dict[str, Any], head: str | None) -> bool:
         absent = {"layer_scale_init_value", "num_register_tokens"}
         absent |= {"norm_after_pooling"} if head else set()
         return not absent & set(fields)
+    if name == "timm":  # positions of all tokens in front of the patches, or of none
+        return not ("num_register_tokens" in fields and fields.get("position_tokens") == "cls")
     if name == "beit" and head == "tokens":  # one norm at the end, not two
         return fields.get("use_mean_pooling", True)
     return True

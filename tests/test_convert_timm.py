@@ -185,11 +185,7 @@ REFUSED = {
         {"rope_type": "mrope", "rope_mrope_section": (2, 2, 2), "rope_grid_indexing": "ij"},
         ("rope_type='mrope'",),
     ),
-    "layer scale on attention alone": (
-        "vit_base_patch16_sapiens2",
-        {"num_kv_heads": 4},
-        ("vit_base_patch16_sapiens2",),
-    ),
+    "windows": ("samvit_base_patch16", {"global_attn_indexes": (1,)}, ("windows",)),
 }
 
 ELSEWHERE = {

@@ -4,8 +4,12 @@ of newer files of the Hub. (Transformers' model is the reference in `test_famili
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +18,7 @@ from torch.nn import functional as F
 
 import vit_flax
 import vit_torch
-from vit_common.errors import CheckpointError, ConfigError
+from vit_common.errors import CheckpointError, ConfigError, InputError
 from vit_common.families import DINOv3ViTConfig
 from vit_common.parameters import parameter_shapes
 from vit_common.presets import preset
@@ -207,3 +211,66 @@ def test_a_preset_takes_fields_and_refuses_other_names():
     assert preset("dinov3-7b", num_hidden_layers=1).num_hidden_layers == 1
     with pytest.raises(ConfigError, match="dinov3-base"):
         preset("dinov3-tiny")
+
+
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+
+def peers_pixels(image, size=(224, 224)):
+    """The steps of Transformers' `DINOv3ViTImageProcessorFast`: rescale, resize as torchvision does
+    a tensor of floats, normalise."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] * (1 / 255)
+    pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
+    return ((pixels - MEAN[:, None, None]) / STD[:, None, None]).numpy()
+
+
+def test_pixels_are_those_of_torch():
+    processor = vit_flax.DINOv3ViTImageProcessorFast()
+    rng = np.random.default_rng(0)
+    for size in ((30, 40), (100, 90), (224, 500), (224, 224), (1000, 37), (600, 17)):
+        image = PIL.Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))
+        pixels = processor(image, return_tensors="np").pixel_values
+        assert pixels.dtype == np.float32
+        np.testing.assert_array_equal(pixels, peers_pixels(image))
+    wide = processor(image, size={"height": 32, "width": 48}, return_tensors="np").pixel_values
+    np.testing.assert_array_equal(wide, peers_pixels(image, (32, 48)))
+    with pytest.raises(InputError, match=r"`resample` must be 2 \(BILINEAR\)"):
+        vit_flax.DINOv3ViTImageProcessorFast(resample=3)
+
+
+BESIDE_TRANSFORMERS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import timm_models  # torchvision, before Transformers looks for it
+import numpy as np, PIL.Image
+from transformers.models.dinov3_vit.image_processing_dinov3_vit_fast import (
+    DINOv3ViTImageProcessorFast as Theirs,
+)
+from vit_flax import AutoImageProcessor, DINOv3ViTImageProcessorFast
+
+theirs, ours = Theirs(), DINOv3ViTImageProcessorFast()
+noise = np.random.default_rng(0).integers(0, 256, (70, 101, 3), np.uint8)
+image = PIL.Image.fromarray(noise)
+for options in (
+    {},
+    {"size": {"shortest_edge": 40}},
+    {"do_resize": False},
+    {"do_normalize": False},
+    {"do_center_crop": True, "crop_size": {"height": 33, "width": 301}},
+):
+    wanted = theirs(image, return_tensors="pt", **options).pixel_values.numpy()
+    np.testing.assert_array_equal(ours(image, return_tensors="np", **options).pixel_values, wanted)
+theirs.save_pretrained(sys.argv[2])
+read = AutoImageProcessor.from_pretrained(sys.argv[2])
+assert type(read) is DINOv3ViTImageProcessorFast
+read.save_pretrained(sys.argv[2])
+again = Theirs.from_pretrained(sys.argv[2])
+wanted = again(image, return_tensors="pt").pixel_values.numpy()
+np.testing.assert_array_equal(ours(image, return_tensors="np").pixel_values, wanted)
+"""
+
+
+@pytest.mark.slow
+def test_pixels_are_those_of_transformers_on_torchvision(tmp_path):
+    command = [sys.executable, "-c", BESIDE_TRANSFORMERS, str(Path(__file__).parent), str(tmp_path)]
+    subprocess.run(command, check=True)

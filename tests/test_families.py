@@ -707,6 +707,7 @@ EXTENSIONS: dict[str, dict[str, Any]] = {
     "norm after the mean": {"pooling": "mean", "norm_after_pooling": True},
     "pre-logits": {"use_representation_layer": True, "pooler_output_size": 20},
     "gated": {"use_swiglu_ffn": True},
+    "layer scale of attention": {"layer_scale_init_value": 0.1, "use_mlp_layer_scale": False},
     "axial rotary": {"rope_type": "axial", "rope_grid_size": (3, 5), "rope_grid_offset": 1.0},
     "DINOv3's rotary": {
         "rope_type": "dinov3",
@@ -742,6 +743,21 @@ EXTENSIONS: dict[str, dict[str, Any]] = {
         "relative_position_width": 12,
     },
     "differential attention": {"attention_type": "differential"},
+    "MBConv before the patches": {
+        "patch_size": 8,
+        "stem_type": "mbconv",
+        "stem_depths": (1,),
+        "stem_width": 32,
+        "use_swiglu_ffn": True,
+        "gate_act": "gelu",
+        "use_mlp_input_norm": True,
+    },
+    "convolutions before the patches": {
+        "image_size": (32, 16),
+        "patch_size": 8,
+        "stem_type": "convolutions",
+        "stem_width": 32,
+    },
     "a ResNet before the patches": {
         "stem_type": "resnetv2",
         "stem_depths": (1,),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 
@@ -455,3 +456,15 @@ def test_patience_ends_a_run_and_unreadable_images_do_not(tiny, tmp_path):
     assert [name for name, _ in run.skipped] == ["4.png"]
     assert sum("skipped 4.png" in line for line in told.lines) == 1
     assert "1 images could not be read" in (run.folder / "README.md").read_text()
+
+
+def test_a_plan_takes_what_a_run_takes():
+    """The same names, with the same defaults, but for what only a run needs."""
+    plan, run = (inspect.signature(each).parameters for each in (make_plan, fine_tune))
+    assert {name: run[name].default for name in plan if name != "say"} == {
+        name: each.default for name, each in plan.items() if name != "say"
+    }
+    assert {*run} - {*plan} == {
+        *("output", "resume", "force", "save_every", "keep", "tensorboard", "detect_nan", "merge"),
+        *("stop", "watcher", "notes"),
+    }

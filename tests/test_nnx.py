@@ -33,6 +33,7 @@ TINY = {
     **SMALL, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 20,
     "image_size": 16, "num_labels": 3,
 }  # fmt: skip
+WITH_TEXT = re.compile("CLIP|Siglip")
 IDS = np.array([[1, 5, 6, 49, 0], [1, 9, 49, 0, 0]])
 
 
@@ -44,16 +45,26 @@ class Case(NamedTuple):
     options: dict[str, Any] = {}  # noqa: RUF012  (read alone)
 
 
+SIGLIP_TEXT = {"vocab_size": 50, "max_position_embeddings": 5, "projection_size": 16}
+SIGLIP = {"vision_config": TINY, "text_config": {**TINY, **SIGLIP_TEXT}}
+SIGLIP2 = {
+    "vision_config": {**TINY, "num_patches": 4},
+    "text_config": {**TINY, **SIGLIP_TEXT},
+}
 TEXT = {"vocab_size": 50, "max_position_embeddings": 10, "eos_token_id": 49, "projection_dim": 20}
 CLIP = {
     "vision_config": {**TINY, "projection_dim": 20},
     "text_config": {**TINY, **TEXT},
     "projection_dim": 20,
 }
+WHOLE = {"CLIPConfig": CLIP, "SiglipConfig": SIGLIP, "Siglip2Config": SIGLIP2}
 FAMILY_FIELDS = {
     "FlaxBeit": {"use_mask_token": True, "use_relative_position_bias": True, "vocab_size": 11},
     "FlaxDinov2WithRegisters": {"num_register_tokens": 2},
     "FlaxCLIPText": TEXT,
+    "FlaxSiglipText": SIGLIP_TEXT,
+    "FlaxSiglip2Text": SIGLIP_TEXT,
+    "FlaxSiglip2Vision": {"num_patches": 4},
     "FlaxCLIPVision": {"projection_dim": 20},
 }
 
@@ -66,8 +77,8 @@ def public_models() -> list[Case]:
         if not inspect.isclass(cls) or getattr(cls, "module_class", None) is None:
             continue
         fields = next((more for start, more in FAMILY_FIELDS.items() if name.startswith(start)), {})
-        whole = cls.config_class.__name__ == "CLIPConfig"
-        cases.setdefault(cls, Case(name, CLIP if whole else {**TINY, **fields}))
+        fields = WHOLE.get(cls.config_class.__name__, {**TINY, **fields})
+        cases.setdefault(cls, Case(name, fields))
     return [*cases.values()]
 
 
@@ -138,7 +149,7 @@ def test_numbers_are_those_of_linen_in_float64(case):
             for name in path:
                 part = part[name] if name.isdecimal() else getattr(part, name)
             # No copy, but of CLIP's class token, which has other axes in Transformers' tree.
-            assert part.get_value() is value or "CLIP" in case.name
+            assert part.get_value() is value or WITH_TEXT.search(case.name)
             same(part.get_value(), value)
         same(nnx.jit(lambda m, x: m(**x))(model, given), linen(**given))
         for tree in (back.params, to_linen(model).params):  # before and after a compiled function

@@ -3,6 +3,7 @@ out here with Flax's own layers."""
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from vit_common.config import ViTConfig
 from vit_common.errors import CheckpointError, ConfigError, InputError
 from vit_common.families import AutoConfig
 from vit_common.flops import multiply_adds
+from vit_common.parameters import parameter_shapes
 from vit_convert.convert import convert
 
 SIZES: dict[str, Any] = {
@@ -112,6 +114,143 @@ def test_hybrids_of_timm_in_both_twins(kind, tmp_path):
     else:  # timm has no hybrid of those sizes
         with pytest.raises(InputError, match="timm builds hybrids only with"):
             convert(tmp_path / "flax", tmp_path / "back", to="timm")
+
+
+def vitamin() -> Any:
+    """timm's ViTamin, narrow, as `vitamin.py` builds it."""
+    module = timm.models.vitamin
+    sizes = module.VitCfg(embed_dim=(32, 64, 16), depths=(2, 1, 1), stem_width=32)
+    backbone = module.MbConvStages(cfg=sizes)
+    return randomise(
+        timm.models.VisionTransformer(
+            **{**SIZES, "depth": 2},
+            img_size=(32, 48),
+            patch_size=1,
+            dynamic_img_size=True,
+            class_token=False,
+            global_pool="avg",
+            mlp_layer=module.GeGluMlp,
+            embed_layer=partial(timm.layers.HybridEmbed, backbone=backbone, proj=False),
+        )
+    )
+
+
+def test_vitamin_in_both_twins(tmp_path):
+    model = vitamin()
+    source = saved(model, tmp_path / "timm")
+    known = {"num_attention_heads": 2, "image_size": (32, 48)}
+    peer = model.double().eval()
+    for size, bound in (((32, 48), 1e-12), ((48, 32), RESIZED)):
+        x = pixels(size)
+        with torch.no_grad():
+            want = peer(torch.tensor(x)).numpy()
+        assert_close(run_torch(source, x, **known), want, bound)
+    x = pixels((32, 48))
+    want = run_torch(source, x, **known)
+    with jax.enable_x64(True):
+        model = load_flax(source, dtype=jnp.float64, param_dtype=jnp.float64, **known)
+        assert_close(np.asarray(model(x).logits), want, 1e-12)
+    assert (model.config.stem_type, model.config.gate_act) == ("mbconv", "gelu")
+    report = convert(source, tmp_path / "flax", to="flax", overrides=known)
+    assert (report.format_from, report.ignored) == ("timm", {})
+    assert report.verification is not None
+    convert(tmp_path / "flax", tmp_path / "hub")
+    assert_close(run_torch(tmp_path / "hub", x), want, 1e-12)
+    with pytest.raises(InputError, match="ViTamins of the published widths only"):
+        convert(tmp_path / "hub", tmp_path / "back", to="timm")
+
+
+def mobileclip() -> Any:
+    """timm's MobileCLIP, narrow, as `vit_base_mci_224` is built."""
+    backbone = timm.models.vision_transformer_hybrid.ConvStem(
+        channels=(32, 32, 16),
+        stride=(4, 2, 2),
+        kernel_size=(4, 2, 2),
+        padding=0,
+        act_layer=torch.nn.GELU,
+    )
+    model = timm.models.VisionTransformer(
+        **SIZES,
+        img_size=(32, 48),
+        patch_size=1,
+        dynamic_img_size=True,
+        no_embed_class=True,
+        embed_layer=partial(timm.layers.HybridEmbed, backbone=backbone, proj=False),
+    )
+    randomise(model)
+    with torch.no_grad():
+        for name, value in model.named_buffers():
+            if name.endswith("running_mean"):
+                value.normal_()
+            elif name.endswith("running_var"):
+                value.uniform_(0.2, 2.0)
+    return model.double().eval()
+
+
+def test_mobileclip_in_both_twins(tmp_path):
+    """Its batch norms are folded into its convolutions; timm's are not."""
+    peer = mobileclip()
+    source = saved(peer, tmp_path / "timm")
+    known = {"num_attention_heads": 2, "image_size": (32, 48)}
+    for size, bound in (((32, 48), 1e-12), ((48, 32), RESIZED)):
+        x = pixels(size)
+        with torch.no_grad():
+            want = peer(torch.tensor(x)).numpy()
+        assert_close(run_torch(source, x, **known), want, bound)
+    x = pixels((32, 48))
+    want = run_torch(source, x, **known)
+    with jax.enable_x64(True):
+        model = load_flax(source, dtype=jnp.float64, param_dtype=jnp.float64, **known)
+        assert_close(np.asarray(model(x).logits), want, 1e-12)
+    assert model.config.stem_type == "convolutions"
+    report = convert(source, tmp_path / "flax", to="flax", overrides=known)
+    assert report.verification is not None
+    assert len(report.ignored) == 2  # counters of the batch norms
+    convert(tmp_path / "flax", tmp_path / "hub")
+    assert_close(run_torch(tmp_path / "hub", x), want, 1e-12)
+    with pytest.raises(InputError, match="batch norms, which are folded here"):
+        convert(tmp_path / "hub", tmp_path / "back", to="timm")
+
+
+@pytest.mark.parametrize(
+    "name", ["vitamin_small_224", pytest.param("vitamin_large_336", marks=pytest.mark.slow)]
+)
+def test_published_sizes_of_vitamin(name):
+    with torch.device("meta"):
+        peer = timm.create_model(name)
+    stem, block = peer.patch_embed.backbone.stem, peer.blocks[0]
+    config = ViTConfig(
+        hidden_size=peer.embed_dim,
+        num_hidden_layers=len(peer.blocks),
+        num_attention_heads=block.attn.num_heads,
+        intermediate_size=block.mlp.w0.out_features,
+        image_size=peer.patch_embed.img_size,
+        stem_type="mbconv",
+        stem_depths=(2, 4),
+        stem_width=stem.out_chs,
+        use_cls_token=False,
+        pooling="mean",
+        norm_after_pooling=True,
+        use_swiglu_ffn=True,
+        gate_act="gelu",
+        use_mlp_input_norm=True,
+        num_labels=peer.num_classes,
+    )
+    shapes = parameter_shapes(config, "classifier").values()
+    assert sum(map(math.prod, shapes)) == sum(p.numel() for p in peer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"patch_size": 32}, "`patch_size` must be 16"),
+        ({"use_patch_bias": False}, "`use_patch_bias` must be True"),
+        ({"stem_width": 40}, "multiple of 32"),
+    ],
+)
+def test_sizes_that_no_vitamin_has(fields, why):
+    with pytest.raises(ConfigError, match=why):
+        ViTConfig(**{"stem_type": "mbconv", "stem_depths": (1, 1), "stem_width": 32, **fields})
 
 
 class Unit(nn.Module):

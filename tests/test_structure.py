@@ -105,10 +105,11 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 NOT_TIMMS: dict[str, dict[str, Any]] = {
-    "parallel": {"block_type": "parallel"},
+    "parallel, gated": {"block_type": "parallel", "use_swiglu_ffn": True},
     "three branches": {"num_parallel_branches": 3},
     "norms after, with layer scale": {"block_type": "post_norm", "layer_scale_init_value": 0.1},
-    "no bias of the key": {"use_key_bias": False},
+    "a bias of the key alone": {"qkv_bias": False, "use_key_bias": True},
+    "no such activation": {"hidden_act": "linear"},
     "a norm before the blocks beside a bias": {"use_pre_norm": True},
 }
 UNWRITTEN = (

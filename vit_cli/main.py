@@ -27,10 +27,12 @@ from vit_common.log import NAME as LOGGER
 _COMMANDS = {
     "train": "fine-tune a model on images of your own, or train one from nothing",
     "predict": "classify images",
+    "zeroshot": "classify images by texts, with a model of both such as CLIP",
     "features": "write image embeddings to a file",
     "search": "find the images most like a photo in a file of features",
     "evaluate": "measure how good a classifier is on labelled images",
     "probe": "measure features with k-NN and logistic regression",
+    "serve": "serve a model over HTTP, with a page to try it on",
     "attention": "draw where a model looks in an image",
     "convert": "convert a checkpoint to another format",
     "export": "write a model as a program for JAX or ONNX",
@@ -43,6 +45,7 @@ _COMMANDS = {
 _PLACES = {  # those not in vit_cli.commands
     "completion": "vit_cli.completion",
     "search": "vit_cli.search.command",
+    "serve": "vit_cli.serve.command",
 }
 _NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
 _EXIT_CODES = """exit codes:

@@ -63,8 +63,9 @@ def load_for_inference(
     return getattr(inference, name).from_pretrained(model, dtype=dtype, **options)
 
 
-def load_for_stream(name: str, stream: StreamOptions, files: Sequence[str]) -> Any:
-    """The same, as the options of a stream of image files say."""
+def load_for_stream(name: str, stream: StreamOptions, files: Sequence[str], **options: Any) -> Any:
+    """The same, as the options of a stream of image files say; `options` are more of
+    `from_pretrained`."""
     if stream.model is None and stream.cluster is None:
         mention_digits(files)
     return load_for_inference(
@@ -75,6 +76,7 @@ def load_for_stream(name: str, stream: StreamOptions, files: Sequence[str]) -> A
         model_parallel=stream.model_parallel,
         **stream.precision,
         **stream.reading.keywords,
+        **options,
     )
 
 

@@ -445,7 +445,77 @@ def add_stream(parser: Parser, same: str) -> None:
         "(default: 1)",
     )
     add_hosts(parser)
+    add_ray(parser)
     add_reading(parser)
+
+
+def _resource(text: str) -> tuple[str, float]:
+    name, equals, count = text.partition("=")
+    try:
+        number = float(count)
+    except ValueError:
+        number = 0.0
+    if not (name and equals and 0 < number < float("inf")):
+        raise argparse.ArgumentTypeError(f"must be NAME=N; given {text!r}")
+    return name, number
+
+
+def _amount(text: str) -> float:
+    return _resource(f"x={text}")[1]
+
+
+def add_ray(parser: Parser) -> None:
+    """--on ray and what it takes."""
+    group = parser.add_argument_group(
+        "a Ray cluster",
+        "The output is then a folder of Parquet files; images may be behind URIs that pyarrow "
+        "opens (s3://..., gs://...), or named by a table.",
+    )
+    group.add_argument("--on", choices=("ray",), help="run on a cluster of Ray")
+    group.add_argument(
+        "--ray-address",
+        metavar="A",
+        help="cluster to join: auto, HOST:PORT or ray://HOST:PORT (default: start one on this "
+        "machine)",
+    )
+    group.add_argument(
+        "--actors",
+        metavar="N",
+        type=positive,
+        help="copies of the model (default: one for each GPU, or for each machine)",
+    )
+    group.add_argument(
+        "--actor-cpus", metavar="N", type=_amount, help="cores of the machine that each one gets"
+    )
+    group.add_argument("--actor-gpus", metavar="N", type=_amount, help="GPUs that each one gets")
+    group.add_argument(
+        "--actor-resource",
+        metavar="NAME=N",
+        type=_resource,
+        action="append",
+        default=[],
+        help="another resource that each one gets, such as TPU=4; may be repeated",
+    )
+    group.add_argument("--image-column", metavar="NAME", help="column of a table with the images")
+
+    def check(options: Options) -> None:
+        own = ("ray_address", "actors", "actor_cpus", "actor_gpus", "actor_resource")
+        named = [name for name in (*own, "image_column") if getattr(options, name)]
+        if options.on is None:
+            if named:
+                parser.error(f"--{named[0].replace('_', '-')} is for --on ray")
+            return
+        if options.output is None:
+            parser.error("--on ray writes a folder of Parquet files; name it with --output DIR")
+        others = ("coordinator", "distributed", "shard", "resume", "devices", "json")
+        if given := [name for name in others if getattr(options, name, None)]:
+            parser.error(
+                f"--{given[0]} does not go with --on ray, which shares the work out itself"
+            )
+        if options.model_parallel > 1:
+            parser.error("--model-parallel does not go with --on ray")
+
+    parser.checks.append(check)
 
 
 def add_hosts(parser: Parser) -> None:

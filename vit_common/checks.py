@@ -267,3 +267,41 @@ def check_stride(config: ViTConfig, height: int, width: int) -> None:
             f"reconstruction has the image's size; given {config.patch_size!r} and "
             f"{config.encoder_stride}."
         )
+
+
+def patch_grid(
+    shape: tuple[int, ...], spatial_shapes: list[list[int]] | None, config: ViTConfig
+) -> tuple[int, int]:
+    """Rows and columns of the patches in a batch of flattened ones.
+
+    Args:
+        shape: of the patches, (B, N, P P C).
+        spatial_shapes: rows and columns of each image.
+        config: the sizes.
+
+    Raises:
+        InputError: they are not those of images of one size.
+    """
+    height, width = config.patch_height_width
+    size = height * width * config.num_channels
+    if shape[2] != size:
+        raise InputError(
+            f"flattened patches must be of {size} numbers, {height} x {width} pixels of "
+            f"{config.num_channels} channels; given {shape[2]}."
+        )
+    if spatial_shapes is None or len(spatial_shapes) != shape[0]:
+        raise InputError(
+            "`spatial_shapes` must be given with flattened patches: rows and columns of each image."
+        )
+    grids = {tuple(grid) for grid in spatial_shapes}
+    if len(grids) > 1:
+        raise InputError(
+            f"`spatial_shapes` must be the same for all images of a batch; given {sorted(grids)}. "
+            "Run images of other shapes in a batch of their own."
+        )
+    rows, columns = (int(count) for count in grids.pop())
+    if not 0 < rows * columns <= shape[1]:
+        raise InputError(
+            f"`spatial_shapes` must be of at most {shape[1]} patches; given {rows} x {columns}."
+        )
+    return rows, columns

@@ -125,6 +125,9 @@ class ViTConfig:
     is_text: ClassVar[bool] = False
     """Whether the network is one of texts."""
 
+    settable: ClassVar[tuple[str, ...]] = ()
+    """Names of sizes that follow from fields and that a caller may give instead of those."""
+
     keeps_pooler: ClassVar[bool] = False
     """Whether models with a head have the pooler's parameters even where the head does not look at
     it."""
@@ -183,6 +186,9 @@ class ViTConfig:
     use_key_bias: bool | None
     use_attention_norm: bool
     use_mlp_norm: bool
+    use_mlp_layer_scale: bool
+    use_mlp_input_norm: bool
+    gate_act: str | Callable
     block_type: BlockType
     num_parallel_branches: int
     proj_bias: bool
@@ -247,6 +253,7 @@ class ViTConfig:
             kwargs["dtype"] = torch_dtype
 
         num_labels = kwargs.pop("num_labels", None)
+        instead = {name: kwargs.pop(name) for name in self.settable if name in kwargs}
         for name, row in self.fields.items():
             if name not in ("id2label", "label2id"):
                 setattr(self, name, kwargs.pop(name, row.default))
@@ -259,6 +266,8 @@ class ViTConfig:
         object.__setattr__(self, "_ignored", {})
         for name, value in kwargs.items():
             self._set_unknown(name, value)
+        for name, value in instead.items():
+            setattr(self, name, value)
         self.validate()
 
     def _set_unknown(self, name: str, value: Any) -> None:
@@ -396,6 +405,15 @@ class ViTConfig:
             )
         sides = (*self.patch_height_width, *self.image_height_width)
         stride = self.stem_stride
+        if self.stem_type == "mbconv" and self.patch_height_width != (2 * stride, 2 * stride):
+            raise ConfigError(
+                f"config: `patch_size` must be {2 * stride} after {len(self.stem_depths)} stages "
+                f"of MBConv blocks; given {self.patch_size!r}."
+            )
+        if self.stem_type == "mbconv" and not self.use_patch_bias:
+            raise ConfigError(
+                "config: `use_patch_bias` must be True after MBConv blocks (`stem_type`)."
+            )
         for side, patch in zip(sides, self.patch_height_width * 2, strict=True):
             if side % stride or side % patch:
                 raise ConfigError(
@@ -467,11 +485,6 @@ class ViTConfig:
         return self.qkv_bias
 
     @property
-    def gate_act(self) -> str | Callable:
-        """Activation of the gate of a SwiGLU."""
-        return "silu"
-
-    @property
     def num_prefix_tokens(self) -> int:
         """Number of tokens in front of the patches: class, distillation and register tokens."""
         return self.use_cls_token + self.use_distillation_token + self.num_register_tokens
@@ -509,8 +522,15 @@ class ViTConfig:
 
     @property
     def has_layer_scale(self) -> bool:
-        """Whether both residual branches are multiplied by learned factors, one per channel."""
+        """Whether residual branches are multiplied by learned factors, one per channel: both, or
+        attention's alone, see `has_mlp_layer_scale`."""
         return self.layer_scale_init_value > 0
+
+    @property
+    def has_mlp_layer_scale(self) -> bool:
+        """Whether the MLP's branch is multiplied by factors of its own."""
+        own = self.use_mlp_layer_scale and self.block_type != "parallel"
+        return self.has_layer_scale and own
 
     @property
     def drop_path_rates(self) -> tuple[float, ...]:
@@ -568,7 +588,7 @@ class ViTConfig:
     @property
     def stem_widths(self) -> tuple[int, ...]:
         """Number of channels after each stage of the stem."""
-        first = STEM_NARROWING * self.stem_width
+        first = self.stem_width * (1 if self.stem_type == "mbconv" else STEM_NARROWING)
         return tuple(first * 2**i for i in range(len(self.stem_depths)))
 
     @property
@@ -581,13 +601,21 @@ class ViTConfig:
     @property
     def stem_stride(self) -> int:
         """Pixels of the image, down and across, for one of what the patch projection takes."""
-        return 1 if self.stem_type is None else stem_stride(self.stem_depths)
+        return 1 if self.stem_type is None else stem_stride(self.stem_depths, self.stem_type)
 
     @property
     def patch_projection_size(self) -> tuple[int, int]:
         """Size (height, width) of the patch projection: the patch's, over the stem's stride."""
         height, width = self.patch_height_width
         return height // self.stem_stride, width // self.stem_stride
+
+    @property
+    def patch_kernel_size(self) -> tuple[int, int]:
+        """Size (height, width) of the kernel of the patch projection: that of a patch, or after
+        MBConv blocks one more, as patches overlap."""
+        height, width = self.patch_projection_size
+        more = int(self.stem_type == "mbconv")
+        return height + more, width + more
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -664,7 +692,7 @@ class ViTConfig:
         for name, value in vars(self).items():
             if name in _RUNTIME:
                 continue
-            if name in ("hidden_act", "pooler_act") and not isinstance(value, str):
+            if name in ("hidden_act", "pooler_act", "gate_act") and not isinstance(value, str):
                 raise refusal(name, "the name of an activation, to be written to a file", value)
             row = self.fields.get(name)
             if row is not None and row.if_set and value == row.default:
@@ -759,9 +787,9 @@ class ViTConfig:
             name: table.pop(name)
             for name in [*table]
             if name not in ("model_type", *cls.fields, *overrides)
-            and isinstance(getattr(cls, name, None), (bool, int, float, str))
+            and (name in cls.settable or isinstance(getattr(cls, name, None), _PLAIN))
         }
-        known = {*cls.fields, *table, *INHERITED, *_KNOWN}
+        known = {*cls.keywords(), *table, *INHERITED, *_KNOWN}
         unused = {k: v for k, v in overrides.items() if k not in known} if return_unused else {}
         used = {k: v for k, v in overrides.items() if k not in unused}
         if "num_labels" in used and used["num_labels"] is None:
@@ -784,6 +812,11 @@ class ViTConfig:
             check_depth(name, value)
             config._ignored[name] = value
         return (config, unused) if return_unused else config
+
+    @classmethod
+    def keywords(cls) -> tuple[str, ...]:
+        """Names of the keywords that a configuration is made of."""
+        return (*cls.fields, *cls.settable)
 
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike) -> Any:
@@ -897,6 +930,8 @@ class ViTConfig:
 # Attributes that are about this process; `_ignored` holds keys of a file that the family has no use
 # for, which are written back.
 _RUNTIME = ("_name_or_path", "_attn_implementation", "_commit_hash", "_ignored")
+
+_PLAIN = (bool, int, float, str)
 
 # Keywords of `from_dict` that are no fields.
 _KNOWN = (

@@ -235,15 +235,25 @@ STEM_NARROWING = 4
 """By how much its blocks are narrower inside."""
 
 
-def stem_stride(depths: Sequence[int]) -> int:
+STEM_KERNELS = (4, 2)
+"""Sides of the kernels of convolutions before the patches, which neither overlap nor leave gaps."""
+STEM_WIDENING = 4
+"""By how much MBConv blocks before the patches are wider inside."""
+
+
+def stem_stride(depths: Sequence[int], kind: str | None = "resnetv2") -> int:
     """Pixels of the image, down and across, for one after a stem with stages of so many blocks."""
+    if kind == "convolutions":
+        return math.prod(STEM_KERNELS)
+    if kind == "mbconv":
+        return 2 * 2 ** len(depths)
     return 4 * 2 ** max(len(depths) - 1, 0)
 
 
 PositionTokens = Literal["all", "cls", "patches"]
 AttentionType = Literal["softmax", "differential"]
 RelativePositionType = Literal["table", "mlp"]
-StemType = Literal["resnetv2"]
+StemType = Literal["resnetv2", "mbconv", "convolutions"]
 StemStandardization = Literal["variance", "deviation"]
 Pooling = Literal["cls", "mean", "cls_mean", "map"]
 NormType = Literal["layernorm", "rmsnorm"]
@@ -551,6 +561,20 @@ ROWS: dict[str, Field] = {
         BEIT,
         beit=0.1,
     ),
+    "gate_act": _extension(
+        "silu", _activation, "activation of the gate of a gated MLP (`use_swiglu_ffn`)"
+    ),
+    "use_mlp_input_norm": _extension(
+        False,
+        _boolean,
+        "whether the MLP normalises its input by itself too, after the block's own norm (ViTamin)",
+    ),
+    "use_mlp_layer_scale": _extension(
+        True,
+        _boolean,
+        "whether the MLP's branch has such factors too; without them only attention's has (Sapiens "
+        "2)",
+    ),
     "layerscale_value": Field(
         1.0,
         _fraction,
@@ -602,8 +626,10 @@ ROWS: dict[str, Field] = {
         None,
         _optional(_choice(get_args(StemType))),
         'network before the patch projection: None, or "resnetv2", the ResNet of a hybrid '
-        "(Dosovitskiy et al. 2021, arXiv:2010.11929); `patch_size` stays the side of a patch in "
-        "pixels of the image",
+        '(Dosovitskiy et al. 2021, arXiv:2010.11929), "mbconv", the inverted bottlenecks of a '
+        'ViTamin (Chen et al. 2024, arXiv:2404.02132), whose patches overlap, or "convolutions", '
+        "the two of a MobileCLIP (Vasu et al. 2024, arXiv:2311.17049); `patch_size` stays the side "
+        "of a patch in pixels of the image",
     ),
     "stem_depths": _extension(
         (),

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from vit_common.config import ViTConfig
-from vit_common.config_fields import STEM_NARROWING
+from vit_common.config_fields import STEM_KERNELS, STEM_NARROWING, STEM_WIDENING
 from vit_common.positions import relative_distances
 
 Shapes = dict[str, tuple[int, ...]]
@@ -137,7 +137,7 @@ def parameter_shapes(
         shapes["embeddings.position_embeddings"] = (1, positions, D)
     if config.stem_type is not None:
         shapes |= _stem_shapes(config)
-    projection = (D, config.stem_channels, *config.patch_projection_size)
+    projection = (D, config.stem_channels, *config.patch_kernel_size)
     shapes["embeddings.patch_embeddings.projection.weight"] = projection
     if config.use_patch_bias:
         shapes["embeddings.patch_embeddings.projection.bias"] = (D,)
@@ -232,6 +232,8 @@ def _blocks(config: ViTConfig) -> Shapes:
         shapes[f"{layer}.intermediate.dense.weight"] = (first, D)
         if config.mlp_bias:
             shapes[f"{layer}.intermediate.dense.bias"] = (first,)
+        if config.use_mlp_input_norm:
+            shapes |= _norm(config, f"{layer}.intermediate.layernorm")
         if config.use_mlp_norm:
             shapes |= _norm(config, f"{layer}.output.layernorm", inner)
         shapes[f"{layer}.output.dense.weight"] = (D, inner)
@@ -243,8 +245,8 @@ def _blocks(config: ViTConfig) -> Shapes:
             shapes |= _norm(config, f"{layer}.layernorm_after")
         if config.has_layer_scale:
             shapes[f"{layer}.lambda_1"] = (D,)
-            if not parallel:
-                shapes[f"{layer}.lambda_2"] = (D,)
+        if config.has_mlp_layer_scale:
+            shapes[f"{layer}.lambda_2"] = (D,)
     return shapes
 
 
@@ -268,7 +270,17 @@ def _relative(config: ViTConfig, module: str) -> Shapes:
 
 
 def _stem_shapes(config: ViTConfig) -> Shapes:
-    """The parameters of a ResNet before the patch projection."""
+    """The parameters of the network before the patch projection."""
+    if config.stem_type == "mbconv":
+        return _mbconv_shapes(config)
+    if config.stem_type == "convolutions":
+        (first, second), width = STEM_KERNELS, config.stem_width
+        return {
+            "embeddings.stem.convolution.weight": (width, config.num_channels, first, first),
+            "embeddings.stem.convolution.bias": (width,),
+            "embeddings.stem.convolution2.weight": (width, width, second, second),
+            "embeddings.stem.convolution2.bias": (width,),
+        }
     shapes: Shapes = {}
 
     def add(module: str, number: str, inputs: int, features: int, size: int = 1) -> None:
@@ -289,6 +301,37 @@ def _stem_shapes(config: ViTConfig) -> Shapes:
             add(block, "2", inner, inner, 3)
             add(block, "3", inner, features)
             inputs = features
+    return shapes
+
+
+def _mbconv_shapes(config: ViTConfig) -> Shapes:
+    """The parameters of MBConv blocks before the patch projection."""
+    shapes: Shapes = {}
+
+    def convolution(name: str, features: int, inputs: int, size: int = 1) -> None:
+        shapes[f"embeddings.stem.{name}.weight"] = (features, inputs, size, size)
+        shapes[f"embeddings.stem.{name}.bias"] = (features,)
+
+    def norm(name: str, features: int) -> None:
+        for leaf in ("weight", "bias"):
+            shapes[f"embeddings.stem.{name}.{leaf}"] = (features,)
+
+    width = inputs = config.stem_width
+    convolution("convolution", width, config.num_channels, 3)
+    norm("norm", width)
+    convolution("convolution2", width, width, 3)
+    for i, features in enumerate(config.stem_widths):
+        inner = STEM_WIDENING * features
+        for j in range(config.stem_depths[i]):
+            block = f"stage{i}.{j}"
+            if inputs != features:
+                convolution(f"{block}.conv_shortcut", features, inputs)
+            norm(f"{block}.norm", inputs)
+            convolution(f"{block}.conv1", inner, inputs)
+            convolution(f"{block}.conv2", inner, 1, 3)  # of each channel by itself
+            convolution(f"{block}.conv3", features, inner)
+            inputs = features
+    norm("norm_out", inputs)
     return shapes
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from vit_common.config import FamilyConfig, PoolerType, ViTConfig, config_classes
-from vit_common.config_fields import ROWS, Pooling, fields_of
+from vit_common.config_fields import EXTENSIONS, ROWS, VIT_FIELDS, Pooling, fields_of
 from vit_common.errors import ConfigError, shown
 
 # Keys of configurations that change what the network computes, in families that have no such field;
@@ -179,11 +179,16 @@ class _WholeConfig(_Tower):
         inner = {
             name: kwargs.pop(name)
             for name in [*kwargs]
-            if name in self.sub_configs["vision_config"].fields and name not in names
+            if name in self.sub_configs["vision_config"].keywords() and name not in names
         }
         for name, value in inner.items():
             setattr(kwargs["vision_config"], name, value)
         super().__init__(**kwargs)
+
+    @classmethod
+    def keywords(cls) -> tuple[str, ...]:
+        """Names of the keywords that a configuration is made of, those of the image tower too."""
+        return (*super().keywords(), *cls.sub_configs["vision_config"].keywords())
 
     @classmethod
     def from_text_vision_configs(
@@ -439,6 +444,37 @@ class SiglipVisionConfig(
         """What stands for the image."""
         return "map" if self.vision_use_head else "mean"
 
+    @classmethod
+    def from_related(cls, config: ViTConfig) -> ViTConfig | None:
+        """This tower's configuration out of that of both, or of a ViT that is one, as timm's and
+        big_vision's files of SigLIP are read."""
+        found = super().from_related(config)
+        if found is not None or not _is_siglip(config):
+            return found
+        own = {name: getattr(config, name) for name in cls.fields if name in config.fields}
+        made = cls(**own, attention_dropout=config.attention_probs_dropout_prob)
+        object.__setattr__(made, "_name_or_path", config._name_or_path)
+        made._attn_implementation = config._attn_implementation
+        return made
+
+
+_OF_SIGLIP = ("pooling", "use_cls_token", "position_tokens", "drop_path_rate")
+_OF_POOLER = ("pooler_num_heads", "pooler_intermediate_size")
+
+
+def _is_siglip(config: ViTConfig) -> bool:
+    """Whether a ViT's network is that of SigLIP's image tower."""
+    if type(config).fields is not VIT_FIELDS or config.pooling != "map" or config.use_cls_token:
+        return False
+    same = all(
+        getattr(config, name) == VIT_FIELDS[name].default
+        for name in EXTENSIONS
+        if name in VIT_FIELDS and name not in (*_OF_SIGLIP, *_OF_POOLER)
+    )
+    pooler = (config.pooler_heads, config.pooler_inner)
+    usual = pooler == (config.num_attention_heads, config.intermediate_size)
+    return same and usual and config.qkv_bias and config.hidden_dropout_prob == 0.0
+
 
 class SiglipTextConfig(
     _SiglipTower, _TextTower, fields=fields_of("siglip_text_model", order=_SIGLIP_TEXT)
@@ -514,6 +550,7 @@ class Siglip2VisionConfig(
     whole_type = "siglip2"
     stem = "Siglip2"
     any_image_size = True
+    settable = ("image_size",)
 
     num_patches: int = 256  # type: ignore[assignment]
 

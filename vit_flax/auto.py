@@ -24,6 +24,14 @@ from vit_flax.families import (
     FlaxDinov2WithRegistersModel,
     FlaxDINOv3ViTForImageClassification,
     FlaxDINOv3ViTModel,
+    FlaxSiglip2ForImageClassification,
+    FlaxSiglip2Model,
+    FlaxSiglip2TextModel,
+    FlaxSiglip2VisionModel,
+    FlaxSiglipForImageClassification,
+    FlaxSiglipModel,
+    FlaxSiglipTextModel,
+    FlaxSiglipVisionModel,
 )
 from vit_flax.pretrained import (
     FlaxViTForImageClassification,
@@ -45,6 +53,12 @@ class FlaxAutoModel(AutoModelBase):
         "clip_vision_model": FlaxCLIPVisionModel,
         "clip_text_model": FlaxCLIPTextModel,
         "dinov3_vit": FlaxDINOv3ViTModel,
+        "siglip": FlaxSiglipModel,
+        "siglip_vision_model": FlaxSiglipVisionModel,
+        "siglip_text_model": FlaxSiglipTextModel,
+        "siglip2": FlaxSiglip2Model,
+        "siglip2_vision_model": FlaxSiglip2VisionModel,
+        "siglip2_text_model": FlaxSiglip2TextModel,
     }
 
 
@@ -52,7 +66,12 @@ class FlaxAutoImageModel(AutoModelBase):
     """The network that images go through, of any family: that of `FlaxAutoModel`, and of a model of
     images and texts its image tower. (Not a class of Transformers.)"""
 
-    classes: ClassVar = {**FlaxAutoModel.classes, "clip": FlaxCLIPVisionModel}
+    classes: ClassVar = {
+        **{name: cls for name, cls in FlaxAutoModel.classes.items() if "_text_" not in name},
+        "clip": FlaxCLIPVisionModel,
+        "siglip": FlaxSiglipVisionModel,
+        "siglip2": FlaxSiglip2VisionModel,
+    }
 
 
 class FlaxAutoModelForImageClassification(AutoClassifierBase):
@@ -67,6 +86,10 @@ class FlaxAutoModelForImageClassification(AutoClassifierBase):
         "clip": FlaxCLIPForImageClassification,
         "clip_vision_model": FlaxCLIPForImageClassification,
         "dinov3_vit": FlaxDINOv3ViTForImageClassification,
+        "siglip": FlaxSiglipForImageClassification,
+        "siglip_vision_model": FlaxSiglipForImageClassification,
+        "siglip2": FlaxSiglip2ForImageClassification,
+        "siglip2_vision_model": FlaxSiglip2ForImageClassification,
     }
     teacher: ClassVar = FlaxDeiTForImageClassificationWithTeacher
 

@@ -208,6 +208,7 @@ def dense(part: FlaxViTPart, features: int, use_bias: bool = True) -> Dense:
         features,
         use_bias=use_bias,
         dtype=part.dtype,
+        result_dtype=part.array_dtype,
         param_dtype=part.param_dtype,
         precision=part.precision,
         kernel_init=initializer(part.config.initializer_range),
@@ -216,13 +217,16 @@ def dense(part: FlaxViTPart, features: int, use_bias: bool = True) -> Dense:
 
 
 class Convolution(nn.Conv):
-    """`flax.linen.Conv`; in half precision on a CPU, by the policy of `vit_flax.cpu`."""
+    """`flax.linen.Conv`; in half precision on a CPU, by the policy of `vit_flax.cpu`, and then its
+    result is float32."""
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         dtype = self.dtype or inputs.dtype
         operands = operand_dtype(dtype)
-        if self.is_initializing() or operands is None:
+        if operands is None:
             return super().__call__(inputs)
+        if self.is_initializing():
+            return super().__call__(inputs).astype(jnp.float32)
         if operands == jnp.bfloat16 and tuple(self.kernel_size) == tuple(self.strides):
             outputs = self._of_patches(inputs, dtype)
         else:  # XLA's library has no such convolution of bfloat16
@@ -232,6 +236,7 @@ class Convolution(nn.Conv):
                 window_strides=self.strides,
                 padding=self.padding,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=self.feature_group_count,
                 precision=self.precision,
             )
         return outputs + self._parameter("bias") if self.use_bias else outputs

@@ -46,23 +46,31 @@ from vit_flax.outputs import (
 )
 from vit_flax.parts.attention_pool import FlaxViTAttentionPooler
 from vit_flax.parts.differential import FlaxViTDifferentialAttention
+from vit_flax.parts.mbconv import FlaxViTMBConvStem, padded_convolution
 from vit_flax.parts.part import FlaxViTPart, activation, options
 from vit_flax.parts.relative import FlaxViTRelativePositionMLP
 from vit_flax.parts.rotary import rotate, rotation
-from vit_flax.parts.stems import FlaxViTStem
+from vit_flax.parts.stems import FlaxViTConvolutionStem, FlaxViTStem
 from vit_flax.stacked import make_blocks, scan_blocks
+
+STEMS: dict[str, type[FlaxViTPart]] = {
+    "resnetv2": FlaxViTStem,
+    "mbconv": FlaxViTMBConvStem,
+    "convolutions": FlaxViTConvolutionStem,
+}
+"""`stem_type` -> the network before the patches."""
 
 
 class FlaxViTPatchEmbeddings(FlaxViTPart):
     """Cuts the image into patches and projects each to width D."""
 
     def setup(self):
-        self.projection = convolution(
-            self,
-            self.config.hidden_size,
-            self.config.patch_projection_size,
-            use_bias=self.config.use_patch_bias,
-        )
+        D = self.config.hidden_size
+        if self.config.stem_type == "mbconv":  # its patches overlap
+            self.projection = padded_convolution(self, D, stride=2)
+        else:
+            size, use_bias = self.config.patch_projection_size, self.config.use_patch_bias
+            self.projection = convolution(self, D, size, use_bias=use_bias)
 
     def __call__(self, pixel_values):
         embeddings = self.projection(pixel_values)  # (B, H/P, W/P, D); with a stem, of its output
@@ -89,7 +97,7 @@ class FlaxViTEmbeddings(FlaxViTPart):
             positions = config.num_prefix_positions + config.num_patches
             add_parameter(self, "position_embeddings", (1, positions, D), "normal")
         if config.stem_type is not None:
-            self.stem = FlaxViTStem(**options(self))
+            self.stem = STEMS[config.stem_type](**options(self))
         self.patch_embeddings = FlaxViTPatchEmbeddings(**options(self))
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
@@ -321,9 +329,13 @@ class FlaxViTIntermediate(FlaxViTPart):
     def setup(self):
         width = self.config.intermediate_size
         features = 2 * width if self.config.use_swiglu_ffn else width
+        if self.config.use_mlp_input_norm:
+            self.layernorm = layer_norm(self)
         self.dense = dense(self, features, use_bias=self.config.mlp_bias)
 
     def __call__(self, hidden_states):
+        if self.config.use_mlp_input_norm:
+            hidden_states = self.layernorm(hidden_states)
         hidden_states = self.dense(hidden_states)  # (B, S, I), or (B, S, 2 I)
         if self.config.use_swiglu_ffn:
             gate, hidden_states = jnp.split(hidden_states, 2, axis=-1)
@@ -376,7 +388,7 @@ class FlaxViTBranch(FlaxViTPart):
         if self.config.has_layer_scale:
             D, value = self.config.hidden_size, self.config.layer_scale_init_value
             add_parameter(self, "lambda_1", (D,), value)
-            if not parallel:
+            if self.config.has_mlp_layer_scale:
                 add_parameter(self, "lambda_2", (D,), value)
 
     def attend(
@@ -399,7 +411,7 @@ class FlaxViTBranch(FlaxViTPart):
         output = self.output(self.intermediate(normed), deterministic)
         if post_norm:
             output = self.layernorm_after(output)
-        if self.config.has_layer_scale:
+        if self.config.has_mlp_layer_scale:
             output = output * self.lambda_2.astype(self.array_dtype)
         return self.drop_path(output, rate, deterministic)
 

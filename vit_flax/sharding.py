@@ -50,7 +50,7 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embeddings/(cls_token|distillation_token|mask_token|register_tokens)", _WHOLE),
     (r"embeddings/position_embeddings", _WIDTH),
     (r"embeddings/stem/.*conv\w*/kernel", PartitionSpec(None, None, None, FSDP)),
-    (r"embeddings/stem/.*norm\w*/(scale|bias)", _WHOLE),
+    (r"embeddings/stem/.*(conv|norm)\w*/(scale|bias)", _WHOLE),
     (
         r"embeddings/patch_embeddings/projection/kernel",  # (P, P, C, D)
         PartitionSpec(None, None, None, FSDP),

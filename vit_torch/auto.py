@@ -22,6 +22,14 @@ from vit_torch.families import (
     Dinov2WithRegistersModel,
     DINOv3ViTForImageClassification,
     DINOv3ViTModel,
+    Siglip2ForImageClassification,
+    Siglip2Model,
+    Siglip2TextModel,
+    Siglip2VisionModel,
+    SiglipForImageClassification,
+    SiglipModel,
+    SiglipTextModel,
+    SiglipVisionModel,
 )
 from vit_torch.pretrained import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
 
@@ -39,6 +47,12 @@ class AutoModel(AutoModelBase):
         "clip_vision_model": CLIPVisionModel,
         "clip_text_model": CLIPTextModel,
         "dinov3_vit": DINOv3ViTModel,
+        "siglip": SiglipModel,
+        "siglip_vision_model": SiglipVisionModel,
+        "siglip_text_model": SiglipTextModel,
+        "siglip2": Siglip2Model,
+        "siglip2_vision_model": Siglip2VisionModel,
+        "siglip2_text_model": Siglip2TextModel,
     }
 
 
@@ -46,7 +60,12 @@ class AutoImageModel(AutoModelBase):
     """The network that images go through, of any family: that of `AutoModel`, and of a model of
     images and texts its image tower. (Not a class of Transformers.)"""
 
-    classes: ClassVar = {**AutoModel.classes, "clip": CLIPVisionModel}
+    classes: ClassVar = {
+        **{name: cls for name, cls in AutoModel.classes.items() if "_text_" not in name},
+        "clip": CLIPVisionModel,
+        "siglip": SiglipVisionModel,
+        "siglip2": Siglip2VisionModel,
+    }
 
 
 class AutoModelForImageClassification(AutoClassifierBase):
@@ -61,6 +80,10 @@ class AutoModelForImageClassification(AutoClassifierBase):
         "clip": CLIPForImageClassification,
         "clip_vision_model": CLIPForImageClassification,
         "dinov3_vit": DINOv3ViTForImageClassification,
+        "siglip": SiglipForImageClassification,
+        "siglip_vision_model": SiglipForImageClassification,
+        "siglip2": Siglip2ForImageClassification,
+        "siglip2_vision_model": Siglip2ForImageClassification,
     }
     teacher: ClassVar = DeiTForImageClassificationWithTeacher
 

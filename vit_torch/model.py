@@ -47,10 +47,18 @@ from vit_torch.outputs import (
 )
 from vit_torch.parts.attention_pool import ViTAttentionPooler
 from vit_torch.parts.differential import ViTDifferentialAttention
+from vit_torch.parts.mbconv import ViTMBConvStem, padded_convolution
 from vit_torch.parts.part import ViTPart, activation, options
 from vit_torch.parts.relative import ViTRelativePositionMLP
 from vit_torch.parts.rotary import Rotation, rotate, rotation
-from vit_torch.parts.stems import ViTStem
+from vit_torch.parts.stems import ViTConvolutionStem, ViTStem
+
+STEMS: dict[str, type[ViTPart]] = {
+    "resnetv2": ViTStem,
+    "mbconv": ViTMBConvStem,
+    "convolutions": ViTConvolutionStem,
+}
+"""`stem_type` -> the network before the patches."""
 
 
 class ViTPatchEmbeddings(ViTPart):
@@ -68,13 +76,12 @@ class ViTPatchEmbeddings(ViTPart):
             self.config.patch_height_width,
         )
         self.num_channels, self.num_patches = self.config.num_channels, self.config.num_patches
-        self.projection = convolution(
-            self,
-            self.config.stem_channels,
-            self.config.hidden_size,
-            self.config.patch_projection_size,
-            use_bias=self.config.use_patch_bias,
-        )
+        inputs, D = self.config.stem_channels, self.config.hidden_size
+        if self.config.stem_type == "mbconv":  # its patches overlap
+            self.projection = padded_convolution(self, inputs, D, stride=2)
+        else:
+            size, use_bias = self.config.patch_projection_size, self.config.use_patch_bias
+            self.projection = convolution(self, inputs, D, size, use_bias=use_bias)
 
     def forward(self, pixel_values):
         embeddings = self.projection(pixel_values)  # (B, D, H/P, W/P); with a stem, of its output
@@ -102,7 +109,7 @@ class ViTEmbeddings(ViTPart):
             positions = config.num_prefix_positions + config.num_patches
             add_parameter(self, "position_embeddings", (1, positions, D), "normal")
         if config.stem_type is not None:
-            self.stem = ViTStem(**options(self))
+            self.stem = STEMS[config.stem_type](**options(self))
         self.patch_embeddings = ViTPatchEmbeddings(**options(self))
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
@@ -333,9 +340,13 @@ class ViTIntermediate(ViTPart):
         super().__init__(**kwargs)
         width = self.config.intermediate_size
         features = 2 * width if self.config.use_swiglu_ffn else width
+        if self.config.use_mlp_input_norm:
+            self.layernorm = layer_norm(self)
         self.dense = dense(self, self.config.hidden_size, features, use_bias=self.config.mlp_bias)
 
     def forward(self, hidden_states):
+        if self.config.use_mlp_input_norm:
+            hidden_states = self.layernorm(hidden_states)
         hidden_states = self.dense(hidden_states)  # (B, S, I), or (B, S, 2 I)
         if self.config.use_swiglu_ffn:
             gate, hidden_states = hidden_states.chunk(2, dim=-1)
@@ -397,7 +408,7 @@ class ViTBranch(ViTPart):
         if self.config.has_layer_scale:
             D, value = self.config.hidden_size, self.config.layer_scale_init_value
             add_parameter(self, "lambda_1", (D,), value)
-            if not parallel:
+            if self.config.has_mlp_layer_scale:
                 add_parameter(self, "lambda_2", (D,), value)
 
     def attend(self, hidden_states, **inputs):
@@ -418,7 +429,7 @@ class ViTBranch(ViTPart):
         output = self.output(self.intermediate(normed))
         if post_norm:
             output = self.layernorm_after(output)
-        if self.config.has_layer_scale:
+        if self.config.has_mlp_layer_scale:
             output = output * self.lambda_2
         return self.drop_path(output)
 

@@ -71,9 +71,16 @@ class ViTPreTrainedModel(Loadable, Savable, ModelBase):
             table = table_for("hub", self.config, self.head)
             for bare, key in table.strip(given).items():
                 found = None if own.get(key) == given[key] else table.rule_for_foreign(bare)
-                if found is None or len(found[0].canonical_names) > 1:
+                if found is None or len(found[0].foreign_names) > 1:
                     continue
                 rule, index = found
+                if len(rule.canonical_names) > 1:  # one array for several, along its first axis
+                    tensor = state_dict.pop(f"{prefix}{key}")
+                    parts = tensor.chunk(len(rule.canonical_names))
+                    start = prefix if bare == key else f"{prefix}{self.base_model_prefix}."
+                    for name, part in zip(rule.canonical_names, parts, strict=True):
+                        state_dict[f"{start}{name.replace('{i}', index or '')}"] = part
+                    continue
                 name = rule.canonical_names[0].replace("{i}", index or "")
                 for ours in (name, f"{self.base_model_prefix}.{name}"):
                     if ours in own and ours not in given.keys() - {key}:

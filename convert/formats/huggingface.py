@@ -82,6 +82,7 @@ EXTENDED_BLOCK = (
     "attention.attention.query_norm",
     "attention.attention.key_norm",
     "attention.output.layernorm",
+    "intermediate.layernorm",
     "output.layernorm",
     *(f"attention.attention.{name}" for name in RELATIVE_MLP),
     *(f"attention.attention.differential.{name}" for name in (*DIFFERENTIAL, "norm")),
@@ -107,16 +108,20 @@ DINOV2_SWIGLU_BLOCK = {
 
 
 def stem_modules() -> tuple[str, ...]:
-    """Modules of a ResNet before the patches; `{i}` is the number of a block in its stage."""
-    return ("embeddings.stem.convolution", "embeddings.stem.norm") + tuple(
-        f"embeddings.stem.stage{stage}.{{i}}.{kind}{which}"
+    """Modules of the network before the patches; `{i}` is the number of a block in its stage."""
+    outside = ("convolution", "norm", "convolution2", "norm_out")
+    return tuple(f"embeddings.stem.{module}" for module in outside) + tuple(
+        f"embeddings.stem.stage{stage}.{{i}}.{module}"
         for stage in range(4)
-        for kind in ("conv", "norm")
-        for which in ("1", "2", "3", "_shortcut")
+        for module in (
+            *(f"{kind}{which}" for kind in ("conv", "norm") for which in (*"123", "_shortcut")),
+            "norm",
+        )
     )
 
 
 STEM = stem_modules()
+_LEAVES = ("weight", "bias")
 
 CLIP = ("clip_vision_model", "clip_text_model", "clip")
 SIGLIP = ("siglip_vision_model", "siglip_text_model", "siglip")
@@ -177,8 +182,7 @@ _NO_WEIGHTS = (
 
 
 def _leaves(module: str) -> tuple[str, ...]:
-    leaves = ("weight", "bias") if "norm" in module.rpartition(".")[2] else ("weight",)
-    return tuple(f"{module}.{leaf}" for leaf in leaves)
+    return tuple(f"{module}.{leaf}" for leaf in _LEAVES)
 
 
 def _block(
@@ -205,7 +209,6 @@ def _top(mask_token: Layout = KEEP, shared: str = f"encoder.{_TABLE}") -> tuple[
     )
 
 
-_LEAVES = ("weight", "bias")
 _TEXT = "text_model."
 
 

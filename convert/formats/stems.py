@@ -11,7 +11,7 @@ import numpy as np
 
 from vit_common.config import ViTConfig
 from vit_convert.formats.format import Rule
-from vit_convert.layouts import HWIO, KEEP, Layout
+from vit_convert.layouts import HWIO, KEEP, Arrays, Layout
 
 STAGES = 4
 UNITS = 24
@@ -47,6 +47,35 @@ TIMM = _torch_rules(
 """timm's names, where the ResNet has stages."""
 TIMM_ROOT = _rules(f"{_TIMM}conv", f"{_STEM}convolution") + _rules(f"{_TIMM}norm", f"{_STEM}norm")
 """timm's names, where it is a root alone."""
+
+
+def _biased(module: str, ours: str) -> tuple[Rule, ...]:
+    return tuple(Rule(f"{module}.{leaf}", f"{ours}.{leaf}") for leaf in ("weight", "bias"))
+
+
+_BLOCK_OF_VITAMIN = {
+    "pre_norm": "norm",
+    "conv1_1x1": "conv1",
+    "conv2_kxk": "conv2",
+    "conv3_1x1": "conv3",
+    "shortcut.expand": "conv_shortcut",
+}
+VITAMIN = (
+    *_biased(f"{_TIMM}stem.conv1", f"{_STEM}convolution"),
+    *_biased(f"{_TIMM}stem.norm1", f"{_STEM}norm"),
+    *_biased(f"{_TIMM}stem.conv2", f"{_STEM}convolution2"),
+    *_biased(f"{_TIMM}pool.norm", f"{_STEM}norm_out"),
+    *_biased(f"{_TIMM}pool.proj", "embeddings.patch_embeddings.projection"),
+    *(
+        rule
+        for stage in range(STAGES)
+        for theirs, ours in _BLOCK_OF_VITAMIN.items()
+        for rule in _biased(
+            f"{_TIMM}stages.{stage}.{{i}}.{theirs}", f"{_STEM}stage{stage}.{{i}}.{ours}"
+        )
+    ),
+)
+"""timm's names of the MBConv blocks before a ViTamin's own."""
 
 TRANSFORMERS = _torch_rules(
     (
@@ -116,8 +145,55 @@ TIMM_NAMES: dict[tuple[int, ...], str] = {
 """Depths of a stem -> a network of timm that has it, for its `config.json`."""
 
 
+VITAMINS: dict[tuple[int, int], str] = {
+    (64, 384): "vitamin_small_224",
+    (128, 768): "vitamin_base_224",
+    (160, 1024): "vitamin_large_224",
+    (192, 1152): "vitamin_xlarge_256",
+}
+"""Width of a stem and of the blocks -> a ViTamin of timm that has them."""
+
+
+def _folded(arrays: Arrays) -> Arrays:
+    kernel, *norm = arrays
+    scale, bias, mean, variance = (array.astype(np.float64) for array in norm)
+    with np.errstate(invalid="ignore"):  # a variance below zero gives what is no number
+        factor = scale / np.sqrt(variance + _BATCH_EPS)
+    wide = kernel * factor.reshape(-1, *(1 for _ in kernel.shape[1:]))
+    return [wide.astype(kernel.dtype), (bias - mean * factor).astype(kernel.dtype)]
+
+
+def _kept(arrays: Arrays) -> Arrays:
+    raise ValueError("batch norms that were folded into convolutions are not taken out again")
+
+
+_BATCH_EPS = 1e-5
+FOLDED = Layout("a convolution and its batch norm", _folded, _kept)
+"""A kernel (out, in, k, k), and the scale, bias, mean and variance (out,) of the norm after it ->
+a kernel and a bias that compute the same."""
+
+MOBILECLIP = (
+    *(
+        Rule(
+            (
+                f"{_TIMM}{i}.conv.weight",
+                *(f"{_TIMM}{i}.bn.{n}" for n in ("weight", "bias", "running_mean", "running_var")),
+            ),
+            (f"{_STEM}{ours}.weight", f"{_STEM}{ours}.bias"),
+            FOLDED,
+        )
+        for i, ours in enumerate(("convolution", "convolution2"))
+    ),
+    *_biased(f"{_TIMM}2.conv", "embeddings.patch_embeddings.projection"),
+)
+"""timm's names of the two convolutions of a MobileCLIP, and of the third, the patch projection."""
+COUNTERS = ((r".*\.num_batches_tracked", "a counter of the training of a batch norm"),)
+
+
 def timm_first_convolution(config: ViTConfig) -> str:
     """What timm calls the first convolution of a network."""
+    if config.stem_type == "mbconv":
+        return "patch_embed.backbone.stem.conv1"
     if config.stem_type is None:
         return "patch_embed.proj"
     return f"patch_embed.backbone.{'stem.' if config.stem_depths else ''}conv"
@@ -127,6 +203,12 @@ def timm_cannot_hold(config: ViTConfig) -> str | None:
     """What keeps timm from building a hybrid, or None."""
     if config.stem_type is None:
         return None
+    if config.stem_type == "convolutions":
+        return "timm's convolutions before the patches have batch norms, which are folded here"
+    if config.stem_type == "mbconv":
+        if (config.stem_width, config.hidden_size) in VITAMINS and config.stem_depths == (2, 4):
+            return None
+        return "timm builds ViTamins of the published widths only"
     if config.stem_depths not in TIMM_NAMES or config.stem_width != 64:
         return (
             "timm builds hybrids only with ResNets of "
@@ -138,7 +220,7 @@ def timm_cannot_hold(config: ViTConfig) -> str | None:
 
 def timm_loses(config: ViTConfig) -> list[str]:
     """What timm computes otherwise."""
-    if config.stem_type is None:
+    if config.stem_type != "resnetv2":
         return []
     if config.stem_standardization == "variance" and config.stem_norm_eps == 1e-5:
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from functools import partial
 
 from vit_cli.models import load_for_stream
@@ -35,8 +36,8 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--pool",
         choices=("cls", "mean", "none"),
-        default="cls",
-        help="the class token, the mean of the patches, or all tokens (default: cls)",
+        help="the class token, the mean of the patches, or all tokens (default: cls, of networks "
+        "without a class token mean)",
     )
     parser.add_argument(
         "--store-dtype",
@@ -53,6 +54,21 @@ def add_options(parser: Parser) -> None:
     parser.checks.insert(1, check)  # before what several hosts say of it
 
 
+def _usual_pool(stream: StreamOptions) -> str:
+    """The pooling of a model, as its configuration says; the file of a run names it."""
+    from vit_common.config import is_timm
+    from vit_common.errors import ViTError
+    from vit_common.features import features_pool
+    from vit_convert.source import config_from_dict, read_config_file
+
+    if stream.model is not None:
+        with suppress(ViTError):  # loading the model says what is wrong
+            table = read_config_file(stream.model)
+            if table is not None and not is_timm(table):
+                return features_pool(config_from_dict(table))
+    return "cls"
+
+
 def run(options: Options) -> int:
     """Write the features of image files into one file.
 
@@ -67,7 +83,13 @@ def run(options: Options) -> int:
     from vit_cli.runs.job import Job, Work
 
     stream = StreamOptions.of(options)
-    pool = None if options.pool == "none" else options.pool
+    pool = options.pool or _usual_pool(stream)
+    pool = None if pool == "none" else pool
+    if options.on == "ray":
+        from vit_cli.runs.ray_run import run_on_ray
+
+        how = {"layers": options.layers, "pool": pool, "store_dtype": options.store_dtype}
+        return run_on_ray(options, stream, "ImageFeatures", how)
 
     def begin(files: list[str]) -> Work:
         encoder = load_for_stream("ImageEncoder", stream, files)

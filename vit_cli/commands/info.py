@@ -75,6 +75,7 @@ def run(options: Options) -> int:
     report: Report = {
         "versions": versions(PACKAGE, "python", *_PACKAGES),
         **describe_devices(),
+        "half_products": describe_halves(),
         "integer_products": describe_integers(),
         "compilation_cache": None if place is None else str(place),
     }
@@ -184,6 +185,17 @@ def describe_attention(config: ViTConfig, batch: int, dtype: str) -> Report:
     return {"batch": batch, "dtype": dtype, "kernel": choice.name, "why": choice.reason}
 
 
+def describe_halves() -> Report:
+    """The operands of products of `dtype="bfloat16"` on the device that JAX would use, and why."""
+    from vit_flax.cpu import choose_half_products
+
+    platform = find_devices()[0].platform
+    if platform != "cpu":
+        return {"kind": "bfloat16", "why": f"{platform} multiplies bfloat16"}
+    choice = choose_half_products()
+    return {"kind": choice.kind, "why": choice.reason}
+
+
 def describe_integers() -> Report:
     """How `activations="int8"` multiplies integers on the device that JAX would use, and why."""
     from vit_flax.int8 import choose_product
@@ -237,6 +249,8 @@ def _lines(report: Report) -> Iterator[tuple[str, str]]:
         "precision",
         f"float32 matrix products in {precision['float32']} (setting: {precision['setting']})",
     )
+    halves = report["half_products"]
+    yield ("bfloat16", f"products of {halves['kind']}: {halves['why']}")
     integers = report["integer_products"]
     other = {"float32": "float32"}.get(integers["kind"], "int8")
     yield ("8-bit products", f"{integers['kind']} x {other}: {integers['why']}")

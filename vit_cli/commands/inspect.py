@@ -150,6 +150,17 @@ def _odd(checkpoint: Checkpoint) -> list[str]:
     return odd
 
 
+def _inputs(config: Any) -> dict[str, Any]:
+    """The sizes of what a network takes."""
+    if config.is_text:
+        return {"patch": None, "image": None, "tokens": config.max_position_embeddings}
+    return {
+        "patch": list(config.patch_height_width),
+        "image": list(config.image_height_width),
+        "tokens": config.num_prefix_tokens + config.num_patches,
+    }
+
+
 def _add_network(report: dict[str, Any], name: str, reading: Reading) -> None:
     """What the tensors are the network of; or why they are none."""
     from vit_common.files.checkpoint import open_checkpoint
@@ -169,9 +180,7 @@ def _add_network(report: dict[str, Any], name: str, reading: Reading) -> None:
                 "width": config.hidden_size,
                 "heads": config.num_attention_heads,
                 "mlp_width": config.intermediate_size,
-                "patch": list(config.patch_height_width),
-                "image": list(config.image_height_width),
-                "tokens": config.num_prefix_tokens + config.num_patches,
+                **_inputs(config),
                 "classes": config.num_labels if source.head in ("classifier", "teacher") else 0,
                 "activation": str(config.hidden_act),
                 "layer_norm_eps": config.layer_norm_eps,
@@ -220,19 +229,23 @@ def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if network is not None and "family" in network:
         yield "family", f"{network['family']}, head: {network['head'] or 'none'}"
         patch, image = network["patch"], network["image"]
+        of_images = patch is not None
+        sizes = f"{patch[0]} x {patch[1]}, image {image[0]} x {image[1]}" if of_images else ""
         yield (
             "sizes",
             f"{network['layers']} layers, width {network['width']}, {network['heads']} heads, MLP "
-            f"width {network['mlp_width']}, patches {patch[0]} x {patch[1]}, image {image[0]} x "
-            f"{image[1]}, {network['tokens']} tokens"
+            f"width {network['mlp_width']}, "
+            + (f"patches {sizes}, " if of_images else "texts of at most ")
+            + f"{network['tokens']} tokens"
             + (f", {network['classes']} classes" if network["classes"] else ""),
         )
+        resized = f", positions resized by {network['position_resize']}" if of_images else ""
         yield (
             "numerics",
-            f"{network['activation']}, layer norm eps {network['layer_norm_eps']:g}, positions "
-            f"resized by {network['position_resize']}",
+            f"{network['activation']}, layer norm eps {network['layer_norm_eps']:g}{resized}",
         )
-        yield "images", network["preprocessing"] or "nothing says how they are prepared"
+        if of_images:
+            yield "images", network["preprocessing"] or "nothing says how they are prepared"
     yield "tensors", f"{len(report['tensors'])} of {', '.join(report['dtypes'])}"
     yield "parameters", f"{report['parameters']:,}"
     for text in report["odd"]:

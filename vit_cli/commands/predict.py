@@ -5,15 +5,9 @@ Results go to standard output in the order of the files; everything else goes to
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Mapping
-from typing import Any
-
 from vit_cli.models import load_for_stream
 from vit_cli.options import Options, Parser, StreamOptions, add_stream, positive
-from vit_cli.terminal.messages import say
-from vit_cli.terminal.results import JsonLines, PlainText, Table, Writer
+from vit_cli.terminal.results import printer_of
 
 
 def add_options(parser: Parser) -> None:
@@ -56,31 +50,17 @@ def run(options: Options) -> int:
     from vit_cli.runs.prediction_file import Journal
 
     stream = StreamOptions.of(options)
+    if options.on == "ray":
+        from vit_cli.runs.ray_run import run_on_ray
+
+        return run_on_ray(options, stream, "ImagePredictions", {"top_k": options.top_k})
 
     def begin(files: list[str]) -> Work:
         classifier = load_for_stream("ImageClassifier", stream, files)
         size = stream.batch_size or classifier.default_batch_size
-        rich = _has_rich()
         printer = None
         if stream.output is None:
-            printer = _printer(options.json, files, classifier.config.id2label, rich=rich)
+            printer = printer_of(options.json, files, classifier.config.id2label.values())
         return Work(classifier.stream(files, top_k=options.top_k, batch_size=size), size, printer)
 
     return Job(stream, {"top_k": options.top_k}, begin, Journal, what="classifying").run()
-
-
-def _has_rich() -> bool:
-    """Whether rich is installed; says so where it would be used and is not."""
-    if importlib.util.find_spec("rich") is not None:
-        return True
-    if sys.stdout.isatty():
-        say("warning", "tables and progress bars need rich; run: pip install rich")
-    return False
-
-
-def _printer(as_json: bool, files: list[str], labels: Mapping[int, Any], *, rich: bool) -> Writer:
-    if as_json:
-        return JsonLines(sys.stdout)
-    if rich and sys.stdout.isatty():
-        return Table(sys.stdout, files, map(str, labels.values()))
-    return PlainText(sys.stdout, files)

@@ -121,7 +121,7 @@ def run(options: Options) -> int:
     with ImageIndex.open(options.index) as index:
         if not len(index):
             raise InputError(f"{options.index}: holds no features, so there is nothing to find.")
-        how = _How(options, index)
+        how = How(options, index, options.model)
         failed = 0
 
         def report(text: str) -> None:
@@ -185,17 +185,22 @@ def _print(file: str, near: Sequence[Neighbour], *, as_json: bool) -> None:
         sys.stdout.write(f"{printable(file)}  {each.similarity:7.4f}  {printable(each.file)}\n")
 
 
-class _How:
+class How:
     """How the features of an index were made, as it says, or as the options do.
+
+    Args:
+        options: of the command: `index`, `layers`, `pool`, and those of `load`.
+        index: the features.
+        model: name of the model that was given, if one was.
 
     Attributes:
         layers, pool: as `features` takes them.
     """
 
-    def __init__(self, options: Options, index: ImageIndex) -> None:
-        self._options, self._index = options, index
+    def __init__(self, options: Options, index: ImageIndex, model: str | None) -> None:
+        self._options, self._index, self._model = options, index, model
         stated = self._stated = index.made_with
-        if options.model is None and "model" not in stated:
+        if model is None and "model" not in stated:
             raise self._fail("does not say which model made it; name that with --model")
         self.layers = self._one_of("--layers", options.layers, self._stated_layers(), (-1,))
         pool = None if options.pool is None else options.pool
@@ -233,8 +238,8 @@ class _How:
     @property
     def _name(self) -> str | None:
         stated = self._stated.get("model")
-        if self._options.model is not None:
-            return self._options.model
+        if self._model is not None:
+            return self._model
         if stated is not None and not isinstance(stated, str):
             raise self._fail(f"names the model {stated!r}; wanted its name")
         return stated
@@ -248,7 +253,7 @@ class _How:
         options = self._options
         dtype, precision = options.dtype, precision_of(options)
         reading = Reading.of(options)
-        if options.model is None:
+        if self._model is None:
             dtype = dtype or self._stated.get("dtype")
             dtype = dtype if dtype in DTYPES else None
             precision = {**self._precision(), **precision}
@@ -263,7 +268,7 @@ class _How:
                 **reading.keywords,
             )
         except MissingFileError as error:
-            if options.model is not None:
+            if self._model is not None:
                 raise
             raise MissingFileError(
                 f"{str(error).rstrip('.')}. It made {options.index}; --model says where it is now."
@@ -300,10 +305,8 @@ class _How:
                 f"holds features of {' x '.join(map(str, wanted))} per image; {self._shown} gives "
                 f"{made}. Both must be of the same model, layers and pooling"
             )
-        stated = self._stated.get("model", self._options.model)
-        if self._options.model is not None and (
-            "model" not in self._stated or stated != self._options.model
-        ):
+        stated = self._stated.get("model", self._model)
+        if self._model is not None and ("model" not in self._stated or stated != self._model):
             self._compare(encoder)
 
     @property

@@ -108,12 +108,12 @@ class _Said(logging.Handler):
 
 
 @contextlib.contextmanager
-def logged(name: str) -> Iterator[None]:
-    """Say what a logger is given: warnings and errors, and with VIT_DEBUG set everything."""
+def logged(name: str, least: str = "WARNING") -> Iterator[None]:
+    """Say what a logger is given, of this level and above; with VIT_DEBUG set everything."""
     logger, handler = logging.getLogger(name), _Said()
     before = logger.level, logger.propagate
     logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG if os.environ.get("VIT_DEBUG") else logging.WARNING)
+    logger.setLevel(logging.DEBUG if os.environ.get("VIT_DEBUG") else least)
     logger.propagate = False
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -10,7 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from vit_cli.terminal.messages import one_line, printable
+from vit_cli.terminal.messages import one_line, printable, say
 
 if TYPE_CHECKING:
     from vit_common.errors import ViTError
@@ -164,3 +165,21 @@ class Table:
         for width in widths:
             table.add_column(width=width, overflow="fold")
         return table
+
+
+def printer_of(as_json: bool, files: Iterable[str], labels: Iterable[object]) -> Writer:
+    """How predictions go to standard output; says so where a table would need rich.
+
+    Args:
+        as_json: one JSON object per image.
+        files: names of all the files there may be.
+        labels: all the labels there may be.
+    """
+    rich = importlib.util.find_spec("rich") is not None
+    if not rich and sys.stdout.isatty():
+        say("warning", "tables and progress bars need rich; run: pip install rich")
+    if as_json:
+        return JsonLines(sys.stdout)
+    if rich and sys.stdout.isatty():
+        return Table(sys.stdout, files, map(str, labels))
+    return PlainText(sys.stdout, files)

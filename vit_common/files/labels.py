@@ -6,13 +6,14 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vit_common.errors import InputError, MissingFileError
 from vit_common.files.texts import reason
 
+_PLACE = "{}"
 _WORDNET = re.compile(r"n\d{8}")
 
 
@@ -49,6 +50,50 @@ def read_labels(path: str | os.PathLike) -> list[str]:
                 raise _wanted(name) from error
     lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip().split("\n")
     return _checked([line.strip() for line in lines], name, "line")
+
+
+def texts_of(labels: Any, template: Any = _PLACE, *, least: int = 1) -> tuple[list[str], list[str]]:
+    """Labels to choose among, and the same in a template, as a text tower reads them.
+
+    Args:
+        labels: texts, or the name of a file that `read_labels` takes.
+        template: what each is put into, at its `{}`.
+        least: how many there must be, 1 or 2.
+
+    Raises:
+        MissingFileError: the file cannot be read.
+        InputError: fewer labels, one that is empty, one twice; or no template.
+
+    Example:
+        >>> texts_of(["cat", "dog"], "a photo of a {}")
+        (['cat', 'dog'], ['a photo of a cat', 'a photo of a dog'])
+    """
+    if isinstance(labels, (str, os.PathLike)):
+        labels = read_labels(labels)
+    if not isinstance(labels, Sequence) or not all(isinstance(each, str) for each in labels):
+        raise InputError(f"`labels` must be a list of texts; given {labels!r}.")
+    labels = [each.strip() for each in labels]
+    if "" in labels:
+        raise InputError(
+            f"`labels`: label {labels.index('') + 1} of {len(labels)} is empty; every class needs "
+            "a name."
+        )
+    if not labels:
+        raise InputError("`labels` must hold texts to choose among; given none.")
+    if len(labels) < least:
+        raise InputError(
+            "`labels` must hold at least two texts, as this model's probabilities are shared out "
+            f"among them; given {labels[0]!r}."
+        )
+    twice = next((each for i, each in enumerate(labels) if each in labels[:i]), None)
+    if twice is not None:
+        raise InputError(f"`labels` must hold each text once; given {twice!r} twice.")
+    if not isinstance(template, str) or template.count(_PLACE) != 1:
+        raise InputError(
+            "`template` must be a text with one {} in it, where the label goes, such as 'a photo "
+            f"of a {{}}'; given {template!r}."
+        )
+    return labels, [template.replace(_PLACE, each) for each in labels]
 
 
 def _decoded(data: bytes) -> str:

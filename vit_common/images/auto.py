@@ -16,6 +16,8 @@ from vit_common.images.processors import (
     BitImageProcessor,
     CLIPImageProcessor,
     DeiTImageProcessor,
+    DINOv3ViTImageProcessorFast,
+    SiglipImageProcessor,
     ViTHybridImageProcessor,
 )
 from vit_common.images.timm import processor_from_timm
@@ -26,6 +28,8 @@ _CLASSES: dict[str, type[BaseImageProcessor]] = {
     "BeitImageProcessor": BeitImageProcessor,
     "BitImageProcessor": BitImageProcessor,
     "CLIPImageProcessor": CLIPImageProcessor,
+    "DINOv3ViTImageProcessor": DINOv3ViTImageProcessorFast,
+    "SiglipImageProcessor": SiglipImageProcessor,
     "ViTHybridImageProcessor": ViTHybridImageProcessor,
 }
 
@@ -44,6 +48,9 @@ _CLASS_OF_MODEL: dict[str, type[BaseImageProcessor]] = {
     "dinov2_with_registers": BitImageProcessor,
     "clip": CLIPImageProcessor,
     "clip_vision_model": CLIPImageProcessor,
+    "dinov3_vit": DINOv3ViTImageProcessorFast,
+    "siglip": SiglipImageProcessor,
+    "siglip_vision_model": SiglipImageProcessor,
 }
 
 

@@ -147,6 +147,7 @@ def check_framework(name: str, value: Any) -> str | None:
 
 
 HALF_TO_EVEN = "half_to_even"
+TO_ZERO = "to_zero"  # no option: of processors that rescale first
 CROP_ROUNDINGS = ("floor", HALF_TO_EVEN)
 """Where a crop starts if half of what is cut off is no whole number: rounded down, as Transformers
 does it, or to the even number, as torchvision and so timm do it."""
@@ -223,6 +224,8 @@ class Recipe:
     data_format: str
     input_data_format: str | None
     return_tensors: str | None
+    rescales_first: bool = False
+    """Whether pixels are rescaled before they are resized, and never rounded to 8 bits."""
 
     def __post_init__(self) -> None:
         counts = self._counts

@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,12 @@ import PIL.Image
 
 from vit_common.errors import ImageError, InputError, shown, warn
 from vit_common.files.texts import reason
+from vit_common.images.floats import resize_floats
 from vit_common.images.options import (
     FIRST,
     HALF_TO_EVEN,
     LAST,
+    TO_ZERO,
     Recipe,
     check_pixels,
     rescale,
@@ -242,7 +244,15 @@ def _prepare(image: PIL.Image.Image | np.ndarray, layout: str, recipe: Recipe) -
             f"for {count}."
         )
 
-    if recipe.do_resize:
+    if recipe.do_rescale and recipe.rescales_first:
+        source = three_axes(np.asarray(source)).astype(np.float32)
+        source = source * np.float32(recipe.rescale_factor)
+        if recipe.do_resize:
+            height, width = output_size(source.shape[0], source.shape[1], recipe.size)
+            check_pixels(height, width, "resize")
+            source = resize_floats(source, height, width)
+        recipe = replace(recipe, do_rescale=False)
+    elif recipe.do_resize:
         if isinstance(source, np.ndarray):
             height, width = output_size(source.shape[0], source.shape[1], recipe.size)
             if source.dtype != np.uint8 or source.shape[:2] != (height, width):
@@ -254,7 +264,8 @@ def _prepare(image: PIL.Image.Image | np.ndarray, layout: str, recipe: Recipe) -
     values = source if isinstance(source, np.ndarray) else three_axes(np.asarray(source))
     if recipe.do_center_crop and recipe.crop_size is not None:
         height, width = recipe.crop_size["height"], recipe.crop_size["width"]
-        values = center_crop(values, height, width, recipe.crop_rounding)
+        usual = TO_ZERO if recipe.rescales_first else None
+        values = center_crop(values, height, width, recipe.crop_rounding or usual)
     return _Prepared(values, recipe, was_scaled, looks_scaled)
 
 
@@ -386,13 +397,16 @@ def center_crop(
     """The middle of (H, W, C), padded with zeros where a side is too short.
 
     Source: `center_crop` of Transformers 4.57.6's `image_transforms.py`; with `HALF_TO_EVEN`
-    `torchvision.transforms.functional.center_crop`.
+    `torchvision.transforms.functional.center_crop`, with `TO_ZERO` the one of fast processors in
+    Transformers' `image_processing_utils_fast.py`.
     """
     check_pixels(height, width, "crop")
     # How many rows and columns to cut off before the middle; those below zero are to be added.
     excess = [have - want for have, want in zip(values.shape, (height, width), strict=False)]
     if rounding == HALF_TO_EVEN:
         starts = [round(more / 2) if more >= 0 else -(-more // 2) for more in excess]
+    elif rounding == TO_ZERO:
+        starts = [int(more / 2) for more in excess]
     else:
         starts = [more // 2 for more in excess]
     top, left = (max(start, 0) for start in starts)

@@ -218,6 +218,7 @@ class BaseImageProcessor:
     _call_order: ClassVar[tuple[str, ...]] = ()
     _pairs_are_width_height: ClassVar[bool] = False
     _int_is_shortest_edge: ClassVar[bool] = False  # as `size`; else it is a square
+    _rescales_first: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -345,7 +346,7 @@ class BaseImageProcessor:
                 kept = getattr(self, name, None)
                 table[name] = None if kept is None else check(name, kept)
         table["data_format"] = table["data_format"] or FIRST
-        recipe = Recipe(**table)
+        recipe = Recipe(**table, rescales_first=self._rescales_first)
         if recipe.return_tensors is None:
             return BatchFeature({"pixel_values": run(images, recipe, stack=False)})
         to_tensor = _converter(recipe.return_tensors)  # before the work, as it may not be there

@@ -1,9 +1,10 @@
-"""The image processors of ViT's relatives: DeiT, BEiT, DINOv2 and CLIP.
+"""The image processors of ViT's relatives: DeiT, BEiT, DINOv2, CLIP and SigLIP.
 
 Each is `BaseImageProcessor` with the defaults, and the order of arguments, of the class of that
-name in Transformers 4.57.6 (`models/deit`, `models/beit`, `models/bit` and `models/clip`; DINOv2
-repositories name the processor of BiT), which works on PIL and numpy; its pixels are the same to
-the bit. The options are those of `ViTImageProcessor`; all of these crop as well.
+name in Transformers 4.57.6 (`models/deit`, `models/beit`, `models/bit`, `models/clip` and
+`models/siglip`; DINOv2 repositories name the processor of BiT), which works on PIL and numpy; its
+pixels are the same to the bit. The options are those of `ViTImageProcessor`; all but SigLIP's crop
+as well.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ __all__ = [
     "CLIPFeatureExtractor",
     "CLIPImageProcessor",
     "CLIPImageProcessorFast",
+    "DINOv3ViTImageProcessorFast",
     "DeiTFeatureExtractor",
     "DeiTImageProcessor",
     "DeiTImageProcessorFast",
+    "SiglipImageProcessor",
+    "SiglipImageProcessorFast",
 ]
 
 # In the order of the constructors, as `_CALL` is in that of the calls.
@@ -177,7 +181,64 @@ class ViTHybridImageProcessor(BitImageProcessor):
     }
 
 
+class SiglipImageProcessor(BaseImageProcessor):
+    """Images to the `pixel_values` of a SigLIP, and of a SigLIP 2 of one image size: resize to
+    224 x 224 with the bicubic filter.
+
+    Raises:
+        InputError: a value is not what the option holds, or an unknown key would change pixels.
+    """
+
+    _defaults: ClassVar[dict[str, Any]] = {
+        **BaseImageProcessor._defaults,
+        "resample": Resampling.BICUBIC,
+    }
+    _call_order = (
+        *("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize"),
+        *("image_mean", "image_std", *_RESULT, "do_convert_rgb"),
+    )
+
+
+class DINOv3ViTImageProcessorFast(BaseImageProcessor):
+    """Images to the `pixel_values` of a DINOv3: pixels from 0 to 1, then resized to 224 x 224, and
+    normalised with the means and deviations of ImageNet.
+
+    Transformers has this processor on torchvision alone. Pixels are resized as floating-point
+    numbers there, and so they are here, with the bilinear filter and no other; they are the same to
+    the bit as PyTorch's on a CPU. (Without `do_rescale` they are resized in 8 bits, as by the other
+    processors.)
+
+    Raises:
+        InputError: a value is not what the option holds, or an unknown key would change pixels.
+    """
+
+    _defaults: ClassVar[dict[str, Any]] = {
+        **BaseImageProcessor._defaults,
+        # `IMAGENET_DEFAULT_MEAN` and `IMAGENET_DEFAULT_STD` of Transformers' `image_utils.py`.
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
+    _call_order = (
+        *("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize"),
+        *("image_mean", "image_std", "do_convert_rgb", *_RESULT),
+    )
+    _rescales_first = True
+
+    @classmethod
+    def _written_type(cls) -> str:
+        return "DINOv3ViTImageProcessorFast"
+
+    def _checked(self, name: str, value: Any) -> Any:
+        value = super()._checked(name, value)
+        if name == "resample" and value not in (None, Resampling.BILINEAR):
+            raise InputError(
+                f"`resample` must be 2 (BILINEAR) for images of a DINOv3; given {shown(value)}."
+            )
+        return value
+
+
 DeiTImageProcessorFast = DeiTImageProcessor
 BeitImageProcessorFast = BeitImageProcessor
 BitImageProcessorFast = BitImageProcessor
 CLIPImageProcessorFast = CLIPImageProcessor
+SiglipImageProcessorFast = SiglipImageProcessor

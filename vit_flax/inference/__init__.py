@@ -7,6 +7,7 @@ from vit_flax.inference.encoder import ImageEncoder
 from vit_flax.inference.preparer import Preparer
 from vit_flax.inference.search import ImageIndex, Neighbour
 from vit_flax.inference.stream import Result
+from vit_flax.inference.zero_shot import ZeroShotClassifier
 
 __all__ = [
     "ImageClassifier",
@@ -16,4 +17,5 @@ __all__ = [
     "Prediction",
     "Preparer",
     "Result",
+    "ZeroShotClassifier",
 ]

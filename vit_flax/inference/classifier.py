@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -66,6 +66,11 @@ class ImageClassifier(ImageEncoder):
                 "wanted a checkpoint that was trained or fine-tuned to classify."
             )
 
+    @property
+    def _names(self) -> Mapping[int, str] | Sequence[str]:
+        """The label of each class."""
+        return self.config.id2label
+
     def __call__(self, images: Any, top_k: int = 5) -> Any:
         """Classify one image or a list of images.
 
@@ -110,7 +115,7 @@ class ImageClassifier(ImageEncoder):
             images,
             batch_size,
             PROBABILITIES,
-            lambda rows: likeliest(rows[0], self.config.id2label, top_k),
+            lambda rows: likeliest(rows[0], self._names, top_k),
         )
 
     def predictions(
@@ -126,7 +131,7 @@ class ImageClassifier(ImageEncoder):
             InputError: `top_k` is not a positive integer.
         """
         top_k = check_positive("top_k", top_k)
-        return [likeliest(row, self.config.id2label, top_k) for row in np.asarray(probabilities)]
+        return [likeliest(row, self._names, top_k) for row in np.asarray(probabilities)]
 
     def compile(self, batch_size: int | None = None) -> None:
         """Compile what `stream` and calls need for any number of images: every power of two up to

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,6 @@ class Work(NamedTuple):
 Pool = Literal["auto", "cls", "mean"] | None
 """How tokens become one vector: see `vit_common.features`."""
 
-_OWN = ("workers", "normalize_on_device", "fast_decode")  # options of the constructor
-
 
 class ImageEncoder:
     """Features and attention of images, from any network, with or without a classifier.
@@ -82,6 +80,9 @@ class ImageEncoder:
         (2, 384)
     """
 
+    _OWN: ClassVar[tuple[str, ...]] = ("workers", "normalize_on_device", "fast_decode")
+    """Options of the constructor."""
+
     def __init__(
         self,
         model: Any,
@@ -108,7 +109,8 @@ class ImageEncoder:
         devices = make_mesh(mesh, config)
         params = model.network_params
         params = params if devices is None else place(params, devices)
-        params = held_params(params, model.dtype)
+        if model.param_dtype == jnp.float32:  # no other dtype was asked for
+            params = held_params(params, model.dtype)
         shape, dtype = self.preparer.shape, self.preparer.dtype
         self.engine = Engine(params, config, shape, dtype, devices)
         share = 2 if self.engine.platform == "cpu" else 1  # a network on the CPU needs cores too
@@ -153,7 +155,7 @@ class ImageEncoder:
         """
         check_weights(weights)
         check_activations(activations, weights)
-        own = {name: options.pop(name) for name in _OWN if name in options}
+        own = {name: options.pop(name) for name in cls._OWN if name in options}
         fields = [name for name in options if name in FIELDS]
         given = options.get("config")
         if given is not None and not isinstance(given, (str, os.PathLike)) and fields:
@@ -165,6 +167,7 @@ class ImageEncoder:
         with source:
             config = source.config
             cls._check_source(source)
+            own = cls._arguments(source, own)
             processor = find_processor(source)
             devices = make_mesh(mesh, config)
             if devices is not None:
@@ -192,6 +195,11 @@ class ImageEncoder:
     @classmethod
     def _check_source(cls, source: Source) -> None:
         """Raise CheckpointError if a checkpoint lacks what this class needs."""
+
+    @classmethod
+    def _arguments(cls, source: Source, own: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the constructor, with those that the files hold."""
+        return own
 
     @classmethod
     def _load_model(cls, source: Source, **options: Any) -> Any:

@@ -164,15 +164,20 @@ def _results(
 ) -> Iterator[Result]:
     for i, (source, error) in enumerate(zip(batch.sources, batch.errors, strict=True)):
         if error is None and not all(np.isfinite(array[i]).all() for array in arrays):
-            text = (
-                "the model's output is not finite (NaN or infinity): its weights hold such "
-                f"values, or {dtype} cannot hold what it computes."
-            )
-            error = ImageError(naming(source, text))
+            error = not_finite(source, dtype)
         if error is not None:
             yield Result(source, error=error)
         else:
             yield Result(source, finish([array[i] for array in arrays]))
+
+
+def not_finite(source: Any, dtype: Any) -> ImageError:
+    """The error of an image whose output is not finite."""
+    text = (
+        "the model's output is not finite (NaN or infinity): its weights hold such values, or "
+        f"{dtype} cannot hold what it computes."
+    )
+    return ImageError(naming(source, text))
 
 
 def values_of(results: Generator[Result, None, None]) -> list[Any]:

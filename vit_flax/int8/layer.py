@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vit_common.errors import InputError
-from vit_flax.cpu.half import array_dtype, half_product, operand_dtype
+from vit_flax.cpu.half import half_product, operand_dtype
 from vit_flax.cpu.rows import by_rows
 from vit_flax.int8.product import integer_product
 from vit_flax.int8.weights import SCALE, SUMS
@@ -19,7 +21,12 @@ class Dense(nn.Dense):
     """`flax.linen.Dense` whose kernel may be 8-bit integers, with `kernel_scale` beside it.
 
     With `kernel_sums` beside them, the inputs are quantised too and integers are multiplied.
+
+    Attributes:
+        result_dtype: dtype of the result; None means `dtype`.
     """
+
+    result_dtype: Any = None
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         if not self.has_variable("params", SCALE):
@@ -38,20 +45,20 @@ class Dense(nn.Dense):
             outputs = float_product(inputs.astype(operands), kernel, scale, self.precision)
         if self.use_bias:
             outputs = outputs + self.get_variable("params", "bias").astype(exact)
-        return outputs.astype(array_dtype(dtype))
+        return outputs.astype(self.result_dtype or dtype)
 
     def _half(self, inputs: jax.Array) -> jax.Array:
-        """The layer in floating point; in half precision on a CPU, by the policy of `vit_flax.cpu`:
-        what it returns is float32."""
+        """The layer in floating point; in half precision on a CPU, by the policy of
+        `vit_flax.cpu`."""
         dtype = self.dtype or inputs.dtype
         if self.is_initializing() or operand_dtype(dtype) is None:
-            return super().__call__(inputs)
+            return super().__call__(inputs).astype(self.result_dtype or dtype)
         kernel: jax.Array = self.get_variable("params", "kernel")  # (in, out)
         outputs = half_product(inputs, kernel, dtype, self.precision)  # (..., out)
         if self.use_bias:
             bias: jax.Array = self.get_variable("params", "bias")
             outputs = outputs + bias.astype(jnp.float32)
-        return outputs
+        return outputs.astype(self.result_dtype or dtype)
 
     def _check_kernel(self) -> None:
         """Raise InputError if the kernel is integers whose factors are missing."""

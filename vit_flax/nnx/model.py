@@ -61,7 +61,7 @@ class NNXModel(NNXPart):
         """The linen module; it takes images as (B, H, W, C)."""
         return self._network.model.module
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, *inputs: Any, rngs: Any = None, deterministic: bool | None = None, **kwargs: Any
     ) -> Any:
         """Run the network.

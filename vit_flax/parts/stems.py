@@ -15,9 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_common.config_fields import STEM_GROUPS, STEM_NARROWING
-from vit_flax.layers import initializer
-from vit_flax.parts.part import FlaxViTPart, options
+from vit_common.config_fields import STEM_GROUPS, STEM_KERNELS, STEM_NARROWING
+from vit_flax.layers import convolution, initializer
+from vit_flax.parts.part import FlaxViTPart, activation, options
 
 
 class FlaxViTStandardizedConv(FlaxViTPart):
@@ -104,6 +104,24 @@ class FlaxViTStage(FlaxViTPart):
                 name=str(i),
             )(hidden_states)
         return hidden_states
+
+
+class FlaxViTConvolutionStem(FlaxViTPart):
+    """(B, H, W, C) -> (B, H/s, W/s, `stem_channels`), s being `stem_stride`: the stem of a
+    MobileCLIP (Vasu et al. 2024, arXiv:2311.17049), two convolutions that neither overlap nor leave
+    gaps, each with a GELU after it. Its batch norms are folded into their kernels and biases.
+
+    Source: `ConvStem` of `timm/models/vision_transformer_hybrid.py` of timm 1.0.31.
+    """
+
+    def setup(self):
+        (first, second), width = STEM_KERNELS, self.config.stem_width
+        self.convolution = convolution(self, width, (first, first))
+        self.convolution2 = convolution(self, width, (second, second))
+
+    def __call__(self, pixel_values):
+        x = activation("gelu")(self.convolution(pixel_values))
+        return activation("gelu")(self.convolution2(x))
 
 
 class FlaxViTStem(FlaxViTPart):

@@ -41,6 +41,18 @@ from vit_torch.families.dinov3 import (
     DINOv3ViTPreTrainedModel,
     Dinov3ViTPreTrainedModel,
 )
+from vit_torch.families.siglip import (
+    Siglip2ForImageClassification,
+    Siglip2Model,
+    Siglip2PreTrainedModel,
+    Siglip2TextModel,
+    Siglip2VisionModel,
+    SiglipForImageClassification,
+    SiglipModel,
+    SiglipPreTrainedModel,
+    SiglipTextModel,
+    SiglipVisionModel,
+)
 
 __all__ = [
     "BeitForImageClassification",
@@ -71,4 +83,14 @@ __all__ = [
     "Dinov3ViTForImageClassification",
     "Dinov3ViTModel",
     "Dinov3ViTPreTrainedModel",
+    "Siglip2ForImageClassification",
+    "Siglip2Model",
+    "Siglip2PreTrainedModel",
+    "Siglip2TextModel",
+    "Siglip2VisionModel",
+    "SiglipForImageClassification",
+    "SiglipModel",
+    "SiglipPreTrainedModel",
+    "SiglipTextModel",
+    "SiglipVisionModel",
 ]

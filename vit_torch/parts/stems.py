@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from vit_common.config import ViTConfig
-from vit_common.config_fields import STEM_GROUPS, STEM_NARROWING
-from vit_torch.layers import initialize, uninitialized
+from vit_common.config_fields import STEM_GROUPS, STEM_KERNELS, STEM_NARROWING
+from vit_torch.layers import convolution, initialize, uninitialized
 from vit_torch.parts.part import ViTPart, options
 
 
@@ -105,6 +105,25 @@ def stage(part: ViTPart, index: int) -> nn.Sequential:
             )
         )
     return nn.Sequential(*blocks)
+
+
+class ViTConvolutionStem(ViTPart):
+    """(B, C, H, W) -> (B, `stem_channels`, H/s, W/s), s being `stem_stride`: the stem of a
+    MobileCLIP (Vasu et al. 2024, arXiv:2311.17049), two convolutions that neither overlap nor leave
+    gaps, each with a GELU after it. Its batch norms are folded into their kernels and biases.
+
+    Source: `ConvStem` of `timm/models/vision_transformer_hybrid.py` of timm 1.0.31.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        (first, second), width = STEM_KERNELS, self.config.stem_width
+        self.convolution = convolution(self, self.config.num_channels, width, (first, first))
+        self.convolution2 = convolution(self, width, width, (second, second))
+
+    def forward(self, pixel_values):
+        x = F.gelu(self.convolution(pixel_values))
+        return F.gelu(self.convolution2(x))
 
 
 class ViTStem(ViTPart):

@@ -264,16 +264,18 @@ def _transposed(part: nn.Module) -> Iterator[tuple[str, Any]]:
 def _scales(part: Any) -> Iterator[tuple[str, Any]]:
     if not hasattr(part, "lambda_1"):
         return
-    made = copy.deepcopy(part)
-    made.lambda_1, made.lambda_2 = made.lambda_2, made.lambda_1
-    yield "layer scales crossed", made
+    names = [name for name in ("lambda_1", "lambda_2") if hasattr(part, name)]
+    if len(names) > 1:
+        made = copy.deepcopy(part)
+        made.lambda_1, made.lambda_2 = made.lambda_2, made.lambda_1
+        yield "layer scales crossed", made
     for text, change in (
         ("no layer scale", torch.ones_like),
         ("layer scale applied twice", lambda scale: scale * scale),
     ):
         made = copy.deepcopy(part)
-        made.lambda_1 = nn.Parameter(change(made.lambda_1.detach()))
-        made.lambda_2 = nn.Parameter(change(made.lambda_2.detach()))
+        for name in names:
+            setattr(made, name, nn.Parameter(change(getattr(made, name).detach())))
         yield text, made
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from vit_common.checks import resolve_problem_type
 from vit_common.config import ViTConfig, as_config
-from vit_common.errors import ConfigError
+from vit_common.errors import ConfigError, InputError
 from vit_common.parameters import class_name
 from vit_convert.source import find_processor, open_source
 
@@ -34,6 +34,11 @@ class Subject:
             self.masked = "embeddings.mask_token" in source.mapped.tensors
             found = find_processor(source)
             self.format = source.table.name
+        if self.config.is_text:
+            raise InputError(
+                f"{name}: the weights must be of a network that images go through; these are of "
+                f"{self.config.model_type!r}, which texts go through."
+            )
         if self.head == "towers":  # of a network of images and texts, what images go through
             tower = self.config.sub_configs["vision_config"]
             self.config, self.head = as_config(self.config, tower), None

@@ -20,7 +20,7 @@ from vit_convert.formats.timm import eva, naflex, nearest, parallel
 from vit_convert.formats.timm.arguments import EPS
 from vit_convert.formats.timm.config import timm_config
 from vit_convert.formats.timm.pool import ATTENTION_POOL
-from vit_convert.layouts import FUSED_QKV, KEEP, TRANSPOSE
+from vit_convert.layouts import FUSED_QKV, GATE_AND_UP, KEEP, TRANSPOSE
 
 EMBEDDINGS = {
     "cls_token": "embeddings.cls_token",
@@ -120,6 +120,23 @@ _OUTSIDE = (
 _NAFLEX = naflex.RULES + tuple(
     rule for rule in OWN if rule.canonical not in [other.canonical for other in naflex.RULES]
 )
+_VITAMIN = (
+    stems.VITAMIN
+    + tuple(rule for rule in _OUTSIDE if "projection" not in rule.canonical_names[0])
+    + blocks({theirs: ours for theirs, ours in BLOCK.items() if not theirs.startswith("mlp")})
+    + blocks({"mlp.norm": "intermediate.layernorm", "mlp.w2": "output.dense"})
+    + blocks({n: INNER_NORMS[n] for n in ("attn.q_norm", "attn.k_norm", "attn.norm")})
+    + qkv("weight", "bias")
+    + SCALES
+    + tuple(
+        Rule(
+            (f"blocks.{{i}}.mlp.w0.{leaf}", f"blocks.{{i}}.mlp.w1.{leaf}"),
+            f"{LAYER}intermediate.dense.{leaf}",
+            GATE_AND_UP,
+        )
+        for leaf in ("weight", "bias")
+    )
+)
 DISTILLED = (
     PLAIN
     + dense("head", "cls_classifier")
@@ -158,17 +175,11 @@ IMAGENET: dict[str, Any] = {
 
 REFUSES = (
     (
-        r"patch_embed\.backbone\.stem\.(conv1|norm1|conv2)\..*",
-        "MBConv stages before its blocks (ViTamin)",
-    ),
-    (r"patch_embed\.backbone\.\d\.conv\..*", "a convolutional stem before its blocks (MobileCLIP)"),
-    (
         r"blocks\.\d+\.attn\.rel_pos_[hw]",
         "windows and decomposed relative positions (SAM's encoder)",
     ),
-    (r"embeds\.pos_embed_[xy]", "positions as sums of a row's and a column's (factorized)"),
     (
-        r"patch_embed\.backbone\.(conv1|bn1|layer\d|\d)\..*",
+        r"patch_embed\.backbone\.(conv1|bn1|layer\d|\d\.\d)\..*",
         "a convolutional stem before its patches (a hybrid with batch norms)",
     ),
     (
@@ -209,8 +220,14 @@ def _loses(config: ViTConfig, own_config: bool) -> Iterator[str]:
     yield from stems.timm_loses(config)
 
 
+def _is_vitamin(config: ViTConfig, head: object = None) -> bool:
+    return config.stem_type == "mbconv"
+
+
 def _is_plain(config: ViTConfig, head: object = None) -> bool:
     """Whether blocks have timm's usual names."""
+    if _is_vitamin(config):
+        return False
     parallel_ = config.block_type == "parallel" or config.num_parallel_branches > 1
     return stems.has_stages(config) and not parallel_ and not eva.fits(config)
 
@@ -283,6 +300,26 @@ FORMATS = (
         fits=stems.has_root_alone,
         parts=(),
     ),
+    _format(
+        ("vit",),
+        stems.MOBILECLIP
+        + tuple(rule for rule in OWN if "projection" not in rule.canonical_names[0]),
+        "timm state dict of a MobileCLIP",
+        requires=("patch_embed.backbone.2.conv.weight",),
+        ignored=stems.COUNTERS,
+        parts=(),
+        written=False,
+    ),
+    _format(
+        ("vit",),
+        _VITAMIN,
+        "timm state dict of a ViTamin",
+        requires=("patch_embed.backbone.pool.proj.weight",),
+        fits=_is_vitamin,
+        parts=(),
+        stem={"stem_norm_eps": 1e-6},
+        settings={**_SETTINGS, "gate_act": "gelu"},
+    ),
     *(
         _format(
             ("vit",),
@@ -347,6 +384,15 @@ FORMATS = (
         ignored=BEIT_IGNORED,
         relative_resize="geometric",
         named=lambda architecture: not eva.named(architecture),
+    ),
+    _format(
+        ("vit",),
+        eva.GROUPED,
+        "timm state dict of a network whose heads share those of key and value",
+        requires=eva.GROUPED_SIGNS,
+        settings={"position_resize": "bicubic_antialias"},
+        unsaid=lambda shapes: ("rope_type", "layer_norm_eps"),
+        written=False,
     ),
     _format(
         ("vit",),

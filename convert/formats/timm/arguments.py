@@ -19,6 +19,10 @@ ACTIVATIONS = {
     "quickgelu": "quick_gelu",
     "relu": "relu",
     "silu": "silu",
+    "swish": "silu",
+    "selu": "selu",
+    "tanh": "tanh",
+    "sigmoid": "sigmoid",
 }
 """timm's name of an activation -> `hidden_act`."""
 
@@ -35,7 +39,7 @@ _SHOWN = {
     "rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords", "num_heads", "img_size",
     "drop_path_rate", "embed_proj_type", "patchify_channels_last", "use_key_only_attn_mask",
     "enable_patch_interpolator", "pos_embed_grid_size", "attn_pool_mlp_ratio", "attn_type",
-    "swiglu_mlp", "cache_dir", "use_naflex", "rel_pos_dim", "shared_rel_pos",
+    "swiglu_mlp", "num_kv_heads", "cache_dir", "use_naflex", "rel_pos_dim", "shared_rel_pos",
 }  # fmt: skip
 
 # timm's classes spell the same thing differently: keyword of a class -> that of VisionTransformer.
@@ -68,14 +72,13 @@ _ROTARY = {"cat": "axial", "axial": "axial", "dinov3": "dinov3", "mixed": "mixed
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "proj_bias": (True,),
     "use_rot_pos_emb": (True, False),
-    "pos_embed": ("learn", "learned", "none", ""),
+    "pos_embed": ("learn", "learned", "factorized", "none", ""),
     "embed_norm_layer": (None,),
     "input_norm_layer": (None,),
     "attn_layer": ("", "attn", "Attention", "diff", None),
     "mlp_layer": ("Mlp", "GluMlp", None),
     "gated": (False,),
-    "attn_only_layer_scale": (False,),
-    "num_kv_heads": (None,),
+    "attn_only_layer_scale": (True, False),
     "rope_mrope_section": (None,),
     "global_pool": POOLINGS,
     "rope_type": (*_ROTARY, "none", "", None),
@@ -96,11 +99,7 @@ _TAKEN = {
 
 # (keyword, value) of a name -> what its network has that none here has.
 _UNKNOWN = {
-    ("embed_layer", "MbConvStages"): "MBConv stages before its blocks (ViTamin)",
-    ("embed_layer", "ConvStem"): "a convolutional stem before its blocks (MobileCLIP)",
     ("embed_layer", "FeatureListNet"): "a ResNet-D before its patches (a hybrid)",
-    ("attn_only_layer_scale", True): "layer scale on the attention alone (Sapiens 2)",
-    ("pos_embed", "factorized"): "positions as sums of a row's and a column's (factorized)",
 }
 _UNKNOWN_CLASSES = {
     "VisionTransformerSAM": "windows and decomposed relative positions (SAM's encoder)",
@@ -184,9 +183,12 @@ def fields_of_class(cls: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         "rope_type": None,
         "use_final_norm": bool(args.get("final_norm", True)),
     }
-    if args.get("mlp_layer") == "GluMlp":
+    if args.get("mlp_layer") == "GeGluMlp":
+        fields |= {"gate_act": "gelu", "use_mlp_input_norm": True}
+    if args.get("mlp_layer") in ("GluMlp", "GeGluMlp"):
         fields["hidden_act"] = "gelu"  # the gate's is silu, and no other function is there
     if cls == "Eva":
+        fields["use_mlp_layer_scale"] = not args.get("attn_only_layer_scale", False)
         fields["pool_prefix_tokens"] = args.get("global_pool") == "map"
         if args.get("use_post_norm"):
             fields["block_type"] = "post_norm"
@@ -224,6 +226,8 @@ def _grid(reference: Any) -> Any:
 
 def _resize_rule(args: Mapping[str, Any]) -> str:
     """How a NaFlexVit resamples its positions."""
+    if args.get("pos_embed") == "factorized":  # of rows and of columns, which add up
+        return "bilinear_square" if args.get("pos_embed_ar_preserving", False) else "bilinear"
     rule = args.get("pos_embed_interp_mode", "bicubic")
     if args.get("pos_embed_align_corners", False):
         rule += "_align_corners"

@@ -6,12 +6,14 @@ own names or lacks that of the key, or three; a gated MLP's first layer is one, 
 
 from __future__ import annotations
 
+import numpy as np
+
 from vit_common.config import ViTConfig
 from vit_convert.formats.format import Rule
 from vit_convert.formats.timm.models import ARCHITECTURES
 from vit_convert.formats.timm.nearest import class_of
 from vit_convert.formats.timm.pool import ATTENTION_POOL
-from vit_convert.layouts import FUSED_QKV, GATE_AND_UP, KEEP, Layout
+from vit_convert.layouts import FUSED_QKV, GATE_AND_UP, KEEP, Arrays, Layout
 
 _LAYER = "encoder.layer.{i}."
 _BLOCK = "blocks.{i}."
@@ -66,6 +68,43 @@ def _rules() -> tuple[Rule, ...]:
 
 
 RULES = _rules() + ATTENTION_POOL
+
+
+def _repeat(arrays: Arrays) -> Arrays:
+    query, norm = arrays[0], arrays[-1]
+    width = norm.size  # of a head
+    if norm.ndim != 1 or not width or any(not a.ndim or a.shape[0] % width for a in arrays):
+        raise ValueError(f"no whole number of heads of width {width} in {query.shape}")
+    repeated = []
+    for array in arrays[1:-1]:
+        groups, odd = divmod(query.shape[0], max(array.shape[0], 1))
+        if odd or not groups:
+            raise ValueError(f"{array.shape[0]} rows for {query.shape[0]} of the query")
+        heads = array.reshape(array.shape[0] // width, width, *array.shape[1:])
+        repeated.append(np.repeat(heads, groups, axis=0).reshape(query.shape[0], *array.shape[1:]))
+    return [query, *repeated, norm]
+
+
+_GROUPED = (
+    "q_proj.weight", "k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias",
+    "k_norm.weight",
+)  # fmt: skip
+_OURS = {
+    "q_proj": _QKV[0], "k_proj": _QKV[1], "v_proj": _QKV[2],
+    "k_norm": f"{_LAYER}attention.attention.key_norm",
+}  # fmt: skip
+GROUPED_SIGNS = tuple(f"blocks.0.attn.{name}" for name in _GROUPED)
+GROUPED = (
+    Rule(
+        tuple(f"{_BLOCK}attn.{name}" for name in _GROUPED),
+        tuple(f"{_OURS[module]}.{leaf}" for module, leaf in (n.split(".") for n in _GROUPED)),
+        Layout("heads of key and value, repeated", _repeat, list),
+    ),
+    *RULES,
+)
+"""Where several heads of the query share one of key and value (grouped-query attention), in some
+blocks or all: here each has a copy of its own, which computes the same. The norm of the key says
+how wide a head is."""
 
 
 SIGNS = (

@@ -59,10 +59,28 @@ def _square(arrays: Arrays) -> Arrays:
 GRID = Layout("positions of a grid", _flat, _square, 4, 3)
 """Positions (1, rows, columns, D) <-> (1, rows columns, D)."""
 
+
+def _sum(arrays: Arrays) -> Arrays:
+    rows, columns = (array[0] for array in arrays)
+    if rows.shape != columns.shape:
+        # timm stretches both to the longer side first, whatever the size of the image.
+        raise ValueError(f"positions of {len(rows)} rows and {len(columns)} columns")
+    return [(rows[:, None] + columns).reshape(1, -1, rows.shape[1])]
+
+
+def _no_parts(arrays: Arrays) -> Arrays:
+    raise ValueError("positions are not taken apart into those of rows and of columns")
+
+
+ROWS_AND_COLUMNS = Layout("positions of rows and of columns", _sum, _no_parts, 3, 3)
+"""Positions of rows and of columns (1, side, D) -> their sums (1, side side, D)."""
+_ROWS = "embeds.pos_embed_y"
+
 RULES = (
     Rule("embeds.cls_token", "embeddings.cls_token"),
     Rule("embeds.reg_token", "embeddings.register_tokens"),
     Rule(POSITIONS, "embeddings.position_embeddings", GRID),
+    Rule((_ROWS, "embeds.pos_embed_x"), "embeddings.position_embeddings", ROWS_AND_COLUMNS),
     Rule(PROJECTION, "embeddings.patch_embeddings.projection.weight", PATCHES),
     Rule("embeds.proj.bias", "embeddings.patch_embeddings.projection.bias"),
 )
@@ -71,11 +89,13 @@ RULES = (
 def says(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The size of images that the positions in a file are for."""
     positions, projection = tensors.get(POSITIONS), tensors.get(PROJECTION)
-    if positions is None or projection is None:
+    rows = tensors.get(_ROWS)
+    if projection is None or (positions is None and rows is None):
         return {}
+    grid = (rows.shape[1],) * 2 if positions is None else positions.shape[1:3]
     shape = projection.shape
     side = shape[2] if len(shape) == 4 else _side(shape[1])[0]
-    height, width = (count * side for count in positions.shape[1:3])
+    height, width = (count * side for count in grid)
     return {
         "image_size": height if height == width else (height, width),
         "position_tokens": "patches",

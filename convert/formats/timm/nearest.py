@@ -13,10 +13,14 @@ from typing import Any
 from vit_common.config import ViTConfig
 from vit_common.presets import PRESETS
 from vit_convert.formats import stems
-from vit_convert.formats.timm.arguments import fields_of_class
+from vit_convert.formats.timm.arguments import ACTIVATIONS, fields_of_class
 from vit_convert.formats.timm.models import ARCHITECTURES, Architecture
 
-_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_ACTIVATIONS = {
+    **{ours: theirs for theirs, ours in [*ACTIVATIONS.items()][::-1]},  # the first name of each
+    "gelu_new": "gelu_tanh",
+    "swish": "silu",
+}
 _ROTARY = {"axial": "cat", "dinov3": "dinov3", "mixed": "mixed"}
 _CLASSES = {"vit": "VisionTransformer", "deit": "VisionTransformerDistilled", "beit": "Beit"}
 
@@ -29,7 +33,8 @@ def class_of(config: ViTConfig) -> str:
         return "VisionTransformerRelPos"
     biases = config.has_query_bias, config.has_key_bias
     gated = config.use_swiglu_ffn and (config.use_mlp_norm or config.use_attention_norm)
-    if config.rope_type is not None or biases == (True, False) or gated:
+    attention_alone = config.has_layer_scale and not config.use_mlp_layer_scale
+    if config.rope_type is not None or biases == (True, False) or gated or attention_alone:
         return "Eva"
     return "VisionTransformer"
 
@@ -37,15 +42,22 @@ def class_of(config: ViTConfig) -> str:
 def why_not(config: ViTConfig) -> str | None:
     """What keeps timm from building a network, or None."""
     if config.base_family != "vit":
-        return None
+        exact = config.base_family != "beit" or config.hidden_act == "gelu"
+        return _no_activation(config) or (None if exact else "timm's BEiTs have exact GELU")
     cls = class_of(config)
     reasons = {"Eva": _not_eva, "VisionTransformerRelPos": _not_relative}
-    why = _not_any(config) or reasons.get(cls, _not_vit)(config)
+    why = _no_activation(config) or _not_any(config) or reasons.get(cls, _not_vit)(config)
     if why is None and config.stem_type is not None:
         return stems.timm_cannot_hold(config)
     if why is None and _name(config, cls) is None:
         return f"timm has no name with such norms, blocks and MLPs together in {cls}"
     return why
+
+
+def _no_activation(config: ViTConfig) -> str | None:
+    if config.hidden_act in _ACTIVATIONS or config.use_swiglu_ffn:
+        return None
+    return f"timm has no activation {config.hidden_act!r}"
 
 
 _Checks = tuple[tuple[bool, str], ...]
@@ -59,6 +71,9 @@ def _not_any(config: ViTConfig) -> str | None:
     """What no class of timm can hold."""
     biased = config.has_query_bias, config.has_key_bias, config.has_value_bias
     parallel = config.block_type == "parallel"
+    vitamin = config.stem_type == "mbconv"
+    gated = config.use_swiglu_ffn
+    its_mlp = gated and config.gate_act == "gelu" and config.use_mlp_input_norm
     inside = config.use_attention_norm or config.use_mlp_norm or config.use_swiglu_ffn
     return _first(
         (
@@ -82,6 +97,22 @@ def _not_any(config: ViTConfig) -> str | None:
                 not config.mlp_bias or config.proj_bias == _fused_outputs(config),
                 "timm's projections and MLPs have biases, one for both in parallel blocks of "
                 "differential attention",
+            ),
+            (
+                vitamin and not (its_mlp and config.norm_type == "layernorm"),
+                "timm's ViTamins have MLPs gated by a GELU, with a norm of their own before them",
+            ),
+            (
+                vitamin and (parallel or config.block_type == "post_norm"),
+                "timm's ViTamins have norms before attention and MLP",
+            ),
+            (
+                not vitamin and gated and config.gate_act not in ("silu", "swish"),
+                "timm's MLPs are gated by a SiLU, but for those of ViTamins",
+            ),
+            (
+                not vitamin and config.use_mlp_input_norm,
+                "timm's MLPs have no second norm before them, but for those of ViTamins",
             ),
             (
                 config.block_type == "post_norm" and config.has_layer_scale,
@@ -135,7 +166,7 @@ def _not_eva(config: ViTConfig) -> str | None:
             (pool and config.hidden_act != "gelu", "exact GELU"),
             (config.block_type == "parallel", "blocks one after the other"),
             (config.block_type == "post_norm" and config.use_qk_norm, "no norms of query and key"),
-            (config.num_parallel_branches > 1, "one attention a block"),
+            (config.num_parallel_branches > 1, "one attention for each block"),
             (config.attention_type != "softmax", "attention by a softmax"),
             (config.stem_type is not None, "no stem"),
             (config.has_relative_positions, "no relative positions"),
@@ -193,6 +224,8 @@ def architecture(config: ViTConfig) -> tuple[str, dict[str, Any]]:
 
 def _name(config: ViTConfig, cls: str) -> str | None:
     """The name with all that no argument can say, of the nearest sizes."""
+    if config.stem_type == "mbconv":
+        return stems.VITAMINS.get((config.stem_width, config.hidden_size))
     if config.stem_type is not None:
         return stems.TIMM_NAMES.get(config.stem_depths)
     rows = {name: row for name, row in ARCHITECTURES.items() if row.cls == cls}
@@ -247,21 +280,23 @@ def _same_classes(config: ViTConfig, row: Architecture) -> bool:
         said["norm_type"] == config.norm_type
         and (row.cls == "Eva" or said["block_type"] == config.block_type)
         and branches == config.num_parallel_branches
-        and not args.get("attn_only_layer_scale")
     )
 
 
 def _activation(config: ViTConfig) -> str:
-    act = str(config.hidden_act)
-    return _ACTIVATIONS.get(act, act)
+    return _ACTIVATIONS.get(str(config.hidden_act), "")
 
 
 def _sizes(config: ViTConfig) -> dict[str, Any]:
     rows, columns = config.patch_height_width
     patch: Any = rows if rows == columns else [rows, columns]
-    if config.stem_type is not None:
+    if config.stem_type == "mbconv":
+        patch = 1
+    elif config.stem_type is not None:
         patch = list(config.patch_projection_size)
+    channels = {} if config.num_channels == 3 else {"in_chans": config.num_channels}
     return {
+        **channels,
         "img_size": list(config.image_height_width),
         "patch_size": patch,
         "embed_dim": config.hidden_size,
@@ -287,7 +322,9 @@ def _of_vit(config: ViTConfig) -> dict[str, Any]:
         "global_pool": pooling(config),
         "fc_norm": config.norm_after_pooling,
     }
-    if config.use_swiglu_ffn:
+    if config.stem_type == "mbconv":  # its class of MLPs has the halves apart
+        args["act_layer"] = "gelu"
+    elif config.use_swiglu_ffn:
         args["act_layer"] = "silu"
         args["mlp_ratio"] = ratio(2 * config.intermediate_size, config.hidden_size)
     if config.base_family == "deit":
@@ -328,6 +365,7 @@ def _of_eva(config: ViTConfig) -> dict[str, Any]:
     args: dict[str, Any] = {
         "attn_type": "rope" if config.has_key_bias else "eva",
         "qkv_fused": True,
+        "num_kv_heads": None,
         "qk_norm": config.use_qk_norm,
         "swiglu_mlp": config.use_swiglu_ffn,
         "swiglu_align_to": 0,
@@ -337,6 +375,7 @@ def _of_eva(config: ViTConfig) -> dict[str, Any]:
         "no_embed_class": config.num_prefix_positions == 0,
         "use_abs_pos_emb": config.use_absolute_position_embeddings,
         "use_rot_pos_emb": config.rope_type is not None,
+        "attn_only_layer_scale": config.has_layer_scale and not config.use_mlp_layer_scale,
         "use_post_norm": config.block_type == "post_norm",
         "use_pre_transformer_norm": config.use_pre_norm,
         "use_post_transformer_norm": config.use_final_norm and not config.norm_after_pooling,
@@ -371,7 +410,7 @@ def for_eva(config: ViTConfig, args: Mapping[str, Any]) -> dict[str, Any]:
         config: the network, of timm's class `Eva`.
         args: what the file has (`model_args`).
     """
-    names = ("attn_type", "qkv_fused", "swiglu_align_to")
+    names = ("attn_type", "qkv_fused", "num_kv_heads", "swiglu_align_to")
     own = _of_eva(config)
     sizes = {"mlp_ratio": ratio(config.intermediate_size, config.hidden_size)}
     return {**args, **sizes, **{name: own[name] for name in names}}

@@ -74,6 +74,9 @@ DIFFERENTIAL_SCALING = (
 DIFFERENTIAL_SIGN = "blocks.0.out_proj.weight"
 
 
+_DIFFERENTIAL = (*((name, name) for name in DIFFERENTIAL), ("sub_norm.weight", "norm.weight"))
+
+
 def _branch(j: int) -> tuple[Rule, ...]:
     """One attention and one MLP of a block."""
     ours = "" if j == 0 else f"branch.{j}."
@@ -97,6 +100,13 @@ def _branch(j: int) -> tuple[Rule, ...]:
         *_dense(f"{mlp}mlp.fc1", f"{ours}intermediate.dense"),
         *_dense(f"{mlp}mlp.norm", f"{ours}output.layernorm"),
         *_dense(f"{mlp}mlp.fc2", f"{ours}output.dense"),
+        *(
+            Rule(
+                f"{_BLOCK}{attention}attn.{theirs}",
+                f"{_LAYER}{ours}attention.attention.differential.{name}",
+            )
+            for theirs, name in _DIFFERENTIAL
+        ),
         Rule(f"{_BLOCK}{attention}ls.gamma", f"{_LAYER}{ours}lambda_1"),
         Rule(f"{_BLOCK}{mlp}ls.gamma", f"{_LAYER}{ours}lambda_2"),
     )

@@ -1,0 +1,2 @@
+"""`vit serve`: a network behind HTTP. `app.make_app` gives the ASGI application for a server of
+your own."""
