@@ -20,7 +20,7 @@ from vit_common.errors import InputError, MissingFileError
 from vit_common.flops import forward_flops
 from vit_common.presets import preset
 from vit_flax import tpu_check
-from vit_flax.attention import attention
+from vit_flax.attention import attention, compiled_for
 from vit_flax.auto import FlaxAutoModelForImageClassification
 from vit_flax.hlo import (
     collectives,
@@ -32,7 +32,8 @@ from vit_flax.hlo import (
     product_flops,
 )
 from vit_flax.inference.engine import Engine
-from vit_flax.sharding import param_shardings
+from vit_flax.int8 import quantize
+from vit_flax.sharding import batch_sharding, param_shardings, replicated
 from vit_flax.tpu_check import (
     CHIPS,
     Check,
@@ -670,3 +671,35 @@ def test_command_compiles_in_its_own_process(tmp_path, capfd):
     assert "every assertion holds" in out
     assert err == "vit: compiling for v5e: forward, 1 images on each chip, bfloat16\n"
     assert tpu_check.versions()["libtpu"] in out
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_integers_are_multiplied_as_integers(chip):
+    """With activations in 8 bits, every product of a block has two operands of s8, and its sums
+    are s32."""
+    model = FlaxAutoModelForImageClassification.class_for(SMALL)(
+        SMALL, dtype="bfloat16", _do_init=False
+    )
+    params = jax.eval_shape(
+        lambda params: quantize(params, activations="int8"), model.params_shape_tree
+    )
+    with libtpu_environment():
+        mesh = chip_mesh(chip)
+        run = jax.jit(
+            lambda params, x: model(x, params=params).logits,
+            in_shardings=(replicated(mesh), batch_sharding(mesh)),
+        )
+        with compiled_for("tpu"):
+            lowered = run.lower(params, shape(8 * mesh.size, 3, 32, 32, dtype=jnp.bfloat16))
+        text = lowered.compile().as_text()
+    dtypes = dict(re.findall(r"%([\w.\-]+) = (\w+)\[", text))
+    products = re.findall(r"= (\w+)\[\S* (?:convolution|dot)\(([^)]*)\)", text)
+    found = [
+        (result, *(dtypes[name] for name in re.findall(r"%([\w.\-]+)", operands)))
+        for result, operands in products
+    ]
+    # Query, key, value, attention's output, and the MLP; of one block.
+    assert found.count(("s32", "s8", "s8")) == 6
+    assert not [each for each in found if "s8" in each and each != ("s32", "s8", "s8")]
