@@ -190,6 +190,8 @@ MUTANTS = [
         r"(?:intermediate|output)\.dense\.weight$",
         r"(?:intermediate)\.dense\.weight$",
         "tests/test_lora.py::test_both_layers_of_each_mlp",
+    ),
+    Mutant(
         "the border counted in the mean of an MBConv's shortcut",
         "vit_torch/parts/mbconv.py",
         "padding=1, count_include_pad=False",
