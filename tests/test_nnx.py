@@ -375,7 +375,8 @@ def test_clips_other_methods(x):
 def test_other_modules_inside_lifted_blocks(name, x):
     linen = linen_of(KINDS[name], jnp.float32)
     model = from_linen(linen, rngs=nnx.Rngs(0))
-    model.pooler = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+    width = model.config.hidden_size
+    model.pooler = nnx.Linear(width, width, rngs=nnx.Rngs(0))
     model.pooler.eval()
     if name != "scanned":
         dense = model.encoder.layer[1].intermediate.dense
