@@ -243,6 +243,7 @@ def test_a_part_keeps_its_own_mode(linen, x):
     assert abs(run(model) - linen(x).logits).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_parts_are_called_by_themselves(linen, base, x):
     """Each part gives what the same part gives inside the network."""
     model = nnx.clone(base)
