@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -646,9 +647,9 @@ def test_no_progress_without_a_terminal(monkeypatch, capsys):
 
 
 def test_without_rich(loaded, folder, images, monkeypatch):
-    find_spec = vit_cli.commands.predict.importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        vit_cli.commands.predict.importlib.util,
+        importlib.util,
         "find_spec",
         lambda name, *more: None if name == "rich" else find_spec(name, *more),
     )
