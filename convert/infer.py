@@ -351,7 +351,7 @@ def _mlp_ratio(width: int, inner: int, swiglu: bool) -> float:
 
 def _heads(shapes, source, mapped, timm, note) -> None:
     for name, tensor in source.items():
-        if name.endswith("query/kernel") and len(tensor.shape) == 3:
+        if name.endswith(("query/kernel", "query_dense/vars/0")) and len(tensor.shape) == 3:
             note("shapes", num_attention_heads=tensor.shape[1])
             return
     table = next((s for n, s in shapes.items() if n.endswith("relative_position_bias_table")), None)

@@ -198,6 +198,10 @@ def block_names(config: ViTConfig) -> Iterator[str]:
 
 DIFFERENTIAL = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 """Vectors from which differential attention computes the share of its second map."""
+DIFFERENTIAL_STD = 0.1
+"""Standard deviation of the normal distribution that draws them, whatever `initializer_range` is
+(Ye et al. 2024, arXiv:2410.05258, in their code; `DiffAttention.reset_parameters` of timm
+1.0.31)."""
 
 
 def _blocks(config: ViTConfig) -> Shapes:
@@ -402,19 +406,23 @@ _NORMAL = (
     "probe",
     "in_kernel",
     "out_kernel",
-    *DIFFERENTIAL,
 )
 
 
-def initial_value(
-    name: str,
-) -> Literal["normal", "one", "zero", "layer scale", "logit scale", "frequencies"]:
+Initial = Literal[
+    "normal", "one", "zero", "layer scale", "logit scale", "frequencies", "differential"
+]
+
+
+def initial_value(name: str) -> Initial:
     """What a new parameter of that canonical name starts as; "normal" is the truncated one."""
     if name == "logit_scale":
         return "logit scale"
     *_, owner, leaf = ("", *name.split("."))
     if leaf in _NORMAL:
         return "normal"
+    if leaf in DIFFERENTIAL:
+        return "differential"
     if leaf in ("lambda_1", "lambda_2"):
         return "layer scale"
     if leaf == "rope_frequencies":
