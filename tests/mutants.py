@@ -190,6 +190,8 @@ MUTANTS = [
         r"(?:intermediate|output)\.dense\.weight$",
         r"(?:intermediate)\.dense\.weight$",
         "tests/test_lora.py::test_both_layers_of_each_mlp",
+    ),
+    Mutant(
         "the border counted in the mean of an MBConv's shortcut",
         "vit_torch/parts/mbconv.py",
         "padding=1, count_include_pad=False",
@@ -209,6 +211,13 @@ MUTANTS = [
         "if self.config.use_mlp_input_norm:\n            hidden_states",
         "if False:\n            hidden_states",
         _VITAMIN,
+    ),
+    Mutant(
+        "a batch norm folded without its mean",
+        "convert/formats/stems.py",
+        "(bias - mean * factor)",
+        "(bias - mean)",
+        "tests/test_stems.py::test_stems_with_batch_norms_in_both_twins",
     ),
     Mutant(
         "heads of key and value repeated one after the other",

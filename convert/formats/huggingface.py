@@ -109,7 +109,7 @@ DINOV2_SWIGLU_BLOCK = {
 
 def stem_modules() -> tuple[str, ...]:
     """Modules of the network before the patches; `{i}` is the number of a block in its stage."""
-    outside = ("convolution", "norm", "convolution2", "norm_out")
+    outside = ("convolution", "norm", "convolution2", "convolution3", "norm_out")
     return tuple(f"embeddings.stem.{module}" for module in outside) + tuple(
         f"embeddings.stem.stage{stage}.{{i}}.{module}"
         for stage in range(4)
