@@ -265,7 +265,7 @@ COUNTS: dict[str, tuple[Any, int]] = {
     "eva02-large": (None, 303_268_800),
     "pe-core-base": ("classifier", 93_673_984),
     "pe-core-large": ("classifier", 317_152_256),
-    "r-tiny-16": ("classifier", 6_337_704),
+    "r-tiny-32": ("classifier", 6_337_704),
     "r26-small-32": ("classifier", 36_431_912),
     "r50-base-16": (None, 97_890_112),
     "r50-large-32": ("classifier", 328_994_856),

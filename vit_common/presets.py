@@ -144,7 +144,7 @@ def _pe(name: str) -> dict[str, Any]:
 
 #                    as a preset, depths of the ResNet's stages, patch side in pixels of the image
 _HYBRIDS: dict[str, tuple[str, tuple[int, ...], int]] = {
-    "r-tiny-16": ("tiny", (), 32),
+    "r-tiny-32": ("tiny", (), 32),
     "r26-small-32": ("small", (2, 2, 2, 2), 32),
     "r50-base-16": ("base", (3, 4, 9), 16),
     "r50-large-32": ("large", (3, 4, 6, 3), 32),
