@@ -243,6 +243,7 @@ def test_a_part_keeps_its_own_mode(linen, x):
     assert abs(run(model) - linen(x).logits).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_parts_are_called_by_themselves(linen, base, x):
     """Each part gives what the same part gives inside the network."""
     model = nnx.clone(base)
@@ -375,7 +376,8 @@ def test_clips_other_methods(x):
 def test_other_modules_inside_lifted_blocks(name, x):
     linen = linen_of(KINDS[name], jnp.float32)
     model = from_linen(linen, rngs=nnx.Rngs(0))
-    model.pooler = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+    width = model.config.hidden_size
+    model.pooler = nnx.Linear(width, width, rngs=nnx.Rngs(0))
     model.pooler.eval()
     if name != "scanned":
         dense = model.encoder.layer[1].intermediate.dense

@@ -83,6 +83,7 @@ def test_bad_images_are_rows_with_an_error(embed, wanted, tmp_path):
     assert named.startswith("short.png: not an image")  # its name, not where it is read
 
 
+@pytest.mark.slow
 def test_predictions_are_those_of_the_classifier():
     classify = ImagePredictions(top_k=2, batch_size=8, keep=["id"])
     found = classify({"file": [*NAMES, "no.png"], "id": np.arange(len(NAMES) + 1)})

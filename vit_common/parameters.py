@@ -286,15 +286,26 @@ def _stem_shapes(config: ViTConfig) -> Shapes:
             "embeddings.stem.convolution2.bias": (width,),
         }
     shapes: Shapes = {}
+    folded = config.stem_type == "resnetd"
 
     def add(module: str, number: str, inputs: int, features: int, size: int = 1) -> None:
         conv = "convolution" if number == "" else f"conv{number}"
         shapes[f"{module}.{conv}.weight"] = (features, inputs, size, size)
+        if folded:
+            shapes[f"{module}.{conv}.bias"] = (features,)
+            return
         for leaf in ("weight", "bias"):
             shapes[f"{module}.norm{number}.{leaf}"] = (features,)
 
     inputs = config.stem_width
-    add("embeddings.stem", "", config.num_channels, inputs, 7)
+    if folded:  # three convolutions of 3 x 3 for one of 7 x 7
+        root = "embeddings.stem.convolution"
+        widths = (config.num_channels, inputs // 2, inputs // 2, inputs)
+        for number, before, after in zip(("", "2", "3"), widths, widths[1:], strict=False):
+            shapes[f"{root}{number}.weight"] = (after, before, 3, 3)
+            shapes[f"{root}{number}.bias"] = (after,)
+    else:
+        add("embeddings.stem", "", config.num_channels, inputs, 7)
     for i, features in enumerate(config.stem_widths):
         inner = features // STEM_NARROWING
         for j in range(config.stem_depths[i]):

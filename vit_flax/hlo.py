@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -247,7 +247,8 @@ _RINGS = {"ag": "all-gather ring", "rs": "reduce-scatter ring"}
 
 def exchanges(hlo: str) -> list[Exchange]:
     """The communication of an optimized module, each once, however many parts the compiler divides
-    it into. (A ring's own exchanges are not listed beside it.)"""
+    it into. (A ring's own exchanges are not listed beside it, nor what completes a
+    reduce-scatter.)"""
     computations, _ = _parse(hlo)
     found: dict[str, Exchange] = {}
     rings: set[str] = set()
@@ -267,7 +268,11 @@ def exchanges(hlo: str) -> list[Exchange]:
             name = operation[1] if operation else line.name
             # The TPU compiler writes a reduce-scatter as a sum and the part of it that is kept.
             called = "reduce-scatter" if where.startswith("all-reduce-scatter") else kind[1]
-            if kind[1] == "collective-permute" and (_RING.search(where) or name in rings):
+            if called == "all-to-all" and _is_summed(line, instructions):
+                called = "reduce-scatter"
+            if kind[1] == "collective-permute" and (
+                _RING.search(where) or name in rings or _completes_scatter(line, instructions)
+            ):
                 continue
             channel = re.search(r"channel_id=(\d+)", line.rest)
             key = f"{called} {channel[1] if channel else line.name}"
@@ -276,6 +281,30 @@ def exchanges(hlo: str) -> list[Exchange]:
             if before is None or before.elements < elements:
                 found[key] = Exchange(called, elements, name)
     return [*found.values()]
+
+
+def _completes_scatter(permute: _Instruction, near: Sequence[_Instruction]) -> bool:
+    """Whether an exchange is the end of a reduce-scatter: the TPU compiler pads rows to a multiple
+    of what its kernel sends (1,024 rows over 4 chips to 4 x 264), and each chip then passes the few
+    rows that are the next one's on to it."""
+    named = {each.name: each for each in near}
+    cut = named.get((_NAME.findall(permute.rest) or [""])[0])
+    if cut is None or cut.opcode != "slice":
+        return False
+    scatter = named.get((_NAME.findall(cut.rest) or [""])[0])
+    called = [] if scatter is None else _CALLED.findall(scatter.rest)
+    return any(name.startswith("all-reduce-scatter") for name in called)
+
+
+def _is_summed(exchange: _Instruction, near: Sequence[_Instruction]) -> bool:
+    """Whether an all-to-all is how the TPU compiler writes a small reduce-scatter: each chip is
+    sent its part of every sum, and adds them up."""
+    return any(
+        each.opcode == "reduce"
+        and exchange.name in _NAME.findall(each.rest.split(")", 1)[0])
+        and "to_apply=%all-to-all.reduce_sub_computation" in each.rest
+        for each in near
+    )
 
 
 def own_kernels(hlo: str) -> list[float]:

@@ -56,7 +56,7 @@ from vit_flax.arguments import (
 )
 from vit_flax.attention import check_implementation
 from vit_flax.cpu.half import traced_for
-from vit_flax.int8 import check_activations, check_weights, quantize
+from vit_flax.int8 import SCALE, SUMS, check_activations, check_weights, quantize
 from vit_flax.layers import frequencies
 from vit_flax.model import (
     FlaxViTForImageClassificationModule,
@@ -330,8 +330,13 @@ class FlaxPreTrainedModel(Loadable, Savable):
         if not isinstance(params, Mapping) or not self._their_paths:
             return params
         flat = flat_params(params)
+        beside = {path: flat.pop(path) for path in [*flat] if path[-1] in (SCALE, SUMS)}
         if flat.keys() == self._their_paths.keys() and flat.keys() != self._single_shapes.keys():
             params = rename(flat, self._their_paths, self._single_shapes)
+            if beside:  # what goes with an integer kernel
+                ours = {(*self._their_paths[*p[:-1], "kernel"][:-1], p[-1]): p for p in beside}
+                moved = {path: beside[theirs] for path, theirs in ours.items()}
+                params = unflatten_dict(flatten_dict(params) | moved)
             return stack_layers(params) if self.scan_layers else params
         return params
 
