@@ -181,8 +181,8 @@ MUTANTS = [
     Mutant(
         "a text's tokens attend to those after them",
         "vit_flax/families/clip.py",
-        "attends = jnp.tril(jnp.ones((1, 1, tokens, tokens), bool))",
-        "attends = jnp.ones((1, 1, tokens, tokens), bool)",
+        "return jnp.tril(jnp.ones((1, 1, tokens, tokens), bool))",
+        "return jnp.ones((1, 1, tokens, tokens), bool)",
         f"{_CLIP}the_end_of_a_text_is_found_by_either_rule[49]",
     ),
     Mutant(
@@ -361,7 +361,13 @@ MUTANTS = [
         'name.replace(f"{_FIRST}/", f"{_FIRST}_9/")',
         "tests/test_other_layouts.py::test_keras_hub[classifier]",
     ),
-    Mutant("tanh GELU", FLAX_PART, "jax.nn.gelu(x, approximate=False)", "jax.nn.gelu(x)", STAGES),
+    Mutant(
+        "tanh GELU",
+        "vit_flax/parts/gelu.py",
+        "jax.nn.gelu(x, approximate=False)",
+        "jax.nn.gelu(x)",
+        STAGES,
+    ),
     Mutant(
         "exact GELU for gelu_new",
         TORCH_PART,
