@@ -59,6 +59,7 @@ DEVICES = f"{_ATTENTION}every_device_computes_its_own_images"
 SHARDED = "tests/test_sharding.py::test_numbers_and_collectives[BEiT-mesh3-pallas]"
 TILED = f"{_ATTENTION}tiled_kernel_against_torch[(2,257,2,64)-128]"
 _SCAN = "tests/test_scan.py::test_"
+_ZERO_SHOT = "tests/test_zero_shot.py::test_"
 _ADAPTERS = "tests/test_adapters.py::test_"
 SCANNED = f"{_SCAN}every_stage_against_the_torch_reference[vit]"
 SCANNED_TRAINING = f"{_SCAN}training_is_that_of_the_blocks_one_by_one[vit-"
@@ -108,6 +109,41 @@ _NNX = "tests/test_nnx.py::test_"
 _RAY = "tests/test_ray.py::test_"
 MUTANTS = [
     Mutant(
+        "zero-shot: the template is left out",
+        "vit_common/files/labels.py",
+        "[template.replace(_PLACE, each) for each in labels]",
+        "[each for each in labels]",
+        f"{_ZERO_SHOT}probabilities_are_those_of_transformers[fast]",
+    ),
+    Mutant(
+        "zero-shot: features of texts are not of length one",
+        "vit_flax/inference/zero_shot.py",
+        "found.append(np.asarray(unit(embeds.astype(jnp.float32))))",
+        "found.append(np.asarray(embeds.astype(jnp.float32)))",
+        f"{_ZERO_SHOT}probabilities_are_those_of_transformers[fast]",
+    ),
+    Mutant(
+        "tokens: the end of a text that is too long is not kept",
+        "vit_common/files/tokenizer.py",
+        "self._tokenizer.enable_truncation(max(most, added + 1))",
+        "self._tokenizer.enable_truncation(max(most - 1, added + 1))",
+        f"{_ZERO_SHOT}tokens_are_those_of_transformers[fast]",
+    ),
+    Mutant(
+        "half of a pooling by attention is drawn at random",
+        "convert/load.py",
+        'tuple(start for start in may_lack if start != "pooler.")',
+        "tuple(start for start in may_lack)",
+        "tests/test_leftovers.py::test_pooling_by_attention_is_missing_as_a_whole_or_not_at_all",
+    ),
+    Mutant(
+        "differential attention is drawn like any weight",
+        "vit_flax/pretrained.py",
+        'std = DIFFERENTIAL_STD if kind == "differential" else config.initializer_range',
+        "std = config.initializer_range",
+        "tests/test_kinds.py::test_both_twins_draw_new_weights_alike[differential]",
+    ),
+    Mutant(
         "Ray: a batch of fewer images is compiled anew",
         "vit_flax/inference/ray_data.py",
         "pixels = self._blank.copy()",
@@ -145,8 +181,8 @@ MUTANTS = [
     Mutant(
         "a text's tokens attend to those after them",
         "vit_flax/families/clip.py",
-        "attends = jnp.tril(jnp.ones((1, 1, tokens, tokens), bool))",
-        "attends = jnp.ones((1, 1, tokens, tokens), bool)",
+        "return jnp.tril(jnp.ones((1, 1, tokens, tokens), bool))",
+        "return jnp.ones((1, 1, tokens, tokens), bool)",
         f"{_CLIP}the_end_of_a_text_is_found_by_either_rule[49]",
     ),
     Mutant(
@@ -325,7 +361,13 @@ MUTANTS = [
         'name.replace(f"{_FIRST}/", f"{_FIRST}_9/")',
         "tests/test_other_layouts.py::test_keras_hub[classifier]",
     ),
-    Mutant("tanh GELU", FLAX_PART, "jax.nn.gelu(x, approximate=False)", "jax.nn.gelu(x)", STAGES),
+    Mutant(
+        "tanh GELU",
+        "vit_flax/parts/gelu.py",
+        "jax.nn.gelu(x, approximate=False)",
+        "jax.nn.gelu(x)",
+        STAGES,
+    ),
     Mutant(
         "exact GELU for gelu_new",
         TORCH_PART,

@@ -101,6 +101,7 @@ COMMANDS = ["predict", "features", "attention", "convert", "export", "bench"] + 
     "verify",
     "info",
     "search",
+    "zeroshot",
     "completion",
 ]
 
