@@ -188,7 +188,9 @@ def main() -> None:
         "model": arguments.model,
         "dtypes": dtypes,
         "device": arguments.device,
-        "rounds": {batch: max(map(len, found.values())) for batch, found in rows.items()},
+        "rounds": {
+            batch: max(map(len, found.values()), default=0) for batch, found in rows.items()
+        },
         "contenders": {c.name: c.versions for c in contenders},
         "left_out": left_out,
         "largest_difference_of_a_probability": differences,
