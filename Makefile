@@ -27,7 +27,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 # timm's models are oracles of the tests. Of torchvision they need the Python half, which fits any
 # torch; Transformers would import it too if it saw it, so they are in a folder of their own.
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP_INSTALL) --editable '.[cli,torch,train,export,onnx,bench,test]'
+	$(PIP_INSTALL) --editable '.[cli,torch,train,export,onnx,bench,serve,test]'
 	$(PIP_INSTALL) --no-deps --target $(VENV)/oracles --upgrade timm==1.0.31 torchvision==0.29.2
 	@touch $@
 

@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, tuple[list[str], str | None]] = {
     "inference": ([], None),
     "training": ([], None),
     "scan": ([], None),
+    "serving": ([], None),
     "tpu": ([], "libtpu"),
     "tpu_training": ([], "libtpu"),
 }

@@ -3,7 +3,7 @@
     pip install ".[ray]"
     python examples/ray_features.py photos --output features --model facebook/dinov2-small
 
-Without `--model` the small network of digits that the package ships is used. `vit features --on ray`
+Without `--model` it is the small network of digits that the package ships. `vit features --on ray`
 also does more; this is the way into a pipeline of your own.
 """
 

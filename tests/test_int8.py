@@ -3,7 +3,9 @@ with the rounded weights; bytes; and the cost on real images."""
 
 from __future__ import annotations
 
+import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,15 +16,24 @@ import pytest
 import torch
 import transformers
 from flax.traverse_util import flatten_dict, unflatten_dict
+from flax_models import assert_trees_equal
 from networks import randomize
 from tolerances import BOUNDS
 
 from vit_cli.main import main
 from vit_common.embedded import embedded_checkpoint
 from vit_common.errors import InputError
-from vit_flax import FlaxAutoModelForImageClassification
+from vit_common.families import Dinov2Config
+from vit_flax import (
+    FlaxAutoModelForImageClassification,
+    FlaxDinov2ForImageClassification,
+    to_transformers_tree,
+)
+from vit_flax.attention import compiled_for
+from vit_flax.families.clip import FlaxCLIPVisionModel
 from vit_flax.inference import ImageClassifier, ImageEncoder
 from vit_flax.int8 import Dense, is_quantized, parameter_bytes, quantize
+from vit_flax.int8.product import integer_product
 
 DEIT_TINY = Path(__file__).parents[2] / "shared" / "data" / "deit_tiny"
 SIZES = {
@@ -72,6 +83,15 @@ def rounded(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (integers * step).astype(np.float32), integers
 
 
+def rounded_rows(x: torch.Tensor) -> torch.Tensor:
+    """Rows rounded to 256 steps from the least to the largest value, 0 among them, by PyTorch."""
+    rows = x.reshape(-1, x.shape[-1])
+    least, largest = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+    step = (largest - least) / 255
+    zero = (-128 - torch.round(least / step)).to(torch.int32)
+    return torch.fake_quantize_per_channel_affine(rows, step, zero, 0, -128, 127).reshape(x.shape)
+
+
 def of_a_block(name: str) -> bool:
     return ".layer." in name and name.endswith(".weight")
 
@@ -116,6 +136,133 @@ def test_the_network_is_that_of_the_rounded_weights(family):
     )
     scanned.params = quantize(scanned.params)
     np.testing.assert_allclose(scanned(pixels).logits, wanted, rtol=0, atol=bound)
+
+
+def test_the_network_is_that_of_the_rounded_weights_and_activations(family):
+    """Against Transformers, its weights rounded, and the input of each dense layer of a block as
+    well, by PyTorch."""
+    model, folder = family
+    model = copy.deepcopy(model)
+    pixels = np.random.default_rng(3).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    with torch.no_grad():
+        exact = model(torch.tensor(pixels)).logits.numpy()
+        for name, module in model.named_modules():
+            if of_a_block(f"{name}.weight") and isinstance(module, torch.nn.Linear):
+                module.weight.copy_(torch.tensor(rounded(module.weight.numpy())[0]))
+                module.register_forward_pre_hook(lambda _, inputs: (rounded_rows(inputs[0]),))
+        wanted = model(torch.tensor(pixels)).logits.numpy()
+    options = {"precision": "highest", "weights": "int8", "activations": "int8"}
+    for scan in (False, True):
+        ours = FlaxAutoModelForImageClassification.from_pretrained(
+            folder, **options, scan_layers=scan
+        )
+        # A number that the twins round to neighbouring integers moves the rest by a step.
+        found = np.asarray(ours(pixels).logits)
+        assert np.abs(found - wanted).max() < 0.1 * np.abs(exact - wanted).max()
+
+
+def test_a_layer_of_integers_is_that_of_rounded_inputs():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(2, 3, 48)).astype(np.float32)
+    x[0, 1] = np.abs(x[0, 1]) + 3  # its range begins at 0
+    x[1, 0] *= -1e-6
+    kernel = rng.normal(size=(48, 9)).astype(np.float32)
+    tree = {"encoder": {"layer": {"0": {"dense": {"kernel": kernel}}}}}
+    made = quantize(tree, activations="int8")["encoder"]["layer"]["0"]["dense"]
+    assert made["kernel_sums"].dtype == np.int32
+    np.testing.assert_array_equal(made["kernel_sums"], np.asarray(made["kernel"], int).sum(0))
+    layer = jax.jit(lambda x: Dense(9, use_bias=False).apply({"params": made}, x))
+    found = layer(x)
+    weight = rounded(kernel.T)[0].astype(np.float64)
+    wanted = rounded_rows(torch.tensor(x)).numpy().astype(np.float64) @ weight.T
+    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=1e-12 + 2e-6 * np.abs(wanted).max())
+    x[1, 1] = 0
+    np.testing.assert_array_equal(layer(x)[1, 1], np.zeros(9))
+    x[0, 0, 0] = np.nan
+    found = np.asarray(layer(x))
+    assert np.isnan(found[0, 0]).all()
+    assert np.isfinite(found[0, 1:]).all()
+    # The derivative is that of the rounded weights.
+    cotangent = rng.normal(size=(2, 3, 9)).astype(np.float32)
+    gradient = jax.jit(jax.grad(lambda x: (layer(x) * cotangent).sum()))(np.ones_like(x))
+    np.testing.assert_allclose(gradient, cotangent @ weight, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["int8", "uint8", "float32"])
+def test_products_of_integers_are_exact(kind):
+    rng = np.random.default_rng(2)
+    x = rng.integers(-128, 128, (2, 3, 2100)).astype(np.int8)
+    kernel = rng.integers(-127, 128, (2100, 5)).astype(np.int8)
+    x[0, 0, :1036], kernel[:1036, 0] = -128, 127  # sums beyond what float32 counts one by one
+    x[0, 0, 1030:1040], kernel[1030:1040, 0] = 1, 1
+    wanted = x.astype(np.int64) @ kernel.astype(np.int64)
+    sums = jnp.asarray(kernel.sum(0, dtype=np.int32))
+    run = jax.jit(partial(integer_product, kind=kind))
+    found = run(x, kernel, sums)
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, wanted)
+    found = jax.jit(jax.vmap(lambda x: integer_product(x, kernel, sums, kind=kind)))(x)
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_programs_for_other_machines_multiply_int8_by_int8():
+    x = jax.ShapeDtypeStruct((4, 48), jnp.float32)
+    tree = {"encoder": {"layer": {"0": {"dense": {"kernel": np.ones((48, 48), np.float32)}}}}}
+    params = quantize(tree, activations="int8")["encoder"]["layer"]["0"]["dense"]
+    run = jax.jit(lambda x: Dense(48, use_bias=False).apply({"params": params}, x))
+    for platform in ("tpu", "cuda", "rocm"):
+        with compiled_for(platform):
+            text = run.trace(x).lower(lowering_platforms=(platform,)).as_text()
+        products = [line for line in text.splitlines() if "dot_general" in line]
+        (product,) = products
+        assert "(tensor<4x48xi8>, tensor<48x48xi8>) -> tensor<4x48xi32>" in product
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    sizes = {name: x for name, x in SIZES.items() if name != "num_labels"}
+    config = transformers.CLIPVisionConfig(**sizes, intermediate_size=64)
+    folder = tmp_path_factory.mktemp("clip")
+    randomize(transformers.CLIPVisionModel(config).eval()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "scan_layers", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one by one", "scan"]
+)
+def test_trees_of_other_names(clip, scan_layers):
+    """CLIP's `params` have Transformers' names: quantized under either, they are the same."""
+    model = FlaxCLIPVisionModel.from_pretrained(clip, scan_layers=scan_layers)
+    loaded = FlaxCLIPVisionModel.from_pretrained(
+        clip, weights="int8", activations="int8", scan_layers=scan_layers
+    )
+    pixels = np.random.default_rng(3).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    wanted = loaded(pixels).pooler_output
+    kernels = [x for x in jax.tree.leaves(loaded.params) if x.dtype == np.int8]
+    assert len(kernels) == 6 * (1 if scan_layers else 2)
+    for tree in (model.params, model.network_params):
+        small = quantize(tree, activations="int8")
+        np.testing.assert_array_equal(model(pixels, params=small).pooler_output, wanted)
+        model.params = small
+        assert is_quantized(model.params)
+        assert jax.tree.structure(model.params) == jax.tree.structure(loaded.params)
+        model = FlaxCLIPVisionModel.from_pretrained(clip, scan_layers=scan_layers)
+    if scan_layers:  # a tree of blocks one by one, under Transformers' names
+        single = FlaxCLIPVisionModel.from_pretrained(clip)
+        small = quantize(single.params, activations="int8")
+        np.testing.assert_allclose(
+            model(pixels, params=small).pooler_output, wanted, rtol=0, atol=1e-5
+        )
+
+
+def test_a_tree_of_transformers_dinov2():
+    """Transformers' Flax model of DINOv2 has other names for the parts of a block."""
+    model = FlaxDinov2ForImageClassification(Dinov2Config(**SIZES, mlp_ratio=2))
+    theirs = to_transformers_tree(model.params, model.config)
+    assert "mlp" in theirs["dinov2"]["encoder"]["layer"]["0"]
+    wanted = quantize(model.params, activations="int8")
+    model.params = quantize(theirs, activations="int8")
+    assert_trees_equal(model.params, wanted)
 
 
 def test_integers_and_factors_are_the_papers():
@@ -230,7 +377,13 @@ def probabilities(classify, images):
     return found
 
 
-def test_the_cost_on_held_out_digits():
+@pytest.mark.parametrize(
+    ("activations", "largest", "mean"),
+    # Measured: 0.016 and 0.00033; with activations DIGITS_MAX and DIGITS_MEAN.
+    [(None, 0.05, 0.002), ("int8", 0.15, 0.006)],
+    ids=["weights", "weights and activations"],
+)
+def test_the_cost_on_held_out_digits(activations, largest, mean):
     """450 digits that the network was not trained on (examples/digits.py has the split)."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -242,43 +395,71 @@ def test_the_cost_on_held_out_digits():
     )
     images = [PIL.Image.fromarray(np.minimum(x * 16, 255).astype(np.uint8)) for x in images]
     exact = probabilities(ImageClassifier.from_pretrained(embedded_checkpoint()), images)
-    small = ImageClassifier.from_pretrained(embedded_checkpoint(), weights="int8")
+    small = ImageClassifier.from_pretrained(
+        embedded_checkpoint(), weights="int8", activations=activations
+    )
     found = probabilities(small, images)
     assert (exact.argmax(1) == labels).sum() == 445  # as vit_common/digits/README.md has it
     assert (found.argmax(1) == labels).sum() == 445
     assert (found.argmax(1) == exact.argmax(1)).all()
     change = np.abs(found - exact).max(1)
-    assert change.max() < 0.05  # measured 0.016
-    assert 1e-5 < change.mean() < 0.002  # measured 0.00033
+    print("CHANGE", change.max(), change.mean())
+    assert change.max() < largest
+    assert 1e-5 < change.mean() < mean
 
 
-PHOTOS = ("astronaut", "camera", "chelsea", "coffee", "coins", "rocket")
+PHOTOS = (
+    *("astronaut", "brick", "camera", "cat", "cell", "chelsea", "clock", "coffee", "coins"),
+    *("colorwheel", "grass", "gravel", "horse", "hubble_deep_field", "immunohistochemistry"),
+    *("logo", "microaneurysms", "moon", "page", "retina", "rocket", "text"),
+)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not DEIT_TINY.is_dir(), reason="the shared DeiT-Tiny is not beside this clone")
-def test_the_cost_on_photos():
-    """A real ImageNet network on scikit-image's photos."""
+@pytest.mark.parametrize("activations", [None, "int8"], ids=["weights", "weights and activations"])
+def test_the_cost_on_photos(activations):
+    """A real ImageNet network on scikit-image's pictures, and their mirror images."""
     from skimage import data
 
-    images = [PIL.Image.fromarray(getattr(data, name)()).convert("RGB") for name in PHOTOS]
+    images = []
+    for name in PHOTOS:
+        pixels = getattr(data, name)()
+        pixels = pixels * np.uint8(255) if pixels.dtype == bool else pixels
+        image = PIL.Image.fromarray(pixels).convert("RGB")
+        images += [image, image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)]
     exact = probabilities(ImageClassifier.from_pretrained(DEIT_TINY), images)
-    small = ImageClassifier.from_pretrained(DEIT_TINY, weights="int8")
+    small = ImageClassifier.from_pretrained(DEIT_TINY, weights="int8", activations=activations)
     found = probabilities(small, images)
-    assert (found.argmax(1) == exact.argmax(1)).all()
+    print(
+        "SAME",
+        (found.argmax(1) == exact.argmax(1)).sum(),
+        np.sort(exact, 1)[:, -1] - np.sort(exact, 1)[:, -2],
+    )
     change = np.abs(found - exact).max(1)
-    assert 1e-3 < change.max() < 0.2  # measured 0.043
-    assert change.mean() < 0.05  # measured 0.011
-    assert parameter_bytes(small.model.params) < 0.31 * 4 * 5_717_416
+    print("CHANGE", change.max(), change.mean())
+    assert (found.argmax(1) == exact.argmax(1)).mean() >= 0.98
+    assert 1e-3 < change.max() < 0.2
+    assert change.mean() < 0.05
+    bound = 0.31 if activations is None else 0.32  # the sums of columns
+    assert parameter_bytes(small.model.params) < bound * 4 * 5_717_416
 
 
 # -- the doors
 
 
-def test_what_cannot_be(tmp_path):
+def test_what_cannot_be(tmp_path, capsys):
     with pytest.raises(InputError, match="`weights` must be 'int8' or None; given 'int4'"):
         ImageClassifier.from_pretrained(embedded_checkpoint(), weights="int4")
     model = FlaxAutoModelForImageClassification.from_pretrained(embedded_checkpoint())
+    for cls in (ImageClassifier, ImageEncoder, FlaxAutoModelForImageClassification):
+        with pytest.raises(InputError, match="add `weights='int8'`"):
+            cls.from_pretrained(embedded_checkpoint(), activations="int8")
+        with pytest.raises(InputError, match="`activations` must be 'int8' or None; given 'int4'"):
+            cls.from_pretrained(embedded_checkpoint(), weights="int8", activations="int4")
+    digit = str(min((embedded_checkpoint() / "images").iterdir()))
+    assert main(["predict", digit, "--activations", "int8"]) == 2
+    assert "add --weights int8" in capsys.readouterr().err
     small = quantize(model.params)
     with pytest.raises(InputError, match="8-bit integers already"):
         quantize(small)
@@ -297,10 +478,12 @@ def test_factors_alone_are_no_parameters():
         model(np.zeros((1, 1, 8, 8), np.float32), params=bare)
 
 
-def test_the_commands(tmp_path, capsys):
+@pytest.mark.parametrize("activations", [[], ["--activations", "int8"]], ids=["float", "int8"])
+def test_the_commands(activations, tmp_path, capsys):
     digit = str(min((embedded_checkpoint() / "images").iterdir()))
     options = {"weights": "int8", "param_dtype": "bfloat16"}
-    arguments = ["--weights", "int8", "--param-dtype", "bfloat16"]
+    options |= {"activations": "int8"} if activations else {}
+    arguments = ["--weights", "int8", "--param-dtype", "bfloat16", *activations]
     assert main(["predict", digit, "--json", "--top-k", "1", *arguments]) == 0
     (row,) = json.loads(capsys.readouterr().out)["predictions"]
     (wanted,) = ImageClassifier.from_pretrained(embedded_checkpoint(), **options)(digit, top_k=1)

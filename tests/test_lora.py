@@ -231,6 +231,41 @@ def test_few_parameters_are_trained():
     assert adapter.num_parameters(model.params_shape_tree) / whole < 0.01
 
 
+def test_both_layers_of_each_mlp(base, tmp_path):
+    """The target "mlp" is what PEFT finds by a regular expression; other layers have none."""
+    model = load(base)
+    adapter = lora(model, rank=2, alpha=4, targets=("query", "value", "mlp"))
+    params = randomised(adapter, adapter.init(model.params))
+    save_adapter(tmp_path, adapter, params)
+    names = r".*(query|value|intermediate\.dense|layer\.\d+\.output\.dense)"
+    peer = transformers.ViTForImageClassification.from_pretrained(base, dtype=torch.float32)
+    table = peft.LoraConfig(r=2, target_modules=names, modules_to_save=["classifier"])
+    wanted = peft.get_peft_model_state_dict(peft.get_peft_model(peer, table))
+    assert load_file(tmp_path / "adapter_model.safetensors").keys() == wanted.keys()
+    assert adapter.num_parameters(params) == sum(x.numel() for x in wanted.values())
+    peer = transformers.ViTForImageClassification.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        logits = peft.PeftModel.from_pretrained(peer, tmp_path).eval()(torch.tensor(PIXELS)).logits
+    ours = np.asarray(model(PIXELS, params=adapter.merge(params)).logits)
+    np.testing.assert_allclose(logits.numpy(), ours, rtol=0, atol=2e-6)
+    # Of some blocks; and where a family has other names.
+    some = lora(model, targets=["mlp"], layers=[1])
+    assert [layer.name for layer in some.layers] == [
+        "vit.encoder.layer.1.intermediate.dense",
+        "vit.encoder.layer.1.output.dense",
+    ]
+    gated = vit_flax.Dinov2Config(**SIZES, use_swiglu_ffn=True)
+    other = vit_flax.FlaxDinov2ForImageClassification(gated, _do_init=False)
+    assert len(lora(other, targets=["mlp"]).layers) == 2 * SIZES["num_hidden_layers"]
+
+
+def test_a_network_that_peft_has_no_names_for():
+    sizes = {name: value for name, value in SIZES.items() if name != "num_labels"}
+    model = vit_flax.FlaxCLIPVisionModel(vit_flax.CLIPVisionConfig(**sizes), _do_init=False)
+    with pytest.raises(InputError, match="for a network of model_type 'clip_vision_model'"):
+        lora(model)
+
+
 @pytest.mark.slow
 def test_stacked_blocks(base, tmp_path):
     """`scan_layers=True`: the same adapters, first values, merged weights and files."""

@@ -20,7 +20,7 @@ from vit_common.errors import InputError, MissingFileError
 from vit_common.flops import forward_flops
 from vit_common.presets import preset
 from vit_flax import tpu_check
-from vit_flax.attention import attention
+from vit_flax.attention import attention, compiled_for
 from vit_flax.auto import FlaxAutoModelForImageClassification
 from vit_flax.hlo import (
     collectives,
@@ -32,7 +32,8 @@ from vit_flax.hlo import (
     product_flops,
 )
 from vit_flax.inference.engine import Engine
-from vit_flax.sharding import param_shardings
+from vit_flax.int8 import quantize
+from vit_flax.sharding import batch_sharding, param_shardings, replicated
 from vit_flax.tpu_check import (
     CHIPS,
     Check,
@@ -249,6 +250,40 @@ def test_rings_are_counted_once_and_their_products_each_round():
     assert kinds.count("all-reduce") == 1
     stray = RING.replace('jit(step)/key/dot_general"}\n  ROOT', 'jit(step)/other"}\n  ROOT')
     assert "collective-permute" in {each.kind for each in exchanges(stray)}
+
+
+# As libtpu 0.0.42 compiles a training step of ViT-L on 4 x 4 chips: 1,024 rows over 4 are sent as
+# 4 x 264, and 24 rows of each part belong to the next chip.
+COMPLETED = """HloModule m
+
+%all-reduce-scatter.4.clone.1 (input.14: bf16[1024,4096]) -> bf16[264,4096] {
+  %input.14 = bf16[1024,4096]{1,0} parameter(0)
+  %constant.1 = bf16[] constant(0)
+  %pad.26 = bf16[1056,4096]{1,0} pad(%input.14, %constant.1), padding=0_32x0_0
+  %all-reduce.69 = bf16[1056,4096]{1,0} all-reduce(%pad.26), channel_id=40, to_apply=%add
+  %subtract.9 = u32[] constant(0)
+  ROOT %dynamic-slice.9 = bf16[264,4096]{1,0} dynamic-slice(%all-reduce.69, %subtract.9)
+}
+
+ENTRY %main (p.1: bf16[1024,4096]) -> bf16[288,4096] {
+  %p.1 = bf16[1024,4096]{1,0} parameter(0)
+  %fusion.565 = bf16[264,4096]{1,0} fusion(%p.1), kind=kCustom, calls=%all-reduce-scatter.4.clone.1
+  %slice.24 = bf16[24,4096]{1,0} slice(%fusion.565), slice={[240:264], [0:4096]}
+  %collective-permute-start = (bf16[24,4096]{1,0}, bf16[24,4096]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%slice.24), channel_id=1, source_target_pairs={{0,1},{1,2},{2,3}}
+  %collective-permute-done = bf16[24,4096]{1,0} collective-permute-done(%collective-permute-start)
+  ROOT %concatenate.6 = bf16[288,4096]{1,0} concatenate(%collective-permute-done, %fusion.565), dimensions={0}
+}
+"""  # noqa: E501
+
+
+def test_the_end_of_a_reduce_scatter_is_no_exchange_of_its_own():
+    assert [each.kind for each in exchanges(COMPLETED)] == ["reduce-scatter"]
+    # What is taken from anything else is one.
+    other = COMPLETED.replace("slice(%fusion.565)", "slice(%p.1)")
+    assert sorted(each.kind for each in exchanges(other)) == [
+        "collective-permute",
+        "reduce-scatter",
+    ]
 
 
 def test_communication_is_held_to_the_mesh():
@@ -670,3 +705,35 @@ def test_command_compiles_in_its_own_process(tmp_path, capfd):
     assert "every assertion holds" in out
     assert err == "vit: compiling for v5e: forward, 1 images on each chip, bfloat16\n"
     assert tpu_check.versions()["libtpu"] in out
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_integers_are_multiplied_as_integers(chip):
+    """With activations in 8 bits, every product of a block has two operands of s8, and its sums
+    are s32."""
+    model = FlaxAutoModelForImageClassification.class_for(SMALL)(
+        SMALL, dtype="bfloat16", _do_init=False
+    )
+    params = jax.eval_shape(
+        lambda params: quantize(params, activations="int8"), model.params_shape_tree
+    )
+    with libtpu_environment():
+        mesh = chip_mesh(chip)
+        run = jax.jit(
+            lambda params, x: model(x, params=params).logits,
+            in_shardings=(replicated(mesh), batch_sharding(mesh)),
+        )
+        with compiled_for("tpu"):
+            lowered = run.lower(params, shape(8 * mesh.size, 3, 32, 32, dtype=jnp.bfloat16))
+        text = lowered.compile().as_text()
+    dtypes = dict(re.findall(r"%([\w.\-]+) = (\w+)\[", text))
+    products = re.findall(r"= (\w+)\[\S* (?:convolution|dot)\(([^)]*)\)", text)
+    found = [
+        (result, *(dtypes[name] for name in re.findall(r"%([\w.\-]+)", operands)))
+        for result, operands in products
+    ]
+    # Query, key, value, attention's output, and the MLP; of one block.
+    assert found.count(("s32", "s8", "s8")) == 6
+    assert not [each for each in found if "s8" in each and each != ("s32", "s8", "s8")]

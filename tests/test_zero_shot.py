@@ -125,6 +125,62 @@ def test_probabilities_are_those_of_transformers(files, place):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["siglip", "siglip2"])
+def test_each_text_by_itself_as_siglips_are(family, place, tmp_path):
+    """Texts are filled up to the tower's length, and probabilities are sigmoids."""
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(place / "fast" / "tokenizer.json"), pad_token="!", model_max_length=16
+    )
+    vision = {**SIZE, "num_hidden_layers": 1, "patch_size": 4}
+    vision |= {"image_size": 16} if family == "siglip" else {"num_patches": 16}
+    text = {**SIZE, "num_hidden_layers": 1, "vocab_size": len(vocabulary()[0])}
+    text |= {"max_position_embeddings": 16, "projection_size": 24}
+    for table in (vision, text):
+        table.pop("projection_dim")
+    capital = family.capitalize()
+    config = getattr(transformers, f"{capital}Config")(vision_config=vision, text_config=text)
+    model = randomize(getattr(transformers, f"{capital}Model")(config))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    size = {"height": 16, "width": 16}
+    processor = transformers.SiglipImageProcessor(size=size)
+    processor.save_pretrained(tmp_path)
+    inputs = tokenizer(LABELS, padding="max_length", return_tensors="pt")["input_ids"]
+    pictures = [PIL.Image.open(path).convert("RGB") for path in images(place)]
+    pixels = processor(pictures, return_tensors="pt")["pixel_values"]
+    if family == "siglip2":  # patches, as its own processor would give them
+        B, C, H, W = pixels.shape
+        pixels = pixels.reshape(B, C, H // 4, 4, W // 4, 4).permute(0, 2, 4, 3, 5, 1)
+        pixels = pixels.reshape(B, 16, 4 * 4 * C)
+        more = {"pixel_attention_mask": torch.ones(B, 16, dtype=torch.int64)}
+        more["spatial_shapes"] = torch.tensor([[4, 4]] * B)
+    else:
+        more = {}
+    with torch.no_grad():
+        wanted = model(input_ids=inputs, pixel_values=pixels, **more).logits_per_image.sigmoid()
+    classify = ZeroShotClassifier.from_pretrained(tmp_path, LABELS)
+    found = classify.run(classify.prepare(images(place)))
+    np.testing.assert_allclose(found, wanted.numpy(), atol=5e-6)
+    alone = ZeroShotClassifier.from_pretrained(tmp_path, LABELS[:1])
+    np.testing.assert_allclose(alone.run(alone.prepare(images(place))), wanted[:, :1], atol=5e-6)
+
+
+def test_siglips_texts_are_words_alone(place, tmp_path):
+    """`SiglipTokenizer` drops punctuation and case before it looks for words."""
+    shutil.copy(place / "fast" / "tokenizer.json", tmp_path / "tokenizer.json")
+    named = {"tokenizer_class": "SiglipTokenizer", "pad_token": "!"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    texts = ["A cat,  a DOG!", "it's (42) cats\n"]
+    wanted = ["a cat a dog", "its 42 cats"]  # by its `canonicalize_text`; it needs sentencepiece
+    found = Tokenizer(tmp_path)(texts, most=24, to=24)
+    plain = Tokenizer(place / "fast")(wanted, most=24, to=24)
+    mask = found.attention_mask == 1
+    assert (mask == (plain.attention_mask == 1)).all()
+    assert (found.input_ids[mask] == plain.input_ids[mask]).all()
+    assert set(found.input_ids[~mask]) == {vocabulary()[0]["!"]}
+
+
+@pytest.mark.slow
 def test_old_files_end_a_text_with_their_largest_token(place, tmp_path):
     """Those of before 2023 say 2 for the end of a text."""
     shutil.copytree(place / "slow", tmp_path / "slow")
@@ -172,7 +228,7 @@ def test_the_command_prints_what_the_class_gives(place, tmp_path, capsys):
     [
         ([], "give the texts by --labels or --labels-file; given nothing"),
         (["--labels", "a,b", "--labels-file", "x"], "given both"),
-        (["--labels", ""], "at least two texts"),
+        (["--labels", ""], "texts to choose among; given none"),
         (["--labels", "a cat"], "at least two texts.*given 'a cat'"),
         (["--labels", "a cat,a dog,a cat"], "each text once; given 'a cat' twice"),
         (["--labels", "a cat,,a dog"], "label 2 of 3 is empty"),

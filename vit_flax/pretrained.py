@@ -34,7 +34,13 @@ from vit_common.checks import (
 from vit_common.config import ViTConfig, as_config
 from vit_common.errors import InputError
 from vit_common.files.containers.tensor import as_tensor
-from vit_common.parameters import Head, head_tokens, initial_value, parameter_shapes
+from vit_common.parameters import (
+    DIFFERENTIAL_STD,
+    Head,
+    head_tokens,
+    initial_value,
+    parameter_shapes,
+)
 from vit_convert.formats import TREE
 from vit_convert.load import Loadable, is_finite, load_parameters, warn_if_not_finite
 from vit_convert.rules import as_mapped, to_foreign, unprefixed
@@ -50,7 +56,7 @@ from vit_flax.arguments import (
 )
 from vit_flax.attention import check_implementation
 from vit_flax.cpu.half import traced_for
-from vit_flax.int8 import check_activations, check_weights, quantize
+from vit_flax.int8 import SCALE, SUMS, check_activations, check_weights, quantize
 from vit_flax.layers import frequencies
 from vit_flax.model import (
     FlaxViTForImageClassificationModule,
@@ -324,8 +330,13 @@ class FlaxPreTrainedModel(Loadable, Savable):
         if not isinstance(params, Mapping) or not self._their_paths:
             return params
         flat = flat_params(params)
+        beside = {path: flat.pop(path) for path in [*flat] if path[-1] in (SCALE, SUMS)}
         if flat.keys() == self._their_paths.keys() and flat.keys() != self._single_shapes.keys():
             params = rename(flat, self._their_paths, self._single_shapes)
+            if beside:  # what goes with an integer kernel
+                ours = {(*self._their_paths[*p[:-1], "kernel"][:-1], p[-1]): p for p in beside}
+                moved = {path: beside[theirs] for path, theirs in ours.items()}
+                params = unflatten_dict(flatten_dict(params) | moved)
             return stack_layers(params) if self.scan_layers else params
         return params
 
@@ -385,7 +396,8 @@ class FlaxPreTrainedModel(Loadable, Savable):
             if kind == "frequencies":
                 drawn[path] = frequencies(config.rope_theta)(key, shape, self.param_dtype)
             else:
-                drawn[path] = draw_normal(key, config.initializer_range, shape, self.param_dtype)
+                std = DIFFERENTIAL_STD if kind == "differential" else config.initializer_range
+                drawn[path] = draw_normal(key, std, shape, self.param_dtype)
         return drawn
 
     # -- calls

@@ -61,6 +61,12 @@ def tables(family: str | None = None, generation: str | None = None) -> list[tup
 def table_of(family: str, generation: str, gated: bool) -> Format:
     """The table of a family's names."""
     found = [table for _, table in tables(family, generation)]
+    if not found:
+        known = {name for _, table in tables() for name in table.families}
+        raise InputError(
+            f"adapters cannot be made for a network of model_type {family!r}; wanted one of "
+            f"{', '.join(sorted(known))}. Train the layers themselves instead."
+        )
     return next(table for table in found if len(found) == 1 or is_gated(table) == gated)
 
 

@@ -7,7 +7,7 @@ import base64
 import contextlib
 import importlib.util
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from importlib import resources
 from typing import Any
 
@@ -116,10 +116,13 @@ def make_app(service: Service, *, hosts: Iterable[str] | None = None) -> Any:
         finally:
             service.held -= held
 
-    async def left(request: Any) -> None:
-        """Until the client has gone away."""
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+    def left(request: Any) -> Callable[[], Coroutine[Any, Any, None]]:
+        async def wait() -> None:
+            """Until the client has gone away."""
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        return wait
 
     def results(body: Body, values: list[Any], make: Callable[[Any], dict[str, Any]]) -> Response:
         """One object per image; the status is an error's only if all of them failed."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import io
 import math
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,7 +158,7 @@ class Service:
         work: Work,
         images: Sequence[bytes],
         deadline: Deadline,
-        gone: Awaitable[Any] | None = None,
+        gone: Callable[[], Coroutine[Any, Any, Any]] | None = None,
     ) -> list[Any]:
         """What the network makes of images: for each an array, or the Refusal that it gets.
 
@@ -166,7 +166,7 @@ class Service:
             work: one of those that the service knows.
             images: contents of files.
             deadline: of the answer.
-            gone: done when nobody waits for the answer any more.
+            gone: what it gives is done when nobody waits for the answer any more.
 
         Raises:
             Refusal: there is no room for so many, or the deadline passed.
@@ -185,9 +185,9 @@ class Service:
             answers.append(answer)
             self._decoders.submit(self._prepare, slot, data)
         everything = asyncio.gather(*answers)
-        leaving = None if gone is None else asyncio.ensure_future(gone)
+        leaving = None if gone is None else loop.create_task(gone())
         try:
-            wanted = {everything} if leaving is None else {everything, leaving}
+            wanted = [everything] if leaving is None else [everything, leaving]
             await asyncio.wait(wanted, timeout=deadline.left, return_when=asyncio.FIRST_COMPLETED)
             if everything.done():
                 return [self._named(work, value) for value in everything.result()]

@@ -52,16 +52,17 @@ def read_labels(path: str | os.PathLike) -> list[str]:
     return _checked([line.strip() for line in lines], name, "line")
 
 
-def texts_of(labels: Any, template: Any = _PLACE) -> tuple[list[str], list[str]]:
+def texts_of(labels: Any, template: Any = _PLACE, *, least: int = 1) -> tuple[list[str], list[str]]:
     """Labels to choose among, and the same in a template, as a text tower reads them.
 
     Args:
         labels: texts, or the name of a file that `read_labels` takes.
         template: what each is put into, at its `{}`.
+        least: how many there must be, 1 or 2.
 
     Raises:
         MissingFileError: the file cannot be read.
-        InputError: fewer than two labels, one that is empty, one twice; or no template.
+        InputError: fewer labels, one that is empty, one twice; or no template.
 
     Example:
         >>> texts_of(["cat", "dog"], "a photo of a {}")
@@ -77,10 +78,12 @@ def texts_of(labels: Any, template: Any = _PLACE) -> tuple[list[str], list[str]]
             f"`labels`: label {labels.index('') + 1} of {len(labels)} is empty; every class needs "
             "a name."
         )
-    if len(labels) < 2:
+    if not labels:
+        raise InputError("`labels` must hold texts to choose among; given none.")
+    if len(labels) < least:
         raise InputError(
-            "`labels` must hold at least two texts, as probabilities are shared out among them; "
-            f"given {repr(labels[0]) if labels else 'none'}."
+            "`labels` must hold at least two texts, as this model's probabilities are shared out "
+            f"among them; given {labels[0]!r}."
         )
     twice = next((each for i, each in enumerate(labels) if each in labels[:i]), None)
     if twice is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 _MERGES = slice(1, 49152 - 256 - 2 + 1)
 _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
+_WORDS_ALONE = ("SiglipTokenizer", "SiglipTokenizerFast")
 
 
 class Tokens(NamedTuple):
@@ -75,6 +77,8 @@ class Tokenizer:
         local = files.local
         place = files if local is None or local.is_dir() else ModelFiles(local.parent)
         special = _special_tokens(place)
+        table = _table(place, CONFIG)
+        self._words_alone = table.get("tokenizer_class") in _WORDS_ALONE
         path = place.find(FAST)
         if path is not None:
             self._tokenizer = _read(path, tokenizers.Tokenizer.from_file, str(path))
@@ -91,7 +95,7 @@ class Tokenizer:
         # How texts are filled up and cut is said by the call, not by the file.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        pad = self._tokenizer.token_to_id(special.get("pad_token", _END))
+        pad = self._tokenizer.token_to_id(special["pad_token"])
         self.pad_id = 0 if pad is None else pad
 
     def __call__(self, texts: Sequence[str], *, most: int, to: int | None = None) -> Tokens:
@@ -104,6 +108,8 @@ class Tokenizer:
             to: tokens that each is filled up to; None is the longest of them.
         """
         rows, cut = [], []
+        if self._words_alone:
+            texts = [_words(text) for text in texts]
         added = self._tokenizer.num_special_tokens_to_add(False)
         for i, text in enumerate(texts):
             ids = self._tokenizer.encode(text).ids
@@ -122,12 +128,24 @@ class Tokenizer:
         return Tokens(input_ids, mask, tuple(cut))
 
 
+def _words(text: str) -> str:
+    """A text in lower case, without punctuation and with single spaces, as SigLIP's are: its
+    `tokenizer.json` leaves that to the code (`SiglipTokenizer` of Transformers 4.57.6)."""
+    kept = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(kept.split())
+
+
+def _table(files: ModelFiles, name: str) -> dict[str, Any]:
+    """The mapping in a file; an empty one where there is no such file."""
+    path = files.find(name)
+    return {} if path is None else read_json(path)
+
+
 def _special_tokens(files: ModelFiles) -> dict[str, str]:
     """The tokens that begin, end and fill up a text, as the files beside a tokenizer say."""
     found = {"bos_token": _BEGIN, "eos_token": _END, "unk_token": _END, "pad_token": _END}
     for name in (SPECIAL, CONFIG):  # the latter is what Transformers reads first
-        path = files.find(name)
-        table = {} if path is None else read_json(path)
+        table = _table(files, name)
         for key in found:
             value = table.get(key)
             text = value.get("content") if isinstance(value, Mapping) else value

@@ -22,6 +22,7 @@ from vit_common.config import ViTConfig
 from vit_common.errors import InputError
 from vit_flax.arguments import as_array, check_key, values_of
 from vit_flax.cpu.half import traced_for
+from vit_flax.int8 import SCALE, SUMS
 from vit_flax.layers import dense, initializer, layer_norm
 from vit_flax.model import (
     FlaxViTEncoder,
@@ -377,10 +378,13 @@ class TransformersTree(FlaxViTPreTrainedModel):
     def _renamed(self, params: Any) -> Any:
         if not isinstance(params, Mapping) or self._is_custom():
             return params
-        flat = flat_params(params)
         tree = self._names.ours(params)
-        turned = flatten_dict(tree).keys()
-        if self.scan_layers and turned != flat.keys() and turned == self._single_shapes.keys():
+        given, turned = (
+            # What goes with an integer kernel is in no table.
+            {path for path in flat if path[-1] not in (SCALE, SUMS)}
+            for flat in (flat_params(params), flatten_dict(tree))
+        )
+        if self.scan_layers and turned != given and turned == self._single_shapes.keys():
             return stack_layers(tree)
         return tree
 

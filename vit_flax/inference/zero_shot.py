@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_common.config import ViTConfig
 from vit_common.errors import CheckpointError, ConfigError
 from vit_common.files.labels import texts_of
 from vit_common.files.tokenizer import Tokenizer
@@ -28,18 +29,20 @@ _TEXTS_AT_ONCE = 64
 
 
 class ZeroShotClassifier(ImageClassifier):
-    """Probabilities of texts for images, by a model of both such as CLIP: a classifier whose
-    classes are named, not trained.
+    """Probabilities of texts for images, by a model of both such as CLIP or SigLIP: a classifier
+    whose classes are named, not trained.
 
     The features of the texts are computed once; images go through the image tower as through an
-    `ImageClassifier`, whose calls this class has. Probabilities are the softmax over the texts of
-    the scaled cosines (Radford et al. 2021, arXiv:2103.00020, figure 3), in float32.
+    `ImageClassifier`, whose calls this class has. Probabilities come from the scaled cosines in
+    float32: CLIP's are their softmax over the texts (Radford et al. 2021, arXiv:2103.00020, figure
+    3), SigLIP's the sigmoid of each by itself (Zhai et al. 2023, arXiv:2303.15343).
 
     Args:
         model: a model of images and texts, with its parameters.
         image_processor: as `ImageEncoder`.
         tokenizer: turns texts into tokens; a `Tokenizer`, a folder or a name on the Hub.
-        labels: the texts: at least two, each once; or a file of them, one per line or JSON.
+        labels: the texts, each once, at least two for CLIP; or a file of them, one per line or
+            JSON.
         template: what each label is put into, at its `{}`: "a photo of a {}".
         **kwargs: as `ImageEncoder`.
 
@@ -76,13 +79,14 @@ class ZeroShotClassifier(ImageClassifier):
         template: str = "{}",
         **kwargs: Any,
     ) -> None:
-        self.labels, self.texts = texts_of(labels, template)
         if model.head != "towers":
             raise ConfigError(
                 f"{type(model).__name__} takes no texts; wanted a model of images and texts, such "
                 "as FlaxCLIPModel."
             )
+        self.labels, self.texts = _texts(model.config, labels, template)
         super().__init__(model, image_processor, **kwargs)
+        self.several = _is_sigmoid(model.config)
         if not isinstance(tokenizer, Tokenizer):
             tokenizer = Tokenizer(tokenizer)
         self.tokenizer = tokenizer
@@ -139,6 +143,7 @@ class ZeroShotClassifier(ImageClassifier):
 
     @classmethod
     def _arguments(cls, source: Source, own: dict[str, Any]) -> dict[str, Any]:
+        _texts(source.config, own["labels"], own["template"])  # before weights are read
         if own["tokenizer"] is None:
             return {**own, "tokenizer": Tokenizer(source.files)}
         return own
@@ -155,18 +160,19 @@ class ZeroShotClassifier(ImageClassifier):
     def flops(self) -> int:
         """Floating point operations in the matrix products of one image: see `vit_common.flops`.
         Those of the texts, once for all images, are not among them."""
-        config = self.config
-        tower = forward_flops(config, None, image_size=self.image_size)
-        width = config.projection_dim
-        return tower + 2 * width * (config.hidden_size + len(self.labels))
+        tower = forward_flops(self.config, "projection", image_size=self.image_size)
+        return tower + 2 * self.text_features.size
 
     def _encoded(self, params: Mapping[str, Any]) -> np.ndarray:
         """The features of the texts, (K, projection_dim), float32."""
         config = self.config.text_config
+        most = config.max_position_embeddings
+        # SigLIP was trained on texts that are filled up, and attends to all of a text.
+        filled = _is_sigmoid(self.config)
         found, cut = [], []
         for start in range(0, len(self.texts), _TEXTS_AT_ONCE):
             texts = self.texts[start : start + _TEXTS_AT_ONCE]
-            tokens = self.tokenizer(texts, most=config.max_position_embeddings)
+            tokens = self.tokenizer(texts, most=most, to=most if filled else None)
             cut += [start + i for i in tokens.cut]
             if tokens.input_ids.max(initial=0) >= config.vocab_size:
                 raise ConfigError(
@@ -174,16 +180,14 @@ class ZeroShotClassifier(ImageClassifier):
                     f"{tokens.input_ids.max()}, and the model's text tower {config.vocab_size} "
                     "tokens; wanted the tokenizer of this model."
                 )
-            embeds = self.model.get_text_features(
-                tokens.input_ids, tokens.attention_mask, params=params
-            )
+            mask = None if filled else tokens.attention_mask
+            embeds = self.model.get_text_features(tokens.input_ids, mask, params=params)
             found.append(np.asarray(unit(embeds.astype(jnp.float32))))
         if cut:
             some = "; ".join(repr(self.texts[i]) for i in cut[:3])
             warnings.warn(
-                f"{len(cut)} of {len(self.texts)} texts have more than "
-                f"{config.max_position_embeddings} tokens, and their end was cut off: {some}"
-                + ("; ..." if len(cut) > 3 else ""),
+                f"{len(cut)} of {len(self.texts)} texts have more than {most} tokens, and their "
+                f"end was cut off: {some}" + ("; ..." if len(cut) > 3 else ""),
                 UserWarning,
                 stacklevel=2,
             )
@@ -205,5 +209,14 @@ class ZeroShotClassifier(ImageClassifier):
         )
         images = unit(embeds.astype(jnp.float32))
         product = jnp.matmul(images, params["text_features"].T, precision="highest")
-        scale = jnp.exp(params["logit_scale"].astype(jnp.float32))
-        return [jax.nn.softmax(product * scale, axis=-1)]
+        logits = self.model.module.apply({"params": network}, product, method="scaled")
+        return [jax.nn.sigmoid(logits) if self.several else jax.nn.softmax(logits, axis=-1)]
+
+
+def _is_sigmoid(config: ViTConfig) -> bool:
+    """Whether each text is judged by itself, not beside the others."""
+    return config.base_family.startswith("siglip")
+
+
+def _texts(config: ViTConfig, labels: Any, template: Any) -> tuple[list[str], list[str]]:
+    return texts_of(labels, template, least=1 if _is_sigmoid(config) else 2)

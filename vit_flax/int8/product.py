@@ -30,7 +30,7 @@ from vit_flax.cpu.targets import elsewhere
 
 Kind = Literal["int8", "uint8", "float32"]
 _OFFSET = 128  # from int8 to uint8
-_EXACT = 2**24 // 127**2  # products of two 8-bit integers whose sum float32 holds: 1,040
+_EXACT = 2**24 // (128 * 127)  # products of two 8-bit integers whose sum float32 holds: 1,032
 
 
 class Product(NamedTuple):

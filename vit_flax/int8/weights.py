@@ -33,7 +33,7 @@ SUMS = "kernel_sums"
 """Name of the sums of a kernel's columns, (out,) in int32: the layer multiplies integers by
 integers if they are there."""
 
-_BLOCKS = re.compile(r"(?:.*/)?encoder/layer/(?:\d+|stacked)/.*/kernel")
+_BLOCKS = re.compile(r"(?:.*/)?encoder/layers?/(?:\d+|stacked)/.*/kernel")
 LARGEST = 127
 
 

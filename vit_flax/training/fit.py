@@ -370,7 +370,8 @@ def _adapter(recipe: Recipe, model: Any) -> Any:
     targets: str | tuple[str, ...] = recipe.lora_targets
     if targets != "all-linear":
         targets = tuple(filter(None, map(str.strip, recipe.lora_targets.split(","))))
-    return lora(model, recipe.lora, recipe.lora_alpha, targets)
+    alpha = 2 * recipe.lora if recipe.lora_alpha is None else recipe.lora_alpha
+    return lora(model, recipe.lora, alpha, targets)
 
 
 def _loader(

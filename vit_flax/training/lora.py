@@ -48,7 +48,11 @@ A, B, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude"
 MODEL, LORA = "model", "lora"
 """The two trees of a state: the model's parameters, and the adapters."""
 
+MLP = "mlp"
+"""The target that stands for both layers of each MLP."""
+
 _CONVOLUTION = 4  # axes of a kernel
+_MLP_LAYER = re.compile(r"(?:^|\.)encoder\.layer\.(\d+)\.(?:intermediate|output)\.dense\.weight$")
 
 
 @dataclass(frozen=True)
@@ -257,7 +261,8 @@ def lora(
         alpha: the update is multiplied by alpha / r; None is r.
         targets: the layers that get one, as PEFT takes them: ends of their names in Transformers 4
             ("query", "attention.output.dense") or 5 ("q_proj"); a regular expression of the whole
-            name; or "all-linear".
+            name; or "all-linear". Among names, "mlp" stands for both layers of each MLP, which
+            have no end of a name to themselves in Transformers 4.
         rslora: multiply by alpha / sqrt(r) instead.
         dora: train the norm of each output's weights apart from their direction.
         modules_to_save: modules that are trained whole and saved with the adapter; None is the
@@ -281,7 +286,9 @@ def lora(
         >>> save_adapter("my-adapter", adapter, state.params, names="transformers-5")
     """
     saved = _heads(model) if modules_to_save is None else tuple(modules_to_save)
-    targets = targets if isinstance(targets, str) else tuple(targets)
+    layers = None if layers is None else list(layers)
+    if not isinstance(targets, str):
+        targets = _named(model, tuple(targets), layers)
     table = plain_table(
         None,
         rank=rank,
@@ -294,7 +301,7 @@ def lora(
     table |= {
         "rank_pattern": dict(rank_pattern or {}),
         "alpha_pattern": dict(alpha_pattern or {}),
-        "layers_to_transform": None if layers is None else list(layers),
+        "layers_to_transform": layers,
     }
     try:
         settings = LoraSettings.from_dict(table)
@@ -409,6 +416,18 @@ def _paths(model: Any, names: Iterable[str]) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(_stacked(path) if model.scan_layers else path for path in found))
 
 
+def _named(model: Any, targets: tuple[str, ...], layers: list[int] | None) -> tuple[str, ...]:
+    """Targets with the names of its layers in the place of "mlp"."""
+    if MLP not in targets:
+        return targets
+    found = []
+    for name in _names(model):
+        match = _MLP_LAYER.search(name)
+        if match is not None and (layers is None or int(match[1]) in layers):
+            found.append(layer_names(model.config, name.removesuffix(".weight"))[0])
+    return tuple(dict.fromkeys((*(t for t in targets if t != MLP), *found)))
+
+
 def _heads(model: Any) -> tuple[str, ...]:
     """Modules of the head."""
     names = _names(model) if model.head is not None else []
@@ -494,7 +513,7 @@ def _check_targets(settings: LoraSettings, layers: list[Layer], names: list[str]
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise InputError(
             f"`targets`: no layer is called {wrong[0]!r}.{hint} Wanted some of {', '.join(ends)}; "
-            "or 'all-linear'."
+            f"{MLP!r} for both layers of each MLP; or 'all-linear'."
         )
     if not layers:
         raise InputError(

@@ -72,8 +72,8 @@ RULES = _rules() + ATTENTION_POOL
 
 def _repeat(arrays: Arrays) -> Arrays:
     query, norm = arrays[0], arrays[-1]
-    width = norm.shape[0]  # of a head
-    if width == 0 or any(array.shape[0] % width for array in arrays):
+    width = norm.size  # of a head
+    if norm.ndim != 1 or not width or any(not a.ndim or a.shape[0] % width for a in arrays):
         raise ValueError(f"no whole number of heads of width {width} in {query.shape}")
     repeated = []
     for array in arrays[1:-1]:
