@@ -74,6 +74,7 @@ ORDER, LOADER = "vit_common/datasets/order.py", "vit_flax/training/loader.py"
 CROP, OPERATIONS = "vit_common/augment/geometry.py", "vit_common/augment/operations.py"
 _TASKS = "tests/test_training_tasks.py::test_"
 MASKED, DISTILL = (f"vit_flax/training/tasks/{name}.py" for name in ("masked", "distill"))
+HALF, _HALF = "vit_flax/cpu/half.py", "tests/test_half_products.py::test_"
 SOFTMAX = "tests/test_suite.py::test_softmax_in_half_precision"
 STEP, LOSSES = "vit_flax/training/step.py", "vit_flax/training/losses.py"
 MIXING, OPTIMIZERS = "vit_flax/training/mixing.py", "vit_flax/training/optimizers.py"
@@ -282,6 +283,27 @@ MUTANTS = [
         "below + x * (_DENSITY * jnp.exp(-0.5 * x * x))",
         "below + x * (_DENSITY * jnp.exp(-0.25 * x * x))",
         "tests/test_step_cost.py::test_gelu_and_its_derivatives_are_those_of_torch",
+    ),
+    Mutant(
+        "a program for another machine that follows this one's processor",
+        HALF,
+        "if elsewhere() and _forced.get() is None:",
+        "if False:",
+        f"{_HALF}a_program_for_another_machine_does_not_follow_this_one",
+    ),
+    Mutant(
+        "a cotangent in float32 on bfloat16 units",
+        HALF,
+        "rounded_dot_p.bind(x, tangents[1], dimensions=dimensions)",
+        "jax.lax.dot_general(x, tangents[1], dimensions)",
+        f"{_HALF}every_product_of_a_network_and_of_its_gradient",
+    ),
+    Mutant(
+        "rounding between products",
+        HALF,
+        "return dtype if operand_dtype(dtype) is None else jnp.float32",
+        "return dtype",
+        f"{_HALF}error_is_no_larger_than_that_of_rounding_after_every_operation",
     ),
     Mutant(
         "images and tokens as two axes in a CPU's products",
