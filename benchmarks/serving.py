@@ -1,7 +1,7 @@
 """Does a server answer as fast as a stream classifies, does it lose a request, and does it live?
 
     python benchmarks/serving.py [--model DIR] [--images DIR] [--clients 64] [--requests 1024]
-        [--batch-size N] [--rounds 5] [--hostile 2000]
+        [--batch-size N] [--rounds 5] [--hostile 2000] [--parts speed hostile]
 
 `vit serve` and a process that runs `ImageClassifier.stream` hold the same network and take turns:
 the same images, the same size of batch, in both from bytes in memory. The clients are one process
@@ -9,7 +9,7 @@ with so many connections on loopback, each of which sends its next image when it
 machine's cores are shared by clients and server. Every answer is compared with the stream's.
 Then come hostile requests: bombs, wrong types, broken bodies, slow clients, connections that are
 cut. Each must get its 4xx (a cut one nothing), and the server must answer as before, with as much
-memory. Writes `results/serving-MACHINE.json`.
+memory. Writes `results/serving-PART-MACHINE.json`.
 """
 
 from __future__ import annotations
@@ -368,43 +368,47 @@ def compare(found: dict[int, list], wanted: list) -> int:
     )
 
 
-def main() -> None:
-    """Run and write `results/serving-MACHINE.json`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(DEIT))
-    parser.add_argument("--images", default=str(PHOTOS))
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--requests", type=int, default=1024)
-    parser.add_argument("--batch-size", type=int, default=0, help="0 is the default of the device")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--hostile", type=int, default=2000)
-    parser.add_argument("--slow", type=int, default=64, help="of them")
-    options = parse(parser, requests=64, rounds=1, hostile=60, slow=2, clients=16)
-    files = sorted(str(path) for path in Path(options.images).rglob("*.jpg"))
-    files = files[: min(128, options.requests)]
+class Stream:
+    """A process that classifies a stream of the same images."""
+
+    def __init__(self, model: str, batch_size: int, files: list[str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", STREAM, model, str(batch_size), *files],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.batch_size = int(self._line())
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def run(self, images: int) -> tuple[float, list[tuple[int, float]]]:
+        """Seconds, and the best class of each image with its probability."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{images}\n")
+        self.process.stdin.flush()
+        seconds, found = json.loads(self._line())
+        return seconds, found
+
+    def stop(self) -> None:
+        self.process.communicate()
+
+
+def speed(options: argparse.Namespace, files: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The server beside the stream; what was measured, and what is wrong."""
     images = [Path(file).read_bytes() for file in files]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    os.environ["PYTHONPATH"] = path
-    stream = subprocess.Popen(
-        [sys.executable, "-c", STREAM, options.model, str(options.batch_size), *files],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert stream.stdin is not None
-    assert stream.stdout is not None
-    batch = json.loads(stream.stdout.readline())
-    server = Server(options.model, "--batch-size", str(batch), "--timeout", "20")
+    stream = Stream(options.model, options.batch_size, files)
+    server = Server(options.model, "--batch-size", str(stream.batch_size))
+    ours: list[float] = []
+    theirs: list[float] = []
+    latencies: list[float] = []
+    memory = [server.memory]
+    lost = other = 0
     try:
-        ours: list[float] = []
-        theirs: list[float] = []
-        latencies: list[float] = []
-        memory = [server.memory]
-        lost = other = 0
         for turn in range(options.rounds + 1):
-            stream.stdin.write(f"{options.requests}\n")
-            stream.stdin.flush()
-            seconds, wanted = json.loads(stream.stdout.readline())
+            seconds, wanted = stream.run(options.requests)
             one = asyncio.run(load(server.port, images, options.requests, options.clients))
             lost, other = lost + one["lost"], other + compare(one["found"], wanted)
             memory.append(server.memory)
@@ -420,21 +424,12 @@ def main() -> None:
                 f"{1000 * quantile(one['latencies'], 0.99):.0f} ms; {memory[-1]:.0f} MB",
                 flush=True,
             )
-        before = server.memory
-        found = asyncio.run(hostile(server.port, images[0], options.hostile, options.slow, 32))
-        after = server.memory
-        again = asyncio.run(load(server.port, images, len(images), options.clients))
-        other += compare(again["found"], wanted)
-        lost += again["lost"]
-        status, _, body = asyncio.run(ask(server.port, request("/health", b"", "", "GET")))
-        health = json.loads(body)
     finally:
-        stream.stdin.close()
-        stream.wait()
+        stream.stop()
         code = server.stop()
     result = {
         "model": Path(options.model).name,
-        "batch_size": batch,
+        "batch_size": stream.batch_size,
         "clients": options.clients,
         "requests": options.requests,
         "server_images_per_second": spread([options.requests / s for s in ours]),
@@ -447,24 +442,74 @@ def main() -> None:
         "lost": lost,
         "other_answers": other,
         "memory_mb": [round(each) for each in memory],
-        "hostile": {
-            "requests": options.hostile,
-            "wrong": found["wrong"],
-            "memory_mb": [round(before), round(after)],
-            "answers": found["seen"],
-        },
-        "exit_code": code,
     }
-    print(json.dumps(result["hostile"], indent=1))
-    print(json.dumps({key: value for key, value in result.items() if key != "hostile"}, indent=1))
-    faults = [*found["wrong"][:5]]
-    faults += [f"{lost} requests lost"] * bool(lost) + [f"{other} other answers"] * bool(other)
+    faults = [f"{lost} requests lost"] * bool(lost) + [f"{other} other answers"] * bool(other)
+    faults += [f"exit code {code}"] * (code != 0)
+    median = result["server_over_stream"]["median"]
+    if median < WANTED and not options.quick:
+        faults.append(f"{median:.2f} of the stream's throughput")
+    return result, faults
+
+
+def survival(options: argparse.Namespace, files: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The server under hostile requests; what was seen, and what is wrong."""
+    images = [Path(file).read_bytes() for file in files]
+    server = Server(options.model, "--timeout", "20")
+    try:
+        first = asyncio.run(load(server.port, images, len(images), options.clients))
+        before = server.memory
+        found = asyncio.run(hostile(server.port, images[0], options.hostile, options.slow, 32))
+        after = server.memory
+        again = asyncio.run(load(server.port, images, len(images), options.clients))
+        status, _, body = asyncio.run(ask(server.port, request("/health", b"", "", "GET")))
+        health = json.loads(body)
+    finally:
+        code = server.stop()
+    wanted = [first["found"][place][0] for place in range(len(images))]
+    other = compare(again["found"], wanted)
+    result = {
+        "requests": options.hostile,
+        "slow": options.slow,
+        "wrong": found["wrong"],
+        "memory_mb": [round(before), round(after)],
+        "answers": found["seen"],
+    }
+    faults = found["wrong"][:5] + [f"{other} other answers"] * bool(other)
+    faults += ["requests lost"] * bool(first["lost"] + again["lost"])
     faults += ["not healthy"] * (status != 200 or health["waiting"] != 0)
     faults += [f"exit code {code}"] * (code != 0)
-    if not options.quick:
-        write_result("serving", result)
-        median = result["server_over_stream"]["median"]
-        faults += [f"{median:.2f} of the stream's throughput"] * (median < WANTED)
+    return result, faults
+
+
+PARTS = {"speed": speed, "hostile": survival}
+
+
+def main() -> None:
+    """Run and write `results/serving-PART-MACHINE.json`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(DEIT))
+    parser.add_argument("--images", default=str(PHOTOS))
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=0, help="0 is the default of the device")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--hostile", type=int, default=2000)
+    parser.add_argument("--slow", type=int, default=64, help="of them")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
+    options = parse(parser, requests=64, rounds=1, hostile=60, slow=2, clients=16)
+    files = sorted(str(path) for path in Path(options.images).rglob("*.jpg"))
+    if not files or not Path(options.model).is_dir():
+        sys.exit("name a model and a folder of photos: --model, --images")
+    files = files[: min(128, options.requests)]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = path
+    faults: list[str] = []
+    for part in options.parts:
+        result, wrong = PARTS[part](options, files)
+        print(json.dumps(result, indent=1), flush=True)
+        faults += wrong
+        if not options.quick:
+            write_result(f"serving-{part}", result)
     if faults:
         sys.exit("; ".join(faults))
 

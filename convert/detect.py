@@ -44,7 +44,7 @@ _REFUSED = tuple(dict.fromkeys(row for table in FORMATS for row in table.refuses
 # DINO publishes its teacher. "0/" is the first of what a training of Google's saves as a tuple.
 _COPIES = (
     r"(model|state_dict|model_state_dict|net|network|module)[/.]",
-    r"(params|opt/target|target|0)/",
+    r"(params|opt/target|optimizer/target|target|0)/",
     r"teacher[/.]",
     r"(model_ema|ema|state_dict_ema|ema_state_dict|ema_params)[/.]",
     r"student[/.]",
@@ -89,7 +89,9 @@ _THEN_ELSEWHERE = (
     ),
 )
 
-_HEAD_BESIDE = re.compile(r"(.*?)((?:head|head_dist|fc_norm)\.(?:weight|bias))")
+_HEAD_BESIDE = re.compile(
+    r"(.*?)((?:head|head_dist|fc_norm)\.(?:weight|bias)|layers/dense(?:_1)?/vars/[01])"
+)
 
 
 @dataclass(frozen=True)

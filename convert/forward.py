@@ -133,6 +133,8 @@ class _Network:
                 places = image.shape[1] // size, image.shape[2] // size
                 x = self.of_patches(image, places, (size, size), f"embeddings.stem.{stem}")
                 image = _ACTIVATIONS["gelu"](x).T.reshape(-1, *places)
+        elif config.stem_type == "resnetd":
+            image = self.resnetd_stem(image)
         elif config.stem_type is not None:
             image = self.stem(image)
         return self.with_front(self.of_patches(image, (rows, columns), (p, q), name))
@@ -222,6 +224,25 @@ class _Network:
                 x = gelu(self.padded(x, f"{block}.conv2", stride))
                 x = self.padded(x, f"{block}.conv3") + shortcut
         return self.channel_norm(x, f"{name}.norm_out")
+
+    def resnetd_stem(self, image: np.ndarray) -> np.ndarray:
+        """(C, H, W) -> (stem_channels, H/s, W/s): a ResNet-D whose norms are folded."""
+        name, x = "embeddings.stem", image
+        for number, stride in (("", 2), ("2", 1), ("3", 1)):
+            x = np.maximum(self.padded(x, f"{name}.convolution{number}", stride), 0.0)
+        x = _three_by_three(x).max(axis=(3, 4))  # zeros beyond the border: none is below
+        for i, depth in enumerate(self.config.stem_depths):
+            for j in range(depth):
+                block, stride, shortcut = f"{name}.stage{i}.{j}", 2 if i > 0 and j == 0 else 1, x
+                if stride == 2:
+                    C, H, W = x.shape
+                    shortcut = x.reshape(C, H // 2, 2, W // 2, 2).mean(axis=(2, 4))
+                if j == 0:
+                    shortcut = self.padded(shortcut, f"{block}.conv_shortcut")
+                for number, step in (("1", 1), ("2", stride)):
+                    x = np.maximum(self.padded(x, f"{block}.conv{number}", step), 0.0)
+                x = np.maximum(self.padded(x, f"{block}.conv3") + shortcut, 0.0)
+        return x
 
     def stem(self, image: np.ndarray) -> np.ndarray:
         """(C, H, W) -> (stem_channels, H/s, W/s): the ResNet of a hybrid."""

@@ -280,7 +280,11 @@ def _stem(shapes: Mapping[str, tuple[int, ...]], note: Any) -> None:
     second = "embeddings.stem.convolution2.weight" in shapes
     normed = "embeddings.stem.norm.weight" in shapes
     kind = ("mbconv" if normed else "convolutions") if second else "resnetv2"
+    if "embeddings.stem.convolution3.weight" in shapes:
+        kind = "resnetd"
     note("names", stem_type=kind)
+    if kind == "resnetd":  # its first convolution has half the channels of its third
+        width *= 2
     note("shapes", stem_depths=depths, stem_width=width, num_channels=C)
     _, _, *size = shapes["embeddings.patch_embeddings.projection.weight"]
     if kind == "mbconv":  # its kernel is one pixel larger than its stride
@@ -347,7 +351,7 @@ def _mlp_ratio(width: int, inner: int, swiglu: bool) -> float:
 
 def _heads(shapes, source, mapped, timm, note) -> None:
     for name, tensor in source.items():
-        if name.endswith("query/kernel") and len(tensor.shape) == 3:
+        if name.endswith(("query/kernel", "query_dense/vars/0")) and len(tensor.shape) == 3:
             note("shapes", num_attention_heads=tensor.shape[1])
             return
     table = next((s for n, s in shapes.items() if n.endswith("relative_position_bias_table")), None)

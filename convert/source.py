@@ -35,6 +35,7 @@ from vit_convert.adapters import (
 )
 from vit_convert.detect import Root
 from vit_convert.formats.format import family_prefix, fill
+from vit_convert.formats.keras_hub import is_keras
 from vit_convert.formats.timm.config import TRANSFORM
 from vit_convert.infer import Note, infer_config
 from vit_convert.read import Read, check_divides, fits_grid, read_tensors, resample
@@ -252,7 +253,8 @@ def open_source(
     asked, given = config, dict(overrides or {})
     found = None if said_by is None else read_json(said_by)
     timm = found if is_timm(found) else None
-    table = _without_timm(found)
+    keras = found if is_keras(found) else None
+    table = _without_timm(None if keras else found)
     described = table is not None
     if isinstance(config, (str, os.PathLike)):
         said_by, place = find_file(config, CONFIG_NAME, **files.hub), str(config)
@@ -299,7 +301,8 @@ def open_source(
             known = {name for cls in CONFIG_CLASSES.values() for name in cls.fields}
             left_over = {n: v for n, v in given.items() if n not in known and n != "num_labels"}
             given = {name: value for name, value in given.items() if name not in left_over}
-            settled, notes, trained = _inferred(read, timm, given)
+            said = _of_keras(keras, given)
+            settled, notes, trained = _inferred(read, timm, {**said, **given})
             object.__setattr__(settled, "_name_or_path", place)
             settled = settled if wanted is None else _named(place, as_config, settled, wanted)
             accept(settled, left_over)
@@ -441,6 +444,20 @@ def _without_timm(table: dict[str, Any] | None) -> dict[str, Any] | None:
         return table
     whole = (table or {}).get(OURS)
     return dict(whole) if isinstance(whole, Mapping) else None
+
+
+def _of_keras(table: Mapping[str, Any] | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What Keras's `config.json` says that the weights do not; nothing where there is none."""
+    said = (table or {}).get("config")
+    said = said if isinstance(said, Mapping) else {}
+    names = {"layer_norm_epsilon": "layer_norm_eps"}
+    fields = {ours: said[theirs] for theirs, ours in names.items() if theirs in said}
+    shape = said.get("image_shape")
+    if isinstance(shape, (list, tuple)) and len(shape) == 3 and "image_size" not in given:
+        channels_last = shape[2] in (1, 3, 4)
+        height, width = shape[:2] if channels_last else shape[1:]
+        fields["image_size"] = height if height == width else [height, width]
+    return fields
 
 
 def _settle(

@@ -31,6 +31,7 @@ TPU_ATTENTION, STACKING = "vit_flax/attention/tpu.py", "vit_flax/stacked.py"
 
 # -- the tests, each of which takes seconds
 
+_SIGLIP = "tests/test_siglip.py::test_"
 _PARITY, _FAMILIES = "tests/test_parity.py::test_", "tests/test_families.py::test_"
 _NEAREST = "tests/test_timm_nearest.py::test_"
 _VITAMIN = "tests/test_stems.py::test_vitamin_in_both_twins"
@@ -189,6 +190,8 @@ MUTANTS = [
         r"(?:intermediate|output)\.dense\.weight$",
         r"(?:intermediate)\.dense\.weight$",
         "tests/test_lora.py::test_both_layers_of_each_mlp",
+    ),
+    Mutant(
         "the border counted in the mean of an MBConv's shortcut",
         "vit_torch/parts/mbconv.py",
         "padding=1, count_include_pad=False",
@@ -208,6 +211,13 @@ MUTANTS = [
         "if self.config.use_mlp_input_norm:\n            hidden_states",
         "if False:\n            hidden_states",
         _VITAMIN,
+    ),
+    Mutant(
+        "a batch norm folded without its mean",
+        "convert/formats/stems.py",
+        "(bias - mean * factor)",
+        "(bias - mean)",
+        "tests/test_stems.py::test_stems_with_batch_norms_in_both_twins",
     ),
     Mutant(
         "heads of key and value repeated one after the other",
@@ -257,6 +267,63 @@ MUTANTS = [
         "0.8 - 0.6 * math.exp(-0.3 * i)",
         "0.8 - 0.6 * math.exp(-0.3 * 0)",
         "tests/test_differential.py::test_both_twins_and_the_numpy_network_are_timms",
+    ),
+    Mutant(
+        "SigLIP's classifier on the pooled output",
+        "vit_common/towers.py",
+        "    classifier_has_pooler = False\n",
+        "    classifier_has_pooler = True\n",
+        f"{_SIGLIP}the_torch_twin_is_transformers_and_so_are_its_files"
+        "[SiglipForImageClassification]",
+    ),
+    Mutant(
+        "SigLIP's text by its first token",
+        "vit_torch/families/siglip.py",
+        "self.head(last_hidden_state[:, -1])",
+        "self.head(last_hidden_state[:, 0])",
+        f"{_SIGLIP}the_torch_twin_is_transformers_and_so_are_its_files[SiglipTextModel]",
+    ),
+    Mutant(
+        "columns and rows of SigLIP 2's patches",
+        "vit_torch/families/siglip.py",
+        "patches.permute(0, 5, 1, 3, 2, 4)",
+        "patches.permute(0, 5, 1, 4, 2, 3)",
+        f"{_SIGLIP}the_torch_twin_is_transformers_and_so_are_its_files[Siglip2VisionModel]",
+    ),
+    Mutant(
+        "SigLIP 2's patches with channels first",
+        "convert/layouts.py",
+        "[patches.swapaxes(1, 3).swapaxes(2, 3)]",
+        "[patches.swapaxes(1, 3)]",
+        f"{_SIGLIP}the_torch_twin_is_transformers_and_so_are_its_files[Siglip2VisionModel]",
+    ),
+    Mutant(
+        "SigLIP 2's positions without antialias",
+        "vit_common/config_fields.py",
+        'SIGLIP2_VISION: "bilinear_antialias"',
+        'SIGLIP2_VISION: "bilinear"',
+        f"{_SIGLIP}siglip2_resamples_to_each_batch_and_leaves_padding_out",
+    ),
+    Mutant(
+        "a ViT with other heads of pooling as a SigLIP",
+        "vit_common/towers.py",
+        "return same and usual and",
+        "return same and",
+        f"{_SIGLIP}a_vit_of_another_network_is_no_siglip",
+    ),
+    Mutant(
+        "DINOv3's pixels rounded once for every tap",
+        "vit_common/images/floats.py",
+        "if apart.any() else once",
+        "if False else once",
+        "tests/test_dinov3.py::test_pixels_are_those_of_torch",
+    ),
+    Mutant(
+        "keras-hub's first block under no number",
+        "convert/formats/keras_hub.py",
+        'name.replace(f"{_FIRST}/", f"{_FIRST}_0/")',
+        'name.replace(f"{_FIRST}/", f"{_FIRST}_9/")',
+        "tests/test_other_layouts.py::test_keras_hub[classifier]",
     ),
     Mutant("tanh GELU", FLAX_PART, "jax.nn.gelu(x, approximate=False)", "jax.nn.gelu(x)", STAGES),
     Mutant(

@@ -758,6 +758,11 @@ EXTENSIONS: dict[str, dict[str, Any]] = {
         "stem_type": "convolutions",
         "stem_width": 32,
     },
+    "a ResNet-D before the patches": {
+        "stem_type": "resnetd",
+        "stem_depths": (1,),
+        "stem_width": 32,
+    },
     "a ResNet before the patches": {
         "stem_type": "resnetv2",
         "stem_depths": (1,),

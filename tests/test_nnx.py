@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from kinds import SIZES
 from networks import CONFIGS, SMALL, flax_twin, images, random_weights
 
 import vit_flax
@@ -85,14 +87,7 @@ def public_models() -> list[Case]:
 MODELS = {case.name: case for case in public_models()}
 KINDS = {
     **{f"vit, {name}": Case("FlaxViTModel", {**SMALL, **more}) for name, more in CONFIGS.items()},
-    "rotary, learned": Case(
-        "FlaxViTModel", {**TINY, "rope_type": "mixed", "use_absolute_position_embeddings": False}
-    ),
-    "differential": Case("FlaxViTModel", {**TINY, "attention_type": "differential"}),
-    "stem": Case("FlaxViTModel", {**TINY, "patch_size": 16, "image_size": 32,
-                                  "stem_type": "resnetv2", "stem_depths": (1,)}),
-    "branches": Case("FlaxViTModel", {**TINY, "num_parallel_branches": 3}),
-    "attention pooling": Case("FlaxViTModel", {**TINY, "pooler_type": "map"}),
+    **{name: Case("FlaxViTModel", {**SIZES, **more}) for name, more in kinds.KINDS.items()},
     "scanned": Case("FlaxViTModel", TINY, {"scan_layers": True}),
     "scanned CLIP": Case("FlaxCLIPModel", CLIP, {"scan_layers": True}),
     "checkpointed": Case("FlaxViTModel", {**TINY, "gradient_checkpointing": True}),
@@ -165,6 +160,12 @@ def linen_fixture() -> Any:
     return flax_twin(vit_flax.FlaxViTForImageClassification, config, weights)
 
 
+@pytest.fixture(name="base", scope="module")
+def base_fixture(linen) -> NNXModel:
+    """Tests take `nnx.clone`s: what one of them has compiled is there for all."""
+    return from_linen(linen)
+
+
 @pytest.fixture(name="x", scope="module")
 def x_fixture() -> np.ndarray:
     return images(ViTConfig(**TINY)).astype(np.float32)
@@ -173,9 +174,9 @@ def x_fixture() -> np.ndarray:
 LABELS = np.array([0, 2])
 
 
-def test_split_merge_gradients_and_an_optimizer(linen, x):
+def test_split_merge_gradients_and_an_optimizer(linen, base, x):
     """The state is linen's tree, gradients are those of `jax.grad`, three steps those of optax."""
-    model = from_linen(linen)
+    model = nnx.clone(base)
     graphdef, state = nnx.split(model)
     same(nnx.merge(graphdef, state)(x), linen(x))
     tree = nnx.to_pure_dict(nnx.state(model, nnx.Param))
@@ -206,7 +207,7 @@ def test_split_merge_gradients_and_an_optimizer(linen, x):
     same(nnx.to_pure_dict(nnx.state(model, nnx.Param)), params, 2e-5)
 
 
-def test_dropout_follows_the_mode_and_the_rngs(linen, x):
+def test_dropout_follows_the_mode_and_the_rngs(linen, base, x):
     model = from_linen(linen, rngs=nnx.Rngs(dropout=3))
     same(model(x), linen(x))
     model.train()
@@ -219,9 +220,9 @@ def test_dropout_follows_the_mode_and_the_rngs(linen, x):
     model.eval()
     same(model(x), linen(x))
     with pytest.raises(InputError, match=r"rngs=nnx\.Rngs"):
-        from_linen(linen)(x, deterministic=False)
+        base(x, deterministic=False)
     with pytest.raises(InputError, match="no stream for dropout"):
-        from_linen(linen)(x, rngs=nnx.Rngs(params=0), deterministic=False)
+        base(x, rngs=nnx.Rngs(params=0), deterministic=False)
 
 
 @pytest.mark.slow
@@ -242,9 +243,10 @@ def test_a_part_keeps_its_own_mode(linen, x):
     assert abs(run(model) - linen(x).logits).max() > 1e-3
 
 
-def test_parts_are_called_by_themselves(linen, x):
+@pytest.mark.slow
+def test_parts_are_called_by_themselves(linen, base, x):
     """Each part gives what the same part gives inside the network."""
-    model = from_linen(linen)
+    model = nnx.clone(base)
     states = linen(x, output_hidden_states=True).hidden_states
     hidden = model.vit.embeddings(x.transpose(0, 2, 3, 1))
     same(hidden, states[0], 1e-5)
@@ -272,12 +274,12 @@ class Doubled(nnx.Module):
         return jax.tree.map(lambda y: 2 * y, self.part(*args, **kwargs))
 
 
-def test_a_head_of_another_kind(linen, x):
-    model = from_linen(linen)
+def test_a_head_of_another_kind(linen, base, x):
+    model = nnx.clone(base)
     width = model.config.hidden_size
     model.classifier = nnx.Linear(width, 7, rngs=nnx.Rngs(0))
     token = linen(x, output_hidden_states=True).hidden_states[-1]
-    wanted = model.classifier(from_linen(linen).vit.layernorm(token)[:, 0])
+    wanted = model.classifier(base.vit.layernorm(token)[:, 0])
     same(nnx.jit(lambda m: m(x).logits)(model), wanted, 1e-4)
     for refused in (to_linen, lambda m: m.save_pretrained("x")):
         with pytest.raises(InputError, match="in the place of classifier"):
@@ -285,9 +287,9 @@ def test_a_head_of_another_kind(linen, x):
 
 
 @pytest.mark.slow
-def test_other_modules_take_the_place_of_parts(linen, x):
+def test_other_modules_take_the_place_of_parts(linen, base, x):
     """A LoRA, and a module around a part with parameters of its own."""
-    model = from_linen(linen)
+    model = nnx.clone(base)
     width = model.config.hidden_size
     attention = model.vit.encoder.layer[0].attention.attention
     attention.query = nnx.LoRA(width, 2, width, base_module=attention.query, rngs=nnx.Rngs(1))
@@ -296,7 +298,7 @@ def test_other_modules_take_the_place_of_parts(linen, x):
     gradients = nnx.jit(nnx.grad(lambda m: m(x, labels=LABELS).loss, argnums=wrt))(model)
     assert len(jax.tree.leaves(gradients)) == 2
 
-    model = from_linen(linen)
+    model = nnx.clone(base)
     model.vit.embeddings = Doubled(model.vit.embeddings)
     params = copy.deepcopy(linen.params)
     for name in ("cls_token", "position_embeddings"):
@@ -370,11 +372,12 @@ def test_clips_other_methods(x):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["checkpointed", "scanned", "branches"])
+@pytest.mark.parametrize("name", ["checkpointed", "scanned", "two branches"])
 def test_other_modules_inside_lifted_blocks(name, x):
     linen = linen_of(KINDS[name], jnp.float32)
     model = from_linen(linen, rngs=nnx.Rngs(0))
-    model.pooler = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+    width = model.config.hidden_size
+    model.pooler = nnx.Linear(width, width, rngs=nnx.Rngs(0))
     model.pooler.eval()
     if name != "scanned":
         dense = model.encoder.layer[1].intermediate.dense
@@ -395,7 +398,7 @@ def without(tree: dict, *path: str) -> dict:
     return tree
 
 
-def test_what_does_not_fit_is_refused(linen, x, tmp_path):
+def test_what_does_not_fit_is_refused(linen, base, x, tmp_path):
     cls = vit_flax.FlaxViTForImageClassification
     params = linen.params
     refusals = [
@@ -411,9 +414,9 @@ def test_what_does_not_fit_is_refused(linen, x, tmp_path):
         (lambda: from_pretrained(linen, "x"), "must be a Flax model class"),
         (lambda: from_pretrained("ViT", "x"), "must be a Flax model class"),
         (lambda: from_pretrained(cls, tmp_path, _do_init=False), "_do_init"),
-        (lambda: from_linen(linen)(x, params), "1 argument by position"),
-        (lambda: from_linen(linen)(x, train=True), "`train` is an argument of the linen"),
-        (lambda: from_linen(linen)(x[0]), "batch, channels, height, width"),
+        (lambda: base(x, params), "1 argument by position"),
+        (lambda: base(x, train=True), "`train` is an argument of the linen"),
+        (lambda: base(x[0]), "batch, channels, height, width"),
     ]
     for run, words in refusals:
         with pytest.raises(InputError, match=words):
@@ -424,7 +427,7 @@ def test_what_does_not_fit_is_refused(linen, x, tmp_path):
     linen.config.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError):
         from_pretrained(cls, tmp_path)
-    model = from_linen(linen)
+    model = nnx.clone(base)
     del model.classifier.bias
     for run in (lambda: model(x), lambda: to_linen(model)):
         with pytest.raises(InputError, match="classifier/bias"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 
 from vit_cli.main import main as vit
 from vit_common.embedded import embedded_checkpoint, embedded_images
-from vit_common.errors import InputError
+from vit_common.errors import HostError, InputError
 from vit_flax.inference import ImageClassifier, ImageEncoder
 from vit_flax.inference.ray_data import ImageFeatures, ImagePredictions
 
@@ -82,6 +83,7 @@ def test_bad_images_are_rows_with_an_error(embed, wanted, tmp_path):
     assert named.startswith("short.png: not an image")  # its name, not where it is read
 
 
+@pytest.mark.slow
 def test_predictions_are_those_of_the_classifier():
     classify = ImagePredictions(top_k=2, batch_size=8, keep=["id"])
     found = classify({"file": [*NAMES, "no.png"], "id": np.arange(len(NAMES) + 1)})
@@ -219,6 +221,16 @@ def test_images_are_found(tmp_path):
             find(place, column="photo")
 
 
+def test_a_cluster_that_is_not_there():
+    from vit_cli.runs.ray_run import _check_answers
+
+    with pytest.raises(HostError, match="cannot be reached"):
+        _check_answers("127.0.0.1:1")
+    _check_answers("auto")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        _check_answers(f"ray://127.0.0.1:{server.getsockname()[1]}")
+
+
 # -- with Ray
 
 RAYS_OWN = pytest.mark.filterwarnings("ignore")  # processes it leaves to end by themselves, ...
@@ -262,7 +274,6 @@ def test_the_command_gives_what_it_gives_without_ray(ray, tmp_path, capsys, monk
     assert not os.path.exists("out.partial")
     bad = ["predict", NAMES[0], "--on", "ray", "--output", "new"]
     assert vit([*bad, "--model", "no/such/folder"]) == 2
-    assert vit([*bad, "--ray-address", "127.0.0.1:1"]) == 2
     assert not os.path.exists("new")
 
 

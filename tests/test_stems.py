@@ -160,6 +160,29 @@ def test_vitamin_in_both_twins(tmp_path):
         convert(tmp_path / "hub", tmp_path / "back", to="timm")
 
 
+def with_statistics(model: Any) -> Any:
+    """A network in float64 whose batch norms have random statistics."""
+    randomise(model)
+    with torch.no_grad():
+        for name, value in model.named_buffers():
+            if name.endswith("running_mean"):
+                value.normal_()
+            elif name.endswith("running_var"):
+                value.uniform_(0.2, 2.0)
+    return model.double().eval()
+
+
+def resnetd() -> Any:
+    """timm's hybrid with a ResNet-D, narrow, as `vit_small_resnet26d_224` is built."""
+    backbone = timm.models.resnet.ResNet(
+        timm.models.resnet.Bottleneck, (2, 1, 1, 1), stem_width=32, stem_type="deep", avg_down=True
+    )
+    features = timm.models.FeatureListNet(backbone, out_indices=(2,))
+    stem = partial(timm.layers.HybridEmbed, backbone=features)
+    sizes = {"img_size": (32, 48), "patch_size": 1, "dynamic_img_size": True}
+    return with_statistics(timm.models.VisionTransformer(**SIZES, **sizes, embed_layer=stem))
+
+
 def mobileclip() -> Any:
     """timm's MobileCLIP, narrow, as `vit_base_mci_224` is built."""
     backbone = timm.models.vision_transformer_hybrid.ConvStem(
@@ -177,19 +200,19 @@ def mobileclip() -> Any:
         no_embed_class=True,
         embed_layer=partial(timm.layers.HybridEmbed, backbone=backbone, proj=False),
     )
-    randomise(model)
-    with torch.no_grad():
-        for name, value in model.named_buffers():
-            if name.endswith("running_mean"):
-                value.normal_()
-            elif name.endswith("running_var"):
-                value.uniform_(0.2, 2.0)
-    return model.double().eval()
+    return with_statistics(model)
 
 
-def test_mobileclip_in_both_twins(tmp_path):
-    """Its batch norms are folded into its convolutions; timm's are not."""
-    peer = mobileclip()
+@pytest.mark.parametrize(
+    ("make", "kind", "counters"),
+    [
+        (mobileclip, "convolutions", 2),
+        pytest.param(resnetd, "resnetd", 14, marks=pytest.mark.slow),
+    ],
+)
+def test_stems_with_batch_norms_in_both_twins(make, kind, counters, tmp_path):
+    """They are folded into the convolutions; timm's are not."""
+    peer = make()
     source = saved(peer, tmp_path / "timm")
     known = {"num_attention_heads": 2, "image_size": (32, 48)}
     for size, bound in (((32, 48), 1e-12), ((48, 32), RESIZED)):
@@ -202,10 +225,10 @@ def test_mobileclip_in_both_twins(tmp_path):
     with jax.enable_x64(True):
         model = load_flax(source, dtype=jnp.float64, param_dtype=jnp.float64, **known)
         assert_close(np.asarray(model(x).logits), want, 1e-12)
-    assert model.config.stem_type == "convolutions"
+    assert model.config.stem_type == kind
     report = convert(source, tmp_path / "flax", to="flax", overrides=known)
     assert report.verification is not None
-    assert len(report.ignored) == 2  # counters of the batch norms
+    assert len(report.ignored) == counters  # of the training of the batch norms
     convert(tmp_path / "flax", tmp_path / "hub")
     assert_close(run_torch(tmp_path / "hub", x), want, 1e-12)
     with pytest.raises(InputError, match="batch norms, which are folded here"):

@@ -253,7 +253,7 @@ def stem_stride(depths: Sequence[int], kind: str | None = "resnetv2") -> int:
 PositionTokens = Literal["all", "cls", "patches"]
 AttentionType = Literal["softmax", "differential"]
 RelativePositionType = Literal["table", "mlp"]
-StemType = Literal["resnetv2", "mbconv", "convolutions"]
+StemType = Literal["resnetv2", "mbconv", "convolutions", "resnetd"]
 StemStandardization = Literal["variance", "deviation"]
 Pooling = Literal["cls", "mean", "cls_mean", "map"]
 NormType = Literal["layernorm", "rmsnorm"]
@@ -627,9 +627,10 @@ ROWS: dict[str, Field] = {
         _optional(_choice(get_args(StemType))),
         'network before the patch projection: None, or "resnetv2", the ResNet of a hybrid '
         '(Dosovitskiy et al. 2021, arXiv:2010.11929), "mbconv", the inverted bottlenecks of a '
-        'ViTamin (Chen et al. 2024, arXiv:2404.02132), whose patches overlap, or "convolutions", '
-        "the two of a MobileCLIP (Vasu et al. 2024, arXiv:2311.17049); `patch_size` stays the side "
-        "of a patch in pixels of the image",
+        'ViTamin (Chen et al. 2024, arXiv:2404.02132), whose patches overlap, "convolutions", the '
+        'two of a MobileCLIP (Vasu et al. 2024, arXiv:2311.17049), or "resnetd", a ResNet-D (He et '
+        "al. 2018, arXiv:1812.01187) with folded norms; `patch_size` stays the side of a patch in "
+        "pixels of the image",
     ),
     "stem_depths": _extension(
         (),

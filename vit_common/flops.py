@@ -107,6 +107,9 @@ def _stem(config: ViTConfig, height: int, width: int) -> int:
     if config.stem_type == "mbconv":
         return _mbconv(config, height, width)
     total = height * width * 49 * config.num_channels * config.stem_width
+    if config.stem_type == "resnetd":
+        half = config.stem_width // 2
+        total = height * width * 9 * half * (config.num_channels + half + config.stem_width)
     height, width = -(-height // 2), -(-width // 2)
     inputs = config.stem_width
     for i, features in enumerate(config.stem_widths):

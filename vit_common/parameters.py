@@ -198,6 +198,10 @@ def block_names(config: ViTConfig) -> Iterator[str]:
 
 DIFFERENTIAL = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 """Vectors from which differential attention computes the share of its second map."""
+DIFFERENTIAL_STD = 0.1
+"""Standard deviation of the normal distribution that draws them, whatever `initializer_range` is
+(Ye et al. 2024, arXiv:2410.05258, in their code; `DiffAttention.reset_parameters` of timm
+1.0.31)."""
 
 
 def _blocks(config: ViTConfig) -> Shapes:
@@ -282,15 +286,26 @@ def _stem_shapes(config: ViTConfig) -> Shapes:
             "embeddings.stem.convolution2.bias": (width,),
         }
     shapes: Shapes = {}
+    folded = config.stem_type == "resnetd"
 
     def add(module: str, number: str, inputs: int, features: int, size: int = 1) -> None:
         conv = "convolution" if number == "" else f"conv{number}"
         shapes[f"{module}.{conv}.weight"] = (features, inputs, size, size)
+        if folded:
+            shapes[f"{module}.{conv}.bias"] = (features,)
+            return
         for leaf in ("weight", "bias"):
             shapes[f"{module}.norm{number}.{leaf}"] = (features,)
 
     inputs = config.stem_width
-    add("embeddings.stem", "", config.num_channels, inputs, 7)
+    if folded:  # three convolutions of 3 x 3 for one of 7 x 7
+        root = "embeddings.stem.convolution"
+        widths = (config.num_channels, inputs // 2, inputs // 2, inputs)
+        for number, before, after in zip(("", "2", "3"), widths, widths[1:], strict=False):
+            shapes[f"{root}{number}.weight"] = (after, before, 3, 3)
+            shapes[f"{root}{number}.bias"] = (after,)
+    else:
+        add("embeddings.stem", "", config.num_channels, inputs, 7)
     for i, features in enumerate(config.stem_widths):
         inner = features // STEM_NARROWING
         for j in range(config.stem_depths[i]):
@@ -391,19 +406,23 @@ _NORMAL = (
     "probe",
     "in_kernel",
     "out_kernel",
-    *DIFFERENTIAL,
 )
 
 
-def initial_value(
-    name: str,
-) -> Literal["normal", "one", "zero", "layer scale", "logit scale", "frequencies"]:
+Initial = Literal[
+    "normal", "one", "zero", "layer scale", "logit scale", "frequencies", "differential"
+]
+
+
+def initial_value(name: str) -> Initial:
     """What a new parameter of that canonical name starts as; "normal" is the truncated one."""
     if name == "logit_scale":
         return "logit scale"
     *_, owner, leaf = ("", *name.split("."))
     if leaf in _NORMAL:
         return "normal"
+    if leaf in DIFFERENTIAL:
+        return "differential"
     if leaf in ("lambda_1", "lambda_2"):
         return "layer scale"
     if leaf == "rope_frequencies":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -33,8 +33,9 @@ _TRIPS = re.compile(r'known_trip_count[^}]*?"n":"(\d+)"')
 _OPERATION = re.compile(r'op_name="([^"]*)"')
 _OWN = re.compile(rf'op_name="[^"]*/({"|".join(sorted(NEEDED, key=len, reverse=True))})/[^"]*"')
 _STATED = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
-_RESAMPLING = "Hh,Ww,"
-"""In the name of the only float32 products that are meant: positions, resampled (`model.py`)."""
+_POSITIONS = ("Hh,Ww,", "/relative_position_bias/")
+"""In the names of the only float32 products that are meant, which no image is part of: positions,
+resampled (`model.py`), and biases computed from offsets (`parts/relative.py`)."""
 
 
 class _Array(NamedTuple):
@@ -190,7 +191,7 @@ def _positions(
 
 def float32_products(hlo: str) -> list[str]:
     """Names of the matrix products and convolutions of an optimized module that have a float32 (or
-    float64) operand, those that resample positions left out."""
+    float64) operand, those of positions left out."""
     arrays = _arrays(hlo)
     found = []
     for instructions in _parse(hlo)[0].values():
@@ -199,7 +200,7 @@ def float32_products(hlo: str) -> list[str]:
                 continue
             name = _OPERATION.search(each.rest)
             wide = any(operand.dtype in ("f32", "f64") for operand in _operands(each, arrays))
-            if wide and not (name and _RESAMPLING in name[1]):
+            if wide and not (name and any(part in name[1] for part in _POSITIONS)):
                 found.append(name[1] if name else each.name)
     return found
 
@@ -246,7 +247,8 @@ _RINGS = {"ag": "all-gather ring", "rs": "reduce-scatter ring"}
 
 def exchanges(hlo: str) -> list[Exchange]:
     """The communication of an optimized module, each once, however many parts the compiler divides
-    it into. (A ring's own exchanges are not listed beside it.)"""
+    it into. (A ring's own exchanges are not listed beside it, nor what completes a
+    reduce-scatter.)"""
     computations, _ = _parse(hlo)
     found: dict[str, Exchange] = {}
     rings: set[str] = set()
@@ -266,7 +268,11 @@ def exchanges(hlo: str) -> list[Exchange]:
             name = operation[1] if operation else line.name
             # The TPU compiler writes a reduce-scatter as a sum and the part of it that is kept.
             called = "reduce-scatter" if where.startswith("all-reduce-scatter") else kind[1]
-            if kind[1] == "collective-permute" and (_RING.search(where) or name in rings):
+            if called == "all-to-all" and _is_summed(line, instructions):
+                called = "reduce-scatter"
+            if kind[1] == "collective-permute" and (
+                _RING.search(where) or name in rings or _completes_scatter(line, instructions)
+            ):
                 continue
             channel = re.search(r"channel_id=(\d+)", line.rest)
             key = f"{called} {channel[1] if channel else line.name}"
@@ -275,6 +281,30 @@ def exchanges(hlo: str) -> list[Exchange]:
             if before is None or before.elements < elements:
                 found[key] = Exchange(called, elements, name)
     return [*found.values()]
+
+
+def _completes_scatter(permute: _Instruction, near: Sequence[_Instruction]) -> bool:
+    """Whether an exchange is the end of a reduce-scatter: the TPU compiler pads rows to a multiple
+    of what its kernel sends (1,024 rows over 4 chips to 4 x 264), and each chip then passes the few
+    rows that are the next one's on to it."""
+    named = {each.name: each for each in near}
+    cut = named.get((_NAME.findall(permute.rest) or [""])[0])
+    if cut is None or cut.opcode != "slice":
+        return False
+    scatter = named.get((_NAME.findall(cut.rest) or [""])[0])
+    called = [] if scatter is None else _CALLED.findall(scatter.rest)
+    return any(name.startswith("all-reduce-scatter") for name in called)
+
+
+def _is_summed(exchange: _Instruction, near: Sequence[_Instruction]) -> bool:
+    """Whether an all-to-all is how the TPU compiler writes a small reduce-scatter: each chip is
+    sent its part of every sum, and adds them up."""
+    return any(
+        each.opcode == "reduce"
+        and exchange.name in _NAME.findall(each.rest.split(")", 1)[0])
+        and "to_apply=%all-to-all.reduce_sub_computation" in each.rest
+        for each in near
+    )
 
 
 def own_kernels(hlo: str) -> list[float]:

@@ -49,6 +49,7 @@ from vit_flax.parts.differential import FlaxViTDifferentialAttention
 from vit_flax.parts.mbconv import FlaxViTMBConvStem, padded_convolution
 from vit_flax.parts.part import FlaxViTPart, activation, options
 from vit_flax.parts.relative import FlaxViTRelativePositionMLP
+from vit_flax.parts.resnetd import FlaxViTResNetDStem
 from vit_flax.parts.rotary import rotate, rotation
 from vit_flax.parts.stems import FlaxViTConvolutionStem, FlaxViTStem
 from vit_flax.stacked import make_blocks, scan_blocks
@@ -57,6 +58,7 @@ STEMS: dict[str, type[FlaxViTPart]] = {
     "resnetv2": FlaxViTStem,
     "mbconv": FlaxViTMBConvStem,
     "convolutions": FlaxViTConvolutionStem,
+    "resnetd": FlaxViTResNetDStem,
 }
 """`stem_type` -> the network before the patches."""
 

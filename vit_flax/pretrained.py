@@ -34,7 +34,13 @@ from vit_common.checks import (
 from vit_common.config import ViTConfig, as_config
 from vit_common.errors import InputError
 from vit_common.files.containers.tensor import as_tensor
-from vit_common.parameters import Head, head_tokens, initial_value, parameter_shapes
+from vit_common.parameters import (
+    DIFFERENTIAL_STD,
+    Head,
+    head_tokens,
+    initial_value,
+    parameter_shapes,
+)
 from vit_convert.formats import TREE
 from vit_convert.load import Loadable, is_finite, load_parameters, warn_if_not_finite
 from vit_convert.rules import as_mapped, to_foreign, unprefixed
@@ -390,7 +396,8 @@ class FlaxPreTrainedModel(Loadable, Savable):
             if kind == "frequencies":
                 drawn[path] = frequencies(config.rope_theta)(key, shape, self.param_dtype)
             else:
-                drawn[path] = draw_normal(key, config.initializer_range, shape, self.param_dtype)
+                std = DIFFERENTIAL_STD if kind == "differential" else config.initializer_range
+                drawn[path] = draw_normal(key, std, shape, self.param_dtype)
         return drawn
 
     # -- calls

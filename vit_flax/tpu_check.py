@@ -202,7 +202,7 @@ def check(
     Asserted of each: it compiles, and fits in the chip's HBM; the floating point operations of its
     matrix products are within `FLOPS_BOUND` of the analytic count (of a training step: three times
     that of the forward pass, without the gradient of the pixels); no float64; no float32 matrix
-    product if another dtype was asked for, but for the resampling of positions; and of the forward
+    product if another dtype was asked for, but for those of positions; and of the forward
     pass: no collective.
 
     Args:

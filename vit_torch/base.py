@@ -17,9 +17,9 @@ from torch import nn
 from vit_common.checks import auto_class_name
 from vit_common.config import ViTConfig, as_config
 from vit_common.errors import InputError
-from vit_common.parameters import Head, initial_value
+from vit_common.parameters import Head
 from vit_torch.attention import check_implementation
-from vit_torch.layers import initialize, initialize_frequencies
+from vit_torch.layers import fill, initialize
 from vit_torch.model import ViTLayer, ViTModule, ViTPart, ViTSelfAttention, options
 
 
@@ -317,16 +317,11 @@ class ModelBase(ViTPart):
         elif isinstance(module, nn.GroupNorm):
             module.weight.fill_(1.0)
             module.bias.zero_()
+        elif isinstance(module, nn.RMSNorm):
+            module.weight.fill_(1.0)
         elif isinstance(module, ViTPart):
             for name, parameter in module.named_parameters(recurse=False):
-                kind = initial_value(name)
-                if kind == "normal":
-                    initialize(parameter, self.config)
-                elif kind == "frequencies":
-                    initialize_frequencies(parameter, self.config)
-                else:
-                    value = self.config.layer_scale_init_value if kind == "layer scale" else 0.0
-                    parameter.fill_(value)
+                fill(parameter, name, self.config)
 
     # -- attention kernels
 

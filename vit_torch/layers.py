@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vit_common.config import ViTConfig
+from vit_common.parameters import DIFFERENTIAL_STD, initial_value
 
 if TYPE_CHECKING:
     from vit_torch.parts.part import ViTPart
@@ -37,6 +38,24 @@ def initialize_frequencies(parameter: torch.Tensor, config: ViTConfig) -> None:
     axes = [torch.cat(axis, -1) for axis in zip(*parts, strict=True)]
     with torch.no_grad():
         parameter.copy_(torch.stack(axes) * size.tile(2))  # (2, L, A, D/A/2)
+
+
+def fill(parameter: torch.Tensor, name: str, config: ViTConfig) -> None:
+    """A new parameter of that canonical name, or the end of one, in place."""
+    kind = initial_value(name)
+    if kind == "normal":
+        initialize(parameter, config)
+    elif kind == "frequencies":
+        initialize_frequencies(parameter, config)
+    elif kind == "differential":
+        nn.init.trunc_normal_(parameter, mean=0.0, std=DIFFERENTIAL_STD, a=-2.0, b=2.0)
+    else:
+        constants = {
+            "one": 1.0,
+            "layer scale": config.layer_scale_init_value,
+            "logit scale": getattr(config, "logit_scale_init_value", 0.0),
+        }
+        nn.init.constant_(parameter, constants.get(kind, 0.0))
 
 
 def add_parameter(

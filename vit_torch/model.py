@@ -50,6 +50,7 @@ from vit_torch.parts.differential import ViTDifferentialAttention
 from vit_torch.parts.mbconv import ViTMBConvStem, padded_convolution
 from vit_torch.parts.part import ViTPart, activation, options
 from vit_torch.parts.relative import ViTRelativePositionMLP
+from vit_torch.parts.resnetd import ViTResNetDStem
 from vit_torch.parts.rotary import Rotation, rotate, rotation
 from vit_torch.parts.stems import ViTConvolutionStem, ViTStem
 
@@ -57,6 +58,7 @@ STEMS: dict[str, type[ViTPart]] = {
     "resnetv2": ViTStem,
     "mbconv": ViTMBConvStem,
     "convolutions": ViTConvolutionStem,
+    "resnetd": ViTResNetDStem,
 }
 """`stem_type` -> the network before the patches."""
 

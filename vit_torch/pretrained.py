@@ -18,14 +18,14 @@ import torch
 from vit_common.config import ViTConfig, as_config
 from vit_common.errors import InputError
 from vit_common.files.containers.tensor import DTYPES, Tensor
-from vit_common.parameters import initial_value, parameter_shapes
+from vit_common.parameters import parameter_shapes
 from vit_convert.formats import table_for
 from vit_convert.load import Loadable, is_finite, load_parameters, warn_if_not_finite
 from vit_convert.save import Savable, SaveFormat
 from vit_convert.source import Source
 from vit_torch.attention import check_implementation
 from vit_torch.base import ModelBase
-from vit_torch.layers import initialize, initialize_frequencies
+from vit_torch.layers import fill
 from vit_torch.model import (
     ViTForImageClassificationModule,
     ViTForMaskedImageModelingModule,
@@ -401,13 +401,8 @@ class ViTForMaskedImageModeling(ViTPreTrainedModel, ViTForMaskedImageModelingMod
 
 def draw_parameter(name: str, shape: tuple[int, ...], config: ViTConfig) -> torch.Tensor:
     """A new parameter of a canonical name, as the constructors draw it."""
-    kind = initial_value(name)
-    constants = {"one": 1.0, "layer scale": config.layer_scale_init_value}
-    parameter = torch.full(shape, constants.get(kind, 0.0))
-    if kind == "normal":
-        initialize(parameter, config)
-    elif kind == "frequencies":
-        initialize_frequencies(parameter, config)
+    parameter = torch.empty(shape)
+    fill(parameter, name, config)
     return parameter
 
 

@@ -18,6 +18,7 @@ from vit_convert.formats import (
     flax,
     google,
     huggingface,
+    keras_hub,
     mae,
     moco,
     open_clip,
@@ -42,10 +43,11 @@ FORMATS: tuple[Format, ...] = (
     *open_clip.FORMATS,
     *torchvision.FORMATS,
     *google.FORMATS,
+    *keras_hub.FORMATS,
 )
 """Every table: one for each layout and family."""
 
-PREPARED = (google.unstacked, mae.folded)
+PREPARED = (google.unstacked, mae.folded, keras_hub.numbered)
 """What is done to the tensors of a file before its format is detected."""
 
 NAMES: tuple[str, ...] = tuple(dict.fromkeys(table.name for table in FORMATS))

@@ -1,8 +1,10 @@
-"""Google's `.npz`: google-research/vision_transformer (also AugReg) and google-research/big_vision.
+"""Google's `.npz`: google-research/vision_transformer (also AugReg) and google-research/big_vision;
+and the trees that Scenic trains.
 
 Sources: `vit_jax/models_vit.py`, `vit_jax/train.py` and `vit_jax/checkpoint.py` of
 google-research/vision_transformer, whose published files have the names of Flax before linen;
-`big_vision/models/vit.py` of google-research/big_vision. Both were trained with
+`big_vision/models/vit.py` of google-research/big_vision; `scenic/projects/baselines/vit.py` of
+google-research/scenic. All were trained with
 `flax.linen.gelu`, the tanh approximation, and linen's epsilon of 1e-6.
 """
 
@@ -40,11 +42,14 @@ _PARTS = (
     (r".*/(query|key)(_norm|_ln)/.*", "norms of query and key"),
     (r".*/(Moe|MoeMlp)\w*/.*", "a mixture of experts"),
 )
+_SCENIC_HEAD = "output_projection"
 _BLOCK = "Transformer/encoderblock_{i}/"
 _LAYER = "encoder.layer.{i}."
 
 
-def _rules(heads: int, positions: str, norm2: str, attention: str, mlp: str) -> tuple[Rule, ...]:
+def _rules(
+    heads: int, positions: str, norm2: str, attention: str, mlp: str, *, classifier: str
+) -> tuple[Rule, ...]:
     kernel, bias, output = heads_apart(heads)
     rules = [
         Rule("cls", "embeddings.cls_token"),
@@ -68,7 +73,7 @@ def _rules(heads: int, positions: str, norm2: str, attention: str, mlp: str) -> 
         f"{pooler}MlpBlock_0/Dense_0": "pooler.intermediate.dense",
         f"{pooler}MlpBlock_0/Dense_1": "pooler.output.dense",
         "pre_logits": "pooler.dense",
-        "head": "classifier",
+        classifier: "classifier",
         f"{_BLOCK}{mlp}/Dense_0": f"{_LAYER}intermediate.dense",
         f"{_BLOCK}{mlp}/Dense_1": f"{_LAYER}output.dense",
     }
@@ -190,18 +195,22 @@ def _tables(heads: int) -> tuple[Format, ...]:
         place: str,
         names: tuple[str, ...],
         stem: tuple[Rule, ...] = (),
+        *,
+        name: str = "google",
+        classifier: str = "head",
+        preprocessing: Any = _preprocessing,
         **more: Any,
     ) -> Format:
         return Format(
-            name="google",
+            name=name,
             describes=describes,
             files=Files(container="npz", suffix=".npz"),
-            rules=_rules(heads, place, *names) + stem,
+            rules=_rules(heads, place, *names, classifier=classifier) + stem,
             separator="/",
             settings=_SETTINGS,
             stem={"stem_standardization": "deviation", "stem_norm_eps": 1e-6},
             imagenet=True,
-            preprocessing=_preprocessing,
+            preprocessing=preprocessing,
             loses=_loses,
             refuses=_HYBRID,
             parts=_PARTS,
@@ -241,6 +250,16 @@ def _tables(heads: int) -> tuple[Format, ...]:
             lacks=(_POSITIONS, _POSEMBED),
             positions=sines_and_cosines,
             image_size=224,  # arXiv:2205.01580, section 3
+            written=False,
+        ),
+        table(
+            "google-research scenic",
+            _POSEMBED,
+            _LINEN,
+            name="scenic",
+            classifier=_SCENIC_HEAD,
+            preprocessing=None,
+            requires=(_POSEMBED, f"{_SCENIC_HEAD}/kernel"),
             written=False,
         ),
     )

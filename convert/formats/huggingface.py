@@ -109,7 +109,7 @@ DINOV2_SWIGLU_BLOCK = {
 
 def stem_modules() -> tuple[str, ...]:
     """Modules of the network before the patches; `{i}` is the number of a block in its stage."""
-    outside = ("convolution", "norm", "convolution2", "norm_out")
+    outside = ("convolution", "norm", "convolution2", "convolution3", "norm_out")
     return tuple(f"embeddings.stem.{module}" for module in outside) + tuple(
         f"embeddings.stem.stage{stage}.{{i}}.{module}"
         for stage in range(4)
@@ -174,11 +174,14 @@ DINOV3_BLOCK = {
 BEIT_HEAD = (("layernorm.", "lm_layernorm."),)
 """BEiT's head for masked image modelling calls its norm as the network under it calls its own."""
 
-_INDICES = ((r"(text_model\.)?embeddings\.position_ids", "an index, no weight"),)
+# jimm (flax.nnx), whose files are the Hub's, writes the numbers of the tokens too.
+_JIMM = (r"(encoder\.)?vision_position_ids", "an index, no weight")
 _NO_WEIGHTS = (
+    _JIMM,
     (r".*relative_position_index", "an index computed from the grid, no weight"),
     (r"embeddings\.position_ids", "an index, no weight"),
 )
+_INDICES = ((r"(text_model\.)?embeddings\.position_ids", "an index, no weight"), _JIMM)
 
 
 def _leaves(module: str) -> tuple[str, ...]:

@@ -172,16 +172,38 @@ FOLDED = Layout("a convolution and its batch norm", _folded, _kept)
 """A kernel (out, in, k, k), and the scale, bias, mean and variance (out,) of the norm after it ->
 a kernel and a bias that compute the same."""
 
+
+def _fold(conv: str, norm: str, ours: str) -> Rule:
+    statistics = ("weight", "bias", "running_mean", "running_var")
+    return Rule(
+        (f"{_TIMM}{conv}.weight", *(f"{_TIMM}{norm}.{name}" for name in statistics)),
+        (f"{_STEM}{ours}.weight", f"{_STEM}{ours}.bias"),
+        FOLDED,
+    )
+
+
+_OF_A_BLOCK = {"1": ("conv1", "bn1"), "2": ("conv2", "bn2"), "3": ("conv3", "bn3")}
+_OF_A_BLOCK["_shortcut"] = ("downsample.1", "downsample.2")
+RESNETD = (
+    _fold("conv1.0", "conv1.1", "convolution"),
+    _fold("conv1.3", "conv1.4", "convolution2"),
+    _fold("conv1.6", "bn1", "convolution3"),
+    *(
+        _fold(
+            f"layer{stage + 1}.{{i}}.{conv}",
+            f"layer{stage + 1}.{{i}}.{norm}",
+            f"stage{stage}.{{i}}.conv{part}",
+        )
+        for stage in range(STAGES)
+        for part, (conv, norm) in _OF_A_BLOCK.items()
+    ),
+)
+"""timm's names of a ResNet-D before the patches, as its lists of features have them."""
+RESNETD_SIGN = f"{_TIMM}layer1.0.conv1.weight"
+
 MOBILECLIP = (
     *(
-        Rule(
-            (
-                f"{_TIMM}{i}.conv.weight",
-                *(f"{_TIMM}{i}.bn.{n}" for n in ("weight", "bias", "running_mean", "running_var")),
-            ),
-            (f"{_STEM}{ours}.weight", f"{_STEM}{ours}.bias"),
-            FOLDED,
-        )
+        _fold(f"{i}.conv", f"{i}.bn", ours)
         for i, ours in enumerate(("convolution", "convolution2"))
     ),
     *_biased(f"{_TIMM}2.conv", "embeddings.patch_embeddings.projection"),
@@ -203,7 +225,7 @@ def timm_cannot_hold(config: ViTConfig) -> str | None:
     """What keeps timm from building a hybrid, or None."""
     if config.stem_type is None:
         return None
-    if config.stem_type == "convolutions":
+    if config.stem_type in ("convolutions", "resnetd"):
         return "timm's convolutions before the patches have batch norms, which are folded here"
     if config.stem_type == "mbconv":
         if (config.stem_width, config.hidden_size) in VITAMINS and config.stem_depths == (2, 4):

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import shutil
+import socket
 import sys
 import warnings
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 _BLOCKS = 4096  # at most, of names: each is an object that Ray keeps track of
+_PATIENCE = 10.0  # seconds
 _PIECES = 4  # batches of the network in one of Ray
 
 
@@ -127,11 +129,27 @@ def _ray() -> Any:
 def _cluster(ray: Any, address: str | None) -> Iterator[None]:
     """Ray, joined or started on this machine alone; its errors become ours."""
     joined: dict[str, Any] = {"address": address}
-    if address is None:
+    if address is not None:
+        _check_answers(address)
+    else:
         joined = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Ray to itself; those of the model are in the actors
         yield from _connected(ray, address, joined)
+
+
+def _check_answers(address: str) -> None:
+    """Raise HostError if nobody listens at HOST:PORT, which Ray itself finds out after minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and port.isdecimal()):
+        return  # "auto", "local", or what Ray says something about
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise HostError(
+            f"the cluster at {address} cannot be reached ({reason(error)}); is the address right, "
+            "and does a head node of Ray run there?"
+        ) from error
 
 
 def _connected(ray: Any, address: str | None, joined: dict[str, Any]) -> Iterator[None]:

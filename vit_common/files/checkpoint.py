@@ -1,9 +1,9 @@
 """Weights files <-> a flat mapping of names to arrays.
 
 Reads safetensors, Flax msgpack, numpy `.npz` and torch pickles (weights only), each as one file or
-as shards with an index; writes each as one file, and the first two as shards. Reading is lazy,
-writing is atomic, and nothing a file says is executed or allocated before it is checked against
-the file's real size.
+as shards with an index, and with h5py Keras's HDF5; writes each of the former as one file, and the
+first two as shards. Reading is lazy, writing is atomic, and nothing a file says is executed or
+allocated before it is checked against the file's real size.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, Literal
 from vit_common.errors import CheckpointError, InputError, MissingFileError, shown, some
 from vit_common.files.containers import (
     flax_msgpack,
+    hdf5_file,
     numpy_zip,
     orbax_folder,
     safetensors_file,
@@ -43,7 +44,7 @@ __all__ = [
     "write_text",
 ]
 
-Container = Literal["safetensors", "msgpack", "npz", "torch", "orbax"]
+Container = Literal["safetensors", "msgpack", "npz", "torch", "orbax", "hdf5"]
 
 _EXTENSIONS: dict[str, Container] = {
     ".safetensors": "safetensors",
@@ -140,6 +141,8 @@ def open_checkpoint(path: str | PathLike) -> Checkpoint:
             tensors = flax_msgpack.read(file)
         elif container == "npz":
             tensors = numpy_zip.read(file)
+        elif container == "hdf5":
+            tensors = hdf5_file.read(file)
         else:
             tensors = torch_pickle.read(file)
         if not tensors and file.left_out and container != "torch":
@@ -157,8 +160,8 @@ def _container_of(file: DataFile) -> Container:
         raise file.fail("this file is empty.")
     if (other := not_the_file(head, file.path, "a weights file of a known kind")) is not None:
         raise other
-    if head.startswith(b"\x89HDF"):
-        raise file.fail("a TensorFlow or Keras file (HDF5); wanted safetensors, msgpack or torch.")
+    if head.startswith(hdf5_file.MAGIC):
+        return "hdf5"
     if head.startswith(torch_pickle.LEGACY_MAGIC):
         return "torch"
     if head.startswith(b"PK"):

@@ -64,11 +64,12 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "model.npz",
+    "model.weights.h5",
     "model.pth",
 )
 """Names of weights files, in the order they are looked for."""
 
-_SUFFIXES = (".safetensors", ".msgpack", ".bin", ".npz", ".pt", ".pth", ".json")
+_SUFFIXES = (".safetensors", ".msgpack", ".bin", ".npz", ".pt", ".pth", ".h5", ".json")
 _PUSHED = (".safetensors", ".msgpack", ".json", ".md")
 _SHOWN = 12
 _LIBRARY = PACKAGE

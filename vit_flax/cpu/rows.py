@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import jax
 
-from vit_flax.attention.choice import targets
+from vit_flax.cpu.targets import targets
 
 
 def by_rows(product: Callable[[jax.Array], jax.Array], inputs: jax.Array) -> jax.Array:

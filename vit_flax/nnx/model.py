@@ -268,7 +268,9 @@ def to_linen(model: NNXModel) -> Any:
             "`model` must be an NNX model of this package, as `vit_flax.nnx.from_linen` gives it; "
             f"given a {type(model).__name__}."
         )
-    linen = copy.copy(model._network.model)
+    empty = model._network.model
+    linen = copy.copy(empty)
+    linen._jitted = empty._forward()  # one compiled function for both
     linen._is_initialized = True
     linen.params = model.params
     return linen

@@ -12,8 +12,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from vit_common.parameters import DIFFERENTIAL, DIFFERENTIAL_STD
 from vit_flax.attention import attention
-from vit_flax.layers import RMSNorm, add_parameter
+from vit_flax.layers import RMSNorm, initializer
 from vit_flax.parts.part import FlaxViTPart
 
 EPS = 1e-5
@@ -24,8 +25,9 @@ class FlaxViTDifferentialAttention(FlaxViTPart):
     """The share of the second map, and the attention itself."""
 
     def setup(self):
-        for name in ("q1", "k1", "q2", "k2"):
-            add_parameter(self, f"lambda_{name}", (self.config.head_dim // 2,), "normal")
+        shape, draw = (self.config.head_dim // 2,), initializer(DIFFERENTIAL_STD)
+        for name in DIFFERENTIAL:
+            setattr(self, name, self.param(name, draw, shape, self.param_dtype))
         self.norm = RMSNorm(epsilon=EPS, dtype=self.array_dtype, param_dtype=self.param_dtype)
 
     def __call__(self, query, key, value, share, *, bias=None, head_mask=None, **options):

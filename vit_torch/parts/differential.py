@@ -12,7 +12,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from vit_common.parameters import DIFFERENTIAL
 from vit_torch.attention import attention
+from vit_torch.layers import fill
 from vit_torch.parts.part import ViTPart
 
 EPS = 1e-5
@@ -30,9 +32,9 @@ class ViTDifferentialAttention(ViTPart):
         super().__init__(**kwargs)
         width = self.config.head_dim
         self.share = 0.0  # set by the encoder
-        for name in ("q1", "k1", "q2", "k2"):
-            drawn = torch.nn.init.trunc_normal_(torch.empty(width // 2), std=0.1, a=-2.0, b=2.0)
-            self.register_parameter(f"lambda_{name}", nn.Parameter(drawn))
+        for name in DIFFERENTIAL:
+            self.register_parameter(name, nn.Parameter(torch.empty(width // 2)))
+            fill(getattr(self, name), name, self.config)
         self.norm = nn.RMSNorm(width, eps=EPS, elementwise_affine=True)
         self.norm._is_hf_initialized = True  # type: ignore[assignment]
 

@@ -179,16 +179,14 @@ REFUSES = (
         "windows and decomposed relative positions (SAM's encoder)",
     ),
     (
-        r"patch_embed\.backbone\.(conv1|bn1|layer\d|\d\.\d)\..*",
-        "a convolutional stem before its patches (a hybrid with batch norms)",
-    ),
-    (
         r"patch_embed\.(conv\d*|stem)\..*",
         "a convolutional stem before its patches (a hybrid)",
     ),
     (r"patch_embed\.proj\.\d+\..*", "a convolutional stem before its patches"),
 )
+STEM_PARTS = ((r"patch_embed\.backbone\..*", "a convolutional stem before its patches"),)
 PARTS = (
+    *STEM_PARTS,
     (r"attn_pool\..*", "attention pooling"),
     (r"norm_pre\..*", "a norm before the blocks"),
     (r"blocks\.\d+\.attn\.(q_norm|k_norm)\..*", "norms of query and key"),
@@ -279,7 +277,7 @@ FORMATS = (
         "timm state dict of a Vision Transformer with attention pooling",
         requires=("attn_pool.latent", "patch_embed.proj.weight"),
         fits=lambda config, head: config.pooling == "map" and _is_plain(config),
-        parts=(),
+        parts=STEM_PARTS,
         unsaid=_unsaid,
         named=lambda architecture: not eva.named(architecture),
     ),
@@ -288,7 +286,7 @@ FORMATS = (
         OWN,
         "timm state dict of a Vision Transformer",
         fits=_is_plain,
-        parts=(),
+        parts=STEM_PARTS,
         unsaid=_unsaid,
         named=lambda architecture: not eva.named(architecture),
     ),
@@ -298,7 +296,7 @@ FORMATS = (
         "timm state dict of a Vision Transformer whose stem is one convolution",
         requires=("patch_embed.backbone.conv.weight",),
         fits=stems.has_root_alone,
-        parts=(),
+        parts=STEM_PARTS,
     ),
     _format(
         ("vit",),
@@ -307,7 +305,16 @@ FORMATS = (
         "timm state dict of a MobileCLIP",
         requires=("patch_embed.backbone.2.conv.weight",),
         ignored=stems.COUNTERS,
-        parts=(),
+        parts=STEM_PARTS,
+        written=False,
+    ),
+    _format(
+        ("vit",),
+        stems.RESNETD + OWN,
+        "timm state dict of a hybrid with a ResNet-D",
+        requires=(stems.RESNETD_SIGN,),
+        ignored=stems.COUNTERS,
+        parts=STEM_PARTS,
         written=False,
     ),
     _format(
@@ -316,7 +323,7 @@ FORMATS = (
         "timm state dict of a ViTamin",
         requires=("patch_embed.backbone.pool.proj.weight",),
         fits=_is_vitamin,
-        parts=(),
+        parts=STEM_PARTS,
         stem={"stem_norm_eps": 1e-6},
         settings={**_SETTINGS, "gate_act": "gelu"},
     ),
@@ -328,7 +335,7 @@ FORMATS = (
             requires=(sign,),
             lacks=lacks,
             fits=fits,
-            parts=(),
+            parts=STEM_PARTS,
             settings={**_SETTINGS, **more},
         )
         for rules, describes, sign, lacks, fits, more in (
@@ -371,7 +378,7 @@ FORMATS = (
         _NAFLEX,
         "timm state dict of a NaFlexVit",
         requires=(naflex.PROJECTION,),
-        parts=(),
+        parts=STEM_PARTS,
         unsaid=_unsaid,
         says=naflex.says,
         written=False,

@@ -97,10 +97,7 @@ _TAKEN = {
     "pos_embed_ar_preserving",
 }  # fmt: skip
 
-# (keyword, value) of a name -> what its network has that none here has.
-_UNKNOWN = {
-    ("embed_layer", "FeatureListNet"): "a ResNet-D before its patches (a hybrid)",
-}
+# Class of a name -> what its networks have that none here has.
 _UNKNOWN_CLASSES = {
     "VisionTransformerSAM": "windows and decomposed relative positions (SAM's encoder)",
 }
@@ -142,11 +139,6 @@ def fields_of(name: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict
         raise ConfigError(
             f"timm's {name} has {_UNKNOWN_CLASSES[row.cls]}, which no network here has."
         )
-    for keyword, value in row.arguments.items():
-        if keyword not in given and (keyword, value) in _UNKNOWN:
-            raise ConfigError(
-                f"timm's {name} has {_UNKNOWN[keyword, value]}, which no network here has."
-            )
     odd = [
         f"{keyword}={value!r}"
         for keyword, value in given.items()
