@@ -194,8 +194,8 @@ def test_products_of_integers_are_exact(kind):
     rng = np.random.default_rng(2)
     x = rng.integers(-128, 128, (2, 3, 2100)).astype(np.int8)
     kernel = rng.integers(-127, 128, (2100, 5)).astype(np.int8)
-    x[0, 0, :1036], kernel[:1036, 0] = -128, 127  # sums beyond what float32 counts one by one
-    x[0, 0, 1030:1040], kernel[1030:1040, 0] = 1, 1
+    x[0, 0, :1037], kernel[:1037, 0] = -128, 127  # sums beyond what float32 counts one by one
+    x[0, 0, 1037:1040], kernel[1037:1040, 0] = 1, 1
     wanted = x.astype(np.int64) @ kernel.astype(np.int64)
     sums = jnp.asarray(kernel.sum(0, dtype=np.int32))
     run = jax.jit(partial(integer_product, kind=kind))
