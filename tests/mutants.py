@@ -106,6 +106,7 @@ TURNED = f"{_ROTARY}both_twins_rotate_as_timm_does"
 
 _STEMS = "tests/test_stems.py::test_hybrids_of_"
 _CLIP = "tests/test_clip.py::test_"
+_INT8 = "tests/test_int8.py::test_"
 _NNX = "tests/test_nnx.py::test_"
 _RAY = "tests/test_ray.py::test_"
 MUTANTS = [
@@ -143,6 +144,39 @@ MUTANTS = [
         'std = DIFFERENTIAL_STD if kind == "differential" else config.initializer_range',
         "std = config.initializer_range",
         "tests/test_kinds.py::test_both_twins_draw_new_weights_alike[differential]",
+        "the sums of integers forget how far the inputs were moved up",
+        "vit_flax/int8/product.py",
+        "mixed_dot_p.bind(moved, kernel) - _OFFSET * sums",
+        "mixed_dot_p.bind(moved, kernel) - (_OFFSET - 1) * sums",
+        f"{_INT8}products_of_integers_are_exact",
+    ),
+    Mutant(
+        "sums of integers run over what float32 counts one by one",
+        "vit_flax/int8/product.py",
+        "2**24 // (128 * 127)",
+        "2**24 // 127**2",
+        f"{_INT8}products_of_integers_are_exact",
+    ),
+    Mutant(
+        "the zero of a row of inputs is left in the products",
+        "vit_flax/int8/layer.py",
+        "integer_product(integers, kernel, sums) - zeros * sums",
+        "integer_product(integers, kernel, sums)",
+        f"{_INT8}a_layer_of_integers_is_that_of_rounded_inputs",
+    ),
+    Mutant(
+        "the rows of all tokens share one range",
+        "vit_flax/int8/layer.py",
+        "jnp.max(inputs, axis=-1, keepdims=True)",
+        "jnp.max(inputs, keepdims=True)",
+        f"{_INT8}a_layer_of_integers_is_that_of_rounded_inputs",
+    ),
+    Mutant(
+        "kernels under CLIP's names are not quantized",
+        "vit_flax/int8/weights.py",
+        "encoder/layers?/",
+        "encoder/layer/",
+        f"{_INT8}trees_of_other_names",
     ),
     Mutant(
         "Ray: a batch of fewer images is compiled anew",
