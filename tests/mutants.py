@@ -109,6 +109,9 @@ _CLIP = "tests/test_clip.py::test_"
 _INT8 = "tests/test_int8.py::test_"
 _NNX = "tests/test_nnx.py::test_"
 _RAY = "tests/test_ray.py::test_"
+_SEARCH, _SERVE = "tests/test_search.py::test_", "tests/test_serve.py::test_"
+_HABITS = "tests/test_habits.py::test_"
+SEARCH, SERVICE = "vit_flax/inference/search.py", "vit_cli/serve/service.py"
 MUTANTS = [
     Mutant(
         "zero-shot: the template is left out",
@@ -177,6 +180,74 @@ MUTANTS = [
         "encoder/layers?/",
         "encoder/layer/",
         f"{_INT8}trees_of_other_names",
+        "what float32 cannot tell apart is not looked at again",
+        SEARCH,
+        "margin = (D + 8) * float(np.finfo(np.float32).eps)",
+        "margin = 0.0",
+        f"{_SEARCH}vectors_nearer_to_each_other_than_float32_can_tell[numpy]",
+    ),
+    Mutant(
+        "of equal neighbours the later one comes first",
+        SEARCH,
+        "order = np.lexsort((places, -every))",
+        "order = np.lexsort((-places, -every))",
+        f"{_SEARCH}equal_images_come_in_their_order[numpy]",
+    ),
+    Mutant(
+        "an index of another model is searched",
+        "vit_cli/search/command.py",
+        "if not cosine >= _SAME:",
+        "if cosine < -2.0:",
+        f"{_SEARCH}refusals",
+    ),
+    Mutant(
+        "a full queue takes one more",
+        SERVICE,
+        "if self.waiting + images > limits.queue",
+        "if self.waiting + images > limits.queue + 1",
+        f"{_SERVE}a_full_queue_refuses_and_says_when_to_come_again",
+    ),
+    Mutant(
+        "images of a client that went away are run",
+        "vit_cli/serve/batcher.py",
+        "there = [slot for slot in batch if not slot.gone.is_set()]",
+        "there = [*batch]",
+        f"{_SERVE}a_client_that_goes_away",
+    ),
+    Mutant(
+        "every image is a batch of its own",
+        "vit_cli/serve/batcher.py",
+        "len(taken) < self._sizes[work]:",
+        "len(taken) < 1:",
+        f"{_SERVE}what_comes_while_the_device_is_busy_is_one_batch",
+    ),
+    Mutant(
+        "large images are decoded",
+        SERVICE,
+        "if width * height > self.limits.pixels:",
+        "if width * height > 1e12:",
+        f"{_SERVE}what_is_refused",
+    ),
+    Mutant(
+        "a page of the Web reaches the server by another name",
+        "vit_cli/serve/app.py",
+        "if known is not None and name.lower() not in known:",
+        "if known is None and name.lower() not in [name.lower()]:",
+        f"{_SERVE}more_that_is_refused",
+    ),
+    Mutant(
+        "a model card is written over",
+        "convert/save.py",
+        "if not os.path.lexists(directory / CARD_NAME):",
+        "if True:",
+        f"{_HABITS}a_card_that_is_there_stays",
+    ),
+    Mutant(
+        "--quiet keeps warnings back",
+        "vit_cli/terminal/messages.py",
+        '_ALWAYS = ("warning", "error")',
+        '_ALWAYS = ("error",)',
+        f"{_HABITS}quiet_leaves_warnings_and_errors",
     ),
     Mutant(
         "Ray: a batch of fewer images is compiled anew",
