@@ -113,7 +113,7 @@ class Batcher:
         start = time.perf_counter()
         try:
             pixels = np.stack([slot.pixels for slot in batch if slot.pixels is not None])
-            rows: Sequence[Any] = self._run(batch[0].work, pixels)
+            rows: Any = self._run(batch[0].work, pixels)
         except BaseException as error:  # whoever waits must hear of it
             rows = [error] * len(batch)
         rate = len(batch) / max(1e-6, time.perf_counter() - start)

@@ -129,7 +129,7 @@ class ZeroShotClassifier(ImageClassifier):
         texts_of(labels, template)  # before anything is fetched
         if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
             tokenizer = Tokenizer(tokenizer)
-        own = {"labels": labels, "template": template, "tokenizer": tokenizer}
+        own: dict[str, Any] = {"labels": labels, "template": template, "tokenizer": tokenizer}
         return super().from_pretrained(name_or_path, dtype, **options, **own)
 
     @classmethod
