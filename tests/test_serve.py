@@ -291,7 +291,7 @@ def gated(encoder):
 
     def make(error=None, **limits):
         slow = Gated(encoder, error)
-        service = Service(slow, batch_size=8, limits=Limits(**limits))
+        service = Service(slow, batch_size=8, limits=Limits(**limits), runners=1)
         made.append((slow, service))
         return slow, service, make_app(service)
 
