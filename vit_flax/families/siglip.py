@@ -9,7 +9,7 @@ patches as Transformers' image processor makes them, of one size in a batch.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -139,7 +139,7 @@ class FlaxSiglipForImageClassification(TransformersTree, FlaxViTForImageClassifi
     """SigLIP's image tower with a linear classifier on the mean of the patches; see
     `FlaxViTForImageClassification`."""
 
-    config_class: Any = SiglipConfig
+    config_class = cast("Any", SiglipConfig)
     base_model_prefix = "vision_model"
     module_class = FlaxSiglipForImageClassificationModule
 
