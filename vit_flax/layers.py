@@ -227,7 +227,7 @@ class Convolution(nn.Conv):
             return super().__call__(inputs)
         if self.is_initializing():
             return super().__call__(inputs).astype(jnp.float32)
-        if operands == jnp.bfloat16 and tuple(self.kernel_size) == tuple(self.strides):
+        if operands == jnp.bfloat16 and self._cuts_patches:
             outputs = self._of_patches(inputs, dtype)
         else:  # XLA's library has no such convolution of bfloat16
             outputs = jax.lax.conv_general_dilated(
@@ -240,6 +240,14 @@ class Convolution(nn.Conv):
                 precision=self.precision,
             )
         return outputs + self._parameter("bias") if self.use_bias else outputs
+
+    @property
+    def _cuts_patches(self) -> bool:
+        return (
+            tuple(self.kernel_size) == tuple(self.strides)
+            and self.padding == "VALID"
+            and self.feature_group_count == 1
+        )
 
     def _of_patches(self, inputs: jax.Array, dtype: Any) -> jax.Array:
         """Where patches neither overlap nor leave gaps: one product."""
