@@ -80,7 +80,7 @@ NOT_OURS = {
     "facebook/vit-mae-base": "a masked autoencoder with a decoder of its own",
     "facebook/dinov3-vits16-pretrain-lvd1689m": "rotary positions; and its weights are gated",
     "facebook/data2vec-vision-base-ft1k": "another family",
-    "google/siglip-base-patch16-224": "an image and text model",
+    "google/siglip-base-patch16-224": "similarities of texts, for which its tokenizer is needed",
 }
 
 

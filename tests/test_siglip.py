@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 import transformers
+from jax.sharding import PartitionSpec
 from networks import flax_twin, random_weights, randomize, torch_twin
 from safetensors.numpy import load_file, save_file
 
@@ -26,6 +28,7 @@ from vit_common.errors import ConfigError, InputError
 from vit_common.families import SiglipVisionConfig
 from vit_common.parameters import parameter_shapes
 from vit_common.presets import preset
+from vit_flax.sharding import partition_spec
 
 VISION = {
     "hidden_size": 24,
@@ -158,13 +161,32 @@ def test_twins_in_float64(stem):
         twin = getattr(vit_torch, f"{stem}{name}")
         config = twin.config_class.from_dict(table)
         weights = random_weights(config, head)
-        flax = flax_twin(getattr(vit_flax, f"Flax{stem}{name}"), config, weights, jnp.float64)
         ours = torch_twin(twin, config, weights, torch.float64)
         pixels = PIXELS.astype(np.float64)
         wanted = ours(torch.tensor(pixels))
-        output = flax(pixels)
+        with jax.enable_x64(True):
+            flax = flax_twin(getattr(vit_flax, f"Flax{stem}{name}"), config, weights, jnp.float64)
+            output = flax(pixels)
         for key, value in wanted.items():
             np.testing.assert_allclose(output[key], array(value), atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", ["Siglip", "Siglip2"])
+def test_scans_kernels_of_8_bits_and_sharding(stem, tmp_path):
+    name = f"{stem}ForImageClassification"
+    reference(name).save_pretrained(tmp_path)
+    cls = getattr(vit_flax, f"Flax{name}")
+    wanted = cls.from_pretrained(tmp_path)(PIXELS).logits
+    scanned = cls.from_pretrained(tmp_path, scan_layers=True)
+    np.testing.assert_allclose(scanned(PIXELS).logits, wanted, atol=1e-5)
+    rough = cls.from_pretrained(tmp_path, weights="int8")(PIXELS).logits
+    assert 0 < np.abs(rough - wanted).max() < 0.1 * np.abs(wanted).max()
+    config = getattr(vit_flax, f"{stem}Config").from_dict(whole(stem).to_dict())
+    both = getattr(vit_flax, f"Flax{stem}Model")(config, _do_init=False)
+    axes = ("data", "fsdp", "model")
+    specs = {path: partition_spec(path, axes) for path in both._single_shapes}
+    assert specs["text_model", "head", "kernel"] == PartitionSpec("fsdp")
 
 
 V5 = {"VisionModel": "vision_model.", "TextModel": "text_model."}

@@ -68,10 +68,11 @@ class AutoImageProcessor:
         """Read a `preprocessor_config.json` as the processor it is for.
 
         The class is what `image_processor_type`, or `feature_extractor_type` in older files,
-        names: that of ViT, DeiT, BEiT or BiT. A "...Fast" name counts as the one without, and the
-        arithmetic is always that of PIL and numpy. Where the file names none, `config.json`
-        decides, by the same keys or by its `model_type`; where there is only timm's `config.json`,
-        its `pretrained_cfg` decides.
+        names: that of ViT, DeiT, BEiT, BiT, CLIP, SigLIP or DINOv3. A "...Fast" name counts as the
+        one without, and the arithmetic is that of PIL and numpy, but for DINOv3, whose processor
+        has no other version: its arithmetic is that of torchvision. Where the file names none,
+        `config.json` decides, by the same keys or by its `model_type`; where there is only timm's
+        `config.json`, its `pretrained_cfg` decides.
 
         Args:
             pretrained_model_name_or_path: directory, JSON file, or "owner/name".

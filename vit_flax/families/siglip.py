@@ -9,7 +9,7 @@ patches as Transformers' image processor makes them, of one size in a batch.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -80,7 +80,7 @@ class FlaxSiglipModule(FlaxTwoTowersModule):
     """Both towers of SigLIP, and how alike each image is to each text, each pair by itself."""
 
     text_network = FlaxSiglipTextNetwork
-    output_class = FlaxSiglipOutput
+    output_class: Any = FlaxSiglipOutput
 
     def setup(self):
         super().setup()
@@ -139,7 +139,7 @@ class FlaxSiglipForImageClassification(TransformersTree, FlaxViTForImageClassifi
     """SigLIP's image tower with a linear classifier on the mean of the patches; see
     `FlaxViTForImageClassification`."""
 
-    config_class = SiglipConfig
+    config_class = cast("Any", SiglipConfig)
     base_model_prefix = "vision_model"
     module_class = FlaxSiglipForImageClassificationModule
 
@@ -263,7 +263,7 @@ class FlaxSiglip2ForImageClassification(FlaxSiglipForImageClassification):
 
     config_class = Siglip2Config
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         pixel_values: Any,
         *args: Any,
@@ -307,7 +307,7 @@ class FlaxSiglip2Model(TwoTowersModel, FlaxSiglip2PreTrainedModel):
         images = images_of(pixel_values, spatial_shapes, self.config)
         return super().__call__(input_ids, images, *args, **kwargs)
 
-    def get_image_features(  # type: ignore[override]
+    def get_image_features(
         self,
         pixel_values: Any,
         *args: Any,

@@ -252,7 +252,7 @@ class FlaxTwoTowersModule(FlaxViTPart):
     """Both towers, and how alike each image is to each text."""
 
     text_network = FlaxTextNetwork  # no fields: the family's own
-    output_class = FlaxCLIPOutput
+    output_class: Any = FlaxCLIPOutput
 
     def setup(self):
         vision, text = self.config.vision_config, self.config.text_config
