@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,7 @@ from vit_flax.cpu import choose_half_products, half, half_products
 from vit_flax.cpu.flags import processor_flags
 from vit_flax.inference import ImageClassifier
 from vit_flax.int8 import Dense
+from vit_flax.layers import Convolution
 
 UNITS = [frozenset({"avx512f", "amx_bf16"}), frozenset({"avx512f", "avx512_bf16"})]
 
@@ -123,6 +125,28 @@ def test_without_units_the_network_is_that_of_float32(monkeypatch):
         np.testing.assert_allclose(
             np.float32(found), np.float32(wanted), rtol=0, atol=0.02 * np.abs(wanted).max()
         )
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strides": (2, 2), "padding": "VALID"},  # patches, of which a row and a column are left
+        {"strides": (1, 1), "padding": ((1, 1), (1, 1)), "feature_group_count": 4},
+        {"strides": (2, 2), "padding": "SAME"},
+    ],
+)
+def test_convolutions(kind, options):
+    """Those of stems too: against Flax's own in float32."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 7, 7, 8)), jnp.float32)
+    size = (2, 2) if options["padding"] == "VALID" else (3, 3)
+    plain = nn.Conv(12, size, **options)
+    variables = plain.init(jax.random.key(0), x)
+    with half_products(kind):
+        found = Convolution(12, size, **options, dtype=jnp.bfloat16).apply(variables, x)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, plain.apply(variables, x), rtol=0, atol=0.03)
 
 
 def test_a_program_for_another_machine_does_not_follow_this_one(monkeypatch):

@@ -229,7 +229,7 @@ class Convolution(nn.Conv):
             return super().__call__(inputs).astype(jnp.float32)
         strides: Any = self.strides
         padding: Any = self.padding
-        if operands == jnp.bfloat16 and self._sides() == tuple(strides):
+        if operands == jnp.bfloat16 and self._cuts_patches:
             outputs = self._of_patches(inputs, dtype)
         else:  # XLA's library has no such convolution of bfloat16
             outputs = jax.lax.conv_general_dilated(
@@ -242,6 +242,14 @@ class Convolution(nn.Conv):
                 precision=self.precision,
             )
         return outputs + self._parameter("bias") if self.use_bias else outputs
+
+    @property
+    def _cuts_patches(self) -> bool:
+        return (
+            self._sides() == tuple(cast(Any, self.strides))
+            and self.padding == "VALID"
+            and self.feature_group_count == 1
+        )
 
     def _sides(self) -> tuple[int, int]:
         """Rows and columns of the kernel."""
