@@ -256,7 +256,7 @@ def wires(image: bytes, body: int = 20 << 20) -> dict[str, tuple[bytes, set[int]
             request("/predict", b"", transfer_encoding="chunked")
             + (b"%x\r\n" % (body + 9))
             + bytes(body + 9),
-            {413},
+            {413, 429},
         ),
         "two lengths": (
             request("/predict", b"x", content_length="1").replace(

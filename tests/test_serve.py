@@ -638,11 +638,12 @@ def test_a_server_on_this_machine(serving, theirs):
 
 @pytest.mark.slow
 def test_two_thousand_hostile_requests(serving, theirs):
-    server = serving.Server(str(embedded_checkpoint()), "--timeout", "5")
+    options = ["--timeout", "5", "--max-bytes", "2000000"]
+    server = serving.Server(str(embedded_checkpoint()), *options)
     try:
         asyncio.run(serving.load(server.port, DIGITS, 512, 64))
         before = server.memory
-        found = asyncio.run(serving.hostile(server.port, DIGITS[0], 2000, 32, 32))
+        found = asyncio.run(serving.hostile(server.port, DIGITS[0], 2000, 32, 32, body=2_000_000))
         assert found["wrong"] == []
         after = server.memory
         one = asyncio.run(serving.load(server.port, DIGITS, 512, 64))
