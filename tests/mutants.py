@@ -800,7 +800,7 @@ MUTANTS = [
     ),
     Mutant(
         "a warm-up one step off",
-        "vit_common/recipes.py",
+        "vit_common/recipes/schedule.py",
         "first + (peak - first) * at / before",
         "first + (peak - first) * (at + 1) / before",
         f"{_RULES}learning_rates_are_those_of_torch_transformers_and_timm[linear, warm-up]",
