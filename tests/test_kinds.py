@@ -48,7 +48,7 @@ def logits_of(model: Any, x: np.ndarray) -> np.ndarray:
         return model(torch.tensor(x)).logits.double().numpy()
 
 
-@kinds("relative MLP", "parallel")
+@kinds("parallel")
 def test_gradients_are_torchs(kind):
     config = config_of(kind, problem_type="single_label_classification")
     weights = random_weights(config, "classifier")
@@ -65,7 +65,7 @@ def test_gradients_are_torchs(kind):
         assert np.abs(found[name] - gradient).max() <= 1e-12 * scale, name
 
 
-@kinds("hybrid", "shared relative MLP")
+@kinds("shared relative MLP")
 def test_half_precision_is_no_worse_than_torchs(kind):
     ours, low = twins(kind, jnp.bfloat16, torch.bfloat16, precision=None)
     x = images(ours.config, 8).astype(np.float32)
@@ -80,7 +80,7 @@ def test_half_precision_is_no_worse_than_torchs(kind):
     assert error(found) <= 1.5 * error(theirs)
 
 
-@kinds("differential", "CLIP's tower")
+@kinds("differential")
 def test_both_twins_draw_new_weights_alike(kind):
     """The mean and spread of each parameter, over all blocks and a few seeds."""
     config = config_of(kind, initializer_range=0.3, layer_scale_init_value=0.25)
@@ -109,7 +109,8 @@ def test_both_twins_draw_new_weights_alike(kind):
         assert abs(np.log(flax.std() / torchs.std())) <= 2 * error, name
 
 
-@kinds("mixed rotary")
+@pytest.mark.slow
+@kinds()
 def test_a_program_of_jax_gives_the_same_numbers(kind, tmp_path):
     ours, twin = twins(kind)
     vit_flax.export.export(ours, tmp_path / "m", platforms=("cpu", "tpu"), check=False)
@@ -118,7 +119,8 @@ def test_a_program_of_jax_gives_the_same_numbers(kind, tmp_path):
     np.testing.assert_allclose(found, logits_of(twin, x), atol=BOUNDS["twins float32"])
 
 
-@kinds("differential")
+@pytest.mark.slow
+@kinds()
 def test_a_program_of_torch_gives_the_same_numbers(kind):
     ours, twin = twins(kind)
     x = images(ours.config, 3).astype(np.float32)
@@ -187,7 +189,8 @@ def test_each_kind_gets_a_kernel_on_a_tpu(kind):
         assert found == kernels * config.num_parallel_branches
 
 
-@kinds("stem's root")
+@pytest.mark.slow
+@kinds()
 def test_verify_and_inspect_know_it(kind, tmp_path, capsys):
     twins(kind)[1].save_pretrained(tmp_path / "model")
     assert main(["verify", str(tmp_path / "model"), "--json"]) == 0
