@@ -72,7 +72,7 @@ class Files:
             file at the source if there was one, and the image processor; None writes the Hub's.
     """
 
-    container: Literal["safetensors", "msgpack", "npz", "torch"] = "torch"
+    container: Literal["safetensors", "msgpack", "npz", "torch", "hdf5"] = "torch"
     stem: str = "model"
     tag: str | None = None
     suffix: str | None = None

@@ -278,7 +278,7 @@ class DINOv3ViTConfig(
         return self.use_gated_mlp
 
     @property
-    def gate_act(self) -> Any:
+    def gate_act(self) -> Any:  # type: ignore[override]
         """Activation of the gate."""
         return self.hidden_act
 

@@ -552,12 +552,12 @@ class Siglip2VisionConfig(
     any_image_size = True
     settable = ("image_size",)
 
-    num_patches: int = 256  # type: ignore[assignment]
+    num_patches: int = 256
 
     pooling = SiglipVisionConfig.pooling
 
     @property
-    def image_size(self) -> int | tuple[int, int]:  # type: ignore[override]
+    def image_size(self) -> int | tuple[int, int]:
         """The size whose patches are as many as there are position embeddings; setting it sets
         `num_patches`."""
         side = math.isqrt(self.num_patches)
@@ -618,7 +618,7 @@ class Siglip2Config(
     sub_configs = {"text_config": Siglip2TextConfig, "vision_config": Siglip2VisionConfig}  # noqa: RUF012
 
     @property
-    def image_size(self) -> int | tuple[int, int]:  # type: ignore[override]
+    def image_size(self) -> int | tuple[int, int]:
         """That of the image tower."""
         return self.vision_config.image_size
 

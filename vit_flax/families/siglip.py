@@ -80,7 +80,7 @@ class FlaxSiglipModule(FlaxTwoTowersModule):
     """Both towers of SigLIP, and how alike each image is to each text, each pair by itself."""
 
     text_network = FlaxSiglipTextNetwork
-    output_class = FlaxSiglipOutput
+    output_class = FlaxSiglipOutput  # type: ignore[assignment]
 
     def setup(self):
         super().setup()
@@ -101,7 +101,7 @@ class FlaxSiglipModule(FlaxTwoTowersModule):
 class FlaxSiglip2Module(FlaxSiglipModule):
     """Both towers of SigLIP 2; see `FlaxSiglipModule`."""
 
-    output_class = FlaxSiglip2Output
+    output_class = FlaxSiglip2Output  # type: ignore[assignment]
 
 
 def sigmoid_loss(logits_per_text):
@@ -261,9 +261,9 @@ class FlaxSiglip2ForImageClassification(FlaxSiglipForImageClassification):
     """SigLIP 2's image tower with a linear classifier on the mean of the patches; see
     `FlaxViTForImageClassification`."""
 
-    config_class = Siglip2Config
+    config_class = Siglip2Config  # type: ignore[assignment]
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         pixel_values: Any,
         *args: Any,
@@ -307,7 +307,7 @@ class FlaxSiglip2Model(TwoTowersModel, FlaxSiglip2PreTrainedModel):
         images = images_of(pixel_values, spatial_shapes, self.config)
         return super().__call__(input_ids, images, *args, **kwargs)
 
-    def get_image_features(  # type: ignore[override]
+    def get_image_features(
         self,
         pixel_values: Any,
         *args: Any,

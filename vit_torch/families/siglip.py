@@ -255,7 +255,7 @@ class Siglip2TextModel(TextTower, Siglip2PreTrainedModel):
     text_network = SiglipTextNetwork
 
 
-class Siglip2Model(SiglipModel, Siglip2PreTrainedModel):  # type: ignore[misc]
+class Siglip2Model(SiglipModel, Siglip2PreTrainedModel):
     """A whole SigLIP 2; see `SiglipModel`.
 
     Args:
@@ -293,9 +293,7 @@ class Siglip2Model(SiglipModel, Siglip2PreTrainedModel):  # type: ignore[misc]
             **kwargs,
         )
 
-    def get_image_features(  # type: ignore[override]
-        self, pixel_values, pixel_attention_mask=None, spatial_shapes=None
-    ):
+    def get_image_features(self, pixel_values, pixel_attention_mask=None, spatial_shapes=None):
         """The pooled output of images, (images, P), not normalised."""
         images = images_of(pixel_values, pixel_attention_mask, spatial_shapes, self.config)
         return super().get_image_features(images)
