@@ -433,7 +433,7 @@ MUTANTS = [
     ),
     Mutant(
         "SigLIP's classifier on the pooled output",
-        "vit_common/towers.py",
+        "vit_common/families/towers.py",
         "    classifier_has_pooler = False\n",
         "    classifier_has_pooler = True\n",
         f"{_SIGLIP}the_torch_twin_is_transformers_and_so_are_its_files"
@@ -469,7 +469,7 @@ MUTANTS = [
     ),
     Mutant(
         "a ViT with other heads of pooling as a SigLIP",
-        "vit_common/towers.py",
+        "vit_common/families/towers.py",
         "return same and usual and",
         "return same and",
         f"{_SIGLIP}a_vit_of_another_network_is_no_siglip",

@@ -9,7 +9,7 @@ from typing import Any
 from vit_common.config import FamilyConfig, PoolerType, ViTConfig, config_classes, without_timm
 from vit_common.config_fields import Pooling, PositionTokens, fields_of
 from vit_common.errors import ConfigError, shown
-from vit_common.towers import (
+from vit_common.families.towers import (
     CLIPConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
