@@ -1,4 +1,5 @@
-"""Every benchmark in turn, each in a process of its own; what cannot run here is named.
+"""Every benchmark in turn, each in a process of its own; what cannot run here is named, and so is
+what measures no time.
 
     python benchmarks/all.py [--quick] [--only NAME ...]
 
@@ -16,6 +17,8 @@ import time
 
 from common import ROOT
 
+OTHERS = {"coverage": "counts the networks of timm that are read, and measures no time"}
+"""Scripts that are no benchmarks."""
 COMPILER = "XLA's TPU compiler is not installed: pip install '.[tpu-check]'"
 # name -> options, and a package that is needed
 BENCHMARKS: dict[str, tuple[list[str], str | None]] = {
@@ -64,6 +67,8 @@ def main() -> None:
     print("== all")
     for name, outcome in outcomes.items():
         print(f"{name:12} {outcome}")
+    for name, what in OTHERS.items():
+        print(f"{name:12} not run: it {what} (python benchmarks/{name}.py)")
     sys.exit(any("FAILED" in outcome for outcome in outcomes.values()))
 
 

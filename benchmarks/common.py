@@ -19,7 +19,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "safetensors")
+PACKAGES = (
+    *("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "safetensors"),
+    *("onnxruntime", "openvino"),
+)
 
 
 def environment() -> dict[str, Any]:
@@ -40,6 +43,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "processor": processor(),
         "instructions": instructions(),
+        "instruction_sets": instruction_sets(),
         "cores": os.cpu_count(),
         "versions": versions,
         "commit": commit or "unknown",
@@ -118,8 +122,8 @@ def parse(parser: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
 
 
 def machine(device: str = "cpu") -> str:
-    """The kind of machine, for names of files: the processor and its widest instructions, such as
-    "intel-xeon-platinum-8481c-avx512"; or the GPU."""
+    """The kind of machine, for names of files: the processor, its widest instructions and number of
+    cores, such as "intel-xeon-platinum-8481c-avx512-vnni-2-cores"; or the GPU."""
     if device == "gpu":
         try:
             query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -127,7 +131,7 @@ def machine(device: str = "cpu") -> str:
             return slug(found.splitlines()[0])
         except (OSError, subprocess.CalledProcessError, IndexError):
             return "gpu"
-    return slug(f"{processor()} {instructions()}")
+    return slug(f"{processor()} {instructions()} {os.cpu_count()} cores")
 
 
 def slug(name: str) -> str:
@@ -138,19 +142,30 @@ def slug(name: str) -> str:
 
 def instructions() -> str:
     """The widest vector instructions that the processor has; "" where nobody says."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    flags = set(found[1].split()) if found else set()
+    flags = _flags()
     known = (
         ("amx_bf16", "amx"),
         ("avx512_bf16", "avx512-bf16"),
+        ("avx512_vnni", "avx512-vnni"),
         ("avx512f", "avx512"),
         ("avx2", "avx2"),
         ("sve", "sve"),
         ("asimd", "neon"),
     )
     return next((name for flag, name in known if flag in flags), "")
+
+
+def instruction_sets() -> list[str]:
+    """All that the processor has for vectors and matrices, as the system names them."""
+    known = r"(avx|amx|fma$|f16c$|sse4|sve|asimd|bf16|i8mm|vnni)"
+    return sorted(flag for flag in _flags() if re.search(known, flag))
+
+
+def _flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return set(found[1].split()) if found else set()
 
 
 def write_result(name: str, result: dict[str, Any]) -> Path:

@@ -13,11 +13,14 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+PACKAGES = ("jax", "flax", "torch", "transformers", "timm", "onnxruntime", "openvino")
 
 Run = Callable[[np.ndarray], Callable[[], np.ndarray]]
 """From pixels (B, C, H, W) to what runs them once and gives probabilities (B, K)."""
@@ -34,8 +37,12 @@ def vit_flax(folder: Path, device: str, dtype: str) -> Run:
     from vit_flax.inference import ImageClassifier
     from vit_flax.inference.classifier import PROBABILITIES
 
-    half = {"param_dtype": dtype} if dtype != "float32" else {}
-    model = FlaxViTForImageClassification.from_pretrained(folder, dtype=dtype, **half)
+    options: dict[str, Any] = {"dtype": dtype}
+    if dtype == "int8":
+        options = {"weights": "int8", "activations": "int8"}
+    elif device == "gpu" and dtype != "float32":  # on a CPU the processor decides
+        options["param_dtype"] = dtype
+    model = FlaxViTForImageClassification.from_pretrained(folder, **options)
     classify = ImageClassifier(model)
 
     def prepare(x: np.ndarray) -> Callable[[], np.ndarray]:
@@ -78,7 +85,13 @@ def products(folder: Path, device: str, dtype: str) -> Run:
         jax.random.normal(k, s, dtype)
         for k, s in zip(keys[:2], ((D, inner), (inner, D)), strict=True)
     )
-    multiply = jax.jit(lambda x: (x @ there) @ back)
+    exact = jax.numpy.float32 if dtype == "bfloat16" and device == "cpu" else dtype
+
+    @jax.jit
+    def multiply(x: Any) -> Any:
+        # The sums in float32, which is how XLA's CPU library multiplies bfloat16.
+        product = partial(jax.numpy.matmul, preferred_element_type=exact)
+        return product(product(x, there).astype(dtype), back)
 
     def prepare(x: np.ndarray) -> Callable[[], np.ndarray]:
         rows = len(x) * (config.num_patches + 1)
@@ -162,6 +175,77 @@ def timm(folder: Path, device: str, dtype: str, way: str) -> Run:
     return on_torch(timm_network(folder), device, dtype, way == "compiled")
 
 
+def torch_module(folder: Path) -> tuple[Any, Any]:
+    """Transformers' network as others take it, from pixels to logits, and an example of pixels."""
+    import torch
+    from transformers import ViTForImageClassification
+
+    model = ViTForImageClassification.from_pretrained(folder, attn_implementation="sdpa").eval()
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values: Any) -> Any:
+            return self.model(pixel_values).logits
+
+    return Logits().eval(), torch.from_numpy(pixels(2, model.config.image_size))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    logits = np.exp(logits - logits.max(-1, keepdims=True))
+    return logits / logits.sum(-1, keepdims=True)
+
+
+def onnx_file(folder: Path) -> Path:
+    """Transformers' network as an ONNX file for any number of images, as torch exports it."""
+    import torch
+
+    path = folder / "model.onnx"
+    if not path.exists():
+        network, example = torch_module(folder)
+        torch.onnx.export(
+            network,
+            (example,),
+            str(path),
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            dynamo=True,
+            dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
+        )
+    return path
+
+
+def onnx_runtime(folder: Path, device: str, dtype: str, path: Path | None = None) -> Run:
+    """ONNX Runtime with its defaults; `path` of another file than `onnx_file`'s."""
+    import onnxruntime
+
+    provider = "CPUExecutionProvider" if device == "cpu" else "CUDAExecutionProvider"
+    session = onnxruntime.InferenceSession(str(path or onnx_file(folder)), providers=[provider])
+
+    def prepare(x: np.ndarray) -> Callable[[], np.ndarray]:
+        return lambda: softmax(session.run(None, {"pixel_values": x})[0])
+
+    return prepare
+
+
+def openvino(folder: Path, device: str, dtype: str) -> Run:
+    import openvino
+
+    network, example = torch_module(folder)
+    model = openvino.convert_model(network, example_input=example)
+    hints = {"PERFORMANCE_HINT": "LATENCY"}
+    hints["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+
+    def prepare(x: np.ndarray) -> Callable[[], np.ndarray]:
+        model.reshape(x.shape)
+        compiled = openvino.compile_model(model, "CPU" if device == "cpu" else "GPU", hints)
+        return lambda: softmax(compiled(x)[0])
+
+    return prepare
+
+
 KINDS: dict[str, Callable[[Path, str, str], Run]] = {
     "vit_flax": vit_flax,
     "matrix products": products,
@@ -172,7 +256,17 @@ KINDS: dict[str, Callable[[Path, str, str], Run]] = {
     "vit_torch": vit_torch,
     "timm": lambda *a: timm(*a, "eager"),
     "timm, compiled": lambda *a: timm(*a, "compiled"),
+    "ONNX Runtime": onnx_runtime,
+    "OpenVINO": openvino,
 }
+
+DTYPES: dict[str, tuple[str, ...]] = {
+    "": ("float32", "bfloat16", "float16"),  # any other
+    "vit_flax": ("float32", "bfloat16", "float16", "int8"),
+    "ONNX Runtime": ("float32",),
+    "OpenVINO": ("float32", "bfloat16"),
+}
+"""The dtypes that a contender is run in."""
 
 
 def main() -> None:
@@ -183,11 +277,7 @@ def main() -> None:
     size = json.loads((Path(folder) / "config.json").read_text())["image_size"]
     with contextlib.redirect_stdout(sys.stderr):
         prepare = KINDS[kind](Path(folder), device, dtype)
-        versions = {
-            name: metadata.version(name)
-            for name in ("jax", "flax", "torch", "transformers", "timm")
-            if name in sys.modules
-        }
+        versions = {name: metadata.version(name) for name in PACKAGES if name in sys.modules}
         print(json.dumps(versions), file=answers, flush=True)
         ready: dict[int, Callable[[], np.ndarray]] = {}
         for line in sys.stdin:

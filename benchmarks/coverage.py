@@ -155,7 +155,7 @@ def build(timm: Any, name: str) -> Any:
     if known.get("rel_pos_dim"):
         narrow["rel_pos_dim"] = 48
     stem = "embed_layer" in known
-    unit = 32 if stem else patch
+    unit = (16 if name.startswith("vitamin") else 32) if stem else patch
     sizes = [(4 * unit, 5 * unit), 4 * unit, None]
     if kind == "VisionTransformerSAM":
         sizes = [20 * unit, *sizes]
@@ -314,6 +314,16 @@ def page(result: dict[str, Any]) -> str:
     total = result["counts"]
     bad = total["wrong"] + total["crash"] + total["not built"]
     lines.append(f"| all | {len(rows)} | {total['equal']} | {total['refused']} | {bad} |")
+    own = [row for name, row in rows.items() if name.startswith(("vit", "samvit"))]
+    equal = sum(row["outcome"] == "equal" for row in own)
+    lines += ["", f"Of the {len(own)} names under `vit*` and `samvit*`, {equal} are equal."]
+    environ = result["environment"]
+    versions = environ["versions"]
+    lines += [
+        "",
+        f"Measured {environ['date']} on {environ['processor']}, with jax {versions['jax']}, flax "
+        f"{versions['flax']}, torch {versions['torch']} and timm {result['timm']}.",
+    ]
     reasons: dict[str, list[str]] = {}
     for name, row in rows.items():
         if row["outcome"] == "refused":

@@ -15,6 +15,7 @@ Writes `results/int8-MODEL-MACHINE.json`.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import ROOT, parse, ratio, require_agreement, spread, write_result
+from common import RESULTS, ROOT, machine, parse, ratio, require_agreement, spread, write_result
 
 sys.path.insert(0, str(ROOT))
 OURS, INTEGERS = "vit_flax float32", "vit_flax int8 weights and activations"
@@ -180,6 +181,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=None, choices=contenders("", Path()))
     parser.add_argument("--files", type=Path)
+    parser.add_argument("--add", action="store_true", help="keep batches of an earlier run")
     arguments = parse(parser, model="tiny", batches=[1, 2], rounds=1, only=[OURS, INTEGERS])
     with tempfile.TemporaryDirectory() as temporary:
         files = arguments.files or Path(temporary)
@@ -257,8 +259,18 @@ def measure(
             for batch, seconds in rows.items()
         },
     }
-    if not arguments.quick:
-        write_result(f"int8-{Path(arguments.model).name}", result)
+    if arguments.quick:
+        return
+    name = f"int8-{Path(arguments.model).name}"
+    earlier = RESULTS / f"{name}-{machine()}.json"
+    if arguments.add and earlier.exists():
+        before = json.loads(earlier.read_text())
+        for table in ("images_per_second", "times_as_fast_as_float32"):
+            result[table] = before[table] | {str(batch): x for batch, x in result[table].items()}
+        result["left_out"] = before["left_out"] | left_out
+        changes = "largest_change_of_a_probability"
+        result[changes] = before[changes] | result[changes]
+    write_result(name, result)
 
 
 if __name__ == "__main__":

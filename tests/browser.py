@@ -9,11 +9,22 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+# The browser reads from 3 and writes to 4. (Not by `preexec_fn`: JAX warns of the fork.)
+_WIRED = """
+import os, sys
+a, b, program = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+a, b = (os.dup2(x, 200 + i) for i, x in enumerate((a, b)))
+os.dup2(a, 3), os.dup2(b, 4)
+os.execv(program, sys.argv[3:])
+"""
 
 
 def find() -> str | None:
@@ -39,15 +50,9 @@ class Browser:
         program = find()
         assert program is not None
 
-        def wire() -> None:  # the browser reads from 3 and writes to 4
-            os.dup2(ours_out, 203)
-            os.dup2(theirs_out, 204)
-            os.dup2(203, 3)
-            os.dup2(204, 4)
-
         self._process = subprocess.Popen(
             [
-                program,
+                *(sys.executable, "-c", _WIRED, str(ours_out), str(theirs_out), program),
                 *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
                 *("--remote-debugging-pipe", "--no-first-run", "--disable-extensions"),
                 *("--disable-background-networking", "--disable-component-update"),
@@ -55,8 +60,7 @@ class Browser:
                 f"--window-size={size[0]},{size[1]}",
                 "about:blank",
             ],
-            preexec_fn=wire,
-            close_fds=False,
+            pass_fds=(ours_out, theirs_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "HOME": self._profile.name},

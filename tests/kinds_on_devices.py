@@ -4,6 +4,7 @@ to the largest number."""
 
 import json
 import os
+import sys
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -21,13 +22,13 @@ MESHES = {
     "inference": ({"data": 2, "model": 2}, AXES),
     "training": ({"data": 2, "fsdp": 2}, TRAINING_AXES),
 }
-HEADS = {"num_attention_heads": 2, "hidden_size": 32}
+SIZES = {"num_attention_heads": 2, "hidden_size": 32, "num_hidden_layers": 1}
 
 
 def main() -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
-    for kind in KINDS:
-        config = config_of(kind, **HEADS)
+    for kind in sys.argv[1:] or KINDS:
+        config = config_of(kind, **SIZES)
         weights = random_weights(config, "classifier")
         model = flax_twin(FlaxViTForImageClassification, config, weights)
         x = jnp.asarray(images(config, 4).transpose(0, 2, 3, 1), jnp.float32)
@@ -48,6 +49,7 @@ def main() -> dict[str, dict[str, float]]:
                 / max(float(np.abs(np.asarray(b)).max()), 1e-2)
                 for a, b in pairs
             )
+        print(kind, found[kind], file=sys.stderr, flush=True)
     return found
 
 

@@ -59,6 +59,7 @@ DEVICES = f"{_ATTENTION}every_device_computes_its_own_images"
 SHARDED = "tests/test_sharding.py::test_numbers_and_collectives[BEiT-mesh3-pallas]"
 TILED = f"{_ATTENTION}tiled_kernel_against_torch[(2,257,2,64)-128]"
 _SCAN = "tests/test_scan.py::test_"
+_ZERO_SHOT = "tests/test_zero_shot.py::test_"
 _ADAPTERS = "tests/test_adapters.py::test_"
 SCANNED = f"{_SCAN}every_stage_against_the_torch_reference[vit]"
 SCANNED_TRAINING = f"{_SCAN}training_is_that_of_the_blocks_one_by_one[vit-"
@@ -73,6 +74,7 @@ ORDER, LOADER = "vit_common/datasets/order.py", "vit_flax/training/loader.py"
 CROP, OPERATIONS = "vit_common/augment/geometry.py", "vit_common/augment/operations.py"
 _TASKS = "tests/test_training_tasks.py::test_"
 MASKED, DISTILL = (f"vit_flax/training/tasks/{name}.py" for name in ("masked", "distill"))
+HALF, _HALF = "vit_flax/cpu/half.py", "tests/test_half_products.py::test_"
 SOFTMAX = "tests/test_suite.py::test_softmax_in_half_precision"
 STEP, LOSSES = "vit_flax/training/step.py", "vit_flax/training/losses.py"
 MIXING, OPTIMIZERS = "vit_flax/training/mixing.py", "vit_flax/training/optimizers.py"
@@ -104,9 +106,149 @@ TURNED = f"{_ROTARY}both_twins_rotate_as_timm_does"
 
 _STEMS = "tests/test_stems.py::test_hybrids_of_"
 _CLIP = "tests/test_clip.py::test_"
+_INT8 = "tests/test_int8.py::test_"
 _NNX = "tests/test_nnx.py::test_"
 _RAY = "tests/test_ray.py::test_"
+_SEARCH, _SERVE = "tests/test_search.py::test_", "tests/test_serve.py::test_"
+_HABITS = "tests/test_habits.py::test_"
+SEARCH, SERVICE = "vit_flax/inference/search.py", "vit_cli/serve/service.py"
 MUTANTS = [
+    Mutant(
+        "zero-shot: the template is left out",
+        "vit_common/files/labels.py",
+        "[template.replace(_PLACE, each) for each in labels]",
+        "[each for each in labels]",
+        f"{_ZERO_SHOT}probabilities_are_those_of_transformers[fast]",
+    ),
+    Mutant(
+        "zero-shot: features of texts are not of length one",
+        "vit_flax/inference/zero_shot.py",
+        "found.append(np.asarray(unit(embeds.astype(jnp.float32))))",
+        "found.append(np.asarray(embeds.astype(jnp.float32)))",
+        f"{_ZERO_SHOT}probabilities_are_those_of_transformers[fast]",
+    ),
+    Mutant(
+        "tokens: the end of a text that is too long is not kept",
+        "vit_common/files/tokenizer.py",
+        "self._tokenizer.enable_truncation(max(most, added + 1))",
+        "self._tokenizer.enable_truncation(max(most - 1, added + 1))",
+        f"{_ZERO_SHOT}tokens_are_those_of_transformers[fast]",
+    ),
+    Mutant(
+        "half of a pooling by attention is drawn at random",
+        "convert/load.py",
+        'tuple(start for start in may_lack if start != "pooler.")',
+        "tuple(start for start in may_lack)",
+        "tests/test_leftovers.py::test_pooling_by_attention_is_missing_as_a_whole_or_not_at_all",
+    ),
+    Mutant(
+        "differential attention is drawn like any weight",
+        "vit_flax/pretrained.py",
+        'std = DIFFERENTIAL_STD if kind == "differential" else config.initializer_range',
+        "std = config.initializer_range",
+        "tests/test_kinds.py::test_both_twins_draw_new_weights_alike[differential]",
+        "the sums of integers forget how far the inputs were moved up",
+        "vit_flax/int8/product.py",
+        "mixed_dot_p.bind(moved, kernel) - _OFFSET * sums",
+        "mixed_dot_p.bind(moved, kernel) - (_OFFSET - 1) * sums",
+        f"{_INT8}products_of_integers_are_exact",
+    ),
+    Mutant(
+        "sums of integers run over what float32 counts one by one",
+        "vit_flax/int8/product.py",
+        "2**24 // (128 * 127)",
+        "2**24 // 127**2",
+        f"{_INT8}products_of_integers_are_exact",
+    ),
+    Mutant(
+        "the zero of a row of inputs is left in the products",
+        "vit_flax/int8/layer.py",
+        "integer_product(integers, kernel, sums) - zeros * sums",
+        "integer_product(integers, kernel, sums)",
+        f"{_INT8}a_layer_of_integers_is_that_of_rounded_inputs",
+    ),
+    Mutant(
+        "the rows of all tokens share one range",
+        "vit_flax/int8/layer.py",
+        "jnp.max(inputs, axis=-1, keepdims=True)",
+        "jnp.max(inputs, keepdims=True)",
+        f"{_INT8}a_layer_of_integers_is_that_of_rounded_inputs",
+    ),
+    Mutant(
+        "kernels under CLIP's names are not quantized",
+        "vit_flax/int8/weights.py",
+        "encoder/layers?/",
+        "encoder/layer/",
+        f"{_INT8}trees_of_other_names",
+        "what float32 cannot tell apart is not looked at again",
+        SEARCH,
+        "margin = (D + 8) * float(np.finfo(np.float32).eps)",
+        "margin = 0.0",
+        f"{_SEARCH}vectors_nearer_to_each_other_than_float32_can_tell[numpy]",
+    ),
+    Mutant(
+        "of equal neighbours the later one comes first",
+        SEARCH,
+        "order = np.lexsort((places, -every))",
+        "order = np.lexsort((-places, -every))",
+        f"{_SEARCH}equal_images_come_in_their_order[numpy]",
+    ),
+    Mutant(
+        "an index of another model is searched",
+        "vit_cli/search/command.py",
+        "if not cosine >= _SAME:",
+        "if cosine < -2.0:",
+        f"{_SEARCH}refusals",
+    ),
+    Mutant(
+        "a full queue takes one more",
+        SERVICE,
+        "if self.waiting + images > limits.queue",
+        "if self.waiting + images > limits.queue + 1",
+        f"{_SERVE}a_full_queue_refuses_and_says_when_to_come_again",
+    ),
+    Mutant(
+        "images of a client that went away are run",
+        "vit_cli/serve/batcher.py",
+        "there = [slot for slot in batch if not slot.gone.is_set()]",
+        "there = [*batch]",
+        f"{_SERVE}a_client_that_goes_away",
+    ),
+    Mutant(
+        "every image is a batch of its own",
+        "vit_cli/serve/batcher.py",
+        "len(taken) < self._sizes[work]:",
+        "len(taken) < 1:",
+        f"{_SERVE}what_comes_while_the_device_is_busy_is_one_batch",
+    ),
+    Mutant(
+        "large images are decoded",
+        SERVICE,
+        "if width * height > self.limits.pixels:",
+        "if width * height > 1e12:",
+        f"{_SERVE}what_is_refused",
+    ),
+    Mutant(
+        "a page of the Web reaches the server by another name",
+        "vit_cli/serve/app.py",
+        "if known is not None and name.lower() not in known:",
+        "if known is None and name.lower() not in [name.lower()]:",
+        f"{_SERVE}more_that_is_refused",
+    ),
+    Mutant(
+        "a model card is written over",
+        "convert/save.py",
+        "if not os.path.lexists(directory / CARD_NAME):",
+        "if True:",
+        f"{_HABITS}a_card_that_is_there_stays",
+    ),
+    Mutant(
+        "--quiet keeps warnings back",
+        "vit_cli/terminal/messages.py",
+        '_ALWAYS = ("warning", "error")',
+        '_ALWAYS = ("error",)',
+        f"{_HABITS}quiet_leaves_warnings_and_errors",
+    ),
     Mutant(
         "Ray: a batch of fewer images is compiled anew",
         "vit_flax/inference/ray_data.py",
@@ -145,8 +287,8 @@ MUTANTS = [
     Mutant(
         "a text's tokens attend to those after them",
         "vit_flax/families/clip.py",
-        "attends = jnp.tril(jnp.ones((1, 1, tokens, tokens), bool))",
-        "attends = jnp.ones((1, 1, tokens, tokens), bool)",
+        "return jnp.tril(jnp.ones((1, 1, tokens, tokens), bool))",
+        "return jnp.ones((1, 1, tokens, tokens), bool)",
         f"{_CLIP}the_end_of_a_text_is_found_by_either_rule[49]",
     ),
     Mutant(
@@ -248,6 +390,27 @@ MUTANTS = [
         "tests/test_step_cost.py::test_gelu_and_its_derivatives_are_those_of_torch",
     ),
     Mutant(
+        "a program for another machine that follows this one's processor",
+        HALF,
+        "if elsewhere() and _forced.get() is None:",
+        "if False:",
+        f"{_HALF}a_program_for_another_machine_does_not_follow_this_one",
+    ),
+    Mutant(
+        "a cotangent in float32 on bfloat16 units",
+        HALF,
+        "rounded_dot_p.bind(x, tangents[1], dimensions=dimensions)",
+        "jax.lax.dot_general(x, tangents[1], dimensions)",
+        f"{_HALF}every_product_of_a_network_and_of_its_gradient",
+    ),
+    Mutant(
+        "rounding between products",
+        HALF,
+        "return dtype if operand_dtype(dtype) is None else jnp.float32",
+        "return dtype",
+        f"{_HALF}error_is_no_larger_than_that_of_rounding_after_every_operation",
+    ),
+    Mutant(
         "images and tokens as two axes in a CPU's products",
         "vit_flax/cpu/rows.py",
         'inputs.ndim <= 2 or targets() != ("cpu",)',
@@ -325,7 +488,13 @@ MUTANTS = [
         'name.replace(f"{_FIRST}/", f"{_FIRST}_9/")',
         "tests/test_other_layouts.py::test_keras_hub[classifier]",
     ),
-    Mutant("tanh GELU", FLAX_PART, "jax.nn.gelu(x, approximate=False)", "jax.nn.gelu(x)", STAGES),
+    Mutant(
+        "tanh GELU",
+        "vit_flax/parts/gelu.py",
+        "jax.nn.gelu(x, approximate=False)",
+        "jax.nn.gelu(x)",
+        STAGES,
+    ),
     Mutant(
         "exact GELU for gelu_new",
         TORCH_PART,
@@ -631,7 +800,7 @@ MUTANTS = [
     ),
     Mutant(
         "a warm-up one step off",
-        "vit_common/recipes.py",
+        "vit_common/recipes/schedule.py",
         "first + (peak - first) * at / before",
         "first + (peak - first) * (at + 1) / before",
         f"{_RULES}learning_rates_are_those_of_torch_transformers_and_timm[linear, warm-up]",

@@ -95,6 +95,65 @@ def test_a_contender_that_does_not_start(load, missing, monkeypatch):
         assert written[0]["left_out"] == {missing: "out of memory"}
 
 
+@pytest.fixture
+def timed(load, monkeypatch):
+    """Runs `inference.py` with contenders whose pass takes a second for each image."""
+    inference = load("inference")
+    started, written = [], []
+
+    class Contender:
+        def __init__(self, name, python, options, **others):
+            self.name, self.dtype, self.versions = name, options[-1], {}
+            started.append((name, self.dtype))
+
+        def ask(self, line):
+            off = {"float32": 0.0, "bfloat16": 1e-3, "int8": 1e-3}[self.dtype]
+            return [[1.0 + off]] if line.startswith("probabilities") else float(line)
+
+        def close(self):
+            pass
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["inference.py", "--rounds", "1", *options])
+        inference.main()
+        return started, written[0]
+
+    monkeypatch.setattr(inference, "Contender", Contender)
+    monkeypatch.setattr(inference, "run_process", lambda command: None)
+    monkeypatch.setattr(
+        inference, "write_result", lambda name, result: written.append({**result, "name": name})
+    )
+    return run
+
+
+def test_rows_of_each_dtype(timed):
+    started, result = timed("--batches", "1", "--only", "ONNX Runtime", "OpenVINO")
+    assert ("vit_flax", "int8") in started
+    assert ("ONNX Runtime", "bfloat16") not in started
+    ours = ["vit_flax", "vit_flax, bfloat16", "vit_flax, int8"]
+    peers = ["ONNX Runtime", "OpenVINO", "OpenVINO, bfloat16"]
+    assert [*result["largest_difference_of_a_probability"]] == ours + peers
+    assert "vit_flax, int8 / vit_flax, bfloat16" in result["ratios"][1]
+    assert result["name"] == "inference-base-cpu"
+
+
+def test_what_takes_too_long_is_left_out_and_named(timed):
+    options = ("--dtypes", "float32", "--only", "timm", "--patience", "3")
+    _, result = timed("--batches", "1", "2", "4", *options)
+    assert [*result["images_per_second"][2]] == ["vit_flax", "matrix products", "timm"]
+    assert result["images_per_second"][4] == {}
+    assert result["left_out"]["timm, batch 4"] == "a pass would take 4 s"
+
+
+def test_a_machine_is_its_processor_instructions_and_cores(load, monkeypatch):
+    common = load("common")
+    monkeypatch.setattr(common, "processor", lambda: "Intel(R) Xeon(R) Processor")
+    monkeypatch.setattr(common, "_flags", lambda: {"avx2", "avx512f", "avx512_vnni", "fma", "ht"})
+    monkeypatch.setattr(common.os, "cpu_count", lambda: 2)
+    assert common.machine() == "intel-xeon-avx512-vnni-2-cores"
+    assert common.instruction_sets() == ["avx2", "avx512_vnni", "avx512f", "fma"]
+
+
 def test_every_benchmark_is_run_by_all(load):
     """Every script that measures; `coverage` counts, and needs timm."""
     scripts = {path.stem for path in BENCHMARKS.glob("*.py")}

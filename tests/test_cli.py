@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -100,6 +101,7 @@ COMMANDS = ["predict", "features", "attention", "convert", "export", "bench"] + 
     "verify",
     "info",
     "search",
+    "zeroshot",
     "completion",
 ]
 
@@ -646,9 +648,9 @@ def test_no_progress_without_a_terminal(monkeypatch, capsys):
 
 
 def test_without_rich(loaded, folder, images, monkeypatch):
-    find_spec = vit_cli.commands.predict.importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        vit_cli.commands.predict.importlib.util,
+        importlib.util,
         "find_spec",
         lambda name, *more: None if name == "rich" else find_spec(name, *more),
     )

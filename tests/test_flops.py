@@ -6,7 +6,7 @@ import pytest
 
 from vit_common.flops import forward_flops, multiply_adds
 from vit_common.presets import preset
-from vit_flax import FlaxViTForImageClassification
+from vit_flax import FlaxCLIPModel, FlaxViTForImageClassification
 
 # GMACs of timm's published benchmarks (results/ in huggingface/pytorch-image-models), by fvcore:
 # matrix products and convolutions, and five operations an element for each norm.
@@ -58,3 +58,19 @@ def test_heads():
     network = multiply_adds(config, None)
     assert multiply_adds(config) == network + 10 * 768
     assert multiply_adds(config, "decoder") == network + 196 * 768 * 16 * 16 * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clip-base-32", "clip-base-16"])
+def test_xla_counts_little_more_of_both_towers(name):
+    config = preset(name)
+    model = FlaxCLIPModel(config, _do_init=False)
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    texts = jax.ShapeDtypeStruct((1, 77), jnp.int32)
+
+    def run(params, texts, images):
+        return model.module.apply({"params": params}, texts, images).logits_per_image
+
+    lowered = jax.jit(run).lower(model.params_shape_tree, texts, images)
+    counted = lowered.cost_analysis()["flops"]
+    assert 1.0 <= counted / forward_flops(config, "towers") <= 1.03

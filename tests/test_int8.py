@@ -30,6 +30,7 @@ from vit_flax import (
     to_transformers_tree,
 )
 from vit_flax.attention import compiled_for
+from vit_flax.export import export, load
 from vit_flax.families.clip import FlaxCLIPVisionModel
 from vit_flax.inference import ImageClassifier, ImageEncoder
 from vit_flax.int8 import Dense, is_quantized, parameter_bytes, quantize
@@ -193,8 +194,8 @@ def test_products_of_integers_are_exact(kind):
     rng = np.random.default_rng(2)
     x = rng.integers(-128, 128, (2, 3, 2100)).astype(np.int8)
     kernel = rng.integers(-127, 128, (2100, 5)).astype(np.int8)
-    x[0, 0, :1036], kernel[:1036, 0] = -128, 127  # sums beyond what float32 counts one by one
-    x[0, 0, 1030:1040], kernel[1030:1040, 0] = 1, 1
+    x[0, 0, :1037], kernel[:1037, 0] = -128, 127  # sums beyond what float32 counts one by one
+    x[0, 0, 1037:1040], kernel[1037:1040, 0] = 1, 1
     wanted = x.astype(np.int64) @ kernel.astype(np.int64)
     sums = jnp.asarray(kernel.sum(0, dtype=np.int32))
     run = jax.jit(partial(integer_product, kind=kind))
@@ -236,23 +237,15 @@ def test_trees_of_other_names(clip, scan_layers):
     loaded = FlaxCLIPVisionModel.from_pretrained(
         clip, weights="int8", activations="int8", scan_layers=scan_layers
     )
-    pixels = np.random.default_rng(3).normal(size=(2, 3, 32, 32)).astype(np.float32)
-    wanted = loaded(pixels).pooler_output
     kernels = [x for x in jax.tree.leaves(loaded.params) if x.dtype == np.int8]
     assert len(kernels) == 6 * (1 if scan_layers else 2)
-    for tree in (model.params, model.network_params):
-        small = quantize(tree, activations="int8")
-        np.testing.assert_array_equal(model(pixels, params=small).pooler_output, wanted)
-        model.params = small
-        assert is_quantized(model.params)
-        assert jax.tree.structure(model.params) == jax.tree.structure(loaded.params)
-        model = FlaxCLIPVisionModel.from_pretrained(clip, scan_layers=scan_layers)
-    if scan_layers:  # a tree of blocks one by one, under Transformers' names
-        single = FlaxCLIPVisionModel.from_pretrained(clip)
-        small = quantize(single.params, activations="int8")
-        np.testing.assert_allclose(
-            model(pixels, params=small).pooler_output, wanted, rtol=0, atol=1e-5
-        )
+    assert_trees_equal(quantize(model.params, activations="int8"), loaded.params)
+    pixels = np.random.default_rng(3).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    single = FlaxCLIPVisionModel.from_pretrained(clip)  # Transformers' names, whoever scans
+    found = model(pixels, params=quantize(single.params, activations="int8")).pooler_output
+    np.testing.assert_allclose(found, loaded(pixels).pooler_output, rtol=0, atol=1e-6)
+    model.params = quantize(model.network_params, activations="int8")
+    assert_trees_equal(model.params, loaded.params)
 
 
 def test_a_tree_of_transformers_dinov2():
@@ -379,8 +372,8 @@ def probabilities(classify, images):
 
 @pytest.mark.parametrize(
     ("activations", "largest", "mean"),
-    # Measured: 0.016 and 0.00033; with activations DIGITS_MAX and DIGITS_MEAN.
-    [(None, 0.05, 0.002), ("int8", 0.15, 0.006)],
+    # Measured: 0.016 and 0.00033; with activations 0.059 and 0.0007.
+    [(None, 0.05, 0.002), ("int8", 0.15, 0.003)],
     ids=["weights", "weights and activations"],
 )
 def test_the_cost_on_held_out_digits(activations, largest, mean):
@@ -403,7 +396,6 @@ def test_the_cost_on_held_out_digits(activations, largest, mean):
     assert (found.argmax(1) == labels).sum() == 445
     assert (found.argmax(1) == exact.argmax(1)).all()
     change = np.abs(found - exact).max(1)
-    print("CHANGE", change.max(), change.mean())
     assert change.max() < largest
     assert 1e-5 < change.mean() < mean
 
@@ -419,28 +411,21 @@ PHOTOS = (
 @pytest.mark.skipif(not DEIT_TINY.is_dir(), reason="the shared DeiT-Tiny is not beside this clone")
 @pytest.mark.parametrize("activations", [None, "int8"], ids=["weights", "weights and activations"])
 def test_the_cost_on_photos(activations):
-    """A real ImageNet network on scikit-image's pictures, and their mirror images."""
+    """A real ImageNet network on scikit-image's pictures."""
     from skimage import data
 
     images = []
     for name in PHOTOS:
         pixels = getattr(data, name)()
         pixels = pixels * np.uint8(255) if pixels.dtype == bool else pixels
-        image = PIL.Image.fromarray(pixels).convert("RGB")
-        images += [image, image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)]
+        images.append(PIL.Image.fromarray(pixels).convert("RGB"))
     exact = probabilities(ImageClassifier.from_pretrained(DEIT_TINY), images)
     small = ImageClassifier.from_pretrained(DEIT_TINY, weights="int8", activations=activations)
     found = probabilities(small, images)
-    print(
-        "SAME",
-        (found.argmax(1) == exact.argmax(1)).sum(),
-        np.sort(exact, 1)[:, -1] - np.sort(exact, 1)[:, -2],
-    )
     change = np.abs(found - exact).max(1)
-    print("CHANGE", change.max(), change.mean())
     assert (found.argmax(1) == exact.argmax(1)).mean() >= 0.98
-    assert 1e-3 < change.max() < 0.2
-    assert change.mean() < 0.05
+    assert 1e-3 < change.max() < 0.2  # measured 0.043; with activations 0.065
+    assert change.mean() < 0.05  # 0.010; 0.013
     bound = 0.31 if activations is None else 0.32  # the sums of columns
     assert parameter_bytes(small.model.params) < bound * 4 * 5_717_416
 
@@ -495,3 +480,15 @@ def test_the_commands(activations, tmp_path, capsys):
         made_with = json.loads(str(arrays["made_with"]))
     assert {name: made_with[name] for name in options} == options
     capsys.readouterr()
+
+
+def test_an_exported_program_multiplies_integers(tmp_path):
+    model = FlaxAutoModelForImageClassification.from_pretrained(
+        embedded_checkpoint(), weights="int8", activations="int8"
+    )
+    path = tmp_path / "digits.jaxexport"
+    export(model, path, batch=2, platforms=("cpu",), check=False)
+    pixels = np.random.default_rng(0).normal(size=(2, 1, 8, 8)).astype(np.float32)
+    found = load(path)(pixels)
+    np.testing.assert_allclose(found, model(pixels).logits, rtol=0, atol=1e-4)
+    assert path.stat().st_size < 77_530 * 4  # less than its parameters in float32

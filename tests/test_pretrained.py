@@ -192,11 +192,11 @@ def test_transformers_flax_reads_what_we_write(tmp_path, head, to, transformers_
 def test_both_twins_write_the_same_files(tmp_path, head, to, size):
     files = []
     for framework in ("flax", "torch"):
-        path = tmp_path / framework
+        path = tmp_path / framework / "model"  # the card has the folder's name
         made(framework, head).save_pretrained(path, to=to, max_shard_size=size)
         files.append({file.name: file.read_bytes() for file in path.iterdir()})
     assert files[0] == files[1]
-    assert len(files[0]) == 2 if size == "1GB" else len(files[0]) > 4
+    assert len(files[0]) == 3 if size == "1GB" else len(files[0]) > 5
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -223,7 +223,7 @@ def test_names_and_metadata_of_the_files(tmp_path):
     model.save_pretrained(tmp_path / "c", safe_serialization=False)
     tree = msgpack.unpackb((tmp_path / "c" / "flax_model.msgpack").read_bytes(), raw=False)
     assert list(tree) == ["classifier", "vit"] or list(tree) == ["vit", "classifier"]
-    assert sorted(os.listdir(tmp_path / "c")) == ["config.json", "flax_model.msgpack"]
+    assert names(tmp_path / "c") == {"README.md", "config.json", "flax_model.msgpack"}
 
 
 def test_params_given_to_save_are_the_ones_written(tmp_path):
@@ -391,7 +391,7 @@ def test_no_file_of_an_earlier_save_survives(tmp_path, to, framework):
         in_memory(twin(framework, "classifier").from_pretrained(tmp_path)), weights_of("classifier")
     )
     model.save_pretrained(tmp_path, to=to)
-    assert names(tmp_path) == {"config.json", "notes.txt", whole}
+    assert names(tmp_path) == {"README.md", "config.json", "notes.txt", whole}
     model.save_pretrained(tmp_path, to=to, max_shard_size=SHARDED)
     assert whole not in names(tmp_path)
     assert_same(
@@ -403,7 +403,7 @@ def test_a_save_over_files_of_transformers(tmp_path, framework):
     save_by_torch("classifier", tmp_path, max_shard_size=SHARDED)
     other = {name: value + 1 for name, value in weights_of("classifier").items()}
     made(framework, "classifier", other).save_pretrained(tmp_path)
-    assert names(tmp_path) == {"config.json", "model.safetensors"}
+    assert names(tmp_path) == {"README.md", "config.json", "model.safetensors"}
     model = transformers.ViTForImageClassification.from_pretrained(tmp_path)
     assert_same(in_memory(model), other)
 
@@ -416,7 +416,7 @@ def test_a_save_in_another_format_leaves_nothing_of_the_one_before(
     other = {name: value + 1 for name, value in weights_of("classifier").items()}
     made(framework, "classifier", other).save_pretrained(tmp_path, to=then)
     weights = {"hub": "model.safetensors", "flax": "flax_model.msgpack"}[then]
-    assert names(tmp_path) == {"config.json", weights}
+    assert names(tmp_path) == {"README.md", "config.json", weights}
 
 
 @pytest.mark.parametrize("method", ["save_pretrained", "push_to_hub"])

@@ -130,6 +130,7 @@ def test_what_does_not_fit_is_refused(embed):
         (["features", "--on", "ray", "--output", "o", "--actor-resource", "TPU"], "NAME=N"),
         (["features", "--on", "ray", "--output", "o", "--actor-gpus", "-1"], "must be"),
         (["features", "--on", "ray", "--output", "o"], "pip install 'ray[data]'"),
+        (["zeroshot", "--on", "ray", "--output", "o"], "unrecognized arguments: --on"),
     ],
 )
 def test_options_that_do_not_go_together(arguments, words, capsys, monkeypatch):

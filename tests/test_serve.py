@@ -291,7 +291,7 @@ def gated(encoder):
 
     def make(error=None, **limits):
         slow = Gated(encoder, error)
-        service = Service(slow, batch_size=8, limits=Limits(**limits))
+        service = Service(slow, batch_size=8, limits=Limits(**limits), runners=1)
         made.append((slow, service))
         return slow, service, make_app(service)
 
@@ -710,7 +710,7 @@ def test_the_page(serving, tmp_path, theirs, capsys, dark):
             assert [a for a in browser.asked if not a.startswith((here, "data:"))] == []
             assert [c for c in browser.complaints if "415" not in c] == []
             picture = PIL.Image.open(io.BytesIO(browser.picture()))
-            assert picture.width == 1000
+            assert picture.width > 900
             assert (np.asarray(picture.convert("L"))[0, 0] < 60) == dark
     finally:
         server.stop()

@@ -210,7 +210,9 @@ def test_every_parameter_has_a_place(cls, config):
     for path, leaf in shapes.items():
         spec = partition_spec(path)
         assert len(spec) <= len(leaf.shape)
-        in_block = "layer" in path and path[-1] in ("kernel", "relative_position_bias_table")
+        pools_by_attention = "pooler" in path and path[-3] != "pooler"
+        block = "layer" in path or pools_by_attention
+        in_block = block and path[-1] in ("kernel", "relative_position_bias_table")
         assert ("model" in spec) == (
             in_block
             or path[-1] == "relative_position_bias_table"

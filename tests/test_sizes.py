@@ -249,3 +249,34 @@ def test_counts_of_googles_models(name, published):
     config = preset(size, patch_size=patch, num_labels=1000)
     ours = count(parameter_shapes(config, "classifier").values())
     assert ours == published["vit_jax_param_counts_1000cls"][name]
+
+
+# preset -> the head of the published network, and its parameters: of OpenAI's and LAION's whole
+# CLIPs, and of timm 1.0.31's models (sum of `numel` over `parameters()`).
+COUNTS: dict[str, tuple[Any, int]] = {
+    "clip-base-32": ("towers", 151_277_313),
+    "clip-base-16": ("towers", 149_620_737),
+    "clip-large-14": ("towers", 427_616_513),
+    "clip-large-14-336": ("towers", 427_944_193),
+    "clip-huge-14": ("towers", 986_109_441),
+    "eva02-tiny": (None, 5_502_144),
+    "eva02-small": (None, 21_621_120),
+    "eva02-base": (None, 85_758_720),
+    "eva02-large": (None, 303_268_800),
+    "pe-core-base": ("classifier", 93_673_984),
+    "pe-core-large": ("classifier", 317_152_256),
+    "r-tiny-32": ("classifier", 6_337_704),
+    "r26-small-32": ("classifier", 36_431_912),
+    "r50-base-16": (None, 97_890_112),
+    "r50-large-32": ("classifier", 328_994_856),
+    "parallel-small-18x2": ("classifier", 64_665_448),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_presets_have_the_published_number_of_parameters(name):
+    head, published = COUNTS[name]
+    classes = {} if head != "classifier" or name.startswith("pe-") else {"num_labels": 1000}
+    config = preset(name, **classes)
+    shapes = parameter_shapes(config, head, add_pooling_layer=config.norm_after_pooling)
+    assert count(shapes.values()) == published

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
+from kinds import config_of, kinds
 
 from vit_cli.commands import tpu as command
 from vit_common.config import BeitConfig, ViTConfig
@@ -132,6 +133,14 @@ def test_float32_products_are_named():
     (name,) = float32_products(text)
     assert name.endswith("inner/dot_general")
     assert float32_products(jax.jit(jnp.exp).lower(shape(8, 64)).compile().as_text()) == []
+
+
+def test_biases_of_offsets_may_be_float32():
+    config = config_of("relative MLP", num_hidden_layers=1)
+    model = FlaxAutoModelForImageClassification.from_config(config, dtype=jnp.bfloat16)
+    found = jax.jit(lambda p, x: model.module.apply({"params": p}, x).logits)
+    text = found.lower(model.params, jnp.zeros((1, 16, 16, 3))).compile().as_text()
+    assert [name for name in float32_products(text) if "relative_position_bias" in name] == []
 
 
 def test_the_resampling_of_positions_may_be_float32():
@@ -502,6 +511,15 @@ def test_small_network_on_v5e():
     assert 2.5 < step.product_flops / forward.product_flops < 3
     assert step.collectives  # the sum of the gradients: what the forward pass may not have
     assert step.aliased_bytes > 0  # the old state gives its memory to the new
+
+
+@needs_compiler
+@pytest.mark.slow
+@kinds()
+def test_every_kind_of_network_on_v5e(kind):
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 256}
+    found = check(config_of(kind, **sizes, num_hidden_layers=1), chips=("v5e",), batch=2)
+    assert found.passed, [program.checks for program in found.programs]
 
 
 @needs_compiler

@@ -255,6 +255,23 @@ def test_models_without_texts_are_refused(place, tmp_path, capsys):
     assert "--model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_openais_files_need_the_sizes_of_the_text_tower(place, tmp_path):
+    from vit_convert import convert
+
+    convert(place / "fast", tmp_path / "clip.pth", to="open_clip")
+    given = {"tokenizer": place / "fast"}
+    options = {"hidden_act": "quick_gelu", "num_attention_heads": 3, **given}
+    with pytest.raises(CheckpointError, match="have a text tower, and nothing says how many heads"):
+        ZeroShotClassifier.from_pretrained(tmp_path / "clip.pth", LABELS, **options)
+    config = transformers.CLIPConfig.from_pretrained(place / "fast")
+    classify = ZeroShotClassifier.from_pretrained(
+        tmp_path / "clip.pth", LABELS, config=config, **given
+    )
+    found = classify.run(classify.prepare(images(place)))
+    np.testing.assert_allclose(found, theirs(place, LABELS), atol=2e-6)
+
+
 def _vit(path):
     sizes = {**SIZE, "num_hidden_layers": 1, "image_size": 16, "patch_size": 4}
     sizes.pop("projection_dim")

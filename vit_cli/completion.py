@@ -66,7 +66,7 @@ def complete(commands: Mapping[str, str], command: Callable[[str], ModuleType]) 
 
     top = Parser("vit")
     top.add_argument("--version", action="store_true", help="show the version and exit")
-    several = top.add_subparsers(parser_class=_named)
+    several = top.add_subparsers(parser_class=_named)  # type: ignore[call-overload]
     for name, what in commands.items():
         parser = several.add_parser(name, help=what)
         command(name).add_options(parser)

@@ -445,7 +445,6 @@ def add_stream(parser: Parser, same: str) -> None:
         "(default: 1)",
     )
     add_hosts(parser)
-    add_ray(parser)
     add_reading(parser)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -227,23 +227,30 @@ class Convolution(nn.Conv):
             return super().__call__(inputs)
         if self.is_initializing():
             return super().__call__(inputs).astype(jnp.float32)
-        if operands == jnp.bfloat16 and tuple(self.kernel_size) == tuple(self.strides):
+        strides: Any = self.strides
+        padding: Any = self.padding
+        if operands == jnp.bfloat16 and self._sides() == tuple(strides):
             outputs = self._of_patches(inputs, dtype)
         else:  # XLA's library has no such convolution of bfloat16
             outputs = jax.lax.conv_general_dilated(
                 inputs.astype(jnp.float32),
                 self._parameter("kernel"),
-                window_strides=self.strides,
-                padding=self.padding,
+                window_strides=strides,
+                padding=padding,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
                 feature_group_count=self.feature_group_count,
                 precision=self.precision,
             )
         return outputs + self._parameter("bias") if self.use_bias else outputs
 
+    def _sides(self) -> tuple[int, int]:
+        """Rows and columns of the kernel."""
+        rows, columns = cast("tuple[int, int]", self.kernel_size)
+        return rows, columns
+
     def _of_patches(self, inputs: jax.Array, dtype: Any) -> jax.Array:
         """Where patches neither overlap nor leave gaps: one product."""
-        (B, H, W, C), (h, w) = inputs.shape, self.kernel_size
+        (B, H, W, C), (h, w) = inputs.shape, self._sides()
         rows, columns = H // h, W // w
         patches = inputs[:, : rows * h, : columns * w].reshape(B, rows, h, columns, w, C)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(B, rows, columns, h * w * C)

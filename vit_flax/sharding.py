@@ -77,7 +77,7 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(pre_layernorm|layernorm|pooler/layernorm)/(scale|bias)", _WHOLE),
     (r"pooler/dense/kernel", PartitionSpec(FSDP)),
     (r"pooler/dense/bias", _WHOLE),
-    (r"pooler/probe", _WIDTH),
+    (r"pooler/probe", _WHOLE),
     (r"pooler/attention/(query|key|value)/kernel", _OUTPUTS),
     (r"pooler/attention/(query|key|value)/bias", _PART),
     (r"pooler/intermediate/dense/kernel", _OUTPUTS),

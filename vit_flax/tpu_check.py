@@ -29,7 +29,7 @@ from vit_common.config import ViTConfig, is_timm
 from vit_common.errors import InputError
 from vit_common.flops import forward_flops
 from vit_common.parameters import Head, parameter_shapes
-from vit_common.presets import PRESETS, preset
+from vit_common.presets import NAMES, preset
 from vit_common.versions import versions as installed
 from vit_convert.source import config_from_dict, open_source, read_config_file
 from vit_flax.attention import compiled_for
@@ -276,7 +276,7 @@ def network(
     if isinstance(config_or_source, ViTConfig):
         return config_or_source, _has_teacher(config_or_source)
     source = os.fspath(config_or_source)
-    if source in PRESETS and not Path(source).exists():
+    if source in NAMES and not Path(source).exists():
         return preset(source, num_labels=1000), False
     table = read_config_file(source, **(hub or {}))
     if table is not None and table.get("model_type") and not is_timm(table):

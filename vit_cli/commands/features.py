@@ -7,7 +7,7 @@ from contextlib import suppress
 from functools import partial
 
 from vit_cli.models import load_for_stream
-from vit_cli.options import Options, Parser, StreamOptions, add_stream
+from vit_cli.options import Options, Parser, StreamOptions, add_ray, add_stream
 
 
 def _layers(text: str) -> tuple[int, ...]:
@@ -46,6 +46,7 @@ def add_options(parser: Parser) -> None:
         help="dtype of the numbers in the file (default: float32)",
     )
     add_stream(parser, same="--layers, --pool, --store-dtype")
+    add_ray(parser)
 
     def check(options: Options) -> None:
         if options.output is None:

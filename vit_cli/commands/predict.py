@@ -6,7 +6,7 @@ Results go to standard output in the order of the files; everything else goes to
 from __future__ import annotations
 
 from vit_cli.models import load_for_stream
-from vit_cli.options import Options, Parser, StreamOptions, add_stream, positive
+from vit_cli.options import Options, Parser, StreamOptions, add_ray, add_stream, positive
 from vit_cli.terminal.results import printer_of
 
 
@@ -28,6 +28,7 @@ def add_options(parser: Parser) -> None:
         help="write the results to a .jsonl, .csv or .parquet file instead",
     )
     add_stream(parser, same="--top-k")
+    add_ray(parser)
 
     def check(options: Options) -> None:
         if options.output is None and (options.resume or options.force):

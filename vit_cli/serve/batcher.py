@@ -36,7 +36,7 @@ class Batcher:
     Args:
         run: work and pixels (B, C, H, W) -> an array with a row for each image.
         sizes: work -> images that are run together at most.
-        runners: batches that run side by side; 2 keeps an accelerator busy while results travel.
+        runners: batches at a time.
     """
 
     def __init__(
@@ -113,14 +113,13 @@ class Batcher:
         start = time.perf_counter()
         try:
             pixels = np.stack([slot.pixels for slot in batch if slot.pixels is not None])
-            rows: Sequence[Any] = self._run(batch[0].work, pixels)
+            rows: Any = self._run(batch[0].work, pixels)
         except BaseException as error:  # whoever waits must hear of it
             rows = [error] * len(batch)
-        seconds = max(1e-6, time.perf_counter() - start)
-        self.batches[len(batch)] += 1
-        self.rate = (
-            0.8 * self.rate + 0.2 * len(batch) / seconds if self.rate else (len(batch) / seconds)
-        )
+        rate = len(batch) / max(1e-6, time.perf_counter() - start)
+        with self._changed:
+            self.batches[len(batch)] += 1
+            self.rate = 0.8 * self.rate + 0.2 * rate if self.rate else rate
         for slot, row in zip(batch, rows, strict=True):
             slot.pixels = None
             slot.settle(row)

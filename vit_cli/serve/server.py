@@ -93,7 +93,7 @@ def serve(app: Any, listener: socket.socket, *, connections: int, seconds: float
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+        def capture_signals(self) -> Iterator[None]:
             """Without uvicorn's raising of the signals once more at the end."""
             kept = {}
             for number in (signal.SIGINT, signal.SIGTERM):

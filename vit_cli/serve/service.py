@@ -49,6 +49,8 @@ class Service:
         limits: what is taken.
         index: features to find the nearest in.
         neighbours: layers and pooling of the index.
+        beside: folder that names of its pictures may be in.
+        runners: batches at a time; with 2 the device has the next one when it is done with one.
 
     Attributes:
         metrics: what was done so far.
@@ -65,6 +67,7 @@ class Service:
         index: ImageIndex | None = None,
         neighbours: tuple[Sequence[int], Any] = ((-1,), "auto"),
         beside: Path | None = None,
+        runners: int = 2,
     ) -> None:
         self.encoder, self.name, self.limits = encoder, name, limits or Limits()
         self.index, self.beside = index, beside or Path()
@@ -80,7 +83,6 @@ class Service:
         self._searcher = ThreadPoolExecutor(1, thread_name_prefix="vit-search")
         sizes: dict[Hashable, int] = dict.fromkeys(self._works, self.batch_size)
         sizes[self.attention] = 1
-        runners = 1 if encoder.engine.platform == "cpu" else 2
         self._batcher = Batcher(self._run, sizes, runners)
 
     @property

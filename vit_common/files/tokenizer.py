@@ -64,8 +64,9 @@ class Tokenizer:
     """
 
     def __init__(self, name_or_path: str | os.PathLike | ModelFiles, **hub: Any) -> None:
-        given = isinstance(name_or_path, ModelFiles)
-        files: Any = name_or_path if given else ModelFiles(name_or_path, **hub)
+        files: Any = name_or_path
+        if not isinstance(name_or_path, ModelFiles):
+            files = ModelFiles(name_or_path, **hub)
         self.name = str(files.name)
         try:
             import tokenizers

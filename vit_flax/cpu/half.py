@@ -260,7 +260,7 @@ def _left(cotangent, x, y, *, dimensions):
         cotangent, y, dimensions=((last, y_own), (tuple(range(b)), y_batch))
     )  # the batch, what x has of its own, and what was summed over, in y's order
     order = (*x_batch, *x_own, *(x_in[i] for i in np.argsort(y_in)))
-    return jnp.transpose(found, np.argsort(order)).astype(x.aval.dtype)
+    return jnp.transpose(found, np.argsort(order).tolist()).astype(x.aval.dtype)
 
 
 def _right(cotangent, x, y, *, dimensions):
@@ -272,7 +272,7 @@ def _right(cotangent, x, y, *, dimensions):
         x, cotangent, dimensions=((x_own, middle), (x_batch, tuple(range(b))))
     )  # the batch, what was summed over, in x's order, and what y has of its own
     order = (*y_batch, *(y_in[i] for i in np.argsort(x_in)), *y_own)
-    return jnp.transpose(found, np.argsort(order)).astype(y.aval.dtype)
+    return jnp.transpose(found, np.argsort(order).tolist()).astype(y.aval.dtype)
 
 
 _derived = partial(_rounded, apart=True)

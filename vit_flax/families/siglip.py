@@ -9,7 +9,7 @@ patches as Transformers' image processor makes them, of one size in a batch.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -80,7 +80,7 @@ class FlaxSiglipModule(FlaxTwoTowersModule):
     """Both towers of SigLIP, and how alike each image is to each text, each pair by itself."""
 
     text_network = FlaxSiglipTextNetwork
-    output_class = FlaxSiglipOutput  # type: ignore[assignment]
+    output_class = FlaxSiglipOutput
 
     def setup(self):
         super().setup()
@@ -101,7 +101,7 @@ class FlaxSiglipModule(FlaxTwoTowersModule):
 class FlaxSiglip2Module(FlaxSiglipModule):
     """Both towers of SigLIP 2; see `FlaxSiglipModule`."""
 
-    output_class = FlaxSiglip2Output  # type: ignore[assignment]
+    output_class = FlaxSiglip2Output
 
 
 def sigmoid_loss(logits_per_text):
@@ -139,7 +139,7 @@ class FlaxSiglipForImageClassification(TransformersTree, FlaxViTForImageClassifi
     """SigLIP's image tower with a linear classifier on the mean of the patches; see
     `FlaxViTForImageClassification`."""
 
-    config_class = SiglipConfig
+    config_class = cast("Any", SiglipConfig)
     base_model_prefix = "vision_model"
     module_class = FlaxSiglipForImageClassificationModule
 
@@ -261,7 +261,7 @@ class FlaxSiglip2ForImageClassification(FlaxSiglipForImageClassification):
     """SigLIP 2's image tower with a linear classifier on the mean of the patches; see
     `FlaxViTForImageClassification`."""
 
-    config_class = Siglip2Config  # type: ignore[assignment]
+    config_class = Siglip2Config
 
     def __call__(
         self,

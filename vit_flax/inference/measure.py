@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vit_flax.cpu.half import half_product, operand_dtype
 from vit_flax.inference.classifier import ImageClassifier
 from vit_flax.inference.stream import Timings
 
@@ -59,7 +60,9 @@ class Products:
 
         @jax.jit
         def run(x: jax.Array, there: jax.Array, back: jax.Array) -> jax.Array:
-            return (x @ there) @ back
+            if operand_dtype(dtype) is None:
+                return (x @ there) @ back
+            return half_product(half_product(x, there, dtype), back, dtype)
 
         self._run = lambda: jax.block_until_ready(run(self._left, self._right, back))
         self._run()

@@ -30,7 +30,7 @@ class Neighbour(NamedTuple):
     """
 
     file: str
-    index: int
+    index: int  # type: ignore[assignment]  # as a tuple it has a method of that name
     similarity: float
 
 
@@ -317,7 +317,7 @@ def _units(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(invalid="ignore", divide="ignore"):
         wide /= np.abs(wide).max(axis=1, keepdims=True)  # or squares may overflow
         wide /= np.sqrt((wide * wide).sum(axis=1, keepdims=True))
-    return wide, np.isfinite(wide).all(axis=1)
+    return wide, np.asarray(np.isfinite(wide).all(axis=1))
 
 
 def _screened(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

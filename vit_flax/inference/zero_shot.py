@@ -129,12 +129,18 @@ class ZeroShotClassifier(ImageClassifier):
         texts_of(labels, template)  # before anything is fetched
         if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
             tokenizer = Tokenizer(tokenizer)
-        own = {"labels": labels, "template": template, "tokenizer": tokenizer}
+        own: dict[str, Any] = {"labels": labels, "template": template, "tokenizer": tokenizer}
         return super().from_pretrained(name_or_path, dtype, **options, **own)
 
     @classmethod
     def _check_source(cls, source: Source) -> None:
         if source.head != "towers":
+            if "text_model.final_layernorm.weight" in source.mapped.tensors:
+                raise CheckpointError(
+                    f"{source.path}: these weights have a text tower, and nothing says how many "
+                    "heads it has; wanted a folder with a config.json, or in Python `config=` of "
+                    "both towers: see `vit_common.presets.preset('clip-base-32')`."
+                )
             raise CheckpointError(
                 f"{source.path}: these weights have no text tower, so there is nothing to compare "
                 "images with; wanted a whole model of images and texts, such as "

@@ -92,7 +92,7 @@ def says(tensors: Mapping[str, Any]) -> dict[str, Any]:
     rows = tensors.get(_ROWS)
     if projection is None or (positions is None and rows is None):
         return {}
-    grid = (rows.shape[1],) * 2 if positions is None else positions.shape[1:3]
+    grid = positions.shape[1:3] if positions is not None else (rows.shape[1],) * 2  # type: ignore[union-attr]
     shape = projection.shape
     side = shape[2] if len(shape) == 4 else _side(shape[1])[0]
     height, width = (count * side for count in grid)
