@@ -80,7 +80,7 @@ class FlaxSiglipModule(FlaxTwoTowersModule):
     """Both towers of SigLIP, and how alike each image is to each text, each pair by itself."""
 
     text_network = FlaxSiglipTextNetwork
-    output_class: Any = FlaxSiglipOutput
+    output_class = FlaxSiglipOutput
 
     def setup(self):
         super().setup()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -252,7 +252,7 @@ class FlaxTwoTowersModule(FlaxViTPart):
     """Both towers, and how alike each image is to each text."""
 
     text_network = FlaxTextNetwork  # no fields: the family's own
-    output_class: Any = FlaxCLIPOutput
+    output_class: ClassVar[Any] = FlaxCLIPOutput
 
     def setup(self):
         vision, text = self.config.vision_config, self.config.text_config
