@@ -96,7 +96,7 @@ def form(*images, **fields):
     from urllib3.filepost import encode_multipart_formdata
 
     parts = [("images", (f"{i}.png", data, "image/png")) for i, data in enumerate(images)]
-    return encode_multipart_formdata([*parts, *fields.items()])
+    return encode_multipart_formdata([*parts, *fields.items()], boundary="a-boundary")
 
 
 def as_json(*images, **fields):

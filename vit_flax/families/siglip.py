@@ -101,7 +101,7 @@ class FlaxSiglipModule(FlaxTwoTowersModule):
 class FlaxSiglip2Module(FlaxSiglipModule):
     """Both towers of SigLIP 2; see `FlaxSiglipModule`."""
 
-    output_class = FlaxSiglip2Output
+    output_class = FlaxSiglip2Output  # type: ignore[assignment]
 
 
 def sigmoid_loss(logits_per_text):
