@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import importlib.util
 import io
 import json
@@ -30,14 +31,16 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("multipart")
 
 from vit_cli.main import main
+from vit_cli.options import Parser
 from vit_cli.serve.app import make_app
 from vit_cli.serve.batcher import Batcher, Slot
-from vit_cli.serve.limits import Limits
+from vit_cli.serve.command import add_options, make_service
+from vit_cli.serve.limits import Deadline, Limits
 from vit_cli.serve.openapi import description
 from vit_cli.serve.service import Service
 from vit_common.embedded import embedded_checkpoint, embedded_images
 from vit_common.errors import DeviceError
-from vit_flax.inference import ImageClassifier, ImageIndex
+from vit_flax.inference import ImageClassifier, ImageEncoder, ImageIndex
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 DIGITS = [path.read_bytes() for path in embedded_images()]
@@ -586,6 +589,31 @@ def test_what_the_command_refuses(capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().err == (
         "vit: error: a server needs starlette and uvicorn; run: pip install 'vitflax[serve]'.\n"
     )
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_model_is_read_as_the_index_says(tmp_path, named):
+    """So its images are their own nearest; the same model as its files say makes other features."""
+    model, images = str(embedded_checkpoint()), embedded_images()
+    encode = ImageEncoder.from_pretrained(model, layer_norm_eps=0.5)
+    made_with = {"model": model, "layers": [-1], "pool": "cls", "layer_norm_eps": 0.5}
+    np.savez(
+        tmp_path / "f.npz",
+        features=encode.features(images),
+        files=np.array(list(map(str, images))),
+        made_with=np.array(json.dumps(made_with)),
+    )
+    parser = Parser("vit serve")
+    add_options(parser)
+    names = [model] if named else []
+    options = parser.parse([*names, "--index", str(tmp_path / "f.npz"), "--batch-size", "1"])
+    with contextlib.ExitStack() as stack:
+        service = make_service(options, stack)
+        stack.callback(service.close)
+        (row,) = now(service.answer(service.near, [DIGITS[3]], Deadline(60)))
+        (near,) = now(service.search(row[None], 1))
+    assert (service.name, near[0].index) == (model, 3)
+    assert near[0].similarity == pytest.approx(1.0, abs=1e-6)
 
 
 @pytest.fixture

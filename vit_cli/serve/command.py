@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,9 @@ def add_options(parser: Parser) -> None:
         help="features of `vit features`, to find the nearest pictures in",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="compute dtype (default: float32)"
+        "--dtype",
+        choices=DTYPES,
+        help="compute dtype (default: that of the index, or float32)",
     )
     add_precision(parser)
     parser.add_argument(
@@ -188,23 +189,28 @@ def make_service(options: Options, stack: ExitStack) -> Any:
     how = None
     if options.index is not None:
         index = stack.enter_context(ImageIndex.open(options.index))
-        stated = index.made_with.get("model")
-        name = name or (stated if isinstance(stated, str) else None)
         options.layers = options.pool = None
         how = How(options, index, name)
-        near = (how.layers, how.pool)
-    keywords = {
-        "devices": options.devices,
-        **precision_of(options),
-        **Reading.of(options).keywords,
-    }
+        name, near = how.name, (how.layers, how.pool)
+
+    def load(kind: str) -> Any:
+        if how is not None:
+            return how.load(kind, options.devices)
+        return load_for_inference(
+            kind,
+            name,
+            options.dtype or "float32",
+            devices=options.devices,
+            **precision_of(options),
+            **Reading.of(options).keywords,
+        )
+
     try:
-        encoder = load_for_inference("ImageClassifier", name, options.dtype, **keywords)
+        encoder = load("ImageClassifier")
     except CheckpointError as error:
         if "have no classifier" not in str(error):
             raise
-        with warnings.catch_warnings():
-            encoder = load_for_inference("ImageEncoder", name, options.dtype, **keywords)
+        encoder = load("ImageEncoder")
     if how is not None:
         how.check(encoder)
     service = Service(
