@@ -34,7 +34,7 @@ from vit_cli.main import main
 from vit_cli.options import Parser
 from vit_cli.serve.app import make_app
 from vit_cli.serve.batcher import Batcher, Slot
-from vit_cli.serve.command import add_options, make_service
+from vit_cli.serve.command import add_options, make_service, names_of
 from vit_cli.serve.limits import Deadline, Limits
 from vit_cli.serve.openapi import description
 from vit_cli.serve.service import Service
@@ -251,6 +251,7 @@ def test_more_that_is_refused(app, monkeypatch):
         405,
         "GET is not for this path; see /openapi.json.",
     )
+    assert answer.headers["allow"] == "POST"
 
 
 def test_one_bad_image_of_several(app, service):
@@ -361,6 +362,8 @@ def test_memory_of_requests_is_bounded(gated):
 
     refused, taken = now(run())
     assert refused.status == 429
+    size = 2 * len(DIGITS[0])
+    assert f"requests hold {size} bytes already (at most {size})" in refused.json["error"]
     assert [each.status for each in taken] == [200] * 2
     assert service.held == 0
 
@@ -565,7 +568,10 @@ def test_what_the_command_refuses(capsys, monkeypatch, tmp_path):
         port = str(taken.getsockname()[1])
         assert main(["serve", "--port", port]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"vit: error: cannot listen on 127.0.0.1, port {port} (")
+    assert said == (
+        f"vit: error: cannot listen on 127.0.0.1, port {port} (Address already in use); see --host "
+        "and --port.\n"
+    )
     for options, text in (
         (["--port", "65536"], "must be from 0 to 65535"),
         (["--timeout", "0"], "must be a positive number of seconds"),
@@ -587,8 +593,28 @@ def test_what_the_command_refuses(capsys, monkeypatch, tmp_path):
     )
     assert main(["serve"]) == 2
     assert capsys.readouterr().err == (
-        "vit: error: a server needs starlette and uvicorn; run: pip install 'vitflax[serve]'.\n"
+        "vit: error: a server needs starlette, uvicorn and python-multipart; run: pip install "
+        "starlette uvicorn python-multipart (the extra `serve`)\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("address", "options", "others"),
+    [
+        ("127.0.0.1", [], set()),
+        ("127.0.0.2", ["--host", "127.0.0.2"], {"127.0.0.2"}),
+        ("::1", ["--host", "::1", "--allow-host", "My.Proxy"], {"my.proxy", "::1"}),
+        ("0.0.0.0", ["--host", "0.0.0.0"], None),
+        ("10.0.0.7", ["--host", "here", "--allow-host", "b"], {"here", "b"}),
+    ],
+)
+def test_names_that_are_answered(address, options, others):
+    parser = Parser("vit serve")
+    add_options(parser)
+    found = names_of(parser.parse(options), address)
+    here = address in ("127.0.0.1", "127.0.0.2", "::1")
+    local = {"127.0.0.1", "localhost", "[::1]"} if here else set()
+    assert found == (None if others is None else local | others)
 
 
 @pytest.mark.parametrize("named", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import ipaddress
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def limits_of(options: Options) -> Limits:
     return dataclasses.replace(
         _USUAL,
         queue=options.most_queue,
-        images=options.most_images,
+        images=min(options.most_images, options.most_queue),
         body=options.most_bytes,
         pixels=options.most_pixels,
         memory=max(_USUAL.memory, 2 * options.most_bytes),
@@ -151,27 +152,35 @@ def run(options: Options) -> int:
         listener = stack.enter_context(listen(options.host, options.port))
         host, port = listener.getsockname()[:2]
         service = make_service(options, stack)
-        hosts = None
-        if host in ("127.0.0.1", "::1"):
-            hosts = {*_LOCAL, *map(str.lower, options.allow_host)}
-        elif options.allow_host:
-            hosts = {*map(str.lower, options.allow_host), options.host.lower()}
+        shown = f"[{host}]" if ":" in host else host
         import PIL.Image
 
         # Images are looked at before they are decoded; Pillow's own bound is for nobody to meet.
         stack.callback(setattr, PIL.Image, "MAX_IMAGE_PIXELS", PIL.Image.MAX_IMAGE_PIXELS)
         PIL.Image.MAX_IMAGE_PIXELS = None
         stack.enter_context(logged("uvicorn.error", least="ERROR"))
-        shown = f"[{host}]" if ":" in host else host
         say(f"serving {service.name} at http://{shown}:{port} (Ctrl-C ends it)")
         serve(
-            make_app(service, hosts=hosts),
+            make_app(service, hosts=names_of(options, host)),
             listener,
             connections=4 * service.limits.queue,
             seconds=service.limits.seconds,
         )
         say(f"stopped after {sum(service.metrics.images.values())} images")
     return DONE
+
+
+def names_of(options: Options, host: str) -> set[str] | None:
+    """Names in the Host header that are answered; None is any.
+
+    Args:
+        options: of the command.
+        host: the address that is listened on.
+    """
+    more = {name.lower() for name in options.allow_host}
+    if ipaddress.ip_address(host).is_loopback:
+        return {*_LOCAL, host, *more}
+    return {options.host.lower(), *more} if more else None
 
 
 def make_service(options: Options, stack: ExitStack) -> Any:
