@@ -21,9 +21,9 @@ from vit_common.versions import PACKAGE
 from vit_convert.formats import DESCRIBED, FILES, table_for
 from vit_convert.rules import TensorLike, to_foreign
 
+_SHOWN = 20  # classes in a model card
 # Keywords of Transformers 4.57.6 without effect here: files are always written by this project and
 # through a temporary folder.
-_SHOWN = 20  # classes in a model card
 _WITHOUT_EFFECT = ("save_function", "use_temp_dir", "variant", "save_peft_format")
 
 SaveFormat = Literal["hub", "flax", "flax-safetensors"]

@@ -61,6 +61,33 @@ KINDS: dict[str, dict[str, Any]] = {
     "differential": {"attention_type": "differential", "num_register_tokens": 1},
     "hybrid": {**_HYBRID, "stem_depths": (1, 1), "patch_size": 8, "image_size": 32},
     "stem's root": {**_HYBRID, "stem_depths": (), "patch_size": 8, "image_size": 32},
+    "ViTamin's stem": {
+        "stem_type": "mbconv",
+        "stem_width": 32,
+        "stem_depths": (1, 2),
+        "patch_size": 16,
+        "image_size": 32,
+        "use_swiglu_ffn": True,
+        "gate_act": "gelu",
+        "use_mlp_input_norm": True,
+    },
+    "MobileCLIP's stem": {
+        "stem_type": "convolutions",
+        "stem_width": 32,
+        "patch_size": 16,
+        "image_size": 32,
+    },
+    "ResNet-D": {
+        "stem_type": "resnetd",
+        "stem_width": 32,
+        "stem_depths": (1, 1),
+        "patch_size": 8,
+        "image_size": 32,
+    },
+    "factors of attention alone": {  # Sapiens 2
+        "layer_scale_init_value": 0.5,
+        "use_mlp_layer_scale": False,
+    },
     "CLIP's tower": {"use_pre_norm": True, "use_patch_bias": False, "hidden_act": "quick_gelu"},
 }
 

@@ -20,6 +20,7 @@ from networks import flax_tree, images, make_config, random_weights, torch_refer
 import vit_flax
 from vit_common.errors import InputError
 from vit_flax.attention import attention, compiled_for, eager
+from vit_flax.attention.cpu import attention_cpu_inline
 from vit_flax.cpu import choose_half_products, half, half_products
 from vit_flax.cpu.flags import processor_flags
 from vit_flax.inference import ImageClassifier
@@ -161,6 +162,22 @@ def test_a_program_for_another_machine_does_not_follow_this_one(monkeypatch):
             texts.add(re.sub(r" loc\(.*", "", exported.mlir_module()))
     assert len(texts) == 1
     assert ("bf16", "bf16", "bf16") in operands(texts.pop())  # as every platform has it
+
+
+def test_attention_written_into_a_program_is_traced_for_that_program():
+    """In one process: for this machine and for another, in either order."""
+    x = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
+    for precision, order in ((None, (True, False)), ("highest", (False, True))):
+        for here in order:
+            with half_products("bfloat16") if here else compiled_for("cpu"):
+                text = str(
+                    jax.make_jaxpr(
+                        lambda x, precision=precision: attention_cpu_inline(
+                            x, x, x, precision=precision
+                        )
+                    )(x)
+                )
+            assert ("rounded_product" in text) == here
 
 
 def test_error_is_no_larger_than_that_of_rounding_after_every_operation():

@@ -299,6 +299,11 @@ def test_patches_that_are_not_of_one_size_are_refused():
         (patches(PIXELS), [[4, 4], [2, 8]], "same for all images"),
         (patches(PIXELS), None, "rows and columns of each image"),
         (patches(PIXELS), [[4, 5], [4, 5]], "at most 16 patches"),
+        (patches(PIXELS), [[-2, -3], [-2, -3]], "at least one; given -2 x -3"),
+        (patches(PIXELS), [[4.5, 3.5], [4.5, 3.5]], r"integers \(2, 2\); given float"),
+        (patches(PIXELS), [[4, 4, 1], [4, 4, 1]], r"given int\d+ of shape \(2, 3\)"),
+        (patches(PIXELS), [4, 4], r"given int\d+ of shape \(2,\)"),
+        (patches(PIXELS)[:0], [[4, 4]], "at least one image"),
         (patches(PIXELS)[:, :, :40], [[4, 4], [4, 4]], "of 48 numbers"),
     ):
         shape = {} if shapes is None else {"spatial_shapes": torch.tensor(shapes)}
@@ -307,6 +312,37 @@ def test_patches_that_are_not_of_one_size_are_refused():
         shape = {name: value.numpy() for name, value in shape.items()}
         with pytest.raises(InputError, match=what):
             flax(given, **shape, params={"a": 1})
+
+
+@pytest.mark.parametrize("stem", ["Siglip", "Siglip2"])
+def test_masks_and_positions_of_other_texts_are_refused_in_both_twins(stem):
+    theirs = getattr(transformers, f"{stem}TextConfig")(**TEXT)
+    torch_model = getattr(vit_torch, f"{stem}TextModel")(
+        getattr(vit_torch, f"{stem}TextConfig").from_dict(theirs.to_dict())
+    )
+    model = getattr(vit_flax, f"Flax{stem}TextModel")(
+        getattr(vit_flax, f"{stem}TextConfig").from_dict(theirs.to_dict()), _do_init=False
+    )
+    for name in ("attention_mask", "position_ids"):
+        for shape in ((2, 4), (3, 5), (2, 1), (5,)):
+            beside = {name: np.zeros(shape, np.int64)}
+            with pytest.raises(InputError, match=f"`{name}` must have the shape of `input_ids`"):
+                model(IDS, **beside, params={"a": 1})
+            with pytest.raises(InputError, match=f"`{name}` must have the shape of `input_ids`"):
+                torch_model(torch.tensor(IDS), **{name: torch.tensor(beside[name])})
+
+
+@pytest.mark.parametrize("stem", ["CLIP", "Siglip", "Siglip2"])
+def test_a_configuration_leaves_those_of_its_towers_as_they_were(stem):
+    cls = getattr(vit_flax, f"{stem}Config")
+    tower = getattr(vit_flax, f"{stem}VisionConfig")(**VISION)
+    before = tower.to_dict()
+    assert cls(vision_config=tower, hidden_act="relu").hidden_act == "relu"
+    assert tower.to_dict() == before
+    with pytest.raises(ConfigError, match="`text_config` was given twice"):
+        cls({}, text_config={})
+    with pytest.raises(ConfigError, match=f"{stem}Config takes at most"):
+        cls(*[None] * 50)
 
 
 @pytest.mark.parametrize("stem", ["CLIP", "Siglip", "Siglip2"])
@@ -363,6 +399,8 @@ def test_configurations_are_those_of_transformers():
                     assert own[key] == defaults[key], key
     with pytest.raises(ConfigError, match="as many patches down as across"):
         vit_flax.Siglip2VisionConfig(**VISION).image_size = (16, 32)
+    with pytest.raises(ConfigError, match="multiple of `patch_size`, 4; given 18"):
+        vit_flax.Siglip2VisionConfig(**VISION, image_size=18)
     with pytest.raises(ConfigError, match="square of an integer"):
         vit_flax.Siglip2VisionConfig(num_patches=15)
 

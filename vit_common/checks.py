@@ -124,6 +124,16 @@ def check_tokens(shape: tuple[int, ...], config: Any) -> None:
         )
 
 
+def check_beside_tokens(shape: tuple[int, ...], **beside: tuple[int, ...] | None) -> None:
+    """Raise InputError unless what goes with token ids (B, S), by name, is (B, S) or (1, S)."""
+    for name, given in beside.items():
+        if given is not None and tuple(given) not in (tuple(shape), (1, *shape[1:])):
+            raise InputError(
+                f"`{name}` must have the shape of `input_ids`, {tuple(shape)}; given "
+                f"{tuple(given)}."
+            )
+
+
 def check_token_ids(name: str, ids: np.ndarray | None, count: int) -> None:
     """Raise InputError unless known ids, integers, are from 0 to below `count`."""
     if ids is None or not ids.size:
@@ -269,14 +279,12 @@ def check_stride(config: ViTConfig, height: int, width: int) -> None:
         )
 
 
-def patch_grid(
-    shape: tuple[int, ...], spatial_shapes: list[list[int]] | None, config: ViTConfig
-) -> tuple[int, int]:
+def patch_grid(shape: tuple[int, ...], spatial_shapes: Any, config: ViTConfig) -> tuple[int, int]:
     """Rows and columns of the patches in a batch of flattened ones.
 
     Args:
         shape: of the patches, (B, N, P P C).
-        spatial_shapes: rows and columns of each image.
+        spatial_shapes: (B, 2), rows and columns of each image.
         config: the sizes.
 
     Raises:
@@ -289,19 +297,25 @@ def patch_grid(
             f"flattened patches must be of {size} numbers, {height} x {width} pixels of "
             f"{config.num_channels} channels; given {shape[2]}."
         )
-    if spatial_shapes is None or len(spatial_shapes) != shape[0]:
+    if not shape[0]:
+        raise InputError("flattened patches must be of at least one image; given none.")
+    given = np.asarray(() if spatial_shapes is None else spatial_shapes)
+    if given.shape != (shape[0], 2) or given.dtype.kind not in "iu":
         raise InputError(
-            "`spatial_shapes` must be given with flattened patches: rows and columns of each image."
+            "`spatial_shapes` must be given with flattened patches: rows and columns of each image,"
+            f" integers ({shape[0]}, 2); given "
+            + ("None." if spatial_shapes is None else f"{given.dtype} of shape {given.shape}.")
         )
-    grids = {tuple(grid) for grid in spatial_shapes}
+    grids = {(rows, columns) for rows, columns in given.tolist()}
     if len(grids) > 1:
         raise InputError(
             f"`spatial_shapes` must be the same for all images of a batch; given {sorted(grids)}. "
             "Run images of other shapes in a batch of their own."
         )
-    rows, columns = (int(count) for count in grids.pop())
-    if not 0 < rows * columns <= shape[1]:
+    rows, columns = grids.pop()
+    if min(rows, columns) < 1 or rows * columns > shape[1]:
         raise InputError(
-            f"`spatial_shapes` must be of at most {shape[1]} patches; given {rows} x {columns}."
+            f"`spatial_shapes` must be of at most {shape[1]} patches and at least one; "
+            f"given {rows} x {columns}."
         )
     return rows, columns

@@ -225,15 +225,7 @@ class ViTConfig:
             cls.extended_type = cls.model_type  # or its files would be read as another class
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if len(args) > len(self.fields):
-            raise ConfigError(
-                f"{type(self).__name__} takes at most {len(self.fields)} positional arguments."
-            )
-        for name, value in zip(self.fields, args, strict=False):
-            if name in kwargs:
-                raise ConfigError(f"config: `{name}` was given twice.")
-            kwargs[name] = value
-
+        kwargs = self._by_name(args, kwargs)
         for name, value in kwargs.items():
             check_depth(name, value)
         model_type = kwargs.pop("model_type", None)
@@ -269,6 +261,19 @@ class ViTConfig:
         for name, value in instead.items():
             setattr(self, name, value)
         self.validate()
+
+    @classmethod
+    def _by_name(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Keywords of positional arguments, by the order of the fields, and those given as such."""
+        if len(args) > len(cls.fields):
+            raise ConfigError(
+                f"{cls.__name__} takes at most {len(cls.fields)} positional arguments."
+            )
+        positional = dict(zip(cls.fields, args, strict=False))
+        for name in positional:
+            if name in kwargs:
+                raise ConfigError(f"config: `{name}` was given twice.")
+        return {**kwargs, **positional}
 
     def _set_unknown(self, name: str, value: Any) -> None:
         """Keep a key that is no field of this family."""

@@ -72,6 +72,7 @@ _NETWORK: tuple[tuple[str, PartitionSpec], ...] = (
     (rf"{_BLOCK}/(attention/)?output/dense/(bias|kernel_scale|kernel_sums)", _WHOLE),
     (rf"{_BLOCK}/(layernorm_(before|after)|attention/output/layernorm)/(scale|bias)", _WHOLE),
     (rf"{_ATTENTION}/(query|key)_norm/(scale|bias)", _WHOLE),  # of one head, the same for all
+    (rf"{_BLOCK}/intermediate/layernorm/(scale|bias)", _WHOLE),
     (rf"{_BLOCK}/output/layernorm/(scale|bias)", _PART),  # of the MLP's width
     (rf"{_BLOCK}/lambda_[12]", _WHOLE),
     (r"(pre_layernorm|layernorm|pooler/layernorm)/(scale|bias)", _WHOLE),

@@ -171,7 +171,7 @@ class _WholeConfig(_Tower):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         names = list(type(self).fields)
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        kwargs = self._by_name(args, kwargs)
         for key, cls in self.sub_configs.items():
             given, legacy = kwargs.get(key), kwargs.pop(f"{key}_dict", None)
             if not isinstance(given, cls) or legacy is not None:
@@ -181,6 +181,8 @@ class _WholeConfig(_Tower):
             for name in [*kwargs]
             if name in self.sub_configs["vision_config"].keywords() and name not in names
         }
+        if inner:  # in a copy: the caller's own configuration stays as it is
+            kwargs["vision_config"] = copy.copy(kwargs["vision_config"])
         for name, value in inner.items():
             setattr(kwargs["vision_config"], name, value)
         super().__init__(**kwargs)
@@ -568,7 +570,13 @@ class Siglip2VisionConfig(
     def image_size(self, size: Any) -> None:
         size = ROWS["image_size"].check("image_size", size)
         H, W = size if isinstance(size, tuple) else (size, size)
-        rows, columns = H // self.patch_height_width[0], W // self.patch_height_width[1]
+        height, width = self.patch_height_width
+        if H % height or W % width:
+            raise ConfigError(
+                "config: `image_size` of a SigLIP 2 must be a multiple of `patch_size`, "
+                f"{self.patch_size!r}; given {shown(size)}."
+            )
+        rows, columns = H // height, W // width
         if rows != columns:
             raise ConfigError(
                 "config: `image_size` of a SigLIP 2 must have as many patches down as across: its "

@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from vit_flax.cpu.half import array_dtype, half_product, operand_dtype
+from vit_flax.cpu.half import array_dtype, half_product, operand_dtype, traced_for
 
 _MOST_SCORES = 8 * 2**20  # numbers, 32 MB of float32: what a processor's cache may hold
 
@@ -71,7 +71,6 @@ def _product(x: jax.Array, y: jax.Array, *, precision: jax.lax.PrecisionLike) ->
     return jnp.matmul(x, y, precision=precision, preferred_element_type=wide)
 
 
-@partial(jax.jit, static_argnames="precision")  # traced once for all blocks
 def attention_cpu_inline(
     query: jax.Array,
     key: jax.Array,
@@ -81,6 +80,11 @@ def attention_cpu_inline(
 ) -> jax.Array:
     """`attention_cpu` as a part of a program that holds nothing but JAX's own operations, which
     JAX differentiates as it does any other."""
+    return _traced_once(query, key, value, *bias, precision=precision, traced=traced_for())
+
+
+@partial(jax.jit, static_argnames=("precision", "traced"))  # once for all blocks
+def _traced_once(query, key, value, *bias, precision, traced):
     return attention_cpu(query, key, value, bias=(*bias, None)[0], precision=precision)
 
 

@@ -17,7 +17,13 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from vit_common.checks import Interpolate, check_rank, check_token_ids, check_tokens
+from vit_common.checks import (
+    Interpolate,
+    check_beside_tokens,
+    check_rank,
+    check_token_ids,
+    check_tokens,
+)
 from vit_common.config import ViTConfig
 from vit_common.errors import InputError
 from vit_flax.arguments import as_array, check_key, values_of
@@ -444,14 +450,8 @@ class WithText(TransformersTree):
         given = {"attention_mask": attention_mask, "position_ids": position_ids}
         for name, value in given.items():
             arrays[name] = None if value is None else as_array(name, value)
-            if value is not None and arrays[name].shape not in (
-                input_ids.shape,
-                (1, input_ids.shape[1]),
-            ):
-                raise InputError(
-                    f"`{name}` must have the shape of `input_ids`, {input_ids.shape}; given "
-                    f"{arrays[name].shape}."
-                )
+            if value is not None:
+                check_beside_tokens(input_ids.shape, **{name: arrays[name].shape})
         if position_ids is not None:
             values = values_of("position_ids", arrays["position_ids"])
             check_token_ids("position_ids", values, config.max_position_embeddings)

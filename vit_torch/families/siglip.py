@@ -137,7 +137,7 @@ def sigmoid_loss(logits_per_text):
 # -- SigLIP 2 for images of any size
 
 
-def images_of(pixel_values, pixel_attention_mask, spatial_shapes, config: ViTConfig):
+def images_of(pixel_values, spatial_shapes, config: ViTConfig):
     """Images (B, C, H, W), where patches are given (B, N, P P C), channels last, as `unfold` of an
     image processor makes them; what pads them is left out. Images come back as they are.
 
@@ -202,7 +202,7 @@ class Siglip2VisionModel(ImageTower, Siglip2PreTrainedModel):
             InputError: an argument does not fit the model.
         """
         return super().forward(
-            images_of(pixel_values, pixel_attention_mask, spatial_shapes, self.config),
+            images_of(pixel_values, spatial_shapes, self.config),
             output_attentions,
             output_hidden_states,
             interpolate_pos_encoding,
@@ -233,7 +233,7 @@ class Siglip2ForImageClassification(ImageTowerClassifier, Siglip2PreTrainedModel
         """Run the network; arguments as `ViTForImageClassification` and `Siglip2VisionModel`, in
         the order of Transformers' class."""
         return super().forward(
-            images_of(pixel_values, pixel_attention_mask, spatial_shapes, self.config),
+            images_of(pixel_values, spatial_shapes, self.config),
             labels,
             output_attentions,
             output_hidden_states,
@@ -283,7 +283,7 @@ class Siglip2Model(SiglipModel, Siglip2PreTrainedModel):
         """Run both towers; arguments as `SiglipModel` and `Siglip2VisionModel`."""
         return super().forward(
             input_ids,
-            images_of(pixel_values, pixel_attention_mask, spatial_shapes, self.config),
+            images_of(pixel_values, spatial_shapes, self.config),
             attention_mask,
             position_ids,
             return_loss,
@@ -293,7 +293,14 @@ class Siglip2Model(SiglipModel, Siglip2PreTrainedModel):
             **kwargs,
         )
 
-    def get_image_features(self, pixel_values, pixel_attention_mask=None, spatial_shapes=None):
-        """The pooled output of images, (images, P), not normalised."""
-        images = images_of(pixel_values, pixel_attention_mask, spatial_shapes, self.config)
-        return super().get_image_features(images)
+    def get_image_features(
+        self,
+        pixel_values,
+        pixel_attention_mask=None,
+        spatial_shapes=None,
+        *,
+        interpolate_pos_encoding: Interpolate = None,
+    ):
+        """The pooled output of images, (images, P), not normalised; arguments as a call's."""
+        images = images_of(pixel_values, spatial_shapes, self.config)
+        return super().get_image_features(images, interpolate_pos_encoding)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from vit_common.checks import Interpolate, check_token_ids, check_tokens
+from vit_common.checks import Interpolate, check_beside_tokens, check_token_ids, check_tokens
 from vit_common.config import ViTConfig
 from vit_common.errors import InputError
 from vit_torch.arguments import check_tensors, has_values
@@ -164,6 +164,9 @@ class TextNetwork(ViTPart):
         if input_ids is None:
             raise InputError("`input_ids` must be given: the ids of the tokens of texts.")
         check_tokens(tuple(input_ids.shape), self.config)
+        for name, beside in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+            if beside is not None:
+                check_beside_tokens(tuple(input_ids.shape), **{name: tuple(beside.shape)})
         for name, ids, count in (
             ("input_ids", input_ids, self.config.vocab_size),
             ("position_ids", position_ids, self.config.max_position_embeddings),
