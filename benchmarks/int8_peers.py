@@ -130,9 +130,7 @@ def on_openvino(source: str, files: Path, kind: str) -> Run:
 
     model = openvino.Core().read_model(onnx_file(source, files))
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
-    if kind == "bfloat16":
-        options = {"INFERENCE_PRECISION_HINT": "bf16"}
-    elif kind == "int8":
+    if kind == "int8":
         import nncf
 
         model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)

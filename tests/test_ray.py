@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from vit_cli.main import main as vit
+from vit_cli.runs.ray_run import _Output
 from vit_common.embedded import embedded_checkpoint, embedded_images
-from vit_common.errors import HostError, InputError
+from vit_common.errors import ExistingFileError, HostError, InputError
 from vit_flax.inference import ImageClassifier, ImageEncoder
 from vit_flax.inference.ray_data import ImageFeatures, ImagePredictions
 
@@ -220,6 +221,28 @@ def test_images_are_found(tmp_path):
         place = name if "://" in name else tmp_path / name
         with pytest.raises((InputError, OSError), match=words):
             find(place, column="photo")
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_force_replaces_an_output_and_nothing_else(tmp_path, scheme):
+    """And only when the new one is about to be written."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    old = folder / "0_000000_000000.parquet"
+    old.write_bytes(b"old")
+    name = f"{scheme}{folder}"
+    with pytest.raises(ExistingFileError, match="Pass --force"):
+        _Output(name, force=False)
+    output = _Output(name, force=True)
+    assert old.exists()
+    with output.written() as place:
+        new = Path(place.removeprefix(scheme)) / "1_000000_000000.parquet"
+        new.parent.mkdir(exist_ok=True)
+        new.write_bytes(b"new")
+    assert [each.name for each in folder.iterdir()] == [new.name]
+    (folder / "photo.jpg").write_bytes(b"")
+    with pytest.raises(ExistingFileError, match=r"holds photo\.jpg, which no earlier output has"):
+        _Output(name, force=True)
 
 
 def test_a_cluster_that_is_not_there():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import importlib.util
 import io
 import json
@@ -30,14 +31,16 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("multipart")
 
 from vit_cli.main import main
+from vit_cli.options import Parser
 from vit_cli.serve.app import make_app
 from vit_cli.serve.batcher import Batcher, Slot
-from vit_cli.serve.limits import Limits
+from vit_cli.serve.command import add_options, make_service, names_of
+from vit_cli.serve.limits import Deadline, Limits
 from vit_cli.serve.openapi import description
 from vit_cli.serve.service import Service
 from vit_common.embedded import embedded_checkpoint, embedded_images
 from vit_common.errors import DeviceError
-from vit_flax.inference import ImageClassifier, ImageIndex
+from vit_flax.inference import ImageClassifier, ImageEncoder, ImageIndex
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 DIGITS = [path.read_bytes() for path in embedded_images()]
@@ -248,6 +251,7 @@ def test_more_that_is_refused(app, monkeypatch):
         405,
         "GET is not for this path; see /openapi.json.",
     )
+    assert answer.headers["allow"] == "POST"
 
 
 def test_one_bad_image_of_several(app, service):
@@ -358,6 +362,8 @@ def test_memory_of_requests_is_bounded(gated):
 
     refused, taken = now(run())
     assert refused.status == 429
+    size = 2 * len(DIGITS[0])
+    assert f"requests hold {size} bytes already (at most {size})" in refused.json["error"]
     assert [each.status for each in taken] == [200] * 2
     assert service.held == 0
 
@@ -562,7 +568,10 @@ def test_what_the_command_refuses(capsys, monkeypatch, tmp_path):
         port = str(taken.getsockname()[1])
         assert main(["serve", "--port", port]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"vit: error: cannot listen on 127.0.0.1, port {port} (")
+    assert said == (
+        f"vit: error: cannot listen on 127.0.0.1, port {port} (Address already in use); see --host "
+        "and --port.\n"
+    )
     for options, text in (
         (["--port", "65536"], "must be from 0 to 65535"),
         (["--timeout", "0"], "must be a positive number of seconds"),
@@ -584,8 +593,53 @@ def test_what_the_command_refuses(capsys, monkeypatch, tmp_path):
     )
     assert main(["serve"]) == 2
     assert capsys.readouterr().err == (
-        "vit: error: a server needs starlette and uvicorn; run: pip install 'vitflax[serve]'.\n"
+        "vit: error: a server needs starlette, uvicorn and python-multipart; run: pip install "
+        "starlette uvicorn python-multipart (the extra `serve`)\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("address", "options", "others"),
+    [
+        ("127.0.0.1", [], set()),
+        ("127.0.0.2", ["--host", "127.0.0.2"], {"127.0.0.2"}),
+        ("::1", ["--host", "::1", "--allow-host", "My.Proxy"], {"my.proxy", "::1"}),
+        ("0.0.0.0", ["--host", "0.0.0.0"], None),
+        ("10.0.0.7", ["--host", "here", "--allow-host", "b"], {"here", "b"}),
+    ],
+)
+def test_names_that_are_answered(address, options, others):
+    parser = Parser("vit serve")
+    add_options(parser)
+    found = names_of(parser.parse(options), address)
+    here = address in ("127.0.0.1", "127.0.0.2", "::1")
+    local = {"127.0.0.1", "localhost", "[::1]"} if here else set()
+    assert found == (None if others is None else local | others)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_model_is_read_as_the_index_says(tmp_path, named):
+    """So its images are their own nearest; the same model as its files say makes other features."""
+    model, images = str(embedded_checkpoint()), embedded_images()
+    encode = ImageEncoder.from_pretrained(model, layer_norm_eps=0.5)
+    made_with = {"model": model, "layers": [-1], "pool": "cls", "layer_norm_eps": 0.5}
+    np.savez(
+        tmp_path / "f.npz",
+        features=encode.features(images),
+        files=np.array(list(map(str, images))),
+        made_with=np.array(json.dumps(made_with)),
+    )
+    parser = Parser("vit serve")
+    add_options(parser)
+    names = [model] if named else []
+    options = parser.parse([*names, "--index", str(tmp_path / "f.npz"), "--batch-size", "1"])
+    with contextlib.ExitStack() as stack:
+        service = make_service(options, stack)
+        stack.callback(service.close)
+        (row,) = now(service.answer(service.near, [DIGITS[3]], Deadline(60)))
+        (near,) = now(service.search(row[None], 1))
+    assert (service.name, near[0].index) == (model, 3)
+    assert near[0].similarity == pytest.approx(1.0, abs=1e-6)
 
 
 @pytest.fixture

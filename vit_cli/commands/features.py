@@ -36,8 +36,8 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--pool",
         choices=("cls", "mean", "none"),
-        help="the class token, the mean of the patches, or all tokens (default: cls, of networks "
-        "without a class token mean)",
+        help="the class token, the mean of the patches, or all tokens (default: cls, or mean for a "
+        "network without a class token)",
     )
     parser.add_argument(
         "--store-dtype",

@@ -431,17 +431,23 @@ class _Output:
         self.name = name
         self.remote = "://" in name
         self.system, self.path = _system(name)
+        self._stale = False
         about = self.system.get_file_info(self.path)
         if about.type == FileType.File:
             raise MissingFileError(f"{name}: with --on ray the output is a folder; this is a file.")
         if about.type == FileType.Directory:
             inside = self.system.get_file_info(FileSelector(self.path))
+            for each in inside:
+                if each.type != FileType.File or not each.base_name.endswith(".parquet"):
+                    raise ExistingFileError(
+                        f"{name}: holds {each.base_name}, which no earlier output has; nothing was "
+                        "written. Name another folder with --output."
+                    )
             if inside and not force:
                 raise ExistingFileError(
                     f"{name}: already there; nothing was written. Pass --force to overwrite."
                 )
-            if self.remote and inside:
-                self.system.delete_dir_contents(self.path)
+            self._stale = bool(inside)
         if not self.remote and not Path(self.path).parent.is_dir():
             raise MissingFileError(f"{Path(self.path).parent}: no such directory; make it first.")
 
@@ -449,6 +455,8 @@ class _Output:
     def written(self) -> Iterator[str]:
         """Where Ray is to write; what is there becomes the output, unless this fails."""
         if self.remote:
+            if self._stale:
+                self.system.delete_dir_contents(self.path)
             yield self.name
             return
         partial = f"{self.path}.partial"

@@ -198,8 +198,10 @@ class How:
     """
 
     def __init__(self, options: Options, index: ImageIndex, model: str | None) -> None:
-        self._options, self._index, self._model = options, index, model
         stated = self._stated = index.made_with
+        # The name that the index has too says nothing new: the rest is as the index says.
+        model = None if model == stated.get("model") else model
+        self._options, self._index, self._model = options, index, model
         if model is None and "model" not in stated:
             raise self._fail("does not say which model made it; name that with --model")
         self.layers = self._one_of("--layers", options.layers, self._stated_layers(), (-1,))
@@ -236,7 +238,8 @@ class How:
         return stated if given is None else given
 
     @property
-    def _name(self) -> str | None:
+    def name(self) -> str | None:
+        """Name of the model; None is the small one of digits."""
         stated = self._stated.get("model")
         if self._model is not None:
             return self._model
@@ -244,8 +247,12 @@ class How:
             raise self._fail(f"names the model {stated!r}; wanted its name")
         return stated
 
-    def load(self) -> Any:
+    def load(self, kind: str = "ImageEncoder", devices: int | None = 1) -> Any:
         """The network.
+
+        Args:
+            kind: class of `vit_flax.inference`.
+            devices: of this machine to use; None is all.
 
         Raises:
             ViTError: it cannot be loaded.
@@ -260,10 +267,10 @@ class How:
             reading = self._reading(reading)
         try:
             return load_for_inference(
-                "ImageEncoder",
-                self._name,
+                kind,
+                self.name,
                 dtype or "float32",
-                devices=1,
+                devices=devices,
                 **precision,
                 **reading.keywords,
             )
@@ -305,13 +312,12 @@ class How:
                 f"holds features of {' x '.join(map(str, wanted))} per image; {self._shown} gives "
                 f"{made}. Both must be of the same model, layers and pooling"
             )
-        stated = self._stated.get("model", self._model)
-        if self._model is not None and ("model" not in self._stated or stated != self._model):
+        if self._model is not None:
             self._compare(encoder)
 
     @property
     def _shown(self) -> str:
-        return self._name or "the model of digits that comes with the package"
+        return self.name or "the model of digits that comes with the package"
 
     def _compare(self, encoder: Any) -> None:
         """Make the features of one image of the index anew, and compare."""

@@ -106,23 +106,32 @@ def write(path: str, rows: Sequence[tuple[str, Sequence[Neighbour]]], *, beside:
 
 def _tile(place: Path | None) -> PIL.Image.Image | None:
     """An image as a square of `_SIDE` pixels, or None where it cannot be read."""
+    if place is None:
+        return None
+    try:
+        image = small(place, _SIDE)
+    except ViTError:
+        return None
+    square = _empty()
+    square.paste(image, ((_SIDE - image.width) // 2, (_SIDE - image.height) // 2))
+    return square
+
+
+def small(place: Path, side: int) -> PIL.Image.Image:
+    """An image whose longer side has so many pixels.
+
+    Raises:
+        ViTError: it cannot be read.
+    """
     import PIL.Image
 
     from vit_common.images.pictures import load_image
 
-    if place is None:
-        return None
-    try:
-        image = load_image(place, at_least=(_SIDE, _SIDE)).convert("RGB")
-    except ViTError:
-        return None
-    scale = _SIDE / max(image.size)
+    image = load_image(place, at_least=(side, side)).convert("RGB")
+    scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     smooth = PIL.Image.Resampling.NEAREST if scale > 4 else PIL.Image.Resampling.LANCZOS
-    square = _empty()
-    image = image.resize(size, smooth)
-    square.paste(image, ((_SIDE - size[0]) // 2, (_SIDE - size[1]) // 2))
-    return square
+    return image.resize(size, smooth)
 
 
 def _empty() -> PIL.Image.Image:

@@ -39,7 +39,10 @@ def check_installed() -> None:
         InputError: they are not.
     """
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
-        raise InputError("a server needs starlette and uvicorn; run: pip install 'vitflax[serve]'.")
+        raise InputError(
+            "a server needs starlette, uvicorn and python-multipart; run: pip install starlette "
+            "uvicorn python-multipart (the extra `serve`)"
+        )
 
 
 def make_app(service: Service, *, hosts: Iterable[str] | None = None) -> Any:
@@ -232,7 +235,8 @@ def make_app(service: Service, *, hosts: Iterable[str] | None = None) -> Any:
         if status == 405:
             text = f"{request.method} is not for this path; see /openapi.json."
         service.metrics.request("other", status, 0.0)
-        return refused(Refusal(status, text))
+        headers = getattr(error, "headers", None)  # of 405: the methods that are allowed
+        return JSONResponse({"error": text}, status, headers=headers)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:

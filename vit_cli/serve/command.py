@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import warnings
+import ipaddress
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,9 @@ def add_options(parser: Parser) -> None:
         help="features of `vit features`, to find the nearest pictures in",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="compute dtype (default: float32)"
+        "--dtype",
+        choices=DTYPES,
+        help="compute dtype (default: that of the index, or float32)",
     )
     add_precision(parser)
     parser.add_argument(
@@ -127,7 +129,7 @@ def limits_of(options: Options) -> Limits:
     return dataclasses.replace(
         _USUAL,
         queue=options.most_queue,
-        images=options.most_images,
+        images=min(options.most_images, options.most_queue),
         body=options.most_bytes,
         pixels=options.most_pixels,
         memory=max(_USUAL.memory, 2 * options.most_bytes),
@@ -150,27 +152,35 @@ def run(options: Options) -> int:
         listener = stack.enter_context(listen(options.host, options.port))
         host, port = listener.getsockname()[:2]
         service = make_service(options, stack)
-        hosts = None
-        if host in ("127.0.0.1", "::1"):
-            hosts = {*_LOCAL, *map(str.lower, options.allow_host)}
-        elif options.allow_host:
-            hosts = {*map(str.lower, options.allow_host), options.host.lower()}
+        shown = f"[{host}]" if ":" in host else host
         import PIL.Image
 
         # Images are looked at before they are decoded; Pillow's own bound is for nobody to meet.
         stack.callback(setattr, PIL.Image, "MAX_IMAGE_PIXELS", PIL.Image.MAX_IMAGE_PIXELS)
         PIL.Image.MAX_IMAGE_PIXELS = None
         stack.enter_context(logged("uvicorn.error", least="ERROR"))
-        shown = f"[{host}]" if ":" in host else host
         say(f"serving {service.name} at http://{shown}:{port} (Ctrl-C ends it)")
         serve(
-            make_app(service, hosts=hosts),
+            make_app(service, hosts=names_of(options, host)),
             listener,
             connections=4 * service.limits.queue,
             seconds=service.limits.seconds,
         )
         say(f"stopped after {sum(service.metrics.images.values())} images")
     return DONE
+
+
+def names_of(options: Options, host: str) -> set[str] | None:
+    """Names in the Host header that are answered; None is any.
+
+    Args:
+        options: of the command.
+        host: the address that is listened on.
+    """
+    more = {name.lower() for name in options.allow_host}
+    if ipaddress.ip_address(host).is_loopback:
+        return {*_LOCAL, host, *more}
+    return {options.host.lower(), *more} if more else None
 
 
 def make_service(options: Options, stack: ExitStack) -> Any:
@@ -188,23 +198,28 @@ def make_service(options: Options, stack: ExitStack) -> Any:
     how = None
     if options.index is not None:
         index = stack.enter_context(ImageIndex.open(options.index))
-        stated = index.made_with.get("model")
-        name = name or (stated if isinstance(stated, str) else None)
         options.layers = options.pool = None
         how = How(options, index, name)
-        near = (how.layers, how.pool)
-    keywords = {
-        "devices": options.devices,
-        **precision_of(options),
-        **Reading.of(options).keywords,
-    }
+        name, near = how.name, (how.layers, how.pool)
+
+    def load(kind: str) -> Any:
+        if how is not None:
+            return how.load(kind, options.devices)
+        return load_for_inference(
+            kind,
+            name,
+            options.dtype or "float32",
+            devices=options.devices,
+            **precision_of(options),
+            **Reading.of(options).keywords,
+        )
+
     try:
-        encoder = load_for_inference("ImageClassifier", name, options.dtype, **keywords)
+        encoder = load("ImageClassifier")
     except CheckpointError as error:
         if "have no classifier" not in str(error):
             raise
-        with warnings.catch_warnings():
-            encoder = load_for_inference("ImageEncoder", name, options.dtype, **keywords)
+        encoder = load("ImageEncoder")
     if how is not None:
         how.check(encoder)
     service = Service(

@@ -28,8 +28,9 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = found[0]
         made = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except (OSError, OverflowError, UnicodeError) as error:
+        why = reason(error).partition(" (while attempting")[0]  # which names the address again
         raise InputError(
-            f"cannot listen on {host}, port {port} ({reason(error)}); see --host and --port."
+            f"cannot listen on {host}, port {port} ({why}); see --host and --port."
         ) from error
     return made
 
@@ -84,10 +85,10 @@ def serve(app: Any, listener: socket.socket, *, connections: int, seconds: float
             if self.transport.is_closing():
                 return
             if self.cycle is None or self.cycle.response_complete:
-                text = b"the headers did not come in time."
+                text = b'{"error":"the headers did not come in time."}'
                 self.transport.write(
                     b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-type: "
-                    b"text/plain; charset=utf-8\r\ncontent-length: %d\r\n\r\n" % len(text) + text
+                    b"application/json\r\ncontent-length: %d\r\n\r\n" % len(text) + text
                 )
                 self.transport.close()
 

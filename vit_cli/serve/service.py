@@ -144,14 +144,14 @@ class Service:
         limits = self.limits
         if self.stopping:
             raise Refusal(503, "this server is being stopped.", retry=1, close=True)
-        if self.waiting + images > limits.queue or self.held + size > limits.memory:
-            left = math.ceil(self.waiting / self._batcher.rate) if self._batcher.rate else 1
-            raise Refusal(
-                429,
-                f"{self.waiting} images are waiting already (at most {limits.queue}); try again "
-                "later.",
-                retry=min(_AFTER, max(1, left)),
-            )
+        if self.waiting + images > limits.queue:
+            full = f"{self.waiting} images are waiting already (at most {limits.queue})"
+        elif self.held + size > limits.memory:
+            full = f"requests hold {self.held} bytes already (at most {limits.memory})"
+        else:
+            return
+        left = math.ceil(self.waiting / self._batcher.rate) if self._batcher.rate else 1
+        raise Refusal(429, f"{full}; try again later.", retry=min(_AFTER, max(1, left)))
 
     # -- images
 
@@ -322,8 +322,7 @@ class Service:
         Raises:
             Refusal: there is none of that number, or its file is gone or cannot be read.
         """
-        from vit_cli.search.sheet import find_file
-        from vit_common.images.pictures import load_image
+        from vit_cli.search.sheet import find_file, small
 
         index = self.index
         if index is None or not 0 <= number < len(index):
@@ -332,12 +331,9 @@ class Service:
         if place is None:
             raise Refusal(404, "this picture is not here any more.")
         try:
-            image = load_image(place, at_least=(side, side)).convert("RGB")
+            image = small(place, side)
         except (ImageError, InputError, OSError):
             raise Refusal(404, "this picture cannot be read.") from None
-        scale = side / max(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        image = image.resize(size, 0 if scale > 4 else 1)
         stream = io.BytesIO()
         image.save(stream, "JPEG", quality=85)
         return stream.getvalue()
