@@ -690,6 +690,20 @@ def test_a_server_on_this_machine(serving, theirs):
     assert code == 0
 
 
+def test_a_second_interrupt_ends_it_at_once(serving):
+    server = serving.Server(str(embedded_checkpoint()), "--batch-size", "1")
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(serving.request("/predict", DIGITS[0])[:-20])
+        time.sleep(0.3)  # it has begun
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert server.process.poll() is None
+        server.process.send_signal(signal.SIGINT)
+        _, said = server.process.communicate(timeout=30)
+    assert server.process.returncode == 130
+    assert said == "vit: stopped after 0 images\n"
+
+
 @pytest.mark.slow
 def test_two_thousand_hostile_requests(serving, theirs):
     options = ["--timeout", "5", "--max-bytes", "2000000"]

@@ -21,7 +21,7 @@ from vit_cli.options import (
     precision_of,
 )
 from vit_cli.serve.limits import Limits
-from vit_cli.terminal.exit_codes import DONE
+from vit_cli.terminal.exit_codes import DONE, INTERRUPTED
 from vit_cli.terminal.messages import logged, say
 from vit_common.errors import CheckpointError
 
@@ -140,6 +140,9 @@ def limits_of(options: Options) -> Limits:
 def run(options: Options) -> int:
     """Serve until SIGINT or SIGTERM.
 
+    Returns:
+        The exit code: 130 if a second SIGINT came before all requests were answered.
+
     Raises:
         ViTError: the model or the index cannot be used, or the address not be listened on.
     """
@@ -160,14 +163,14 @@ def run(options: Options) -> int:
         PIL.Image.MAX_IMAGE_PIXELS = None
         stack.enter_context(logged("uvicorn.error", least="ERROR"))
         say(f"serving {service.name} at http://{shown}:{port} (Ctrl-C ends it)")
-        serve(
+        ended = serve(
             make_app(service, hosts=names_of(options, host)),
             listener,
             connections=4 * service.limits.queue,
             seconds=service.limits.seconds,
         )
         say(f"stopped after {sum(service.metrics.images.values())} images")
-    return DONE
+    return DONE if ended else INTERRUPTED
 
 
 def names_of(options: Options, host: str) -> set[str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import socket
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ def listen(host: str, port: int) -> socket.socket:
     return made
 
 
-def serve(app: Any, listener: socket.socket, *, connections: int, seconds: float) -> None:
+def serve(app: Any, listener: socket.socket, *, connections: int, seconds: float) -> bool:
     """Answer until SIGINT or SIGTERM; then finish what is being answered. A second SIGINT ends it
     at once.
 
@@ -44,6 +45,9 @@ def serve(app: Any, listener: socket.socket, *, connections: int, seconds: float
         listener: where from.
         connections: at a time; further ones are refused with 503.
         seconds: that a request may take.
+
+    Returns:
+        Whether it ended in good order; False after a second SIGINT.
     """
     import asyncio
 
@@ -120,4 +124,16 @@ def serve(app: Any, listener: socket.socket, *, connections: int, seconds: float
         timeout_keep_alive=_KEEP_SECONDS,
         timeout_graceful_shutdown=int(seconds + _GRACE),
     )
-    asyncio.run(Server(config).serve(sockets=[listener]))
+    server = Server(config)
+
+    def wanted(record: logging.LogRecord) -> bool:
+        """Not the cancelled tasks of a server that was told to end at once."""
+        return not server.force_exit
+
+    log = logging.getLogger("uvicorn.error")
+    log.addFilter(wanted)
+    try:
+        asyncio.run(server.serve(sockets=[listener]))
+    finally:
+        log.removeFilter(wanted)
+    return not server.force_exit
