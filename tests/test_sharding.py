@@ -18,6 +18,7 @@ import transformers
 from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
+from kinds import config_of
 from networks import flax_twin, make_config, random_weights, randomize
 
 import vit_flax
@@ -35,6 +36,7 @@ from vit_flax.sharding import (
     partition_spec,
     tree_shardings,
 )
+from vit_flax.training.lora import lora
 
 SMALL = {
     "hidden_size": 64,
@@ -243,6 +245,18 @@ def test_training_splits_every_large_array(cls, config):
     places = {path: param_shardings(mesh, path) for path in flatten_dict(shapes)}
     assert flatten_dict(adam.mu) == flatten_dict(adam.nu) == places
     assert adam.count.spec == P()
+
+
+@pytest.mark.parametrize("kind", ["ResNet-D", "ViTamin's stem", "MobileCLIP's stem", "hybrid"])
+def test_adapters_of_convolutions_are_split_as_their_kernels(kind):
+    model = FlaxViTForImageClassification(config_of(kind))
+    adapter = lora(model, rank=2, targets=r".*stem.*conv.*|.*projection", dora=True)
+    params = adapter.init(model.params)
+    shapes = flatten_dict(params["lora"])
+    assert any(path[-3:-1] == ("stem", "convolution") for path in shapes)
+    wanted = {"lora_A": P(), "lora_B": P(None, "fsdp"), "lora_magnitude": P("fsdp")}
+    for path in shapes:
+        assert partition_spec(path, TRAINING_AXES) == wanted[path[-1]], path
 
 
 def test_a_batch_is_split_over_every_axis_that_holds_images():

@@ -138,7 +138,7 @@ def _adapter_spec(path: tuple[str, ...], axes: Sequence[str]) -> PartitionSpec:
     """The split of a low-rank adapter (`vit_flax.training.lora`): as the kernel's inputs and
     outputs are split, with the rank whole."""
     kernel = (*path[:-1], "kernel")
-    axis_count = 4 if path[-2] == "projection" else 2
+    axis_count = 4 if path[-2] == "projection" or "stem" in path else 2  # of a convolution: 4
     spec = [*partition_spec(kernel, axes)]
     spec += [None] * (axis_count + ("stacked" in path) - len(spec))
     before, inputs, outputs = spec[:-axis_count], spec[-axis_count:-1], spec[-1]

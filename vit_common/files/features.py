@@ -24,7 +24,7 @@ from vit_common.files.texts import parse_json, reason
 
 SUFFIXES = (".npz", ".parquet", ".safetensors")
 _FEW = 64  # rows
-_FLOATS = ("float16", "float32", "float64", "bfloat16")
+FLOATS = ("float16", "float32", "float64", "bfloat16")
 
 
 class FeatureStore:
@@ -133,7 +133,7 @@ class FeatureStore:
             raise self._fail(
                 f"holds no `features`; it holds {some}. `vit features` writes such a file."
             )
-        if found.dtype.name not in _FLOATS:
+        if found.dtype.name not in FLOATS:
             raise self._fail(f"`features` must be of floats; given {found.dtype.name}.")
         self.shape = found.shape
         self._blocks = lambda rows: (

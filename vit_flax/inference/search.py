@@ -12,7 +12,7 @@ import numpy as np
 
 from vit_common.checks import check_positive
 from vit_common.errors import InputError, shown, warn
-from vit_common.files.features import FeatureStore
+from vit_common.files.features import FLOATS, FeatureStore
 
 _BLOCK_BYTES = 32 << 20  # of float32 vectors, and of the similarities of a block to the queries
 _QUERIES_AT_ONCE = 1024
@@ -349,7 +349,7 @@ def _array(name: str, value: Any) -> np.ndarray:
 
 
 def _is_float(dtype: np.dtype) -> bool:
-    return dtype.name in ("float16", "float32", "float64", "bfloat16")
+    return dtype.name in FLOATS
 
 
 def _size(shape: Iterable[int]) -> str:

@@ -62,7 +62,7 @@ class Layer:
     Attributes:
         name: canonical name in files, with its prefix and without ".weight".
         path: of the layer in the model's tree, without "kernel".
-        shape: of the kernel: (in, out), or (P, P, C, D) of the patch projection.
+        shape: of the kernel: (in, out), or (h, w, in, out) of a convolution.
         rank: r.
         alpha: the scale is alpha / r, or alpha / sqrt(r).
     """
@@ -80,7 +80,7 @@ class Lora:
 
     The arrays themselves are in a tree {"model": parameters, "lora": adapters}, which `init` makes
     and a training state holds. In it a dense kernel (in, out) has `lora_A` (in, r) and `lora_B` (r,
-    out); the patch projection (P, P, C, D) has (P, P, C, r) and (r, D).
+    out); that of a convolution (h, w, in, out) has (h, w, in, r) and (r, out).
 
     Attributes:
         settings: as in PEFT's `adapter_config.json`.
