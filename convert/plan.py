@@ -272,11 +272,35 @@ class Plan:
         weights = f"{files.stem}.{suffix}"
         return [target / name for name in (weights, f"{weights}.index.json", *beside)]
 
+    def _usual(self) -> dict[str, Any]:
+        """What a reader of the weights alone takes for granted: field -> value."""
+        table, config = self.table, self.config
+        usual = dict(table.settings)
+        if table.files.described or table.structured:
+            return usual
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        unsaid = () if table.unsaid is None else table.unsaid(shapes)
+        row = config.fields.get("hidden_act")  # a network of two towers has none of its own
+        if row is not None and "hidden_act" not in unsaid and not config.use_swiglu_ffn:
+            usual.setdefault("hidden_act", row.default)
+        # Names say attention pooling, and a norm of the mean; the mean of patches beside a class
+        # token they do not.
+        named = config.pooling == "map" or config.norm_after_pooling or not config.use_cls_token
+        if not named and config.base_family == "vit" and self.head == "classifier":
+            usual.setdefault("pooling", "cls")
+        return usual
+
+    def _close(self, implied: Mapping[str, Any]) -> bool:
+        """Whether these settings change the outputs by no more than a rounding or a resampling."""
+        gelus = ("gelu", "gelu_new", "gelu_pytorch_tanh")
+        exact = implied.get("hidden_act", "gelu") in gelus and self.config.hidden_act in gelus
+        return "pooling" not in implied and (exact or "hidden_act" not in implied)
+
     def report(self, target: Path, dry_run: bool) -> Report:
         source = self.source
         implied = {
             field: value
-            for field, value in self.table.settings.items()
+            for field, value in self._usual().items()
             if getattr(self.config, field) != value
         }
         warnings = []
@@ -286,8 +310,8 @@ class Plan:
                 + ", ".join(f"{name}={value!r}" for name, value in implied.items())
                 + "; this one has "
                 + ", ".join(f"{name}={getattr(self.config, name)!r}" for name in implied)
-                + ". Loading these weights without this configuration gives slightly different "
-                "outputs."
+                + ". Loading these weights without this configuration gives "
+                + ("slightly different outputs." if self._close(implied) else "other outputs.")
             )
         if self.table.loses is not None:
             warnings += self.table.loses(self.config, source.timm is not None)

@@ -102,3 +102,26 @@ def test_a_changed_weight_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(write, "_write_into", spoiled)
     with pytest.raises(CheckpointError, match=r"classifier\.bias differs"):
         convert(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("fields", "formats", "said"),
+    [
+        ({"hidden_act": "relu"}, ("deit", "dino", "torchvision", "google"), "hidden_act='gelu"),
+        ({"pooling": "mean"}, ("deit", "dino", "torchvision", "google"), "pooling='cls'"),
+        ({}, ("deit", "dino", "torchvision", "google"), None),
+        ({"pooling": "mean", "use_cls_token": False}, ("dino", "google"), None),
+        ({"hidden_act": "relu", "pooling": "mean"}, ("hub", "flax", "timm"), None),
+    ],
+)
+def test_what_weights_alone_do_not_say_is_said_when_they_are_written(
+    tmp_path, fields, formats, said
+):
+    """Read without a configuration beside them, they would be another network without a word."""
+    config = make_config(**fields, layer_norm_eps=1e-6)
+    vit_torch.ViTForImageClassification(config).save_pretrained(tmp_path / "source")
+    for to in formats:
+        report = convert(tmp_path / "source", tmp_path / to, to=to, verify=False)
+        found = [text for text in report.warnings if "gives other outputs" in text]
+        assert len(found) == (said is not None), to
+        assert said is None or said in found[0]

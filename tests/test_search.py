@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,17 @@ def test_what_does_not_fit_is_refused():
         ImageIndex(np.ones((3, 4), np.float32), ["a", "b"])
     with pytest.raises(InputError, match=r"array \(images, \.\.\.\) of floats"):
         ImageIndex(np.ones(4))
+    with pytest.raises(InputError, match="`features` must be an array of floats"):
+        ImageIndex([[1.0, 2.0], [1.0]])
+    with pytest.raises(InputError, match="`queries` must be an array of floats"):
+        index.search([[1.0, 2.0], [1.0]])
+    for files in ("abc", 3):
+        with pytest.raises(InputError, match="`files` must be a list of names"):
+            ImageIndex(np.ones((3, 4), np.float32), files)
+    assert index.vector(2).tolist() == [1.0] * 4
+    for bad in (-1, 3, True, 1.0, "a"):
+        with pytest.raises(InputError, match="`index` must be an integer from 0 to 2"):
+            index.vector(bad)
 
 
 # -- files
@@ -159,6 +171,24 @@ def test_files_of_the_libraries(tmp_path, suffix, dtype, small_blocks):
     wanted = ImageIndex(features, files).search(features[50:52], top=4)
     assert found == wanted
     assert found[0][0].file == files[50]
+
+
+def test_a_name_that_is_not_unicode(tmp_path):
+    path = tmp_path / "f.npz"
+    names = np.array(["ab", "cd"])
+    np.savez(path, features=np.eye(2, 4, dtype=np.float32), files=names)
+    broken = names.view(np.uint32).copy()
+    broken[1] = 0x7FFFFFFF
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data.replace(names.tobytes(), broken.tobytes()))
+    with (
+        ImageIndex.open(path) as index,
+        pytest.raises(CheckpointError, match=r"f\.npz: text 0 is not Unicode"),
+    ):
+        index.search(np.ones((1, 4), np.float32))
 
 
 def test_a_compressed_file(tmp_path):

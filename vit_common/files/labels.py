@@ -85,9 +85,11 @@ def texts_of(labels: Any, template: Any = _PLACE, *, least: int = 1) -> tuple[li
             "`labels` must hold at least two texts, as this model's probabilities are shared out "
             f"among them; given {labels[0]!r}."
         )
-    twice = next((each for i, each in enumerate(labels) if each in labels[:i]), None)
-    if twice is not None:
-        raise InputError(f"`labels` must hold each text once; given {twice!r} twice.")
+    seen: set[str] = set()
+    for each in labels:
+        if each in seen:
+            raise InputError(f"`labels` must hold each text once; given {each!r} twice.")
+        seen.add(each)
     if not isinstance(template, str) or template.count(_PLACE) != 1:
         raise InputError(
             "`template` must be a text with one {} in it, where the label goes, such as 'a photo "

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vit_common.checks import check_positive
-from vit_common.errors import InputError, warn
+from vit_common.errors import InputError, shown, warn
 from vit_common.files.features import FeatureStore
 
 _BLOCK_BYTES = 32 << 20  # of float32 vectors, and of the similarities of a block to the queries
@@ -65,13 +65,16 @@ class ImageIndex:
         made_with: Mapping[str, Any] | None = None,
         name: str = "the index",
     ) -> None:
-        array = np.asarray(features)
+        array = _array("features", features)
         if array.ndim < 2 or not _is_float(array.dtype):
             raise InputError(
                 "`features` must be an array (images, ...) of floats; given "
                 f"{array.dtype} of shape {array.shape}."
             )
         files = list(map(str, range(len(array)))) if files is None else files
+        files = files.tolist() if isinstance(files, np.ndarray) else files
+        if isinstance(files, str) or not isinstance(files, Sequence):
+            raise InputError(f"`files` must be a list of names; given {shown(files)}.")
         if len(files) != len(array):
             raise InputError(
                 f"`files` must name each of {len(array)} images; given {len(files)} names."
@@ -122,13 +125,16 @@ class ImageIndex:
         return self._store.made_with
 
     def vector(self, index: int) -> np.ndarray:
-        """The features of one image, float32.
+        """The features of one image, in the dtype that they are held in.
 
         Raises:
             InputError: there is none of that number.
         """
-        if not 0 <= index < len(self):
-            raise InputError(f"`index` must be from 0 to {len(self) - 1}; given {index}.")
+        whole = isinstance(index, (int, np.integer)) and not isinstance(index, bool)
+        if not whole or not 0 <= index < len(self):
+            raise InputError(
+                f"`index` must be an integer from 0 to {len(self) - 1}; given {shown(index)}."
+            )
         return self._store.vector(index)
 
     def search(
@@ -155,7 +161,7 @@ class ImageIndex:
             CheckpointError: the file of the index is corrupt.
         """
         top = check_positive("top", top)
-        array = np.asarray(queries)
+        array = _array("queries", queries)
         if not len(self):
             raise InputError(f"{self._name}: holds no features, so there is nothing to find.")
         wanted = self.shape[1:]
@@ -333,6 +339,13 @@ def _screened(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         single[odd] = np.where(valid[odd, None], exact, 0.0)
     single /= lengths[:, None]
     return single, valid
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except ValueError as error:  # rows of several lengths
+        raise InputError(f"`{name}` must be an array of floats; given {shown(value)}.") from error
 
 
 def _is_float(dtype: np.dtype) -> bool:

@@ -184,10 +184,20 @@ class Texts(Sequence[str]):
         count: how many there are.
         itemsize: bytes of each, 4 for a character.
         load: `count` bytes from a place in the array.
+        fail: makes the error of a text that is not Unicode.
+
+    Raises:
+        CheckpointError: when it is read, a text is not Unicode.
     """
 
-    def __init__(self, count: int, itemsize: int, load: Callable[[int, int], bytes]) -> None:
-        self._count, self._itemsize, self._load = count, itemsize, load
+    def __init__(
+        self,
+        count: int,
+        itemsize: int,
+        load: Callable[[int, int], bytes],
+        fail: Callable[[str], Exception],
+    ) -> None:
+        self._count, self._itemsize, self._load, self._fail = count, itemsize, load, fail
 
     def __len__(self) -> int:
         return self._count
@@ -198,7 +208,10 @@ class Texts(Sequence[str]):
         if not -self._count <= index < self._count:
             raise IndexError(index)
         data = self._load(index % self._count * self._itemsize, self._itemsize)
-        return data.decode("utf-32-le", "surrogatepass").rstrip("\0")
+        try:
+            return data.decode("utf-32-le", "surrogatepass").rstrip("\0")
+        except UnicodeDecodeError as error:
+            raise self._fail(f"text {index % self._count} is not Unicode.") from error
 
 
 def texts(file: DataFile) -> dict[str, Texts]:
@@ -206,7 +219,7 @@ def texts(file: DataFile) -> dict[str, Texts]:
     stay in the file.
 
     Raises:
-        CheckpointError: the archive is corrupt, or a text is not Unicode.
+        CheckpointError: the archive is corrupt.
     """
     archive = file.resources.enter_context(open_zip(file))
     found: dict[str, Texts] = {}
@@ -229,7 +242,7 @@ def texts(file: DataFile) -> dict[str, Texts]:
                 except Exception as error:  # as in _load
                     raise file.fail(f"array {name!r} cannot be read ({reason(error)}).") from error
                 load = lambda place, size, data=data: data[place : place + size]  # noqa: E731
-        found[name] = Texts(count, itemsize, load)
+        found[name] = Texts(count, itemsize, load, file.fail)
     return found
 
 
