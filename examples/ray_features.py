@@ -4,7 +4,7 @@
     python examples/ray_features.py photos --output features --model facebook/dinov2-small
 
 Without `--model` it is the small network of digits that the package ships. `vit features --on ray`
-also does more; this is the way into a pipeline of your own.
+does more; this is the way into a pipeline of your own.
 """
 
 from __future__ import annotations

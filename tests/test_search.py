@@ -374,8 +374,8 @@ def refusals(place, tmp_path):
     unsaid = write(tmp_path / "unsaid.npz", features, files)
     gone = [f"{name}.gone" for name in files]
     return [
-        ([here / "f.npz", "--pool", "mean"], "--pool: .* was made with 'cls'; given 'mean'"),
-        ([here / "f.npz", "--layers", "0"], r"--layers: .* was made with \(-1,\); given \(0,\)"),
+        ([here / "f.npz", "--pool", "mean"], "--pool: .* was made with cls; given mean"),
+        ([here / "f.npz", "--layers", "0"], "--layers: .* was made with -1; given 0"),
         ([index("tokens", pool=None)], "holds all tokens of each image; wanted one vector"),
         ([index("deep", layers, layers=[-1])], "holds features of 2 x 48 per image; .* gives 48"),
         ([index("wide", features[:, :40])], "holds features of 40 per image; .* gives 48"),

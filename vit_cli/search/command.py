@@ -185,6 +185,11 @@ def _print(file: str, near: Sequence[Neighbour], *, as_json: bool) -> None:
         sys.stdout.write(f"{printable(file)}  {each.similarity:7.4f}  {printable(each.file)}\n")
 
 
+def _typed(value: Any) -> str:
+    """A value as the option that gives it is written."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 class How:
     """How the features of an index were made, as it says, or as the options do.
 
@@ -230,8 +235,8 @@ class How:
         """What was given, what the index says, or the default."""
         if given is not None and stated is not None and given != stated:
             raise InputError(
-                f"{option}: {self._options.index} was made with {stated!r}; given {given!r}. Leave "
-                f"{option} out, or write the index anew."
+                f"{option}: {self._options.index} was made with {_typed(stated)}; given "
+                f"{_typed(given)}. Leave {option} out, or write the index anew."
             )
         if given is None and stated is None and option != "--pool":
             return default
