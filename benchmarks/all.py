@@ -26,6 +26,7 @@ BENCHMARKS: dict[str, tuple[list[str], str | None]] = {
     "parity": ([], None),
     "conversion": ([], None),
     "inference": ([], None),
+    "int8_peers": ([], None),
     "training": ([], None),
     "scan": ([], None),
     "serving": ([], None),

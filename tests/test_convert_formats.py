@@ -326,6 +326,7 @@ def test_an_activation_that_numpy_does_not_have():
 # -- a real network
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DEIT_TINY.is_dir(), reason="the shared DeiT-Tiny is not beside this clone")
 def test_the_real_deit_tiny_in_every_layout_names_the_photos(tmp_path):
     from skimage import data

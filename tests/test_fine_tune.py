@@ -115,6 +115,7 @@ def test_the_result_is_a_checkpoint_like_any_other(whole):
     assert len(head) == 1
 
 
+@pytest.mark.slow
 def test_the_card_says_how_it_was_made(whole):
     run, _ = whole
     card = (run.folder / "README.md").read_text()
@@ -217,6 +218,7 @@ def test_without_a_folder_the_result_is_the_best_one_too(tiny, monkeypatch):
         assert np.array_equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [None, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_that_can_read_no_image_is_no_run(tiny, tmp_path, steps):
     """It would end with the model that it began with, as if that were trained."""
@@ -226,6 +228,7 @@ def test_a_run_that_can_read_no_image_is_no_run(tiny, tmp_path, steps):
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_validation_without_the_measure_is_no_end(tiny, tmp_path):
     """None of its images can be read, so there is no top-1: the run ends by its patience."""
     unreadable = LabelledImages(
@@ -278,6 +281,7 @@ def test_two_runs_into_one_folder_are_refused(tiny, tmp_path):
     first.close()
 
 
+@pytest.mark.slow
 def test_a_batch_larger_than_the_data_is_one_of_all_images(tiny):
     """Without rows for images that are not there, and with the numbers of the larger batch."""
     given = {"mixup": 0.0, "cutmix": 0.0, "epochs": 2, "steps": None, "warmup_epochs": 0}

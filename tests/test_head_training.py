@@ -186,6 +186,7 @@ def test_every_family_has_its_head_trained(kind, tmp_path):
     np.testing.assert_allclose(run.evaluation.logits, logits, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_network_with_two_heads_and_one_with_dropout(tmp_path):
     config = CONFIGS["DeiT"]()
     cls = classifier(config, "ImageClassificationWithTeacher")[0]

@@ -182,6 +182,7 @@ def test_results_are_those_of_one_process(tmp_path, capsys, count, suffix):
     assert (odd.encode(errors="backslashreplace").decode() if suffix == "parquet" else odd) in names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "victim", "number", "again"),
     [

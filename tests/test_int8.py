@@ -370,6 +370,7 @@ def probabilities(classify, images):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activations", "largest", "mean"),
     # Measured: 0.016 and 0.00033; with activations 0.059 and 0.0007.
@@ -463,6 +464,7 @@ def test_factors_alone_are_no_parameters():
         model(np.zeros((1, 1, 8, 8), np.float32), params=bare)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activations", [[], ["--activations", "int8"]], ids=["float", "int8"])
 def test_the_commands(activations, tmp_path, capsys):
     digit = str(min((embedded_checkpoint() / "images").iterdir()))
@@ -482,6 +484,7 @@ def test_the_commands(activations, tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_an_exported_program_multiplies_integers(tmp_path):
     model = FlaxAutoModelForImageClassification.from_pretrained(
         embedded_checkpoint(), weights="int8", activations="int8"

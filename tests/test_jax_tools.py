@@ -76,6 +76,7 @@ def primitives(jaxpr) -> set:
     return found
 
 
+@pytest.mark.slow
 def test_without_jit(model, wanted):
     with jax.disable_jit():
         got = model(IMAGES).logits

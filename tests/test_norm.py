@@ -79,6 +79,7 @@ def test_gradients_are_those_of_torch(epsilon):
             np.testing.assert_allclose(a, b.grad.numpy(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_second_derivatives_and_forward_mode():
     with jax.enable_x64(True):
         x, scale, bias, weights = arrays(np.float64, (6,))

@@ -101,6 +101,7 @@ for path in json.load(open("paths.json")):
 """
 
 
+@pytest.mark.slow
 def test_pixels_are_those_of_transformers(made, tmp_path):
     """Of every processor and every kind of file."""
     folder, _, seen = made

@@ -140,6 +140,7 @@ def photos_fixture(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_the_command_reports_what_scikit_learn_finds_in_the_same_features(photos, capsys):
     options = ["--pool", "cls+mean", "--layers", "-2,-1", "--batch-size", "16", "--C", "0.1"]
     assert main(["probe", str(photos), *options, "--neighbours", "3", "--json"]) == 1

@@ -179,6 +179,7 @@ def check_gradients(got, want, bound: float) -> None:
         assert stage.max_abs <= bound * scale, stage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "policy"),
     [
@@ -346,11 +347,12 @@ def test_files_are_those_of_the_blocks_one_by_one(tmp_path):
     model = vit_flax.FlaxViTModel(config, seed=1, scan_layers=True)
     model.params = stack_layers(plain.params)
     for safe in (True, False):
-        plain.save_pretrained(tmp_path / "plain", safe_serialization=safe)
-        model.save_pretrained(tmp_path / "scanned", safe_serialization=safe)
-        files = {path.name: path.read_bytes() for path in (tmp_path / "plain").iterdir()}
-        assert {p.name: p.read_bytes() for p in (tmp_path / "scanned").iterdir()} == files
-        again = vit_flax.FlaxViTModel.from_pretrained(tmp_path / "scanned", scan_layers=True)
+        one_by_one, scanned = (tmp_path / kind / "model" for kind in ("plain", "scanned"))
+        plain.save_pretrained(one_by_one, safe_serialization=safe)
+        model.save_pretrained(scanned, safe_serialization=safe)
+        files = {path.name: path.read_bytes() for path in one_by_one.iterdir()}
+        assert {path.name: path.read_bytes() for path in scanned.iterdir()} == files
+        again = vit_flax.FlaxViTModel.from_pretrained(scanned, scan_layers=True)
         assert bits(again.params) == bits(model.params)
     model.save_pretrained(tmp_path / "given", params=stack_layers(plain.params))
     loaded, params = vit_flax.FlaxViTModel.from_pretrained(

@@ -203,6 +203,7 @@ def mobileclip() -> Any:
     return with_statistics(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "kind", "counters"),
     [

@@ -487,6 +487,7 @@ print(json.dumps([losses, *shares, compiled.count("jit(step)")]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "share"),
     [

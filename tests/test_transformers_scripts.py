@@ -143,6 +143,7 @@ class PooledModel(vit_flax.FlaxViTPreTrainedModel):
     module_class = Pooled
 
 
+@pytest.mark.slow
 def test_a_module_of_ones_own(tmp_path):
     base = vit_flax.FlaxViTModel(vit_flax.ViTConfig(**VIT), seed=3)
     base.save_pretrained(tmp_path / "base")

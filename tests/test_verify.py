@@ -327,6 +327,7 @@ def test_the_command_on_one_checkpoint(tmp_path, capsys):
     assert 0 < largest < 1e-12  # float64 differs, and by its own rounding alone
 
 
+@pytest.mark.slow
 def test_two_checkpoints_of_which_one_has_a_fault(tmp_path, capsys):
     source = embedded_checkpoint()
     broken = tmp_path / "broken"
