@@ -103,6 +103,16 @@ def test_tokens_are_those_of_transformers(files, place):
     assert found.cut == tuple(i for i, text in enumerate(texts) if _tokens(tokenizer, text) > 24)
 
 
+def test_what_is_no_list_of_texts_is_refused(place):
+    """A text by itself would be as many texts as it has characters."""
+    tokenizer = Tokenizer(place / "fast")
+    for texts in ("a cat", b"a cat", ["a cat", 3], [None], 3, None):
+        with pytest.raises(InputError, match="`texts` must be a list of texts"):
+            tokenizer(texts, most=24)
+    with pytest.raises(InputError, match="at least one text"):
+        tokenizer([], most=24)
+
+
 def _tokens(tokenizer: Any, text: str) -> int:
     return len(tokenizer(text)["input_ids"])
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_common.errors import ConfigError, InputError, MissingFileError, ViTError
+from vit_common.errors import ConfigError, InputError, MissingFileError, ViTError, shown
 from vit_common.files.hub import ModelFiles
 from vit_common.files.texts import read_json, reason
 
@@ -107,7 +107,15 @@ class Tokenizer:
             most: tokens that a text may have; of a longer one the end is cut off, before the token
                 that ends it.
             to: tokens that each is filled up to; None is the longest of them.
+
+        Raises:
+            InputError: `texts` is no list of texts, or an empty one.
         """
+        several = isinstance(texts, Sequence) and not isinstance(texts, (str, bytes))
+        if not several or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"`texts` must be a list of texts; given {shown(texts)}.")
+        if not len(texts):
+            raise InputError("`texts` must hold at least one text; given none.")
         rows, cut = [], []
         if self._words_alone:
             texts = [_words(text) for text in texts]
