@@ -293,7 +293,7 @@ class Siglip2Model(SiglipModel, Siglip2PreTrainedModel):
             **kwargs,
         )
 
-    def get_image_features(
+    def get_image_features(  # type: ignore[override]
         self,
         pixel_values,
         pixel_attention_mask=None,
