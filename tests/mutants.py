@@ -147,6 +147,8 @@ MUTANTS = [
         'std = DIFFERENTIAL_STD if kind == "differential" else config.initializer_range',
         "std = config.initializer_range",
         "tests/test_kinds.py::test_both_twins_draw_new_weights_alike[differential]",
+    ),
+    Mutant(
         "the sums of integers forget how far the inputs were moved up",
         "vit_flax/int8/product.py",
         "mixed_dot_p.bind(moved, kernel) - _OFFSET * sums",
@@ -180,6 +182,8 @@ MUTANTS = [
         "encoder/layers?/",
         "encoder/layer/",
         f"{_INT8}trees_of_other_names",
+    ),
+    Mutant(
         "what float32 cannot tell apart is not looked at again",
         SEARCH,
         "margin = (D + 8) * float(np.finfo(np.float32).eps)",
