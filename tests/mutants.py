@@ -495,7 +495,7 @@ MUTANTS = [
     Mutant(
         "tanh GELU",
         "vit_flax/parts/gelu.py",
-        "jax.nn.gelu(x, approximate=False)",
+        "def _gelu(x: jax.Array) -> jax.Array:\n    return jax.nn.gelu(x, approximate=False)",
         "jax.nn.gelu(x)",
         STAGES,
     ),
