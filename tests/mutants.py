@@ -496,7 +496,7 @@ MUTANTS = [
         "tanh GELU",
         "vit_flax/parts/gelu.py",
         "def _gelu(x: jax.Array) -> jax.Array:\n    return jax.nn.gelu(x, approximate=False)",
-        "jax.nn.gelu(x)",
+        "def _gelu(x: jax.Array) -> jax.Array:\n    return jax.nn.gelu(x)",
         STAGES,
     ),
     Mutant(
