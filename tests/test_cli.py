@@ -726,6 +726,7 @@ def test_on_a_terminal(folder, tmp_path):
     assert named == [f"{i:02d}.png" for i in range(12) if i != 5]
 
 
+@pytest.mark.slow
 def test_a_model_from_the_hub_into_a_pipe_that_closes(folder, images, tmp_path):
     with hub_server() as server:
         server.repositories["someone/digits"] = repository = Repository()

@@ -105,6 +105,7 @@ def test_outputs_are_those_of_transformers(name, tmp_path):
                 np.testing.assert_allclose(array(output[key]), array(value), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_files_go_there_and_back(name, tmp_path):
     theirs, twin = reference(name), getattr(vit_torch, name)

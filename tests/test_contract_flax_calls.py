@@ -202,6 +202,7 @@ def test_dropout_needs_a_key(dropping, model, x):
     assert_trees_equal(model(x, train=True), model(x))  # no dropout, no key
 
 
+@pytest.mark.slow
 def test_keys_decide_what_is_dropped(dropping, x):
     plain = dropping(x).last_hidden_state
     first, again, other = (

@@ -234,6 +234,7 @@ def test_keywords_of_timm_that_change_the_network_are_refused(tmp_path):
             vit_flax.FlaxAutoModel.from_pretrained(tmp_path / "timm")
 
 
+@pytest.mark.slow
 def test_the_table_of_names_is_what_timm_says():
     """`python tests/timm_table.py` writes it anew."""
     assert timm_table.PATH.read_text() == timm_table.source()

@@ -221,6 +221,7 @@ print(json.dumps({"old": old, "new": new, "found": found}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what", ["convert", pytest.param("convert, new", marks=pytest.mark.slow), "save"]
 )

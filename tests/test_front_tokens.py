@@ -195,6 +195,7 @@ def test_a_pooler_that_looks_at_the_patches(tokens):
     assert found.last_hidden_state.shape == (1, tokens, 24)
 
 
+@pytest.mark.slow
 def test_no_mean_of_patches_that_are_not_there():
     model = vit_flax.FlaxBeitModel(vit_flax.BeitConfig(**SMALL))
     module = model.module.clone(front_tokens=1)

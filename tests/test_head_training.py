@@ -239,6 +239,7 @@ def spoiled():
     return LabelledImages(arrays, TRAIN.labels, classes=TRAIN.classes, names=names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("standardize", slow_but([True, False], True))
 def test_a_run_goes_on_to_the_bit_and_a_bad_image_is_named_once(standardize, tmp_path):
     name, data = saved(tmp_path / "net", "ViT"), spoiled()

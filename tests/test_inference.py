@@ -335,6 +335,7 @@ print(next(results).source)
 """
 
 
+@pytest.mark.slow
 def test_a_script_that_ends_in_the_middle(folder, paths):
     done = subprocess.run(
         [sys.executable, "-c", LEFT_OPEN, str(folder), *map(str, paths)],

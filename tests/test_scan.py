@@ -409,6 +409,7 @@ def loss_of(model):
     return lambda params: (model(x, params=params).pooler_output ** 2).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "scan"),
     [

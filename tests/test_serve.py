@@ -652,6 +652,7 @@ def serving(monkeypatch):
     return serving
 
 
+@pytest.mark.slow
 def test_a_server_on_this_machine(serving, theirs):
     """A process of its own: good requests from several clients, hostile ones, and SIGTERM while it
     has a request."""

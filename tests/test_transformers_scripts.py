@@ -55,6 +55,7 @@ def assert_equal(got, want):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
@@ -198,6 +199,7 @@ class OwnModel(vit_flax.FlaxPreTrainedModel):
         return self.module.apply({"params": params}, images, not train)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*newly initialized", "ignore:.*deprecated")
 def test_a_class_that_builds_its_module(tmp_path):
     base = transformers.FlaxViTModel(transformers.ViTConfig(**VIT), seed=3)
