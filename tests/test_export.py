@@ -22,10 +22,12 @@ from networks import flax_twin, make_config, random_weights, randomize
 from tolerances import BOUNDS
 
 import vit_flax.export
+import vit_torch
 import vit_torch.export
 from vit_cli.main import main
 from vit_common.errors import CheckpointError, ConfigError, ImageError, InputError, MissingFileError
 from vit_common.exports import measure
+from vit_common.families import CLIPConfig
 from vit_common.images.processor import ViTImageProcessor
 from vit_flax import (
     FlaxAutoModel,
@@ -923,3 +925,18 @@ def test_running_onnx_with_nothing_but_onnxruntime(digits):
     vit_torch.export.write_program(digits / "digits.onnx")
     out = run_alone(code, digits, [*OURS, "flax", "torch", "jax", "onnx"])
     assert re.fullmatch(r"3 0\.91\d+\n\(1, 8, 8\)\n", out)
+
+
+@pytest.mark.parametrize("output", ["logits", "features"])
+def test_a_network_of_images_and_texts_is_refused_with_what_to_do(tmp_path, capsys, output):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes["intermediate_size"] = 24
+    config = CLIPConfig(
+        text_config={**sizes, "vocab_size": 20, "max_position_embeddings": 8},
+        vision_config={**sizes, "image_size": 16, "patch_size": 8},
+    )
+    vit_torch.CLIPModel(config).save_pretrained(tmp_path / "clip")
+    path = tmp_path / "m.jaxexport"
+    assert main(["export", str(tmp_path / "clip"), str(path), "--output", output]) == 2
+    assert "Save the image tower, with `CLIPVisionModel.from_pretrained`" in capsys.readouterr().err
+    assert not path.exists()

@@ -215,6 +215,14 @@ def _open(name: str, options: Options) -> _Found:
 
     reading = Reading.of(options)
     with open_source(name, **reading.for_source) as source:
+        classifies = options.output == "logits" and source.head in ("classifier", "teacher")
+        if source.config.sub_configs and not classifies:
+            tower = f"{type(source.config).__name__.removesuffix('Config')}VisionModel"
+            raise CheckpointError(
+                f"{source.path}: these weights are of images and texts, and an export holds a "
+                f"network of images alone. Save the image tower, with `{tower}.from_pretrained` "
+                "and its `save_pretrained`, and export that with --output features."
+            )
         if options.output == "logits" and source.head not in ("classifier", "teacher"):
             raise CheckpointError(
                 f"{source.path}: these weights have no classifier, so there are no logits to "
