@@ -95,6 +95,11 @@ class Source:
     adapter_files: ModelFiles | None = None
 
     @property
+    def classifies(self) -> bool:
+        """Whether this file has a classifier, or a distilled DeiT's two."""
+        return self.head in ("classifier", "teacher")
+
+    @property
     def head(self) -> Head | None:
         """The head in this file; None for a base network."""
         found = self.mapped.tensors

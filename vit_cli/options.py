@@ -126,6 +126,15 @@ def _joined(arguments: Iterable[str]) -> list[str]:
 # -- kinds of values
 
 
+def layer_numbers(text: str) -> tuple[int, ...]:
+    """Numbers of blocks."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        message = f"must be numbers of blocks with commas between; given {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
 def positive(text: str) -> int:
     """A positive integer."""
     try:
@@ -394,6 +403,46 @@ def precision_of(options: Any) -> dict[str, Any]:
 # -- a stream of images
 
 
+def add_batch_size(parser: Parser) -> None:
+    """How many images go through the model at once."""
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=positive,
+        help="images that go through the model at once (default: 8 on a CPU, 64 elsewhere)",
+    )
+
+
+def add_batches(parser: Parser) -> None:
+    """How many images go through the model at once, and where."""
+    add_batch_size(parser)
+    parser.add_argument(
+        "--devices",
+        metavar="N",
+        type=positive,
+        help="devices of this machine to use (default: all)",
+    )
+
+
+def add_results(parser: Parser, what: str) -> None:
+    """--top-k, and where the results go.
+
+    Args:
+        what: is listed of each image.
+    """
+    parser.add_argument(
+        "--top-k", metavar="N", type=positive, default=5, help=f"{what} per image (default: 5)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object per line, one line per image"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write the results to a .jsonl, .csv or .parquet file instead",
+    )
+
+
 def add_stream(parser: Parser, same: str) -> None:
     """Everything `StreamOptions` holds but `output`, whose formats depend on the command.
 
@@ -409,12 +458,7 @@ def add_stream(parser: Parser, same: str) -> None:
     )
     add_model(parser)
     add_precision(parser)
-    parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=positive,
-        help="images that go through the model at once (default: 8 on a CPU, 64 elsewhere)",
-    )
+    add_batch_size(parser)
     parser.add_argument(
         "--resume",
         action="store_true",

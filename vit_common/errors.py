@@ -32,6 +32,10 @@ class CheckpointError(ViTError, ValueError):
     """A weights file that is corrupt, hostile, or does not hold what the model needs."""
 
 
+class NoClassifierError(CheckpointError):
+    """A weights file without a classifier, where one is needed."""
+
+
 class MissingFileError(ViTError, OSError):
     """A file, a directory or a Hub repository that is not there or cannot be reached or written.
 

@@ -11,6 +11,7 @@ from vit_cli.options import (
     Options,
     Parser,
     Reading,
+    add_batches,
     add_columns,
     add_model,
     add_pixel_limit,
@@ -44,22 +45,6 @@ def add_source(parser: Parser) -> None:
     add_columns(group)
     group.add_argument(
         "--limit", metavar="N", type=positive_number, help="use N images only, for a quick look"
-    )
-
-
-def add_batches(parser: Parser) -> None:
-    """How many images go through the model at once, and where."""
-    parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=positive_number,
-        help="images that go through the model at once (default: 8 on a CPU, 64 elsewhere)",
-    )
-    parser.add_argument(
-        "--devices",
-        metavar="N",
-        type=positive_number,
-        help="devices of this machine to use (default: all)",
     )
 
 

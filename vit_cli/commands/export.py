@@ -215,15 +215,15 @@ def _open(name: str, options: Options) -> _Found:
 
     reading = Reading.of(options)
     with open_source(name, **reading.for_source) as source:
-        classifies = options.output == "logits" and source.head in ("classifier", "teacher")
-        if source.config.sub_configs and not classifies:
+        logits = options.output == "logits"
+        if source.config.sub_configs and not (logits and source.classifies):
             tower = f"{type(source.config).__name__.removesuffix('Config')}VisionModel"
             raise CheckpointError(
                 f"{source.path}: these weights are of images and texts, and an export holds a "
                 f"network of images alone. Save the image tower, with `{tower}.from_pretrained` "
                 "and its `save_pretrained`, and export that with --output features."
             )
-        if options.output == "logits" and source.head not in ("classifier", "teacher"):
+        if logits and not source.classifies:
             raise CheckpointError(
                 f"{source.path}: these weights have no classifier, so there are no logits to "
                 "export; wanted a checkpoint that was trained or fine-tuned to classify. Pass "

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from contextlib import suppress
 from functools import partial
 
 from vit_cli.models import load_for_stream
-from vit_cli.options import Options, Parser, StreamOptions, add_ray, add_stream
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        message = f"must be numbers of blocks with commas between; given {text!r}"
-        raise argparse.ArgumentTypeError(message) from None
+from vit_cli.options import Options, Parser, StreamOptions, add_ray, add_stream, layer_numbers
 
 
 def add_options(parser: Parser) -> None:
@@ -29,7 +20,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--layers",
         metavar="L,...",
-        type=_layers,
+        type=layer_numbers,
         default=(-1,),
         help="blocks, the first is 0; -1 is the last, after the final norm (default: -1)",
     )

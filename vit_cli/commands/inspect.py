@@ -181,7 +181,7 @@ def _add_network(report: dict[str, Any], name: str, reading: Reading) -> None:
                 "heads": config.num_attention_heads,
                 "mlp_width": config.intermediate_size,
                 **_inputs(config),
-                "classes": config.num_labels if source.head in ("classifier", "teacher") else 0,
+                "classes": config.num_labels if source.classifies else 0,
                 "activation": str(config.hidden_act),
                 "layer_norm_eps": config.layer_norm_eps,
                 "position_resize": config.position_resize,

@@ -6,7 +6,7 @@ Results go to standard output in the order of the files; everything else goes to
 from __future__ import annotations
 
 from vit_cli.models import load_for_stream
-from vit_cli.options import Options, Parser, StreamOptions, add_ray, add_stream, positive
+from vit_cli.options import Options, Parser, StreamOptions, add_ray, add_results, add_stream
 from vit_cli.terminal.results import printer_of
 
 
@@ -16,17 +16,7 @@ def add_options(parser: Parser) -> None:
         "Classify images: print the most likely classes of each, in the order given. Images that "
         "cannot be read are named on standard error and skipped; the exit code is then 1."
     )
-    parser.add_argument(
-        "--top-k", metavar="N", type=positive, default=5, help="classes per image (default: 5)"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object per line, one line per image"
-    )
-    parser.add_argument(
-        "--output",
-        metavar="FILE",
-        help="write the results to a .jsonl, .csv or .parquet file instead",
-    )
+    add_results(parser, "classes")
     add_stream(parser, same="--top-k")
     add_ray(parser)
 

@@ -10,8 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from vit_cli.commands.evaluate import add_batches, add_source
-from vit_cli.options import Options, Parser, Reading, add_model, add_pixel_limit, add_reading
+from vit_cli.commands.evaluate import add_source
+from vit_cli.options import (
+    Options,
+    Parser,
+    Reading,
+    add_batches,
+    add_model,
+    add_pixel_limit,
+    add_reading,
+)
 from vit_cli.options import positive as positive_number
 from vit_cli.terminal.exit_codes import DONE, SOME_FAILED
 from vit_cli.terminal.messages import counted, say

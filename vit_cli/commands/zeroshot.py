@@ -7,7 +7,7 @@ else goes to standard error.
 from __future__ import annotations
 
 from vit_cli.models import load_for_stream
-from vit_cli.options import Options, Parser, StreamOptions, add_stream, positive
+from vit_cli.options import Options, Parser, StreamOptions, add_results, add_stream
 from vit_cli.terminal.results import printer_of
 from vit_common.files.labels import read_labels, texts_of
 
@@ -38,17 +38,7 @@ def add_options(parser: Parser) -> None:
         metavar="NAME",
         help="folder or name on the Hub of the tokenizer (default: the model's own)",
     )
-    parser.add_argument(
-        "--top-k", metavar="N", type=positive, default=5, help="texts per image (default: 5)"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object per line, one line per image"
-    )
-    parser.add_argument(
-        "--output",
-        metavar="FILE",
-        help="write the results to a .jsonl, .csv or .parquet file instead",
-    )
+    add_results(parser, "texts")
     add_stream(parser, same="--labels, --template, --top-k")
 
     def check(options: Options) -> None:

@@ -415,7 +415,7 @@ def _check_model(stream: StreamOptions, *, needs_classifier: bool) -> None:
     from vit_convert.source import open_source
 
     with open_source(stream.model, **stream.reading.for_source) as source:
-        if needs_classifier and source.head not in ("classifier", "teacher"):
+        if needs_classifier and not source.classifies:
             raise InputError(
                 f"{stream.model}: these weights have no classifier, so predictions would be "
                 "random; use `vit features`, or a checkpoint that was trained to classify."

@@ -10,7 +10,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_cli.commands.features import _layers
 from vit_cli.models import load_for_inference
 from vit_cli.options import (
     DTYPES,
@@ -20,6 +19,7 @@ from vit_cli.options import (
     add_pixel_limit,
     add_precision,
     add_reading,
+    layer_numbers,
     positive,
     precision_of,
 )
@@ -80,7 +80,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--layers",
         metavar="L,...",
-        type=_layers,
+        type=layer_numbers,
         help="as in `vit features` (default: those that the index names, or -1)",
     )
     parser.add_argument(

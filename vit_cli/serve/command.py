@@ -15,6 +15,7 @@ from vit_cli.options import (
     Options,
     Parser,
     Reading,
+    add_batches,
     add_precision,
     add_reading,
     positive,
@@ -23,7 +24,7 @@ from vit_cli.options import (
 from vit_cli.serve.limits import Limits
 from vit_cli.terminal.exit_codes import DONE, INTERRUPTED
 from vit_cli.terminal.messages import logged, say
-from vit_common.errors import CheckpointError
+from vit_common.errors import NoClassifierError
 
 _LOCAL = ("127.0.0.1", "localhost", "[::1]")
 _USUAL = Limits()
@@ -87,18 +88,7 @@ def add_options(parser: Parser) -> None:
         help="compute dtype (default: that of the index, or float32)",
     )
     add_precision(parser)
-    parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=positive,
-        help="images that go through the model at once (default: 8 on a CPU, 64 elsewhere)",
-    )
-    parser.add_argument(
-        "--devices",
-        metavar="N",
-        type=positive,
-        help="devices of this machine to use (default: all)",
-    )
+    add_batches(parser)
     group = parser.add_argument_group("limits")
     for name, what, usual in (
         ("queue", "images that wait or are worked on; more get 429", _USUAL.queue),
@@ -219,9 +209,7 @@ def make_service(options: Options, stack: ExitStack) -> Any:
 
     try:
         encoder = load("ImageClassifier")
-    except CheckpointError as error:
-        if "have no classifier" not in str(error):
-            raise
+    except NoClassifierError:
         encoder = load("ImageEncoder")
     if how is not None:
         how.check(encoder)

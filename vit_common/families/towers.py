@@ -136,6 +136,13 @@ def _tower_of(cls: type[_Tower], table: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**part, **name}
 
 
+def _as_named(made: Any, config: ViTConfig) -> Any:
+    """A configuration made of another, with that one's name and kind of attention."""
+    made.name_or_path = config.name_or_path
+    made._attn_implementation = config._attn_implementation
+    return made
+
+
 def _joined(cls: type[_Tower], part: Any, legacy: Any) -> dict[str, Any]:
     """The fields of a tower, as mappings say them; those of older files' second mapping win, its
     defaults too, as in Transformers."""
@@ -205,17 +212,11 @@ class _WholeConfig(_Tower):
         if not isinstance(config, cls.sub_configs["vision_config"]):
             return None
         own = {name: getattr(config, name) for name in cls.fields if name in config.fields}
-        made = cls(vision_config=config, **own)
-        object.__setattr__(made, "_name_or_path", config._name_or_path)
-        made._attn_implementation = config._attn_implementation
-        return made
+        return _as_named(cls(vision_config=config, **own), config)
 
     def _tower(self, key: str) -> Any:
         """A copy of a tower's configuration, for a model of that tower alone."""
-        tower = copy.copy(getattr(self, key))
-        tower.name_or_path = self.name_or_path
-        tower._attn_implementation = self._attn_implementation
-        return tower
+        return _as_named(copy.copy(getattr(self, key)), self)
 
     def __getattr__(self, name: str) -> Any:
         if name in self.sub_configs["vision_config"].fields and "vision_config" in vars(self):
@@ -455,9 +456,7 @@ class SiglipVisionConfig(
             return found
         own = {name: getattr(config, name) for name in cls.fields if name in config.fields}
         made = cls(**own, attention_dropout=config.attention_probs_dropout_prob)
-        object.__setattr__(made, "_name_or_path", config._name_or_path)
-        made._attn_implementation = config._attn_implementation
-        return made
+        return _as_named(made, config)
 
 
 _OF_SIGLIP = ("pooling", "use_cls_token", "position_tokens", "drop_path_rate")

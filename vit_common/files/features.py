@@ -57,6 +57,7 @@ class FeatureStore:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self._resources = contextlib.ExitStack()
+        self._tensor: Tensor | None = None  # of formats that have all vectors in one
         suffix = self.path.suffix.lower()
         if suffix not in SUFFIXES:
             raise InputError(
@@ -98,7 +99,9 @@ class FeatureStore:
 
     def vector(self, index: int) -> np.ndarray:
         """One of the vectors."""
-        for start, block in self.blocks(_FEW):
+        if self._tensor is not None:
+            return self._tensor.read_rows(index, index + 1)[0]
+        for start, block in self.blocks(_FEW):  # Parquet finds no row by its number
             if index < start + len(block):
                 return block[index - start]
         raise CheckpointError(f"{self.path}: has no vector {index}.")
@@ -135,7 +138,7 @@ class FeatureStore:
             )
         if found.dtype.name not in FLOATS:
             raise self._fail(f"`features` must be of floats; given {found.dtype.name}.")
-        self.shape = found.shape
+        self.shape, self._tensor = found.shape, found
         self._blocks = lambda rows: (
             (i, found.read_rows(i, min(i + rows, self.shape[0])))
             for i in range(0, self.shape[0], rows)

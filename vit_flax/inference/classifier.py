@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_common.checks import check_positive
-from vit_common.errors import CheckpointError, ConfigError
+from vit_common.errors import ConfigError, NoClassifierError
 from vit_common.flops import forward_flops
 from vit_common.images.predictions import (
     Prediction,
@@ -60,8 +60,8 @@ class ImageClassifier(ImageEncoder):
 
     @classmethod
     def _check_source(cls, source: Source) -> None:
-        if source.head not in ("classifier", "teacher"):
-            raise CheckpointError(
+        if not source.classifies:
+            raise NoClassifierError(
                 f"{source.path}: these weights have no classifier, so predictions would be random; "
                 "wanted a checkpoint that was trained or fine-tuned to classify."
             )

@@ -204,7 +204,7 @@ class ImageEncoder:
     @classmethod
     def _load_model(cls, source: Source, **options: Any) -> Any:
         """The model to run, with the head that the checkpoint has if it classifies."""
-        if source.head in ("classifier", "teacher"):
+        if source.classifies:
             return FlaxAutoModelForImageClassification.from_source(source, **options)
         with warnings.catch_warnings():
             # A head that nothing here runs, such as a decoder's, is left aside as asked for.

@@ -127,7 +127,7 @@ def _named(
         pooling = source.config.pooling
         if "pooling" not in options:
             _set_pooling(str(name), source.config, recipe, say)
-        before = _names(source.config) if source.head in ("classifier", "teacher") else None
+        before = _names(source.config) if source.classifies else None
         if recipe.task == "mim":
             source.config.encoder_stride = source.config.patch_height_width[0]  # of a new decoder
             with warnings.catch_warnings():

@@ -319,7 +319,7 @@ def load_classifier(
 
     source, loading = FlaxAutoModelForImageClassification.open_pretrained(name_or_path, options)
     with source:
-        if source.head not in ("classifier", "teacher"):
+        if not source.classifies:
             raise CheckpointError(
                 f"{source.path}: these weights have no classifier; wanted a checkpoint that was "
                 "trained or fine-tuned to classify (`vit train` makes one; `vit probe` measures "

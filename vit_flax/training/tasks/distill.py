@@ -68,7 +68,7 @@ def load_teacher(name: str | os.PathLike, dtype: Any = "float32", **options: Any
     auto = FlaxAutoModelForImageClassification
     source, loading = auto.open_pretrained(name, options)
     with source:
-        if source.head not in ("classifier", "teacher"):
+        if not source.classifies:
             raise CheckpointError(
                 f"{source.path}: these weights have no classifier, so there is nothing to learn "
                 "from them; wanted a teacher that was trained to classify."
