@@ -135,17 +135,12 @@ class Savable:
             max_shard_size=max_shard_size,
             own=own,
         )
-        directory = Path(directory)
+        directory, card = Path(directory), self._model_card()
         if not os.path.lexists(directory / CARD_NAME):
-            write_card(directory / CARD_NAME, self._local_card(directory))
+            write_card(directory / CARD_NAME, _titled(card, directory))
         # The card is not among the files: a repository keeps its own.
         names = [path.name for path in written]
-        push_if_asked(directory, dict(upload), files=names, card=self._model_card())
-
-    def _local_card(self, directory: Path) -> ModelCard:
-        """The card that a directory without one gets."""
-        card = self._model_card()
-        return card._replace(text=card.text.replace("{repo}", directory.resolve().name))
+        push_if_asked(directory, dict(upload), files=names, card=card)
 
     def _model_card(self, *, origin: bool = True) -> ModelCard:
         """The card of a repository or directory without one: architecture, sizes, classes, how to
@@ -244,12 +239,16 @@ class Savable:
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory, **saving)
             options = {**kwargs, "push_to_hub": True, "repo_id": repo_id}
-            made = Path(directory) / CARD_NAME
-            if made.is_file() and made.read_text("utf-8") == rendered(
-                self._local_card(Path(directory))
-            ):
+            made, card = Path(directory) / CARD_NAME, self._model_card()
+            ours = rendered(_titled(card, Path(directory)))
+            if made.is_file() and made.read_text("utf-8") == ours:
                 made.unlink()  # the repository may have one of its own; and it names the repository
-            return str(push_if_asked(Path(directory), options, card=self._model_card()))
+            return str(push_if_asked(Path(directory), options, card=card))
+
+
+def _titled(card: ModelCard, directory: Path) -> ModelCard:
+    """A card of a directory, which has that one's name."""
+    return card._replace(text=card.text.replace("{repo}", directory.resolve().name))
 
 
 def _check_keywords(what: str, given: Iterable[str], known: Iterable[str]) -> None:
