@@ -1,4 +1,4 @@
-"""What a training step computes and keeps: GELU's derivative, and the gradients of kernels."""
+"""What a training step computes and keeps: GELU's derivative, gradients of kernels, the update."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from networks import make_config
@@ -15,6 +16,7 @@ from networks import make_config
 from vit_flax import FlaxViTForImageClassification
 from vit_flax.attention import compiled_for
 from vit_flax.parts.gelu import gelu
+from vit_flax.training import TrainState, cross_entropy, make_step
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +75,14 @@ def test_gradients_of_kernels_copy_no_activation():
     other = gradient_of("tpu").lower(lowering_platforms=("tpu",)).as_text()
     assert f"tensor<{rows}x48xf32>" in lowered.as_text()
     assert f"tensor<{rows}x" not in other
+
+
+def test_the_update_copies_no_moment():
+    """With a choice for every array (`jnp.where`), it copies both moments of every kernel."""
+    model = FlaxViTForImageClassification(make_config(num_hidden_layers=1, hidden_act="relu"))
+    optimizer = optax.adamw(1e-3)
+    step = make_step(model, cross_entropy(), optimizer)
+    batch = {"pixel_values": jnp.ones((2, 3, 32, 32)), "labels": jnp.zeros(2, int)}
+    state = TrainState.create(model, optimizer)
+    text = step.lower(state, batch).compile().as_text()
+    assert re.findall(r"copy\([^)]*(?:mu|nu)__[^)]*kernel__", text) == []

@@ -244,7 +244,8 @@ def make_step(
         with "weights" (B,) of 0 do not count. Its metrics are scalars: "loss", "gradient_norm"
         (over all that trains, before clipping), "finite" (bool), "update_norm" if asked for, and
         those of `loss`. Where the loss or a gradient is not finite, or nothing in the batch counts,
-        parameters, moments and average stay as they were; only `state.step` goes on.
+        parameters, moments and average stay as they were, and "update_norm" is 0; only `state.step`
+        goes on.
 
     Raises:
         InputError: `accumulate` is not positive. At the first call: parameters are integers, the
@@ -330,27 +331,36 @@ def make_step(
         norm = _norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
 
-        updates, opt_state = optimizer.update(gradients, state.opt_state, chosen)
-        moved = jax.tree.map(jnp.add, chosen, updates)
-        average = state.ema
-        if ema is not None:
-            weight = ema.weight(state.step)
-            # As torch's lerp: exact where the two are equal.
-            average = jax.tree.map(
-                lambda old, new: old + jnp.asarray(weight, old.dtype) * (new - old),
-                state.ema,
-                moved,
+        before = trained(params, trainable), state.opt_state, state.ema
+
+        def move() -> tuple[Any, ...]:
+            updates, opt_state = optimizer.update(gradients, state.opt_state, chosen)
+            moved = jax.tree.map(jnp.add, chosen, updates)
+            average = state.ema
+            if ema is not None:
+                weight = ema.weight(state.step)
+                # As torch's lerp: exact where the two are equal.
+                average = jax.tree.map(
+                    lambda old, new: old + jnp.asarray(weight, old.dtype) * (new - old),
+                    state.ema,
+                    moved,
+                )
+            found = jax.tree.map(
+                lambda new, old: new.astype(old.dtype), (moved, opt_state, average), before
             )
-        good = finite & counted
-        keep = lambda new, old: jax.tree.map(  # noqa: E731
-            lambda n, o: jnp.where(good, n, o).astype(o.dtype), new, old
-        )
-        moved = keep(moved, trained(params, trainable))
+            return *found, _norm(updates) if update_norm else None
+
+        def stay() -> tuple[Any, ...]:
+            return *before, jnp.zeros_like(norm) if update_norm else None
+
+        # Not a choice for every array: XLA's CPU compiler then copies all moments, which the
+        # choice and the parameters' update both read.
+        moved, opt_state, average, moved_by = jax.lax.cond(finite & counted, move, stay)
         after = TrainState(
             step=state.step + 1,
             params=moved if trainable is None else join(params, moved),
-            opt_state=keep(opt_state, state.opt_state),
-            ema=None if state.ema is None else keep(average, state.ema),
+            opt_state=opt_state,
+            ema=average,
             key=state.key,
         )
         metrics = {
@@ -359,7 +369,7 @@ def make_step(
         }
         metrics |= {"loss": value, "gradient_norm": norm}
         if update_norm:
-            metrics["update_norm"] = _norm(updates)
+            metrics["update_norm"] = moved_by
         return sharded(after), {**metrics, "finite": finite}
 
     return jax.jit(step, donate_argnums=(0,) if donate else ())
