@@ -4,14 +4,14 @@
         [--dtypes float32 bfloat16 int8] [--device cpu|gpu] [--rounds 5] [--seconds 0]
         [--patience 20] [--only NAME ...] [--python "NAME=PATH" ...]
 
-Every contender is a process of its own that holds the same random weights, in one dtype; they take
-turns, one forward pass each a round, and their probabilities are compared before anything is timed.
-"matrix products" does as many operations as the network, in products as wide as its MLP, and is
-what the device can do. A contender that is not installed, or whose pass would take longer than
-`--patience` seconds, is left out and named. `--python` gives a contender another environment, such
-as one with Transformers 5 or OpenVINO: `--python "OpenVINO=/path/to/python"`. Writes
-`results/inference-MODEL-DEVICE-MACHINE.json`, MACHINE being the processor, its widest instructions
-and the number of its cores.
+Every contender is a process of its own that holds the same random weights, in one dtype. Their
+probabilities are compared before anything is timed; then they take turns, one forward pass each a
+round, in an order drawn anew. "matrix products" does as many operations as the network, in products
+as wide as its MLP, and is what the device can do. A contender that is not installed, or whose pass
+would take longer than `--patience` seconds, is left out and named. `--python` gives a contender
+another environment, such as one with Transformers 5 or OpenVINO: `--python
+"OpenVINO=/path/to/python"`. Writes `results/inference-MODEL-DEVICE-MACHINE.json`, MACHINE being the
+processor, its widest instructions and the number of its cores.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from common import ROOT, parse, ratio, require_agreement, run_process, spread, w
 from contender import DTYPES, KINDS
 
 OURS, LIMIT = "vit_flax", "matrix products"
+PAUSE = 0.3  # seconds between two contenders
 # Of a probability, each of which is near 1/1000.
 BOUNDS = {"float32": 2e-6, "bfloat16": 2e-3, "float16": 3e-4, "int8": 2e-3}
 MAKE = """
@@ -95,6 +98,14 @@ class Contender:
         self._process.wait()
 
 
+def turns(contenders: Sequence[Contender]) -> Iterator[Contender]:
+    """A round: all of them, in an order drawn anew, and not before the threads of the one before
+    rest, which wait busily for a while (torch's, ONNX Runtime's)."""
+    for contender in random.sample(contenders, len(contenders)):
+        time.sleep(PAUSE)
+        yield contender
+
+
 def label(name: str, dtype: str) -> str:
     """A row's name; that of float32 is the contender's own."""
     return name if dtype == "float32" else f"{name}, {dtype}"
@@ -118,6 +129,7 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--python", nargs="+", default=[], metavar="NAME=PATH")
+    parser.add_argument("--name", help="of the results, instead of inference-MODEL-DEVICE")
     peers = ["Transformers FlaxViT", "Transformers torch, sdpa"]
     arguments = parse(parser, model="tiny", batches=[1, 2], rounds=1, only=peers)
     pythons = dict(pair.split("=", 1) for pair in arguments.python)
@@ -173,7 +185,7 @@ def main() -> None:
                 seconds[contender.name] = []
             ours = seconds.get(ours_first, [])
             while seconds and (len(ours) < arguments.rounds or sum(ours) < arguments.seconds):
-                for contender in contenders:
+                for contender in turns(contenders):
                     if contender.name in seconds:
                         seconds[contender.name].append(contender.ask(str(batch)))
                 if ours_first not in seconds:
@@ -210,7 +222,8 @@ def main() -> None:
         },
     }
     if not arguments.quick:
-        write_result(f"inference-{arguments.model}-{arguments.device}", result)
+        name = arguments.name or f"inference-{arguments.model}-{arguments.device}"
+        write_result(name, result)
 
 
 def report(batch: int, seconds: dict[str, list[float]]) -> None:

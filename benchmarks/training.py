@@ -5,11 +5,12 @@
 
 Every contender is a process of its own that begins with the same random weights and sees the same
 batch. The losses of the first steps are compared before anything is timed; then they take turns, a
-step each a round. `tiny` is DeiT-Tiny's size. Seconds are those of the clock and, fairer on a
-machine that does other things too, those of the processor over all cores; torch's threads wait
-busily, and that counts in the latter. In bfloat16 the parameters are float32 in all of them (torch
-by autocast). The memory is the largest resident size during a step, less the files that are mapped
-into it (the libraries' code). Writes `results/training-MODEL-DTYPE-MACHINE.json`.
+step each a round, in an order drawn anew. `tiny` is DeiT-Tiny's size. Seconds are those of the
+clock and, fairer on a machine that does other things too, those of the processor over all cores;
+torch's threads wait busily, and that counts in the latter. In bfloat16 the parameters are float32
+in all of them (torch by autocast). The memory is the largest resident size during a step, less the
+files that are mapped into it (the libraries' code). Writes
+`results/training-MODEL-DTYPE-MACHINE.json`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 import tempfile
 
 from common import ROOT, parse, ratio, require_agreement, run_process, spread, write_result
-from inference import MAKE, Contender
+from inference import MAKE, Contender, turns
 from trainer import KINDS
 
 OURS = "vit_flax"
@@ -64,7 +65,7 @@ def main() -> None:
         wall: dict[str, list[float]] = {c.name: [] for c in contenders}
         processor: dict[str, list[float]] = {c.name: [] for c in contenders}
         for _ in range(arguments.rounds):
-            for contender in contenders:
+            for contender in turns(contenders):
                 seconds, cpu = contender.ask("step")
                 wall[contender.name].append(seconds)
                 processor[contender.name].append(cpu)

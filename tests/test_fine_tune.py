@@ -88,6 +88,24 @@ def whole(tiny, tmp_path_factory):
     return run, told
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_only_a_model_that_was_given_keeps_its_parameters_beside_the_run(tiny, given):
+    class Looks(Told):
+        def begin(self, plan, step) -> None:
+            self.leaves = jax.tree.leaves(plan.model.params)
+
+        def step(self, row) -> None:
+            super().step(row)
+            assert {leaf.is_deleted() for leaf in self.leaves} == {not given}
+
+    model = str(tiny)
+    if given:
+        model = FlaxViTForImageClassification(tiny_config(num_labels=3))
+    run = fine_tune(model, TRAIN, recipe=short(steps=2, drop_path=0.0), watcher=(looks := Looks()))
+    assert looks.steps == [1, 2]
+    assert np.isfinite(jax.tree.leaves(run.model.params)[0]).all()
+
+
 def logits_of(folder) -> np.ndarray:
     """What Transformers makes of the validation with a folder's model and preprocessing."""
     model = transformers.ViTForImageClassification.from_pretrained(folder).eval()

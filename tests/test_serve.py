@@ -222,6 +222,10 @@ def noise(size):
         ("/predict?top_k=x", DIGITS[0], "image/png", 422, "given 'x'"),
         ("/neighbours?top=-1", DIGITS[0], "image/png", 422, "top must be a positive integer"),
         ("/attention", *form(*DIGITS[:2]), 422, "attention is of one image; given 2"),
+        ("/predict?topk=1", DIGITS[0], "image/png", 422, "unknown option 'topk'; wanted top_k."),
+        ("/features", *form(DIGITS[0], top_k="2"), 422, "unknown option 'top_k'; wanted none."),
+        ("/neighbours", *as_json(DIGITS[0], images=1), 422, '"images" a list of it'),
+        ("/neighbours", *as_json(DIGITS[0], top_k=2), 422, "'top_k'; wanted top."),
         ("/predict", bytes(100_001), "image/png", 413, "at most 100000 bytes; given 100001"),
     ],
 )

@@ -167,6 +167,26 @@ def test_the_old_state_gives_its_memory():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(model.params))
 
 
+def test_a_state_may_take_the_memory_of_the_model():
+    model, _ = pair(jnp.float32)
+    optimizer = optax.adamw(1e-2)
+    kernel = model.params["classifier"]["kernel"]
+    params = {**model.params, "tied": kernel}  # the memory of none is taken twice
+    step = make_step(
+        lambda params, batch, key: model(batch["pixel_values"], params=plain(params)),
+        cross_entropy(),
+        optimizer,
+    )
+    plain = lambda params: {n: tree for n, tree in params.items() if n != "tied"}  # noqa: E731
+    batch = batches(1, np.float32)[0]
+    wanted, _ = step(TrainState.create(model, optimizer, params=params), batch)
+    found, _ = step(TrainState.create(model, optimizer, params=params, copy=False), batch)
+    jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(model.params))
+    model.params = plain(found.params)
+    assert np.isfinite(model(batch["pixel_values"]).logits).all()
+
+
 def test_labels_may_be_probabilities_and_a_loss_may_tell_more():
     """Mixed labels, as torch takes them."""
     logits = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)

@@ -27,13 +27,13 @@ def add_options(parser: Parser) -> None:
         "~/.zshrc after compinit; for fish: vit completion fish > "
         "~/.config/fish/completions/vit.fish"
     )
-    names = parser.add_names("SHELL", ", ".join(SHELLS), least=1, most=1, wanted="one shell")
+    known = ", ".join(SHELLS)
+    names = parser.add_names("SHELL", known, least=1, most=1, wanted=f"one shell of {known}")
     names.completer = lambda **_: SHELLS  # type: ignore[attr-defined]
 
     def check(options: Options) -> None:
         given = options.names[0]
         if given not in SHELLS:
-            known = ", ".join(SHELLS)
             parser.error(f"no such shell: {given}{did_you_mean(given, SHELLS)}; wanted {known}")
 
     parser.checks.append(check)

@@ -305,7 +305,8 @@ def _schema(name: str) -> Any:
 
     system, path = _system(name)
     try:
-        return pq.read_schema(system.open_input_file(path))
+        with system.open_input_file(path) as source:
+            return pq.read_schema(source)
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(name, error) from error
 

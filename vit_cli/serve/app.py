@@ -102,7 +102,7 @@ def make_app(service: Service, *, hosts: Iterable[str] | None = None) -> Any:
 
         return answered
 
-    async def body_of(request: Any) -> tuple[Body, Deadline]:
+    async def body_of(request: Any, *options: str) -> tuple[Body, Deadline]:
         deadline = Deadline(limits.seconds)
         service.admit(1, 0)
         held = 0
@@ -115,7 +115,9 @@ def make_app(service: Service, *, hosts: Iterable[str] | None = None) -> Any:
 
         try:
             data = await read_body(request, limits, deadline, hold)
-            return await parse_body(request, data, limits), deadline
+            body = await parse_body(request, data, limits)
+            _check_options(request, body, options)
+            return body, deadline
         finally:
             service.held -= held
 
@@ -149,7 +151,7 @@ def make_app(service: Service, *, hosts: Iterable[str] | None = None) -> Any:
     async def predict(request: Any) -> Response:
         if not service.classifies:
             raise Refusal(404, "this model has no classes; it has /features and /attention.")
-        body, deadline = await body_of(request)
+        body, deadline = await body_of(request, "top_k")
         top_k = _number("top_k", request, body, 5)
         rows = await service.answer(PREDICT, body.images, deadline, left(request))
         return results(
@@ -182,7 +184,7 @@ def make_app(service: Service, *, hosts: Iterable[str] | None = None) -> Any:
     async def neighbours(request: Any) -> Response:
         if service.index is None:
             raise Refusal(404, "this server was started without --index.")
-        body, deadline = await body_of(request)
+        body, deadline = await body_of(request, "top")
         top = _number("top", request, body, 10)
         rows = await service.answer(service.near, body.images, deadline, left(request))
         good = [row for row in rows if not isinstance(row, Refusal)]
@@ -265,6 +267,18 @@ def make_app(service: Service, *, hosts: Iterable[str] | None = None) -> Any:
         exception_handlers={404: nothing, 405: nothing},
         lifespan=lifespan,
     )
+
+
+def _check_options(request: Any, body: Body, known: Iterable[str]) -> None:
+    """Refuse options that there are not; a misspelt one would be ignored in silence.
+
+    Raises:
+        Refusal: one was given, in the query or beside the images.
+    """
+    odd = [name for name in {**request.query_params, **body.options} if name not in known]
+    if odd:
+        wanted = " or ".join(known) or "none"
+        raise Refusal(422, f"unknown option {odd[0][:40]!r}; wanted {wanted}.")
 
 
 def _number(name: str, request: Any, body: Body, default: int) -> int:

@@ -113,7 +113,7 @@ async def parse_body(request: Any, data: bytes, limits: Limits) -> Body:
     if kind == "multipart/form-data":
         found = await _form(request, data, limits)
     elif kind == "application/json" or kind.endswith("+json"):
-        found = _json(data, limits)
+        found = await asyncio.to_thread(_json, data, limits)  # 0.1 s for 20 MB
     else:
         raise Refusal(415, f"wanted {_WANTED}; given {kind or 'no Content-Type'}.")
     if not found.images:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vit_common.versions import package_version
@@ -14,8 +15,10 @@ _ERRORS = {
     "408": "The body did not come in time.",
     "413": "Too many bytes, pixels or images.",
     "415": "Not an image, a form or JSON, or an image of a kind that is not taken.",
-    "422": "An image that cannot be decoded, or an option out of range.",
+    "421": "This server does not answer to that name (Host).",
+    "422": "An image that cannot be decoded, or an option that is unknown or out of range.",
     "429": "Too many images are waiting; see Retry-After.",
+    "500": "The network could not be run, or its output is not finite.",
     "503": "The server is being stopped.",
     "504": "Not done in time.",
 }
@@ -50,8 +53,13 @@ def description(service: Service) -> dict[str, Any]:
             [_option("top", "Pictures per image.", 10)],
         )
         number = {"name": "number", "in": "path", "required": True, "schema": _INTEGER}
-        paths["/picture/{number}"] = _get("A picture of the index, small", "image/jpeg", [number])
-    paths["/health"] = _get("Whether it works", "application/json")
+        paths["/picture/{number}"] = _get(
+            "A picture of the index, small",
+            "image/jpeg",
+            [number],
+            {"404": "There is none of that number, or its file cannot be read."},
+        )
+    paths["/health"] = _get("Whether it works", "application/json", errors={"503": _ERRORS["503"]})
     paths["/metrics"] = _get("Numbers for Prometheus", "text/plain")
     paths["/openapi.json"] = _get("This document", "application/json")
     paths["/"] = _get("A page to drop a photo on", "text/html")
@@ -109,20 +117,31 @@ def _post(
             },
             "responses": {
                 "200": {"description": "One result per image", "content": _content(answer)},
-                **{
-                    status: {"description": text, "content": _content(_object({"error": _STRING}))}
-                    for status, text in _ERRORS.items()
-                },
+                **_errors(_ERRORS),
             },
         }
     }
 
 
-def _get(what: str, kind: str, parameters: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+def _errors(texts: Mapping[str, str]) -> dict[str, Any]:
+    content = _content(_object({"error": _STRING}))
+    return {status: {"description": text, "content": content} for status, text in texts.items()}
+
+
+def _get(
+    what: str,
+    kind: str,
+    parameters: list[dict[str, Any]] | None = None,
+    errors: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    every = {"421": _ERRORS["421"], "500": "Something went wrong; it is in the log."}
     return {
         "get": {
             "summary": what,
             "parameters": parameters or [],
-            "responses": {"200": {"description": what, "content": {kind: {}}}},
+            "responses": {
+                "200": {"description": what, "content": {kind: {}}},
+                **_errors({**every, **(errors or {})}),
+            },
         }
     }

@@ -140,7 +140,8 @@ class Plan:
     """A run before it begins: everything that is settled by its settings.
 
     Attributes:
-        model: that is trained, with what it begins with.
+        model: that is trained, with what it begins with until the first step takes its memory
+            (not that of a model that was given as such).
         processor: prepares images for evaluation and prediction.
         recipe: the settings.
         train, validation: the images.
@@ -240,6 +241,7 @@ def make_plan(
     train = as_images(train)
     validation = None if validation is None else as_images(validation, like=train)
     _check_data(train, validation, recipe)
+    loaded = isinstance(model, (str, os.PathLike))  # here, so nobody else has its parameters
     beginning = begin(
         model,
         recipe,
@@ -299,6 +301,7 @@ def make_plan(
             ema=ema,
             trainable=trainable,
             mesh=mesh,
+            copy=not loaded,
         )
 
     step = make_step(

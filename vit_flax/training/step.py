@@ -120,12 +120,13 @@ class TrainState(flax.struct.PyTreeNode):
         ema: float | Ema | None = None,
         trainable: Trainable | None = None,
         mesh: Mesh | None = None,
+        copy: bool = True,
     ) -> TrainState:
         """The state before the first step.
 
         Args:
-            model: whose `params` training begins with; they are copied, and widened to float32
-                where they are narrower (small updates are lost in bfloat16).
+            model: whose `params` training begins with, widened to float32 where they are narrower
+                (small updates are lost in bfloat16).
             optimizer: optax's, or anything with `init` and `update`.
             key: of dropout, mixing and the like; `jax.random.key(0)` if None.
             params: to begin with instead of the model's own.
@@ -133,6 +134,8 @@ class TrainState(flax.struct.PyTreeNode):
             trainable: of the path of a parameter: whether it trains. None trains all. Others have
                 no moments and no average.
             mesh: devices to lay everything on, by the table in `vit_flax.sharding`.
+            copy: leave the parameters that are given as they are. False saves their memory: the
+                first step takes it, and the model has none until `model.params` is set again.
 
         Raises:
             InputError: a parameter is an integer; nothing trains; the model has no parameters.
@@ -147,8 +150,17 @@ class TrainState(flax.struct.PyTreeNode):
         if isinstance(params, FrozenDict):
             params = unfreeze(params)
         check_floats(params)
-        # Copies: the first step takes the memory of what it is given.
-        params = jax.tree.map(lambda leaf: jnp.array(_wide(leaf)), params)
+        taken: set[int] = set()
+
+        def own(leaf: Any) -> jax.Array:
+            """An array for the first step to take; none can be taken twice."""
+            wide = jnp.asarray(_wide(leaf))
+            if copy or id(wide) in taken:
+                return jnp.array(wide)
+            taken.add(id(wide))
+            return wide
+
+        params = jax.tree.map(own, params)
         if mesh is not None:
             params = lay_out(params, tree_shardings(mesh, params))
         chosen = trained(params, trainable)
