@@ -561,7 +561,7 @@ def _read_rows(folder: Path) -> None:
         for file in _FILES:
             if file not in journal.done:
                 journal.fail(file, "again")
-        journal.finish(_FILES)
+        journal.finish()
     written = path.with_suffix("").read_text("utf-8", "surrogateescape")
     if path.suffixes[-2:] == [".jsonl", ".partial"]:
         files = [json.loads(line)["file"] for line in written.splitlines()]

@@ -447,187 +447,39 @@ def test_a_full_disk_keeps_what_there_is(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc on this system")
 @pytest.mark.parametrize(
-    ("suffix", "count"),
-    [
-        ("npz", 1),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("safetensors", 1), ("parquet", 1), ("npz", 2), ("parquet", 2))
-        ),
-    ],
+    "suffix",
+    ["npz", *(pytest.param(name, marks=pytest.mark.slow) for name in ("safetensors", "parquet"))],
 )
-def test_memory_does_not_grow_with_the_images(tmp_path, suffix, count):
+def test_memory_does_not_grow_with_the_images(tmp_path, suffix):
     script = (
         "import sys, numpy as np\n"
         "from vit_cli.runs import feature_file\n"
         "from vit_cli.runs.feature_file import FeatureFile\n"
         "feature_file._GROUP_BYTES = 1 << 20\n"  # else pyarrow's buffers grow up to 60 MB first
         "row = np.random.default_rng(0).normal(size=1024).astype(np.float32)\n"
-        "n, count = map(int, sys.argv[2:])\n"
-        "parts = [(i, count) for i in range(count)] if count > 1 else [None]\n"
-        "files = [FeatureFile(sys.argv[1], force=True, part=part) for part in parts]\n"
-        "for i in range(n): files[i % count].write(f'{i}.png', row)\n"
-        "for file in files[1:]: file.end()\n"
-        "files[0].finish([f'{i}.png' for i in range(n)])\n"
+        "file = FeatureFile(sys.argv[1], force=True)\n"
+        "for i in range(int(sys.argv[2])): file.write(f'{i}.png', row)\n"
+        "file.finish()\n"
         "status = open('/proc/self/status').read()\n"
         "print(status.partition('VmHWM:')[2].split()[0])\n"
     )
     target = tmp_path / f"out.{suffix}"
     peaks = []
     for rows in (5_000, 25_000):  # 20 and 98 MB
-        command = [sys.executable, "-c", script, str(target), str(rows), str(count)]
+        command = [sys.executable, "-c", script, str(target), str(rows)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout) / 1024)
     # MB; measured 3 to 10, most of it the names
     assert peaks[1] - peaks[0] < 30
 
 
-# -- rows of several processes
-
-
-NAMES = [f"{i}.png" for i in range(40)]
-BROKEN = [name for i, name in enumerate(NAMES) if i % 7 == 3]
-
-
-def write(file, names):
-    """Rows of vectors that tell which is which, and of images that are broken."""
-    for name in names:
-        if name in BROKEN:
-            file.fail(name, f"broken {name}")
-        else:
-            file.write(name, np.full((2, 3), int(name.partition(".")[0]), np.float32))
-    file.flush()
-    return file
-
-
-def part(target, index, count, **options):
-    return FeatureFile(str(target), part=(index, count), **options)
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """The bytes of the file that a single process writes."""
-
-    def bytes_of(suffix):
-        (tmp_path / "alone").mkdir()
-        path = tmp_path / "alone" / f"out.{suffix}"
-        write(FeatureFile(str(path)), NAMES).finish()
-        return path.read_bytes()
-
-    return bytes_of
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_vectors_of_all_in_the_order_of_the_files(tmp_path, alone, suffix):
-    """Three began, one of them died in the middle of a row; two go on."""
-    (tmp_path / "here").mkdir()
-    target = tmp_path / "here" / f"out.{suffix}"
-    for i in range(3):
-        write(part(target, i, 3), NAMES[i:21:3]).close()
-    whole = len(NAMES[2:21:3])
-    with open(f"{target}.3-of-3.partial", "r+b") as stream:
-        stream.truncate(os.path.getsize(stream.name) - 5)  # half a name: its vector is left over
-    with open(f"{target}.2-of-3.partial.rows", "r+b") as stream:
-        stream.truncate(os.path.getsize(stream.name) - 5)  # half a vector: its name is too much
-    with open(f"{target}.1-of-3.partial", "ab") as stream:
-        stream.write(b'{"file": "half')
-    first, second = (part(target, i, 2, resume=True) for i in range(2))
-    assert len(first.done) == 3 * whole - 2
-    assert first.done == second.done
-    assert first.failed == len([name for name in BROKEN if name in first.done])
-    write(second, [name for name in NAMES[1::2] if name not in second.done])
-    second.end()
-    write(first, NAMES[::2])  # those that are done stay as they are
-    first.finish([*NAMES, NAMES[0]])
-    second.close()
-    assert first.count == len(NAMES) - len(BROKEN)
-    assert first.failed == len(BROKEN)
-    assert target.read_bytes() == alone(suffix)
-    assert [path.name for path in target.parent.iterdir()] == [target.name]
-
-
-def test_one_process_goes_on_where_several_stopped(tmp_path, alone):
-    (tmp_path / "here").mkdir()
-    target = tmp_path / "here" / "out.npz"
-    for i in range(2):
-        write(part(target, i, 2), NAMES[i:20:2]).close()
-    with pytest.raises(ExistingFileError, match=r"1-of-2\.partial: left by a run that did not end"):
-        FeatureFile(str(target))
-    write(part(tmp_path / "mean.npz", 1, 2, run={"pool": "mean"}), NAMES[:2]).close()
-    with pytest.raises(InputError, match=r"its vectors were made with pool 'mean', now not given"):
-        FeatureFile(str(tmp_path / "mean.npz"), resume=True)
-    file = FeatureFile(str(target), resume=True)
-    assert file.done == set(NAMES[:20])
-    write(file, NAMES)
-    file.finish(NAMES)
-    assert target.read_bytes() == alone("npz")
-    assert [path.name for path in target.parent.iterdir()] == [target.name]
-
-
-def test_force_begins_anew_whoever_wrote(tmp_path):
-    target = tmp_path / "out.npz"
-    for i in range(2):
-        write(part(target, i, 2), NAMES[i:10:2]).close()
-    os.unlink(f"{target}.1-of-2.partial")  # vectors without names are nobody's
-    file = FeatureFile(str(target), force=True)
-    left = ["out.npz.partial", "out.npz.partial.rows"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == left
-    file.write("new.png", np.zeros(2, np.float32))
+def test_vectors_without_names_are_nobodys(tmp_path):
+    (tmp_path / "out.npz.partial.rows").write_bytes(b"1234")
+    file = FeatureFile(str(tmp_path / "out.npz"), resume=True)
+    file.write(*vectors(1)[0])
     file.finish()
-    assert read(target)[1] == ["new.png"]
     assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
-
-
-@pytest.mark.parametrize(("names", "rows"), [(0, 0), (-3, 0), (0, -1), (-40, 0), (0, -30), (7, 9)])
-def test_wherever_one_of_several_is_killed(tmp_path, alone, names, rows):
-    """Bytes cut off or added at the end of the files of one that takes part again."""
-    (tmp_path / "here").mkdir()
-    target = tmp_path / "here" / "out.npz"
-    for i in range(2):
-        write(part(target, i, 2), NAMES[i:30:2]).close()
-    for end, change in ((".partial", names), (".partial.rows", rows)):
-        with open(f"{target}.2-of-2{end}", "ab") as stream:
-            if change > 0:
-                stream.write(b'{"file": '[:change])
-            else:
-                stream.truncate(stream.tell() + change)
-    first, second = (part(target, i, 2, resume=True) for i in range(2))
-    assert (len(first.done) == 30) == (names >= 0 and rows >= 0)
-    write(second, NAMES[1::2])
-    write(first, NAMES[::2])
-    first.finish(NAMES)
-    second.close()
-    assert target.read_bytes() == alone("npz")
-
-
-def test_an_image_that_nobody_did(tmp_path):
-    target = tmp_path / "out.npz"
-    first, second = (part(target, i, 2) for i in range(2))
-    write(first, NAMES[:2])
-    write(second, NAMES[2:3])
-    second.close()
-    with pytest.raises(MissingFileError, match=r"1 of 4 images have no row, the first is 3\.png: "):
-        first.finish(NAMES[:4])
-    assert not target.exists()
-    write(part(target, 0, 2, resume=True), NAMES[3:4]).finish(NAMES[:4])
-    features, files, failed, *_ = read(target)
-    np.testing.assert_array_equal(features[:, 1, 2], [0, 1, 2])
-    assert (files, failed) == (NAMES[:3], NAMES[3:4])
-
-
-@pytest.mark.parametrize("living", [0, 1])
-def test_vectors_of_living_processes_are_left_alone(tmp_path, living):
-    pytest.importorskip("fcntl", reason="this system has no locks of files")
-    target = tmp_path / "out.npz"
-    files = [write(part(target, i, 2), NAMES[i : i + 1]) for i in range(2)]
-    files[1 - living].close()
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    for option in ({}, {"resume": True}, {"force": True}):
-        for who in (None, (0, 3), (0, 2)):
-            with pytest.raises(MissingFileError, match="another process is writing this"):
-                FeatureFile(str(target), part=who, **option)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    files[living].close()
+    check(tmp_path / "out.npz", 1)
 
 
 # -- odd things

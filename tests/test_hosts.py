@@ -18,10 +18,10 @@ from feature_files import read_features
 from tolerances import BOUNDS
 
 from vit_cli.main import main
+from vit_cli.runs.job import in_shard, part_of
 from vit_cli.runs.prediction_file import Journal
-from vit_cli.runs.rows import check_free
 from vit_common.embedded import embedded_checkpoint
-from vit_common.errors import InputError, MissingFileError
+from vit_common.errors import ExistingFileError, HostError, InputError
 from vit_flax.distributed import Cluster, Hosts, explain
 
 DIGITS = embedded_checkpoint() / "images"
@@ -97,6 +97,17 @@ def read(path):
     ]
 
 
+def part(target, number, count):
+    """The file of one of several processes, counted from 1."""
+    return target.with_name(f"{target.stem}.{number}-of-{count}{target.suffix}")
+
+
+def names_in(folder):
+    """The images in the files of all processes, each once for its row."""
+    parts = [path for path in folder.iterdir() if "-of-" in path.name]
+    return [name for path in parts for name in dict.fromkeys(row[0] for row in read(path))]
+
+
 def one_line(said, *words):
     """Nothing but one error, in a line, with these words."""
     lines = said.splitlines()
@@ -122,7 +133,7 @@ def wait_for_rows(target, processes, rows):
     """Until each process has written so many rows."""
     deadline = time.monotonic() + 120
     while True:
-        partials = list(target.parent.glob(f"{target.name}.*-of-*.partial"))
+        partials = list(target.parent.glob(f"{target.stem}.*-of-*{target.suffix}.partial"))
         counts = [len(p.read_bytes().splitlines()) - 1 for p in partials]
         if len(counts) == len(processes) and min(counts) >= rows:
             return
@@ -166,96 +177,138 @@ def test_results_are_those_of_one_process(tmp_path, capsys, count, suffix):
         stream.write((DIGITS / "digit-3-01.png").read_bytes())
     target, alone = tmp_path / f"out.{suffix}", tmp_path / f"alone.{suffix}"
     codes, said = ends(start(folder, target, count))
-    assert codes[0] == 1, said  # an image failed, in whichever process
-    assert set(codes) <= {0, 1}
+    broken = next(i for i in range(count) if in_shard(str(folder / "broken.png"), i, count))
+    assert codes == [int(i == broken) for i in range(count)], said
+    parts = [part(target, i + 1, count) for i in range(count)]
+    images = [*map(str, folder.iterdir())]
+    for i, (own, each) in enumerate(zip(parts, said, strict=True)):
+        some = any(in_shard(image, i, count) for image in images)
+        assert (f"vit: wrote {own}: " if some else "vit: no image falls to shard") in each
     assert main([command_for(alone), str(folder), "--output", str(alone)]) == 1
     capsys.readouterr()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"alone.{suffix}",
-        "images",
-        f"out.{suffix}",
-    ]
-    for ours, theirs in zip(read(target), read(alone), strict=True):
+    names = sorted(["images", alone.name, *(path.name for path in parts)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    rows = sorted((row for path in parts for row in read(path)), key=by_name)
+    for ours, theirs in zip(rows, sorted(read(alone), key=by_name), strict=True):
         assert ours[:3] == theirs[:3]
         assert ours[3] == pytest.approx(theirs[3], abs=TOLERANCE)
-    names = [row[0] for row in read(target)]
-    assert (odd.encode(errors="backslashreplace").decode() if suffix == "parquet" else odd) in names
+    shown = odd.encode(errors="backslashreplace").decode() if suffix == "parquet" else odd
+    assert shown in [row[0] for row in rows]
+
+
+def by_name(row):
+    return row[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("count", "victim", "number", "again"),
+    ("suffix", "count", "victim", "number"),
     [
-        (2, 2, signal.SIGKILL, 1),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                (2, 1, signal.SIGKILL, 2),
-                (4, 3, signal.SIGKILL, 2),
-                (4, 1, signal.SIGKILL, 3),
-                (3, 2, signal.SIGTERM, 4),
-                (3, 1, signal.SIGINT, 3),
-            )
-        ),
+        ("jsonl", 2, 2, signal.SIGKILL),
+        ("jsonl", 4, 1, signal.SIGKILL),
+        ("csv", 3, 2, signal.SIGTERM),
+        ("jsonl", 3, 1, signal.SIGINT),
+        ("npz", 2, 1, signal.SIGKILL),
+        ("safetensors", 3, 2, signal.SIGKILL),
+        ("parquet", 2, 2, signal.SIGTERM),
     ],
 )
-def test_one_ends_and_the_rest_stop(tmp_path, many, capsys, count, victim, number, again):
-    target = tmp_path / "out.jsonl"
-    processes = start(many, target, count, "--batch-size", "4")
-    last, said = end_one(target, processes, victim, number)
+def test_one_ends_and_the_rest_stop(tmp_path, many, capsys, suffix, count, victim, number):
+    target = tmp_path / f"out.{suffix}"
+    last, said = end_one(target, start(many, target, count, "--batch-size", "4"), victim, number)
     asked = number != signal.SIGKILL
     if asked:
         assert "--resume goes on from there" in last
     what = "stopped: it was interrupted." if asked else "is gone; process"
     for each in said:
         one_line(each, f"process {victim} of {count} {what}", "--resume goes on from there.")
-    assert not target.exists()
+    parts = [part(target, i + 1, count) for i in range(count)]
+    ends_of_names = [".partial"]
+    if command_for(target) == "features":
+        ends_of_names.append(".partial.rows")
+    left = {path.name + end for path in parts for end in ends_of_names}
+    there = {path.name for path in tmp_path.iterdir()}
+    # One that had done its share waited for the others, with its rows beside its file.
+    assert left <= there <= left | {path.name for path in parts} - {parts[victim - 1].name}
 
-    if again == 1:
-        assert main(["predict", str(many), "--output", str(target), "--resume"]) == 0
-        assert "of 1500 images are done already" in capsys.readouterr().err
-    else:
-        codes, said = ends(start(many, target, again, "--resume"))
-        assert codes == [0] * again, said
-    assert [row["file"] for row in rows_of(target)] == sorted(map(str, many.iterdir()))
-    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+    codes, said = ends(start(many, target, count + 1, "--resume"))
+    assert codes == [2] * (count + 1)
+    for each in said:
+        one_line(each, f"written by one of {count} processes, and these are {count + 1}")
+    assert {path.name for path in tmp_path.iterdir()} == there
+
+    # The share of a machine that is lost can be done on another.
+    shard = ["--shard", f"{victim}/{count}", "--output", str(parts[victim - 1]), "--resume"]
+    assert main([command_for(target), str(many), *shard]) == 0
+    assert "images are done already" in capsys.readouterr().err
+    parts[victim - 1].rename(tmp_path / "kept")
+    codes, said = ends(start(many, target, count, "--resume"))
+    assert codes == [0] * count, said
+    for i, each in enumerate(said):
+        assert ("images are done already" in each) == (i != victim - 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["kept", *(path.name for path in parts)]
+    )
+    assert sorted(names_in(tmp_path)) == sorted(map(str, many.iterdir()))
+    if command_for(target) == "features":  # each image has its own vector
+        whole = tmp_path / "whole.npz"
+        first = sorted(map(str, many.iterdir()))[:20]  # the rest are links to them
+        assert main(["features", *first, "--output", str(whole)]) == 0
+        wanted = read_features(whole)[0]
+        assert len(np.unique(wanted[:, 0])) == 20
+        for path in parts:
+            features, files, *_ = read_features(path)
+            which = [int(file[-8:-4]) % 20 for file in files]
+            np.testing.assert_allclose(features, wanted[which], rtol=0, atol=RESIZED)
+    capsys.readouterr()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("suffix", "count", "victim", "number", "again"),
-    [
-        ("npz", 2, 1, signal.SIGKILL, 1),
-        ("safetensors", 3, 2, signal.SIGKILL, 2),
-        ("parquet", 2, 2, signal.SIGTERM, 3),
-    ],
-)
-def test_features_when_one_ends(tmp_path, many, capsys, suffix, count, victim, number, again):
-    """Every image has its own vector, whichever process wrote it, and when."""
-    target, whole = tmp_path / f"out.{suffix}", tmp_path / "whole.npz"
-    processes = start(many, target, count, "--batch-size", "4")
-    _, said = end_one(target, processes, victim, number)
-    for each in said:
-        one_line(each, f"process {victim} of {count} ", "--resume goes on from there.")
-    left = [path.name for path in tmp_path.iterdir()]
-    ends_of_names = (".partial", ".partial.rows")
-    parts = [f"{target.name}.{i + 1}-of-{count}" for i in range(count)]
-    assert sorted(left) == sorted(part + end for part in parts for end in ends_of_names)
-    if again == 1:
-        assert main(["features", str(many), "--output", str(target), "--resume"]) == 0
-    else:
-        codes, said = ends(start(many, target, again, "--resume"))
-        assert codes == [0] * again, said
-    features, files, failed, _, _ = read_features(target)
-    assert (files, failed) == (sorted(map(str, many.iterdir())), [])
-    assert [path.name for path in tmp_path.iterdir()] == [target.name]
-    first = files[:20]  # the rest are links to them
-    assert main(["features", *first, "--output", str(whole)]) == 0
-    capsys.readouterr()
-    wanted = read_features(whole)[0]
-    assert len(np.unique(wanted[:, 0])) == 20
-    wanted = np.resize(wanted, features.shape)
-    np.testing.assert_allclose(features, wanted, rtol=0, atol=RESIZED)
+def test_one_that_is_early_waits(tmp_path):
+    """Longer than a process may be silent: making a file can take that long."""
+    script = (
+        "import sys, time\n"
+        "import vit_cli.runs.rows\n"
+        "from vit_cli.main import main\n"
+        "replace = vit_cli.runs.rows.replace_files\n"
+        "def late(*arguments):\n"
+        "    time.sleep(12)\n"
+        "    replace(*arguments)\n"
+        "vit_cli.runs.rows.replace_files = late\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    target = tmp_path / "out.jsonl"
+    codes, said = ends(start(DIGITS, target, 2, instead={2: script}))
+    assert codes == [0, 0], said
+    for i, each in enumerate(said):
+        own = part(target, i + 1, 2)
+        assert each == f"vit: wrote {own}: {len(rows_of(own))} images\n"
+
+
+@pytest.mark.slow
+def test_one_that_is_early_hears_of_the_end_of_another(tmp_path):
+    target = tmp_path / "out.jsonl"
+    own = part(target, 1, 2)
+    script = (
+        "import os, signal, sys, time\n"
+        "import vit_cli.commands.predict\n"
+        "from vit_cli.main import main\n"
+        "def load(*_, **__):\n"
+        f"    while not os.path.exists({str(own)!r}):\n"
+        "        time.sleep(0.1)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "vit_cli.commands.predict.load_for_stream = load\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    codes, said = ends(start(DIGITS, target, 2, instead={2: script}))
+    assert codes == [2, 128 + signal.SIGKILL], said
+    one_line(said[0], "process 2 of 2 is gone; process 1 of 2 stops.", "--resume goes on from")
+    left = [own.name, f"{own.name}.partial", f"{part(target, 2, 2).name}.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    codes, said = ends(start(DIGITS, target, 2, "--resume"))
+    assert codes == [0, 0], said
+    assert "images are done already" in said[0]
+    assert sorted(names_in(tmp_path)) == sorted(map(str, DIGITS.iterdir()))
 
 
 @pytest.mark.slow
@@ -270,14 +323,16 @@ def test_processes_that_do_not_come_together(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_process_that_is_there_already(tmp_path, capfd):
-    target = str(tmp_path / "out.jsonl")
-    journal = Journal(target, part=(1, 2))
-    arguments = ["predict", str(DIGITS), "--output", target, "--coordinator", "127.0.0.1:1"]
-    assert main([*arguments, "--process", "2/2"]) == 2
-    assert "out.jsonl.2-of-2.partial: another process is writing this" in capfd.readouterr().err
+@pytest.mark.slow
+def test_a_file_that_another_run_is_writing(tmp_path):
+    target = tmp_path / "out.jsonl"
+    journal = Journal(str(part(target, 2, 2)))
+    codes, said = ends(start(DIGITS, target, 2))
     journal.close()
-    check_free(target, (1, 2))
+    assert codes == [2, 2]
+    one_line(said[0], "process 2 of 2 stopped: ", "another process is writing this")
+    one_line(said[1], "out.2-of-2.jsonl.partial: another process is writing this")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -367,12 +422,12 @@ def test_one_is_interrupted_while_it_loads(tmp_path, many):
 @pytest.mark.slow
 def test_an_output_that_is_there_is_told_by_all(tmp_path):
     target = tmp_path / "out.jsonl"
-    target.write_text("")
+    part(target, 1, 2).write_text("")
     codes, said = ends(start(DIGITS, target, 2))
     assert codes == [2, 2]
     assert "already there, and whole" in said[0]
     assert "process 1 of 2 stopped:" in said[1]
-    assert target.read_text() == ""
+    assert part(target, 1, 2).read_text() == ""
 
 
 @pytest.mark.slow
@@ -393,7 +448,7 @@ def test_a_cluster_that_jax_knows(tmp_path):
     ]
     codes, said = ends(processes)
     assert codes == [0, 0], said
-    assert [row["file"] for row in rows_of(target)] == sorted(map(str, DIGITS.iterdir()))
+    assert sorted(names_in(tmp_path)) == sorted(map(str, DIGITS.iterdir()))
 
 
 @pytest.mark.slow
@@ -466,41 +521,159 @@ def test_what_the_last_words_of_the_runtime_mean(words, said):
     assert said in explain(words, Cluster("host:1", (1, 4)))
 
 
-# -- one file of several processes' rows
+# -- a share and a file for each
 
 
-def write(target, part, names, *, resume=False):
-    journal = Journal(str(target), part=part, resume=resume, run={"top_k": 5})
-    for name in names:
-        journal.fail(name, "broken")
-    return journal
+@pytest.mark.parametrize(
+    ("output", "own"),
+    [
+        ("out.jsonl", "out.2-of-3.jsonl"),
+        ("more/a.b.npz", "more/a.b.2-of-3.npz"),
+        ("new.1-of-2.csv", "new.1-of-2.2-of-3.csv"),
+    ],
+)
+def test_the_file_of_one_of_several(tmp_path, monkeypatch, output, own):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "more").mkdir()
+    others = ("out.jsonl", "out.1-of-2.jsonl.txt", "out.1-of-2.npz", "an-out.1-of-2.jsonl")
+    for name in ("out.1-of-3.jsonl", "out.2-of-3.jsonl.partial", *others):
+        (tmp_path / name).touch()
+    assert part_of(output, 1, 3) == own
 
 
-def test_rows_of_all_in_the_order_of_the_files(tmp_path):
+@pytest.mark.parametrize("left", ["out.4-of-10.csv", "out.1-of-1.csv", "out.2-of-2.csv.partial"])
+def test_files_of_another_number_of_processes(tmp_path, left):
+    (tmp_path / left).touch()
+    number = left.split("-")[2].partition(".")[0]
+    said = f"{left}: written by one of {number} processes, and these are 3; .* Start {number} p"
+    with pytest.raises(ExistingFileError, match=said):
+        part_of(str(tmp_path / "out.csv"), 0, 3)
+
+
+class Met:
+    """The processes of a run as one of them sees them, without any."""
+
+    count = 2
+
+    def __init__(self, index):
+        self.index = index
+        self.barriers = []
+        self.why = "not gone"
+
+    def barrier(self, key):
+        self.barriers.append(key)
+
+    def check(self):
+        pass
+
+    def leave(self, why=None):
+        self.why = why
+
+
+@pytest.fixture
+def run_as(monkeypatch):
+    """A command as one of two processes, which has met the other, and what it told that one."""
+    told = {}
+
+    def run(hosts, target, *options, images=DIGITS):
+        def join(cluster, settings):
+            told.update(settings)
+            return hosts
+
+        monkeypatch.setattr("vit_cli.runs.job.join", join)
+        monkeypatch.setattr("vit_cli.runs.job.supervised", lambda cluster, work: work())
+        command = [command_for(target), str(images), "--output", str(target), *options]
+        code = main([*command, "--coordinator", "h:1", "--process", f"{hosts.index + 1}/2"])
+        return code, told
+
+    return run
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "npz", "safetensors", "parquet"])
+def test_a_process_writes_what_its_shard_writes(tmp_path, capsys, run_as, suffix):
+    target, alone = tmp_path / f"out.{suffix}", tmp_path / "alone"
+    alone.mkdir()
+    for index in range(2):
+        hosts = Met(index)
+        code, _ = run_as(hosts, target)
+        own = part(target, index + 1, 2)
+        assert f"vit: wrote {own}: " in capsys.readouterr().err
+        assert (code, hosts.barriers, hosts.why) == (0, ["begun", "made"], None)
+        shard = ["--shard", f"{index + 1}/2", "--output", str(alone / own.name)]
+        assert main([command_for(target), str(DIGITS), *shard]) == 0
+        assert own.read_bytes() == (alone / own.name).read_bytes()
+    capsys.readouterr()
+    assert sorted(names_in(tmp_path)) == sorted(map(str, DIGITS.iterdir()))
+
+
+@pytest.mark.parametrize("share", ["some", "none"])
+@pytest.mark.parametrize("suffix", ["jsonl", "npz"])
+def test_another_stops_while_this_one_waits(tmp_path, capsys, run_as, suffix, share):
+    """Its file is there; its rows are, too, so that both go on with --resume."""
+    image = next(str(file) for file in DIGITS.iterdir() if in_shard(str(file), 0, 2))
+    index = 0 if share == "some" else 1
+    target = tmp_path / f"out.{suffix}"
+    own = part(target, index + 1, 2)
+    hosts = Met(index)
+
+    def stops(key):
+        if key == "made":
+            assert own.exists()
+            raise HostError("process 2 of 2 is gone")
+
+    hosts.barrier = stops
+    assert run_as(hosts, target, images=image)[0] == 2
+    assert "vit: error: process 2 of 2 is gone" in capsys.readouterr().err
+    left = [own.name, f"{own.name}.partial"]
+    if share == "some" and suffix == "npz":
+        left.append(f"{own.name}.partial.rows")
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    whole = own.read_bytes()
+    assert run_as(Met(index), target, "--resume", images=image)[0] == 0
+    said = capsys.readouterr().err
+    assert ("1 of 1 images are done already" in said) == (share == "some")
+    assert ("no image falls to shard 2/2" in said) == (share == "none")
+    assert own.read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == [own.name]
+
+
+def test_an_output_that_is_there_is_told_before_the_work(tmp_path, capsys, run_as):
     target = tmp_path / "out.jsonl"
-    write(target, (1, 3), ["b", "d"]).close()
-    write(target, (2, 3), ["c"]).close()
-    with open(f"{target}.3-of-3.partial", "ab") as stream:
-        stream.write(b'{"file": "half')  # of a process that died
-    other = Journal(str(target), part=(0, 2), resume=True, run={"top_k": 5})
-    assert other.done == {"b", "c", "d"}
-    assert other.failed == 3
-    other.fail("a", "broken")
-    other.fail("b", "twice")  # once is enough
-    other.finish(["a", "b", "c", "d", "b"])
-    assert [(row["file"], row["error"]) for row in rows_of(target)] == [
-        (name, "broken") for name in "abcd"
-    ]
-    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    part(target, 1, 2).write_text("")
+    hosts = Met(0)
+    assert run_as(hosts, target)[0] == 2
+    assert "out.1-of-2.jsonl: already there, and whole" in capsys.readouterr().err
+    assert "already there, and whole" in hosts.why
+    assert hosts.barriers == []
+    for path in (target, part(target, 1, 3)):
+        path.write_text("")
+    hosts = Met(1)
+    assert run_as(hosts, target, "--force")[0] == 2
+    assert "written by one of 3 processes, and these are 2" in capsys.readouterr().err
+    assert "written by one of 3 processes" in hosts.why
 
 
-def test_an_image_that_nobody_did(tmp_path):
-    target = tmp_path / "out.jsonl"
-    first = write(target, (0, 2), ["a"])
-    write(target, (1, 2), ["b"]).close()
-    with pytest.raises(MissingFileError, match=r"1 of 3 images have no row, the first is c: .*res"):
-        first.finish(["a", "b", "c"])
-    assert not target.exists()
-    again = write(target, (0, 2), ["c"], resume=True)
-    again.finish(["a", "b", "c"])
-    assert [row["file"] for row in rows_of(target)] == ["a", "b", "c"]
+def test_no_image_at_all(tmp_path, capsys, run_as):
+    (tmp_path / "empty").mkdir()
+    hosts = Met(0)
+    assert run_as(hosts, tmp_path / "out.jsonl", images=tmp_path / "empty")[0] == 1
+    assert hosts.why is None
+    assert "no images" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_all_are_told_which_images_were_found(tmp_path, monkeypatch, run_as):
+    """Names that are the same may hold others: folders that no file system shares."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    digits = [file.read_bytes() for file in sorted(DIGITS.iterdir())]
+    found = []
+    for names in (["a"], ["a", "b"], ["a", "c"], ["a", "b"]):
+        for old in (tmp_path / "images").iterdir():
+            old.unlink()
+        for name in names:
+            (tmp_path / "images" / f"{name}.png").write_bytes(digits[0])
+        _, told = run_as(Met(0), tmp_path / "out.jsonl", "--force", images="images")
+        found.append(told["images found"])
+    assert [each.partition(",")[0] for each in found] == ["1", "2", "2", "2"]
+    assert found[1] == found[3] != found[2]

@@ -81,15 +81,15 @@ def test_rows_of_another_run_are_not_mixed(tmp_path):
     journal.fail("x.png", "broken")
     journal.flush()
     journal.close()
-    with pytest.raises(InputError, match="made with top_k 5, now 1"):
+    with pytest.raises(
+        InputError, match=r"out\.jsonl\.partial: its rows were made with top_k 5, now 1"
+    ):
         Journal(target, resume=True, run={"model": "a", "top_k": 1})
     run = {"model": "a", "top_k": 5, "weights": None}
     with pytest.raises(InputError, match="made with weights not given, now 'int8'"):
         Journal(target, resume=True, run={**run, "weights": "int8"})
     with pytest.raises(InputError, match="made with model 'a', now not given"):
         Journal(target, resume=True, run={"top_k": 5})
-    with pytest.raises(InputError, match=r"out\.jsonl\.partial: its rows were made with top_k 5"):
-        Journal(target, resume=True, run={"model": "a", "top_k": 1}, part=(0, 2))
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl.partial"]
     again = Journal(target, resume=True, run=run)
     assert again.done == {"x.png"}
@@ -307,24 +307,6 @@ def test_two_do_not_write_one_output(tmp_path):
     assert len(rows_of(tmp_path / "out.jsonl")) == 1
 
 
-def test_force_begins_anew_whoever_wrote(tmp_path):
-    target = tmp_path / "out.jsonl"
-    journals = []
-    for part in ((0, 2), (1, 2)):
-        journal = Journal(str(target), part=part)
-        journal.fail(f"old{part[0]}.png", "broken")
-        journals.append(journal)
-    for journal in journals:
-        journal.close()
-    with pytest.raises(ExistingFileError, match=r"1-of-2\.partial: left by a run that did not end"):
-        Journal(str(target))
-    journal = Journal(str(target), force=True)
-    journal.fail("new.png", "broken")
-    journal.finish()
-    assert [row["file"] for row in rows_of(target)] == ["new.png"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
-
-
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_names_in_any_encoding(tmp_path, capsys, suffix):
     """Latin-1 bytes, Japanese in Shift JIS, a line break: the names on disk are bytes."""
@@ -422,10 +404,8 @@ def refused(target, **options):
 @pytest.mark.parametrize("option", ["resume", "force"])
 def test_nobody_else_begins_while_the_file_is_made(tmp_path, monkeypatch, option):
     target = tmp_path / "out.jsonl"
-    first = Journal(str(target), part=(0, 2))
-    second = Journal(str(target), part=(1, 2))
-    first.fail("a", "broken")
-    second.end()  # without rows, it would delete its file
+    journal = Journal(str(target))
+    journal.fail("a", "broken")
     replace, discard = vit_cli.runs.rows.replace_files, PartialFile.discard
     looked = []
 
@@ -434,46 +414,53 @@ def test_nobody_else_begins_while_the_file_is_made(tmp_path, monkeypatch, option
         replace(*arguments)
         looked.append("written")
 
+    def before_rows_are_deleted():
+        refused(target, **{option: True})
+        looked.append("there")
+
     def before_the_last_is_deleted(self):
         looked.append(self.path.name)
-        refused(target, **{option: True}, part=(0, 2))
+        refused(target, **{option: True})
         discard(self)
 
     monkeypatch.setattr("vit_cli.runs.rows.replace_files", while_it_is_written)
     monkeypatch.setattr(PartialFile, "discard", before_the_last_is_deleted)
-    first.finish(["a"])
-    assert looked == ["written", "out.jsonl.1-of-2.partial"]
-    monkeypatch.undo()
-    again = Journal(str(target), force=True, part=(0, 2))
-    other = Journal(str(target), force=True, part=(1, 2))
-    second.close()  # as it does when the first is done; the file of that name is another's now
-    other.fail("new", "broken")
-    other.flush()
-    assert len(rows_of(tmp_path / "out.jsonl.2-of-2.partial")) == 2
-    again.close()
-    other.close()
+    journal.finish(before_rows_are_deleted)
+    assert looked == ["written", "there", "out.jsonl.partial"]
     assert [row["file"] for row in rows_of(target)] == ["a"]
 
 
 @needs_locks
-@pytest.mark.parametrize("living", [0, 1])
-def test_rows_of_living_processes_are_left_alone(tmp_path, living):
+def test_a_file_that_another_run_began_is_not_deleted(tmp_path):
     target = tmp_path / "out.jsonl"
-    journals = [Journal(str(target), part=(i, 2)) for i in range(2)]
-    for name, journal in zip("ab", journals, strict=True):
-        journal.fail(name, "broken")
-        journal.flush()
-    journals[1 - living].close()
-    for option in ({}, {"resume": True}, {"force": True}):
-        refused(target, **option)
-        refused(target, part=(0, 3), **option)
-        refused(target, part=(0, 2), **option)
-    journals[living].close()
+    first = Journal(str(target))
+    (tmp_path / "out.jsonl.partial").unlink()
+    second = Journal(str(target))
+    first.close()  # without rows it would delete its file; the one of that name is another's now
+    second.fail("a", "broken")
+    second.close()
+    assert len(rows_of(tmp_path / "out.jsonl.partial")) == 2
+
+
+@pytest.mark.parametrize("names", [["a"], []])
+def test_rows_are_kept_until_the_last_word(tmp_path, names):
+    """Even those of a run without images: the file that is there must not be in its way."""
+    target = tmp_path / "out.jsonl"
+
+    def fails():
+        assert len(rows_of(target)) == len(names)
+        raise RuntimeError("another process is gone")
+
+    for option in ({}, {"resume": True}):
+        journal = Journal(str(target), **option)
+        for name in names:
+            journal.fail(name, "broken")
+        with pytest.raises(RuntimeError):
+            journal.finish(fails)
     journal = Journal(str(target), resume=True)
-    assert journal.done == {"a", "b"}
-    refused(target, part=(0, 2), resume=True)
-    journal.finish(["a", "b"])
-    assert [row["file"] for row in rows_of(target)] == ["a", "b"]
+    assert journal.done == {*names}
+    journal.finish()
+    assert [row["file"] for row in rows_of(target)] == names
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 
@@ -484,11 +471,11 @@ def test_a_lock_on_a_file_that_was_deleted_is_none(tmp_path, monkeypatch):
     lock = vit_cli.runs.partial.lock
     opened = []
 
-    def late(stream, path, hint=""):
+    def late(stream, path):
         if not opened:
             path.unlink()
         opened.append(path)
-        lock(stream, path, hint)
+        lock(stream, path)
 
     monkeypatch.setattr("vit_cli.runs.partial.lock", late)
     journal = Journal(str(target))
@@ -502,11 +489,10 @@ def test_a_lock_on_a_file_that_was_deleted_is_none(tmp_path, monkeypatch):
 # -- runs that do not end
 
 
-@pytest.mark.parametrize("part", [None, (0, 2)])
-def test_a_forced_run_can_be_resumed(tmp_path, part):
+def test_a_forced_run_can_be_resumed(tmp_path):
     target = tmp_path / "out.jsonl"
     target.write_text("old\n")
-    journal = Journal(str(target), force=True, part=part)
+    journal = Journal(str(target), force=True)
     journal.fail("a", "broken")
     journal.close()
     with pytest.raises(ExistingFileError, match="left by a run that did not end; pass --resume"):
@@ -515,7 +501,7 @@ def test_a_forced_run_can_be_resumed(tmp_path, part):
     journal = Journal(str(target), resume=True)
     assert journal.done == {"a"}
     journal.fail("b", "broken")
-    journal.finish(["a", "b"])
+    journal.finish()
     assert [row["file"] for row in rows_of(target)] == ["a", "b"]
     with pytest.raises(ExistingFileError, match="already there, and whole"):
         Journal(str(target), resume=True)
@@ -528,7 +514,7 @@ def test_a_run_without_rows_is_in_nobodys_way(tmp_path):
     script = (
         "import os, signal, sys\n"
         "from vit_cli.runs.prediction_file import Journal\n"
-        "journal = Journal(sys.argv[1], part=(1, 2))\n"
+        "journal = Journal(sys.argv[1])\n"
         "journal.flush()\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -463,7 +463,7 @@ def add_stream(parser: Parser, same: str) -> None:
         "--resume",
         action="store_true",
         help=f"continue an interrupted --output; requires the same model, precision, {same} and "
-        "--shard",
+        "--shard or number of hosts",
     )
     parser.add_argument("--force", action="store_true", help="overwrite the output")
     parser.add_argument(
@@ -488,7 +488,11 @@ def add_stream(parser: Parser, same: str) -> None:
         help="split heads and MLP of the network over M devices, if it does not fit on one "
         "(default: 1)",
     )
-    add_hosts(parser)
+    add_hosts(
+        parser,
+        "All see the same images under the same names. Process I of N does part I of them, as with "
+        "--shard I/N, and writes a file of its own: out.I-of-N.parquet for --output out.parquet.",
+    )
     add_reading(parser)
 
 
@@ -561,12 +565,13 @@ def add_ray(parser: Parser) -> None:
     parser.checks.append(check)
 
 
-def add_hosts(parser: Parser) -> None:
-    """--coordinator, --process, --distributed, and how long others are waited for."""
-    group = parser.add_argument_group(
-        "several hosts",
-        "Start the same command on each; images and output are on a file system they share.",
-    )
+def add_hosts(parser: Parser, sharing: str) -> None:
+    """--coordinator, --process, --distributed, and how long others are waited for.
+
+    Args:
+        sharing: what is said of images and output.
+    """
+    group = parser.add_argument_group("several hosts", f"Start the same command on each. {sharing}")
     group.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
@@ -603,7 +608,7 @@ def add_hosts(parser: Parser) -> None:
         if options.coordinator is not None and options.distributed:
             parser.error("--distributed detects --coordinator and --process; leave one out")
         if several and options.output is None:
-            parser.error("several hosts write one file; name it with --output FILE")
+            parser.error("each host writes a file; name it with --output FILE")
         if several and getattr(options, "shard", None) is not None:
             parser.error("several hosts share the images out themselves; leave --shard out")
 

@@ -268,7 +268,7 @@ def _add_devices(parser: Parser) -> None:
         default=1,
         help="split heads and MLP of the network over M devices (default: 1)",
     )
-    add_hosts(parser)
+    add_hosts(parser, "Images and output are on a file system they share.")
 
 
 def _add_keeping(parser: Parser) -> None:

@@ -1,9 +1,8 @@
 """Features in a file: one array for all images, with their names.
 
 While images come, the vectors go end to end into `FILE.partial.rows` and the names into
-`FILE.partial`, one JSON object a line; several processes have a pair of files each (see `rows`).
-No array is ever in memory as a whole. A run that is resumed first cuts both files to what they
-agree on. At the end the file is made of them:
+`FILE.partial`, one JSON object a line. No array is ever in memory as a whole. A run that is resumed
+first cuts both files to what they agree on. At the end the file is made of them:
 
 - `.npz`: `features` (count, ...), `files` (count,); `failed` and `errors`, the images without
   features and why; `made_with`, the settings as JSON.
@@ -22,7 +21,6 @@ import os
 import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -69,11 +67,10 @@ class FeatureFile(RowFile):
     def _row_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def _whole(self, partial: Path) -> Callable[[dict[str, Any]], bool]:
+    def _whole(self) -> Callable[[dict[str, Any]], bool]:
         """A name is whole where its vector is."""
-        size = 0
         # Opened, as a shared file system may remember the size that another host's file had.
-        with contextlib.suppress(FileNotFoundError), open(f"{partial}.rows", "rb") as stream:
+        with open(self._beside[0].path, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
         count = 0
 
@@ -95,9 +92,7 @@ class FeatureFile(RowFile):
 
     def _cut(self, end: int) -> None:
         super()._cut(end)
-        (vectors,) = self._beside
-        self._own = self.count
-        vectors.cut(self._own * self._row_bytes)
+        self._beside[0].cut(self.count * self._row_bytes)
 
     def write(self, file: str, value: np.ndarray) -> ViTError | None:
         """The vector of an image.
@@ -123,8 +118,7 @@ class FeatureFile(RowFile):
             )
         self.shape = vector.shape
         self._beside[0].write(vector.data)
-        self._row({"file": file, "shape": vector.shape, "row": self._own})
-        self._own += 1
+        self._row({"file": file, "shape": vector.shape, "row": self.count})
         return None
 
     def summary(self, images: int, done: int) -> str:
@@ -136,8 +130,7 @@ class FeatureFile(RowFile):
         return {".npz": self._npz, ".parquet": self._parquet, ".safetensors": self._safetensors}
 
     def _records(self) -> Iterator[dict[str, Any]]:
-        for _, line in self._lines():
-            yield json.loads(line)
+        yield from map(json.loads, self._lines())
 
     def _names(self, which: str) -> Iterator[str]:
         """`files`, `failed` or `errors`."""
@@ -147,16 +140,9 @@ class FeatureFile(RowFile):
 
     def _vectors(self) -> Generator[bytes, None, None]:
         """The vectors, in the order of the names."""
-        streams: dict[Path, BinaryIO] = {}
-        with contextlib.ExitStack() as stack:
-            for part, line in self._lines():
-                record = json.loads(line)
-                if "error" in record:
-                    continue
-                if part not in streams:
-                    streams[part] = stack.enter_context(open(f"{part}.rows", "rb"))
-                streams[part].seek(record["row"] * self._row_bytes)
-                yield streams[part].read(self._row_bytes)
+        with open(self._beside[0].path, "rb") as stream:
+            for _ in range(self.count):
+                yield stream.read(self._row_bytes)
 
     def _npz(self, stream: BinaryIO) -> None:
         with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
@@ -186,9 +172,9 @@ class FeatureFile(RowFile):
         if len(text) > MAX_JSON_BYTES:
             raise InputError(
                 f"{self.path}: the names of the images are more than the header of a safetensors "
-                f"file may hold ({MAX_JSON_BYTES} bytes). Rename {self.path}.*partial and "
-                f"{self.path}.*partial.rows to X.npz.*partial and X.npz.*partial.rows, and pass "
-                "--output X.npz --resume."
+                f"file may hold ({MAX_JSON_BYTES} bytes). Rename {self.path}.partial and "
+                f"{self.path}.partial.rows so that they have .npz for .safetensors, and pass "
+                "--resume and an --output that ends in .npz."
             )
         stream.write(len(text).to_bytes(8, "little") + text)
         for vector in self._vectors():

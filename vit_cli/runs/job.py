@@ -4,13 +4,15 @@ processes, put through a model, and what comes out is written."""
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vit_cli.runs.rows import RowFile, check_free
+from vit_cli.runs.rows import RowFile
 from vit_cli.runs.supervise import INTERRUPTION, Cluster, Hosts, join, supervised
 from vit_cli.runtime import enable_cache
 from vit_cli.terminal import interrupt
@@ -18,7 +20,7 @@ from vit_cli.terminal.exit_codes import DONE, INTERRUPTED, SOME_FAILED
 from vit_cli.terminal.messages import counted, say
 from vit_cli.terminal.progress import Progress
 from vit_cli.terminal.results import Writer
-from vit_common.errors import HostError
+from vit_common.errors import ExistingFileError, HostError
 from vit_common.files.texts import reason
 from vit_common.images.find import find_images
 
@@ -93,22 +95,22 @@ class Job:
             say("error", text)
 
         files = list(find_images(stream.names, report, say))
-        if not files and cluster is None:
-            return SOME_FAILED
-        if stream.shard is not None:
-            files = own_shard(files, *stream.shard)
-        if stream.output is not None:
-            files = list(dict.fromkeys(files))
         if cluster is None:
-            return self._run(files, faults, None)
-        if cluster.process is not None and stream.output is not None:
-            check_free(stream.output, cluster.process)  # before it disturbs those at work
+            return self._run(files, faults)
         enable_cache()
-        begin = {"output": stream.output, "resume": stream.resume, "force": stream.force}
-        hosts = join(cluster, {**self._settings, "images": stream.names, **begin})
-        return self._run(files, faults, hosts)
+        told = {
+            **self._settings,
+            "images": stream.names,
+            # A process that sees others would leave images out, or do them again.
+            "images found": f"{len(files)}, checksum {_checksum(files):08x}",
+            "output": stream.output,
+            "resume": stream.resume,
+            "force": stream.force,
+        }
+        return self._run(files, faults, join(cluster, told))
 
-    def _run(self, every: list[str], faults: int, hosts: Hosts | None) -> int:
+    def _run(self, files: list[str], faults: int, hosts: Hosts | None = None) -> int:
+        """Do the files, or the share of them that this process of several has."""
         target: RowFile | None = None
 
         def end() -> None:
@@ -122,31 +124,34 @@ class Job:
         left: str | None = None  # why it stops before all is done
         try:
             with interrupt.exits_after(end), ExitStack() as stack:
-                files = every
-                failed = faults
-                if self.stream.output is not None:
-                    target = self._open(self.stream.output, hosts)
+                if not files:
+                    return SOME_FAILED
+                job = self if hosts is None else self._share(hosts)
+                stream, failed = job.stream, faults
+                if stream.shard is not None:
+                    files = own_shard(files, *stream.shard)
+                every = files
+                if stream.output is not None:
+                    every = list(dict.fromkeys(files))
+                    target = self.rows(
+                        stream.output, resume=stream.resume, force=stream.force, run=job._settings
+                    )
                     stack.callback(target.close)
-                    if hosts is not None and hosts.index == 0:
-                        hosts.tell("begun")
                     failed += target.failed
-                    files = [file for file in files if file not in target.done]
-                    if len(files) < len(every) and (hosts is None or hosts.index == 0):
+                    files = [file for file in every if file not in target.done]
+                    if len(files) < len(every):
                         say(f"{len(every) - len(files)} of {len(every)} images are done already")
                 if hosts is not None:
-                    files = [file for file in files if in_shard(file, hosts.index, hosts.count)]
-                before = len(every) - len(files) if hosts is None else 0
-                outcome = self._work(files, target, hosts, before)
+                    hosts.barrier("begun")  # before models are loaded: one may have been refused
+                outcome = self._work(files, target, hosts, len(every) - len(files))
                 failed += outcome.failed
-                if target is not None and hosts is not None:
-                    failed += _finish_for_all(hosts, target, every, failed)
-                    say(f"wrote {self.stream.output}: {counted(outcome.done)} here")
-                elif target is not None:
-                    target.finish(every)
+                if target is not None:
+                    # Until all are here rows are kept: --resume finds them where another stops.
+                    target.finish(None if hosts is None else lambda: hosts.barrier("made"))
                     if summary := target.summary(len(every), outcome.done):
                         unread = failed - faults
                         also = f"; {counted(unread)} could not be read" if unread else ""
-                        say(f"wrote {self.stream.output}: {summary}{also}")
+                        say(f"wrote {stream.output}: {summary}{also}")
                 return SOME_FAILED if failed else DONE
         except KeyboardInterrupt:
             left = INTERRUPTION
@@ -160,17 +165,11 @@ class Job:
             if hosts is not None:
                 hosts.leave(left)
 
-    def _open(self, output: str, hosts: Hosts | None) -> RowFile:
-        """The file for the results of this process; the first one's comes before all others'."""
-        part = None
-        if hosts is not None:
-            part = (hosts.index, hosts.count)
-            if hosts.index != 0:
-                hosts.wait("begun")
-        stream = self.stream
-        return self.rows(
-            output, resume=stream.resume, force=stream.force, run=self._settings, part=part
-        )
+    def _share(self, hosts: Hosts) -> Job:
+        """The job of one of several processes: what `--shard I/N` and an output of its own make."""
+        output = part_of(str(self.stream.output), hosts.index, hosts.count)
+        stream = replace(self.stream, shard=(hosts.index, hosts.count), output=output)
+        return replace(self, stream=stream)
 
     def _work(
         self, files: list[str], target: RowFile | None, hosts: Hosts | None, before: int
@@ -226,24 +225,6 @@ class Job:
         return _Outcome(done, failed)
 
 
-def _finish_for_all(hosts: Hosts, target: RowFile, files: list[str], failed: int) -> int:
-    """Make one file of the rows of all processes, in the first, when the last is done.
-
-    Returns:
-        In the first, how many images failed in the others.
-    """
-    if hosts.index != 0:
-        target.end()
-        hosts.tell(f"done/{hosts.index}", str(failed))
-        hosts.wait("finished")
-        return 0
-    hosts.tell(f"done/{hosts.index}", "0")
-    hosts.wait_for_all("done")
-    target.finish(files)
-    hosts.tell("finished")
-    return sum(map(int, hosts.told("done").values()))
-
-
 def own_shard(files: list[str], index: int, count: int) -> list[str]:
     """The files in one of `count` parts; says so where there are none."""
     own = [file for file in files if in_shard(file, index, count)]
@@ -255,3 +236,26 @@ def own_shard(files: list[str], index: int, count: int) -> list[str]:
 def in_shard(file: str, index: int, count: int) -> bool:
     """Whether a file is in one of `count` parts; the same for everyone who asks."""
     return zlib.crc32(os.fsencode(file)) % count == index
+
+
+def part_of(output: str, index: int, count: int) -> str:
+    """The file of one of `count` processes: `photos.1-of-2.jsonl` of `photos.jsonl`.
+
+    Raises:
+        ExistingFileError: another number of processes left files, which hold the same images.
+    """
+    path = Path(output)
+    stem, suffix = map(re.escape, (path.stem, path.suffix))
+    pattern = re.compile(rf"{stem}\.[1-9]\d*-of-([1-9]\d*){suffix}(\.partial)?")
+    for other in sorted(path.parent.glob("*")):
+        found = pattern.fullmatch(other.name)
+        if found and int(found[1]) != count:
+            raise ExistingFileError(
+                f"{other}: written by one of {found[1]} processes, and these are {count}; images "
+                f"would be in two files. Start {found[1]} processes, or delete what those wrote."
+            )
+    return str(path.with_name(f"{path.stem}.{index + 1}-of-{count}{path.suffix}"))
+
+
+def _checksum(files: list[str]) -> int:
+    return zlib.crc32(os.fsencode("\0".join(files)))

@@ -52,12 +52,12 @@ def check_output(path: str, suffixes: Sequence[str], instead: str) -> None:
     check_target(Path(path), force=True)
 
 
-def check_begin(path: str, left: Iterable[Path], *, resume: bool, force: bool) -> None:
+def check_begin(path: str, partial: Path, *, resume: bool, force: bool) -> None:
     """Refuse an output that must not be begun or continued; the caller holds its lock.
 
     Args:
         path: the file.
-        left: partial files of it that are there; one without rows counts as none.
+        partial: its partial file, which is there; without rows it counts as none.
         resume, force: what the user allows.
 
     Raises:
@@ -65,21 +65,14 @@ def check_begin(path: str, left: Iterable[Path], *, resume: bool, force: bool) -
     """
     if force:
         return
-    rows = [each for each in left if _has_bytes(each)]
+    rows = partial.stat().st_size > 0
     if rows and not resume:
         raise ExistingFileError(
-            f"{rows[0]}: left by a run that did not end; pass --resume to go on, or --force to "
+            f"{partial}: left by a run that did not end; pass --resume to go on, or --force to "
             "begin anew."
         )
     if Path(path).exists() and not rows:  # with rows, --force was passed when they were begun
         raise ExistingFileError(f"{path}: already there, and whole; pass --force to do it again.")
-
-
-def _has_bytes(path: Path) -> bool:
-    try:
-        return path.stat().st_size > 0
-    except OSError:
-        return False
 
 
 _LISTED = 12  # settings named in a message; the rest are counted
@@ -120,15 +113,12 @@ class PartialFile:
         header: what an empty one begins with; it is written with the first bytes, so that a file
             that is not empty holds something to go on with.
         alone: keep other processes out until it is closed, or this process ends.
-        hint: put behind what is said of another process.
 
     Raises:
         MissingFileError: it cannot be written, or another process is at it.
     """
 
-    def __init__(
-        self, path: Path, *, header: bytes = b"", alone: bool = True, hint: str = ""
-    ) -> None:
+    def __init__(self, path: Path, *, header: bytes = b"", alone: bool = True) -> None:
         self.path = path
         self._header = header
         self._owed = header
@@ -138,7 +128,7 @@ class PartialFile:
                 self._stream = open(path, "ab")  # noqa: SIM115  # until `close`
             try:
                 if alone:
-                    lock(self._stream, path, hint)
+                    lock(self._stream, path)
             except BaseException:
                 self._stream.close()
                 raise
@@ -241,26 +231,11 @@ def made_of(path: Path) -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
-def claimed(paths: Iterable[Path], hint: str = "") -> Iterator[None]:
-    """Keep other processes from those files that are there.
-
-    Raises:
-        MissingFileError: one is at one of them; `hint` is put behind what is said of that.
-    """
-    with contextlib.ExitStack() as stack:
-        for path in paths:
-            # To write, although nothing is: NFS gives no lock otherwise.
-            with told(path), contextlib.suppress(FileNotFoundError):
-                lock(stack.enter_context(open(path, "r+b")), path, hint)
-        yield
-
-
-def lock(stream: Any, path: Path, hint: str = "") -> None:
+def lock(stream: Any, path: Path) -> None:
     """Keep other processes out until the file is closed, or this process ends.
 
     Raises:
-        MissingFileError: one is at it; `hint` is put behind what is said of that.
+        MissingFileError: one is at it.
     """
     if fcntl is None:
         return
@@ -268,8 +243,7 @@ def lock(stream: Any, path: Path, hint: str = "") -> None:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise MissingFileError(
-            f"{path}: another process is writing this; end it first, or name another "
-            f"--output.{hint}"
+            f"{path}: another process is writing this; end it first, or name another --output."
         ) from error
     except OSError:  # a file system without locks
         pass

@@ -10,7 +10,6 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vit_cli.runs.partial import batches, utf8
@@ -31,7 +30,7 @@ class Journal(RowFile):
     suffixes = (".jsonl", ".csv", ".parquet")
     what = "rows"
 
-    def _whole(self, partial: Path) -> Callable[[dict[str, Any]], bool]:
+    def _whole(self) -> Callable[[dict[str, Any]], bool]:
         return lambda row: (
             [*row] == ["file", "predictions"] and _are_predictions(row["predictions"])
         )
@@ -50,7 +49,7 @@ class Journal(RowFile):
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         """One row per class of an image, or one row with its error."""
-        for _, line in self._lines():
+        for line in self._lines():
             row = json.loads(line)
             if "error" in row:
                 yield {"file": row["file"], "error": row["error"]}
@@ -58,8 +57,7 @@ class Journal(RowFile):
                 yield {"file": row["file"], "rank": rank, **each}
 
     def _jsonl(self, stream: BinaryIO) -> None:
-        for _, line in self._lines():
-            stream.write(line)
+        stream.writelines(self._lines())
 
     def _csv(self, stream: BinaryIO) -> None:
         # A name may hold bytes that are no text; they come out as they were.
