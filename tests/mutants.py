@@ -609,8 +609,8 @@ MUTANTS = [
     Mutant(
         "the average of the parameters before the step",
         STEP,
-        "state.ema,\n                moved,",
-        "state.ema,\n                chosen,",
+        "state.ema,\n                    moved,",
+        "state.ema,\n                    chosen,",
         RUN,
     ),
     Mutant(
@@ -742,8 +742,8 @@ MUTANTS = [
     Mutant(
         "a batch without labels moves the parameters",
         STEP,
-        "good = finite & counted",
-        "good = finite",
+        "jax.lax.cond(finite & counted, move, stay)",
+        "jax.lax.cond(finite, move, stay)",
         f"{_STEP}a_batch_without_labels_that_count_changes_nothing",
     ),
     Mutant(
