@@ -36,7 +36,9 @@ def batch_of(size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     return pixels, rng.integers(0, CLASSES, count)
 
 
-def vit_flax(folder: Path, dtype: str, pixels: np.ndarray, labels: np.ndarray) -> Begin:
+def vit_flax(
+    folder: Path, dtype: str, pixels: np.ndarray, labels: np.ndarray, *, accumulate: int = 1
+) -> Begin:
     import jax
     import optax
 
@@ -45,7 +47,7 @@ def vit_flax(folder: Path, dtype: str, pixels: np.ndarray, labels: np.ndarray) -
 
     model = FlaxViTForImageClassification.from_pretrained(folder, dtype=dtype)
     optimizer = optax.adamw(RATE, weight_decay=DECAY)
-    step = make_step(model, cross_entropy(), optimizer)
+    step = make_step(model, cross_entropy(), optimizer, accumulate=accumulate)
     batch = jax.device_put({"pixel_values": pixels, "labels": labels})
 
     def begin() -> Callable[[], Any]:
@@ -166,6 +168,7 @@ def memory(run: Callable[[], Any]) -> dict[str, float]:
 
 KINDS: dict[str, Callable[..., Begin]] = {
     "vit_flax": vit_flax,
+    "vit_flax, in two parts": lambda *a: vit_flax(*a, accumulate=2),
     "Transformers FlaxViT": transformers_flax,
     "Transformers torch, sdpa": transformers_torch,
     "Transformers torch, compiled": lambda *a: transformers_torch(*a, compiled=True),
