@@ -26,6 +26,12 @@ os.environ.setdefault("VIT_COMPILATION_CACHE", "")
 # test -> how many of its cases run each time; `make test-slow` runs them all. What the others of
 # these have in common with the first is most of what they show, and together they are a minute.
 REPRESENTED_BY = {
+    "test_trees_of_transformers": 1,
+    "test_axes_of_layouts": 1,
+    "test_the_commands": 1,
+    "test_the_cost_on_held_out_digits": 1,
+    "test_every_stage_of_the_base_network": 2,
+    "test_losses_and_their_gradients_against_the_torch_reference": 2,
     "test_killed_at_any_step_a_folder_is_old_or_new": 1,
     "test_features_are_those_of_transformers": 1,
     "test_hybrids_of_timm_in_both_twins": 2,
