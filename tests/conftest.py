@@ -26,12 +26,9 @@ os.environ.setdefault("VIT_COMPILATION_CACHE", "")
 # test -> how many of its cases run each time; `make test-slow` runs them all. What the others of
 # these have in common with the first is most of what they show, and together they are a minute.
 REPRESENTED_BY = {
-    "test_trees_of_transformers": 1,
     "test_axes_of_layouts": 1,
     "test_the_commands": 1,
     "test_the_cost_on_held_out_digits": 1,
-    "test_every_stage_of_the_base_network": 2,
-    "test_losses_and_their_gradients_against_the_torch_reference": 2,
     "test_killed_at_any_step_a_folder_is_old_or_new": 1,
     "test_features_are_those_of_transformers": 1,
     "test_hybrids_of_timm_in_both_twins": 2,
@@ -45,7 +42,7 @@ REPRESENTED_BY = {
     "test_equals_transformers_on_random_cases": 3,
     "test_errors_never_repeat_an_image": 2,
     "test_every_stage": 2,
-    "test_every_stage_of_the_base_network": 2,
+    "test_every_stage_of_the_base_network": 1,
     "test_extensions_of_vit_in_both_twins": 4,
     "test_few_tensors_are_alive_at_once": 6,
     "test_files_of_extensions": 8,
@@ -57,7 +54,7 @@ REPRESENTED_BY = {
     "test_kernel_of_whole_images_against_torch": 3,
     "test_logits_are_those_of_the_torch_reference": 4,
     "test_loading_holds_little_more_than_the_weights": 1,
-    "test_losses_and_their_gradients_against_the_torch_reference": 3,
+    "test_losses_and_their_gradients_against_the_torch_reference": 1,
     "test_outputs_and_gradients_under_the_same_masks": 3,
     "test_stochastic_depth": 3,
     "test_timm_builds_what_is_written_for_it": 4,
