@@ -200,6 +200,7 @@ def main() -> None:
         "model": arguments.model,
         "dtypes": dtypes,
         "device": arguments.device,
+        "order": f"drawn anew each round, {PAUSE} s between two contenders",
         "rounds": {
             batch: max(map(len, found.values()), default=0) for batch, found in rows.items()
         },

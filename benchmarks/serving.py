@@ -256,7 +256,7 @@ def wires(image: bytes, body: int = 20 << 20) -> dict[str, tuple[bytes, set[int]
             request("/predict", b"", transfer_encoding="chunked")
             + (b"%x\r\n" % (body + 9))
             + bytes(body + 9),
-            {413, 429},
+            {413},
         ),
         "two lengths": (
             request("/predict", b"x", content_length="1").replace(
@@ -291,7 +291,8 @@ async def hostile(
         data, wanted = whole[kind]
         try:
             status, _, body = await asyncio.wait_for(ask(port, data), 60)
-            note(kind, str(status), status in wanted and len(body) > 0)
+            # 429 while the large bodies of others fill the memory that requests may hold.
+            note(kind, str(status), status in {*wanted, 429} and len(body) > 0)
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
             note(kind, type(error).__name__, False)
 

@@ -241,14 +241,12 @@ def test_one_ends_and_the_rest_stop(tmp_path, many, capsys, suffix, count, victi
     shard = ["--shard", f"{victim}/{count}", "--output", str(parts[victim - 1]), "--resume"]
     assert main([command_for(target), str(many), *shard]) == 0
     assert "images are done already" in capsys.readouterr().err
-    parts[victim - 1].rename(tmp_path / "kept")
     codes, said = ends(start(many, target, count, "--resume"))
     assert codes == [0] * count, said
     for i, each in enumerate(said):
+        assert ("already there, and whole" in each) == (i == victim - 1)
         assert ("images are done already" in each) == (i != victim - 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["kept", *(path.name for path in parts)]
-    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in parts)
     assert sorted(names_in(tmp_path)) == sorted(map(str, many.iterdir()))
     if command_for(target) == "features":  # each image has its own vector
         whole = tmp_path / "whole.npz"
@@ -323,16 +321,21 @@ def test_processes_that_do_not_come_together(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_a_file_that_another_run_is_writing(tmp_path):
+def test_a_process_that_is_there_already(tmp_path, capfd):
+    """It is told before it meets those at work, whom a second of its number would end."""
     target = tmp_path / "out.jsonl"
     journal = Journal(str(part(target, 2, 2)))
-    codes, said = ends(start(DIGITS, target, 2))
+    arguments = ["predict", str(DIGITS), "--output", str(target), "--coordinator", "127.0.0.1:1"]
+    assert main([*arguments, "--process", "2/2"]) == 2
+    one_line(capfd.readouterr().err, "out.2-of-2.jsonl.partial: another process is writing this")
     journal.close()
-    assert codes == [2, 2]
-    one_line(said[0], "process 2 of 2 stopped: ", "another process is writing this")
-    one_line(said[1], "out.2-of-2.jsonl.partial: another process is writing this")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_name_without_a_suffix_is_refused_as_it_was_given(tmp_path, capfd):
+    arguments = ["predict", str(DIGITS), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--coordinator", "127.0.0.1:1", "--process", "2/2"]) == 2
+    one_line(capfd.readouterr().err, "--output must end in .jsonl", "given '", "/out'")
 
 
 @pytest.mark.slow

@@ -457,6 +457,7 @@ def test_rows_are_kept_until_the_last_word(tmp_path, names):
             journal.fail(name, "broken")
         with pytest.raises(RuntimeError):
             journal.finish(fails)
+        Journal(str(target), resume=True).close()  # another stops before this one goes on
     journal = Journal(str(target), resume=True)
     assert journal.done == {*names}
     journal.finish()

@@ -388,8 +388,9 @@ def test_frozen_parameters_stay_and_cost_nothing():
 def test_what_is_not_finite_changes_nothing_but_the_count_of_steps(accumulate):
     batch = given()
     batch["pixel_values"][4, 0, 0, 0] = np.nan
-    state, after, metrics = one_step(batch, accumulate=accumulate, ema=0.5)
+    state, after, metrics = one_step(batch, accumulate=accumulate, ema=0.5, update_norm=True)
     assert not metrics["finite"]
+    assert metrics["update_norm"] == 0
     assert after.step == 1
     for name in ("params", "opt_state", "ema"):
         assert bits(getattr(after, name)) == bits(getattr(state, name))

@@ -492,6 +492,7 @@ def add_stream(parser: Parser, same: str) -> None:
         parser,
         "All see the same images under the same names. Process I of N does part I of them, as with "
         "--shard I/N, and writes a file of its own: out.I-of-N.parquet for --output out.parquet.",
+        "each host writes a file; name it with --output FILE",
     )
     add_reading(parser)
 
@@ -565,11 +566,12 @@ def add_ray(parser: Parser) -> None:
     parser.checks.append(check)
 
 
-def add_hosts(parser: Parser, sharing: str) -> None:
+def add_hosts(parser: Parser, sharing: str, writes: str) -> None:
     """--coordinator, --process, --distributed, and how long others are waited for.
 
     Args:
         sharing: what is said of images and output.
+        writes: the error where there is no --output.
     """
     group = parser.add_argument_group("several hosts", f"Start the same command on each. {sharing}")
     group.add_argument(
@@ -608,7 +610,7 @@ def add_hosts(parser: Parser, sharing: str) -> None:
         if options.coordinator is not None and options.distributed:
             parser.error("--distributed detects --coordinator and --process; leave one out")
         if several and options.output is None:
-            parser.error("each host writes a file; name it with --output FILE")
+            parser.error(writes)
         if several and getattr(options, "shard", None) is not None:
             parser.error("several hosts share the images out themselves; leave --shard out")
 

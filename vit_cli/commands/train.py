@@ -268,7 +268,11 @@ def _add_devices(parser: Parser) -> None:
         default=1,
         help="split heads and MLP of the network over M devices (default: 1)",
     )
-    add_hosts(parser, "Images and output are on a file system they share.")
+    add_hosts(
+        parser,
+        "Images and output are on a file system they share.",
+        "the first process writes the run; name it with --output DIR",
+    )
 
 
 def _add_keeping(parser: Parser) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vit_cli.runs.partial import check_free, check_output, is_whole
 from vit_cli.runs.rows import RowFile
 from vit_cli.runs.supervise import INTERRUPTION, Cluster, Hosts, join, supervised
 from vit_cli.runtime import enable_cache
@@ -97,11 +98,16 @@ class Job:
         files = list(find_images(stream.names, report, say))
         if cluster is None:
             return self._run(files, faults)
+        output = str(stream.output)
+        kind: Any = getattr(self.rows, "func", self.rows)  # of a `functools.partial`
+        check_output(output, kind.suffixes, kind.suffixes[0])
+        if cluster.process is not None:  # before it disturbs those at work
+            check_free(_part_name(output, *cluster.process))
         enable_cache()
         told = {
             **self._settings,
             "images": stream.names,
-            # A process that sees others would leave images out, or do them again.
+            # A process that finds other images would leave some out, or do them again.
             "images found": f"{len(files)}, checksum {_checksum(files):08x}",
             "output": stream.output,
             "resume": stream.resume,
@@ -131,6 +137,11 @@ class Job:
                 if stream.shard is not None:
                     files = own_shard(files, *stream.shard)
                 every = files
+                if hosts is not None and stream.resume and is_whole(str(stream.output)):
+                    say(f"{stream.output}: already there, and whole")
+                    hosts.barrier("begun")
+                    hosts.barrier("made")
+                    return SOME_FAILED if failed else DONE
                 if stream.output is not None:
                     every = list(dict.fromkeys(files))
                     target = self.rows(
@@ -254,6 +265,11 @@ def part_of(output: str, index: int, count: int) -> str:
                 f"{other}: written by one of {found[1]} processes, and these are {count}; images "
                 f"would be in two files. Start {found[1]} processes, or delete what those wrote."
             )
+    return _part_name(output, index, count)
+
+
+def _part_name(output: str, index: int, count: int) -> str:
+    path = Path(output)
     return str(path.with_name(f"{path.stem}.{index + 1}-of-{count}{path.suffix}"))
 
 

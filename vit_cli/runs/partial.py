@@ -52,6 +52,24 @@ def check_output(path: str, suffixes: Sequence[str], instead: str) -> None:
     check_target(Path(path), force=True)
 
 
+def is_whole(path: str) -> bool:
+    """Whether the file is there, without rows beside it that a run may go on with."""
+    partial = Path(f"{path}.partial")
+    return Path(path).exists() and not (partial.exists() and partial.stat().st_size)
+
+
+def check_free(path: str) -> None:
+    """See that no other process writes the file.
+
+    Raises:
+        MissingFileError: one does.
+    """
+    partial = Path(f"{path}.partial")
+    # To write, although nothing is: NFS gives no lock otherwise.
+    with told(partial), contextlib.suppress(FileNotFoundError), open(partial, "r+b") as stream:
+        lock(stream, partial)
+
+
 def check_begin(path: str, partial: Path, *, resume: bool, force: bool) -> None:
     """Refuse an output that must not be begun or continued; the caller holds its lock.
 

@@ -113,7 +113,7 @@ class RowFile:
 
     def _cut(self, end: int) -> None:
         """Keep what is whole: so many bytes of rows."""
-        self._file.cut(end if self.done else 0)
+        self._file.cut(end)
 
     def write(self, file: str, value: Any) -> ViTError | None:
         """The row of an image.

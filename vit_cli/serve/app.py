@@ -7,7 +7,7 @@ import base64
 import contextlib
 import importlib.util
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable
 from importlib import resources
 from typing import Any
 
@@ -269,7 +269,7 @@ def make_app(service: Service, *, hosts: Iterable[str] | None = None) -> Any:
     )
 
 
-def _check_options(request: Any, body: Body, known: Iterable[str]) -> None:
+def _check_options(request: Any, body: Body, known: Collection[str]) -> None:
     """Refuse options that there are not; a misspelt one would be ignored in silence.
 
     Raises:

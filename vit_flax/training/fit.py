@@ -140,8 +140,8 @@ class Plan:
     """A run before it begins: everything that is settled by its settings.
 
     Attributes:
-        model: that is trained, with what it begins with until the first step takes its memory
-            (not that of a model that was given as such).
+        model: that is trained. If it was loaded for this plan, the first step of a run takes the
+            memory of its parameters.
         processor: prepares images for evaluation and prediction.
         recipe: the settings.
         train, validation: the images.
@@ -152,7 +152,8 @@ class Plan:
         rate: step -> learning rate.
         trainable: path of a parameter -> whether it trains; None for all.
         mesh: devices; None for one.
-        make_state: the state before the first step.
+        make_state: the state before the first step; with copy=False it may take the memory of the
+            model's parameters, see `TrainState.create`.
         step: the compiled step.
         materialize: parameters of the state -> parameters of the model.
         metric: of the validation that decides; "" if none does.
@@ -176,7 +177,7 @@ class Plan:
     rate: Callable[[int], float]
     trainable: Callable[[str], bool] | None
     mesh: Mesh | None
-    make_state: Callable[[], TrainState]
+    make_state: Callable[..., TrainState]
     step: Any
     materialize: Callable[[Any], Any]
     metric: str
@@ -241,7 +242,7 @@ def make_plan(
     train = as_images(train)
     validation = None if validation is None else as_images(validation, like=train)
     _check_data(train, validation, recipe)
-    loaded = isinstance(model, (str, os.PathLike))  # here, so nobody else has its parameters
+    loaded = isinstance(model, (str, os.PathLike))  # here, so nothing else uses its parameters
     beginning = begin(
         model,
         recipe,
@@ -292,7 +293,7 @@ def make_plan(
     optimizer = make_optimizer(recipe, params, steps=steps, trainable=trainable)
     ema = ema_of(recipe)
 
-    def make_state() -> TrainState:
+    def make_state(copy: bool = True) -> TrainState:
         return TrainState.create(
             task.model,
             optimizer,
@@ -301,7 +302,7 @@ def make_plan(
             ema=ema,
             trainable=trainable,
             mesh=mesh,
-            copy=not loaded,
+            copy=copy or not loaded,
         )
 
     step = make_step(
@@ -725,7 +726,7 @@ class _Loop:
             plan.frozen.progress = self._progress("the head's inputs")
         step = 0
         try:
-            state = plan.make_state()
+            state = plan.make_state(copy=False)
             if folder is not None:
                 step, state = self._open(state)
             before = [(name, why) for name, why in self.record["skipped"]]

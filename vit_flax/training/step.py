@@ -137,6 +137,7 @@ class TrainState(flax.struct.PyTreeNode):
             mesh: devices to lay everything on, by the table in `vit_flax.sharding`.
             copy: leave the parameters that are given as they are. False saves their memory: the
                 first step takes it, and the model has none until `model.params` is set again.
+                (Not of those that are widened, or laid out on other devices: those are copies.)
 
         Raises:
             InputError: a parameter is an integer; nothing trains; the model has no parameters.
@@ -362,16 +363,23 @@ def make_step(
                     moved,
                 )
             found = jax.tree.map(
-                lambda new, old: new.astype(old.dtype), (moved, opt_state, average), before
+                lambda new, old: jnp.asarray(new).astype(old.dtype),
+                (moved, opt_state, average),
+                before,
             )
-            return *found, _norm(updates) if update_norm else None
+            return *found, _norm(updates).astype(norm.dtype) if update_norm else None
 
         def stay() -> tuple[Any, ...]:
             return *before, jnp.zeros_like(norm) if update_norm else None
 
-        # Not a choice for every array: XLA's CPU compiler then copies all moments, which the
-        # choice and the parameters' update both read.
-        moved, opt_state, average, moved_by = jax.lax.cond(finite & counted, move, stay)
+        good = finite & counted
+        if targets() == ("cpu",):
+            # Not a choice for every array: XLA's CPU compiler then copies all moments, which the
+            # choice and the parameters' update both read.
+            found = jax.lax.cond(good, move, stay)
+        else:
+            found = jax.tree.map(lambda new, old: jnp.where(good, new, old), move(), stay())
+        moved, opt_state, average, moved_by = found
         after = TrainState(
             step=state.step + 1,
             params=moved if trainable is None else join(params, moved),
@@ -445,15 +453,15 @@ def _ratio(total: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def _halves(part: Callable[[jax.Array], tuple[Params, Total]]) -> tuple[Params, Total]:
-    """The sums over two parts, written out and not as a loop, in which XLA's CPU compiler makes a
-    step a third slower. (Written out, four parts have more in memory than two.)
+    """The sums over two parts, written out. XLA's CPU compiler makes a step a third slower in a
+    loop; with four parts written out it needs more memory than for the whole batch.
 
     The second waits for the gradients of the first, so that only one has its activations in memory.
     That compiler drops barriers; so the number of the second, which its rows are taken by, is made
     of those gradients: 1, or 2 if one is NaN, when the step is not taken anyway.
     """
     first = part(jnp.int32(0))
-    some = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(first[0]))
+    some = sum(leaf[(0,) * leaf.ndim] for leaf in jax.tree.leaves(first[0]))
     second = part(1 + jnp.isnan(some).astype(jnp.int32))
     return jax.tree.map(jnp.add, first, second)
 
