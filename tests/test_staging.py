@@ -80,6 +80,22 @@ def test_after_kills_at_any_moment_the_next_run_leaves_nothing(tmp_path, what):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_folder_whose_lock_comes_just_now_is_no_leftover(tmp_path, monkeypatch):
+    """Its process makes the lock between the looks of another for it and at what is there."""
+    folder = tmp_path / ".x.abcdefgh.tmp"
+    folder.mkdir()
+    listdir = os.listdir
+
+    def late(path):
+        if path == folder:
+            (folder / staging.LOCK).touch()
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", late)
+    delete_leftovers(tmp_path, ["x"])
+    assert (folder / staging.LOCK).exists()
+
+
 @pytest.mark.parametrize("what", ["file", "folder"])
 def test_a_second_living_writer_is_not_disturbed(tmp_path, what):
     target = tmp_path / "out"

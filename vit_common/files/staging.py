@@ -149,8 +149,10 @@ def _delete_unheld(path: Path) -> None:
     try:
         held = os.open(lock, os.O_RDWR)
     except FileNotFoundError:
-        if not os.listdir(path):
+        names = os.listdir(path)
+        if not names:
             os.rmdir(path)  # made just now, or its files were deleted and it was not
+        if not names or LOCK in names:  # that came just now: its process is alive
             return
         lock = path  # one that `change_folder` makes: it locks the folder itself
         held = os.open(path, os.O_RDONLY)
