@@ -453,8 +453,8 @@ def _ratio(total: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def _halves(part: Callable[[jax.Array], tuple[Params, Total]]) -> tuple[Params, Total]:
-    """The sums over two parts, written out. XLA's CPU compiler makes a step a third slower in a
-    loop; with four parts written out it needs more memory than for the whole batch.
+    """The sums over two parts, written out. In a loop XLA's CPU compiler makes a step up to a third
+    slower; with four parts written out it needs more memory than for the whole batch.
 
     The second waits for the gradients of the first, so that only one has its activations in memory.
     That compiler drops barriers; so the number of the second, which its rows are taken by, is made
