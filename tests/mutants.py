@@ -380,13 +380,6 @@ MUTANTS = [
         f"{_NEAREST}timm_builds_what_is_written_for_it[rotary positions, registers, gated]",
     ),
     Mutant(
-        "grey images written for timm as colour",
-        "convert/formats/timm/nearest.py",
-        "{} if config.num_channels == 3",
-        "{} if config.num_channels",
-        f"{_NEAREST}timm_builds_what_is_written_for_it[branches, differential]",
-    ),
-    Mutant(
         "GELU's derivative without the density",
         "vit_flax/parts/gelu.py",
         "below + x * (_DENSITY * jnp.exp(-0.5 * x * x))",

@@ -25,6 +25,7 @@ import vit_torch
 import vit_torch.attention
 import vit_torch.model
 from vit_common.presets import PRESETS
+from vit_flax.attention import compiled_for
 from vit_flax.cpu.half import operand_dtype
 from vit_torch.parity import difference
 from vit_torch.verify.bounds import HALF_PRECISION
@@ -264,7 +265,8 @@ def test_norms_far_from_zero():
         assert found.max_abs <= BOUNDS["offset norm float32"], found
 
 
-def test_softmax_in_half_precision():
+@pytest.mark.parametrize("platforms", [("cpu",), ("cpu", "cuda")], ids=str)
+def test_softmax_in_half_precision(platforms):
     """In bfloat16 each probability is the softmax of the scores, rounded once; a softmax computed
     in bfloat16 is off by up to an eighth."""
     rng = np.random.default_rng(0)
@@ -273,14 +275,16 @@ def test_softmax_in_half_precision():
     tensors = [torch.tensor(a).to(torch.bfloat16) for a in (query, key, value)]
     scale = 8**-0.5
     # On a CPU the scores are sums in float32 that are not rounded (docs/cpu.md).
-    wide = jnp.float32 if operand_dtype(jnp.bfloat16) is not None else jnp.bfloat16
+    with compiled_for(*platforms):
+        wide = jnp.float32 if operand_dtype(jnp.bfloat16) is not None else jnp.bfloat16
+        ours = vit_flax.attention.attention(*arrays, output_attentions=True)[1]
     scaled = (arrays[0] * jnp.bfloat16(scale)).astype(wide)
     scores = {
         "flax": jnp.einsum("bqad,bkad->baqk", scaled, arrays[1].astype(wide)),
         "torch": torch.einsum("bqad,bkad->baqk", tensors[0] * scale, tensors[1]).float(),
     }
     found = {
-        "flax": vit_flax.attention.attention(*arrays, output_attentions=True)[1],
+        "flax": ours,
         "torch": vit_torch.attention.attention(*tensors, output_attentions=True)[1].float(),
     }
     for name, probabilities in found.items():
