@@ -416,6 +416,11 @@ def add_batch_size(parser: Parser) -> None:
 def add_batches(parser: Parser) -> None:
     """How many images go through the model at once, and where."""
     add_batch_size(parser)
+    _add_devices(parser)
+
+
+def _add_devices(parser: Any) -> None:
+    """How many devices; to a parser, or to a group of its options."""
     parser.add_argument(
         "--devices",
         metavar="N",
@@ -474,12 +479,7 @@ def add_stream(parser: Parser, same: str) -> None:
     )
     add_pixel_limit(parser)
     group = parser.add_argument_group("several devices")
-    group.add_argument(
-        "--devices",
-        metavar="N",
-        type=positive,
-        help="devices of this machine to use (default: all)",
-    )
+    _add_devices(group)
     group.add_argument(
         "--model-parallel",
         metavar="M",

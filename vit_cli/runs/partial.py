@@ -89,7 +89,7 @@ def check_begin(path: str, partial: Path, *, resume: bool, force: bool) -> None:
             f"{partial}: left by a run that did not end; pass --resume to go on, or --force to "
             "begin anew."
         )
-    if Path(path).exists() and not rows:  # with rows, --force was passed when they were begun
+    if is_whole(path):  # with rows, --force was passed when they were begun
         raise ExistingFileError(f"{path}: already there, and whole; pass --force to do it again.")
 
 

@@ -324,10 +324,8 @@ def make_step(
         else:
 
             def part(i: jax.Array) -> tuple[Params, Total]:
-                now_and_part = jax.random.fold_in(now, 1 + i)
-                some = _part(batch, i, accumulate)
-                found, total = part_gradients(params, chosen, some, now_and_part, rows)
-                return sharded(found), total
+                key = jax.random.fold_in(now, 1 + i)
+                return part_gradients(params, chosen, _part(batch, i, accumulate), key, rows)
 
             def add(gradients: Params, i: jax.Array) -> tuple[Params, Total]:
                 more, total = part(i)
@@ -335,6 +333,7 @@ def make_step(
 
             if accumulate == 2 and targets() == ("cpu",):
                 gradients, total = _halves(part)
+                gradients = sharded(gradients)
             else:
                 zeros = sharded(jax.tree.map(jnp.zeros_like, chosen))
                 gradients, totals = jax.lax.scan(add, zeros, jnp.arange(accumulate))
